@@ -1,0 +1,352 @@
+"""The config of a run: frozen data with a description under each field. Imports neither torch nor transformers.
+
+YAML in, resolved YAML out. The identity of a run is the hash of its resolved config. `load_config` reports every
+mistake at once, with key path, what was given, what is allowed and the nearest right name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
+
+from fedmira.errors import ConfigError, nearest
+
+Fraction = Annotated[float, Field(gt=0, le=1)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+FinitePositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
+
+
+# --------------------------------------------------------------------------------------------------------------- model
+
+
+class AdapterConfig(_Section):
+    kind: Literal["lora"] = "lora"
+    """What is trained on top of the frozen base."""
+    rank: PositiveInt = 8
+    """Rank r of each pair of factors. The paper chooses 16 from {4, 8, 16}."""
+    alpha: FinitePositiveFloat = 16.0
+    """The product is scaled by alpha / rank."""
+    dropout: Share = 0.0
+    """Dropout on the input of the low-rank branch while training. The paper's code trains with it switched off."""
+    targets: Literal["all-linear"] | tuple[str, ...] = "all-linear"
+    """Names of the layers to adapt, matched at the end of the module path (`q_proj`, `attn.c_attn`), or `all-linear`
+    for every linear layer but the output head. The paper: q_proj for Data-Juicer, c_attn and c_proj for GPT-2."""
+
+
+class ModelConfig(_Section):
+    path: str = "embedded"
+    """`embedded` (shipped with fedmira), a local folder in Hugging Face format, or a Hugging Face id."""
+    revision: str | None = None
+    """Branch, tag or commit of a Hugging Face id."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "auto"
+    """Of the frozen base. `auto`: float32 on a CPU, bfloat16 on a GPU that supports it."""
+    device: str = "auto"
+    """`auto`, `cpu`, `cuda`, `cuda:1`, `mps`."""
+    adapter: AdapterConfig = AdapterConfig()
+
+
+# ---------------------------------------------------------------------------------------------------------------- data
+
+
+class PartitionConfig(_Section):
+    by: Literal["task", "field", "dirichlet", "iid"] = "task"
+    """`task`: every task becomes `clients_per_task` clients. `field`: the source's own client names.
+    `dirichlet`: `num_clients` clients, label shares drawn from Dirichlet(alpha). `iid`: `num_clients` equal draws."""
+    clients_per_task: PositiveInt = 1
+    """With `by: task`. The paper's Dolly-15k: 10 clients for each of 8 categories."""
+    num_clients: PositiveInt | None = None
+    """Needed with `by: dirichlet` and `by: iid`."""
+    alpha: FinitePositiveFloat = 0.5
+    """With `by: dirichlet`: concentration; small means one label per client."""
+    examples_per_client: PositiveInt | None = None
+    """At most this many examples (train, validation and test together) per client; the rest is left out and counted."""
+    validation: Share = 0.15
+    """Share of a client's examples held out for choosing settings."""
+    test: Share = 0.25
+    """Share of a client's examples held out for the final numbers."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> PartitionConfig:
+        if self.validation + self.test >= 1:
+            raise ValueError(
+                f"validation + test = {self.validation + self.test:g} leaves nothing to train on; make the sum smaller than 1"
+            )
+        if self.by in ("dirichlet", "iid") and self.num_clients is None:
+            raise ValueError(f"partition.by = {self.by} needs num_clients; add num_clients: 10, for example")
+        if self.by in ("task", "field") and self.num_clients is not None:
+            raise ValueError(f"num_clients has no effect with by = {self.by}; remove it, or use by: dirichlet or by: iid")
+        if self.by != "task" and self.clients_per_task != 1:
+            raise ValueError(f"clients_per_task has no effect with by = {self.by}; remove it, or use by: task")
+        return self
+
+
+class _Source(_Section):
+    template: Literal["alpaca", "plain", "chat"] = "alpaca"
+    """How an example becomes text: the paper's Alpaca template, bare text, or the tokenizer's chat template."""
+    max_length: Annotated[int, Field(ge=8)] = 512
+    """Tokens of prompt and answer together. A longer prompt loses its beginning; answers are never cut."""
+    partition: PartitionConfig = PartitionConfig()
+
+
+class PlantedConfig(_Source):
+    """Tasks made by fedmira with a known graph: private codebooks that members of a family mostly share."""
+
+    source: Literal["planted"] = "planted"
+    template: Literal["alpaca", "plain", "chat"] = "plain"
+    max_length: Annotated[int, Field(ge=8)] = 64
+    partition: PartitionConfig = PartitionConfig(by="field", validation=0.15, test=0.25)
+    families: PositiveInt = 4
+    """Groups of related clients; families conflict."""
+    clients_per_family: PositiveInt = 4
+    words: Annotated[int, Field(ge=4)] = 24
+    """Size of the vocabulary that the codebooks map."""
+    codes: Annotated[int, Field(ge=2)] = 12
+    """Number of different codes."""
+    shared: Annotated[float, Field(ge=0, le=1)] = 0.9
+    """Share of codebook entries that a client has in common with its family; the others are its own."""
+    examples: Annotated[int, Field(ge=4)] = 40
+    """Examples per client before the split."""
+    words_per_example: PositiveInt = 2
+
+
+class NaturalInstructionsConfig(_Source):
+    source: Literal["natural_instructions"]
+    path: str
+    """Folder with task files in the official Super-NaturalInstructions schema."""
+    tasks: tuple[str, ...] | None = None
+    """File names without `.json`; all files of the folder if left out."""
+
+
+class DollyConfig(_Source):
+    source: Literal["dolly"]
+    path: str
+    """A JSON Lines file (may end in .gz) with instruction, context, response, category; or a Hugging Face id."""
+
+
+class JsonlConfig(_Source):
+    source: Literal["jsonl"]
+    path: str
+    """A JSON Lines file (may end in .gz), or a folder or glob of such files."""
+    client_field: str | None = None
+    """Field that names the client (`partition.by: field`); by default `client`, else one client per file."""
+    task_field: str = "task"
+    category_field: str = "category"
+
+
+class HuggingFaceConfig(_Source):
+    source: Literal["huggingface"]
+    path: str
+    """Hugging Face data set id or local folder, loaded by the `datasets` package."""
+    name: str | None = None
+    """Configuration of the data set."""
+    split: str = "train"
+    client_field: str | None = None
+    task_field: str = "task"
+    category_field: str = "category"
+
+
+DataConfig = Annotated[
+    PlantedConfig | NaturalInstructionsConfig | DollyConfig | JsonlConfig | HuggingFaceConfig, Field(discriminator="source")
+]
+
+
+# ------------------------------------------------------------------------------------------------------------ training
+
+
+class TrainingConfig(_Section):
+    local_steps: PositiveInt | None = None
+    """Optimizer updates per client and round. Exactly one of local_steps and local_epochs; 10 steps if neither."""
+    local_epochs: PositiveInt | None = None
+    """Passes over a client's training examples per round. (The paper's code calls 5 epochs `local_step`.)"""
+    batch_size: PositiveInt = 4
+    """Examples per client and step. The paper: 8."""
+    optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
+    """`adam` couples weight decay with the gradient (L2), as the paper's code does."""
+    learning_rate: FinitePositiveFloat = 2e-3
+    weight_decay: NonNegativeFloat = 0.0
+    beta1: Share = 0.9
+    """First-moment decay of adam and adamw."""
+    beta2: Share = 0.999
+    """Second-moment decay of adam and adamw."""
+    epsilon: FinitePositiveFloat = 1e-8
+    momentum: Share = 0.0
+    """Of sgd."""
+    clip_norm: FinitePositiveFloat | None = 1.0
+    """Largest norm of one client's gradient; null switches clipping off. The paper's code: 5.0."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Of the learning rate over all rounds."""
+    warmup_rounds: NonNegativeFloat = 0.0
+    """Rounds over which the learning rate rises linearly from 0; fractions are allowed."""
+    cohort_size: PositiveInt | Literal["auto"] = "auto"
+    """Clients trained together in one batched computation; `auto` takes as many as fit in memory."""
+
+    @model_validator(mode="after")
+    def _one_unit_of_work(self) -> TrainingConfig:
+        if self.local_steps is not None and self.local_epochs is not None:
+            raise ValueError(
+                f"local_steps = {self.local_steps} and local_epochs = {self.local_epochs} exclude each other; keep one"
+            )
+        if self.momentum and self.optimizer != "sgd":
+            raise ValueError(f"momentum has no effect with optimizer = {self.optimizer}; remove it, or use beta1")
+        return self
+
+    @property
+    def steps_or_default(self) -> int | None:
+        """Steps per round, or None where epochs count."""
+        return self.local_steps if self.local_steps is not None else (None if self.local_epochs is not None else 10)
+
+
+# -------------------------------------------------------------------------------------------------------------- method
+
+
+class GraphConfig(_Section):
+    kind: Literal["gram", "labels", "given", "uniform", "random", "true", "permuted"] = "gram"
+    """`gram`: learned from the adapters. `labels`: clients of one task are joined (oracle). `given`: a file.
+    `uniform`: everyone with everyone. `random`: the published code's. `true`: the graph planted in the data.
+    `permuted`: the true graph with its clients shuffled (a control)."""
+    path: str | None = None
+    """With `given`: a JSON file {"names": [...], "adjacency": [[...]]} or a .npy / .csv matrix in client order."""
+    neighbours: PositiveInt = 5
+    """With `gram`: mutual nearest neighbours kept per client."""
+    power: FinitePositiveFloat = 1.0
+    """With `gram`: exponent on the positive part of the centred cosine."""
+    memory: Share = 0.0
+    """With `gram`: weight of the past in the moving average of the similarities over rounds."""
+    warmup_rounds: NonNegativeInt = 0
+    """With `gram`: rounds without mixing before the graph is trusted."""
+
+    @model_validator(mode="after")
+    def _path_with_given(self) -> GraphConfig:
+        if (self.kind == "given") != (self.path is not None):
+            raise ValueError("kind: given needs path" if self.kind == "given" else f"path has no effect with kind = {self.kind}")
+        return self
+
+
+class LocalOnlyConfig(_Section):
+    """Each client trains alone; nothing is exchanged."""
+
+    name: Literal["local_only"]
+
+
+class FedITConfig(_Section):
+    """FedAvg over LoRA factors: one global adapter, weighted by training examples."""
+
+    name: Literal["fedit"]
+
+
+class MiraPublishedConfig(_Section):
+    """Eq. (8) and (9) of the paper as printed: an explicit Laplacian step over the sampled clients."""
+
+    name: Literal["mira_published"]
+    graph: GraphConfig = GraphConfig(kind="random")
+    strength: NonNegativeFloat = 0.5
+    """lambda of the paper. Its published configs use 0.01 to 1."""
+    server_lr: FinitePositiveFloat = 0.0015
+    """eta of the paper. Its published code uses learning rate x local_step = 3e-4 x 5."""
+
+
+class MiraConfig(_Section):
+    """Implicit, confidence-weighted Laplacian step over all clients with stored adapters."""
+
+    name: Literal["mira"] = "mira"
+    graph: GraphConfig = GraphConfig()
+    strength: NonNegativeFloat = 1.0
+    """tau: how hard related clients are pulled together; any value is stable."""
+    staleness_decay: Fraction = 0.7
+    """Confidence of a stored adapter falls by this factor for each round its client was not sampled."""
+
+
+MethodConfig = Annotated[LocalOnlyConfig | FedITConfig | MiraPublishedConfig | MiraConfig, Field(discriminator="name")]
+
+
+# ---------------------------------------------------------------------------------------------------------- everything
+
+
+class FederationConfig(_Section):
+    rounds: PositiveInt = 8
+    """The paper: 60."""
+    participation: Fraction = 1.0
+    """Share of clients sampled uniformly per round. The paper: 0.1."""
+    clients_per_round: PositiveInt | None = None
+    """An absolute number instead of a share."""
+
+    @model_validator(mode="after")
+    def _one_way(self) -> FederationConfig:
+        if self.clients_per_round is not None and self.participation != 1.0:
+            raise ValueError("participation and clients_per_round exclude each other; keep one")
+        return self
+
+
+class GenerationConfig(_Section):
+    enabled: bool = True
+    """Answer test prompts by greedy generation, for Rouge-L and exact match."""
+    max_new_tokens: PositiveInt = 32
+    """The paper's protocol: 128."""
+    examples_per_client: PositiveInt | None = 8
+    """At most this many test examples per client are answered; null answers all."""
+
+
+class EvaluationConfig(_Section):
+    every: PositiveInt = 1
+    """Rounds between two evaluations of the validation loss; the last round is always evaluated."""
+    batch_tokens: PositiveInt = 4096
+    """Tokens judged together."""
+    generation: GenerationConfig = GenerationConfig()
+
+
+class OutputConfig(_Section):
+    directory: str = "runs"
+    """Folder in which run directories are made."""
+    checkpoint_every: PositiveInt = 1
+    """Rounds between two checkpoints; the last round is always saved."""
+    keep_checkpoints: PositiveInt = 2
+
+
+class CompareConfig(_Section):
+    """What `fedmira compare` runs besides the config itself."""
+
+    methods: tuple[str, ...] = ("local_only", "fedit", "mira_published", "mira")
+    seeds: PositiveInt = 1
+    """Paired draws of partition, initial adapters and batches: seed, seed + 1, ..."""
+    learning_rates: tuple[FinitePositiveFloat, ...] = ()
+    """Grid tried for every method; the best on validation data is used. Empty: training.learning_rate for all."""
+    tuning_seed: NonNegativeInt = 1000
+    """The draw on which the grid is tried; never one of the seeds that are reported."""
+
+
+class RunConfig(_Section):
+    """Everything that decides what a run computes."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")] = "run"
+    """Prefix of the run directory: letters, digits, dot, dash, underscore."""
+    seed: NonNegativeInt = 0
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = PlantedConfig()
+    training: TrainingConfig = TrainingConfig()
+    federation: FederationConfig = FederationConfig()
+    method: MethodConfig = MiraConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    output: OutputConfig = OutputConfig()
+    compare: CompareConfig = CompareConfig()
+
+    @model_validator(mode="after")
+    def _across_sections(self) -> RunConfig:
+        graph = getattr(self.method, "graph", None)
+        if graph is not None and graph.kind in ("true", "permuted") and self.data.source != "planted":
+            raise ValueError(
+                f"method.graph.kind = {graph.kind} needs data.source = planted (given: {self.data.source}); "
+                "no other source knows its true graph. Use labels, gram, given, uniform or random"
+            )
+        return self
