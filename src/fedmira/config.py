@@ -1,21 +1,15 @@
 """The config of a run: frozen data with a description under each field. Imports neither torch nor transformers.
 
-YAML in, resolved YAML out. The identity of a run is the hash of its resolved config. `load_config` reports every
-mistake at once, with key path, what was given, what is allowed and the nearest right name.
+Reading YAML, reporting every mistake at once and naming a run by the hash of its config is `config_file`'s work.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, TypeAdapter, model_validator
 
-from fedmira.errors import ConfigError, nearest
+from fedmira.errors import nearest
 
 Fraction = Annotated[float, Field(gt=0, le=1)]
 Share = Annotated[float, Field(ge=0, lt=1)]
@@ -86,7 +80,9 @@ class PartitionConfig(_Section):
         if self.by in ("dirichlet", "iid") and self.num_clients is None:
             raise ValueError(f"partition.by = {self.by} needs num_clients; add num_clients: 10, for example")
         if self.by in ("task", "field") and self.num_clients is not None:
-            raise ValueError(f"num_clients has no effect with by = {self.by}; remove it, or use by: dirichlet or by: iid")
+            raise ValueError(
+                f"num_clients has no effect with by = {self.by}; remove it, or use by: dirichlet or by: iid"
+            )
         if self.by != "task" and self.clients_per_task != 1:
             raise ValueError(f"clients_per_task has no effect with by = {self.by}; remove it, or use by: task")
         return self
@@ -158,7 +154,8 @@ class HuggingFaceConfig(_Source):
 
 
 DataConfig = Annotated[
-    PlantedConfig | NaturalInstructionsConfig | DollyConfig | JsonlConfig | HuggingFaceConfig, Field(discriminator="source")
+    PlantedConfig | NaturalInstructionsConfig | DollyConfig | JsonlConfig | HuggingFaceConfig,
+    Field(discriminator="source"),
 ]
 
 
@@ -230,7 +227,9 @@ class GraphConfig(_Section):
     @model_validator(mode="after")
     def _path_with_given(self) -> GraphConfig:
         if (self.kind == "given") != (self.path is not None):
-            raise ValueError("kind: given needs path" if self.kind == "given" else f"path has no effect with kind = {self.kind}")
+            raise ValueError(
+                "kind: given needs path" if self.kind == "given" else f"path has no effect with kind = {self.kind}"
+            )
         return self
 
 
@@ -271,6 +270,10 @@ class MiraConfig(_Section):
 MethodConfig = Annotated[LocalOnlyConfig | FedITConfig | MiraPublishedConfig | MiraConfig, Field(discriminator="name")]
 
 
+METHOD_NAMES = ("local_only", "fedit", "mira_published", "mira")
+_METHOD_ADAPTER: TypeAdapter[MethodConfig] = TypeAdapter(MethodConfig)
+
+
 # ---------------------------------------------------------------------------------------------------------- everything
 
 
@@ -301,6 +304,8 @@ class GenerationConfig(_Section):
 class EvaluationConfig(_Section):
     every: PositiveInt = 1
     """Rounds between two evaluations of the validation loss; the last round is always evaluated."""
+    test: bool = True
+    """Judge the test split after the last round; comparisons switch it off while they choose settings."""
     batch_tokens: PositiveInt = 4096
     """Tokens judged together."""
     generation: GenerationConfig = GenerationConfig()
@@ -318,6 +323,9 @@ class CompareConfig(_Section):
     """What `fedmira compare` runs besides the config itself."""
 
     methods: tuple[str, ...] = ("local_only", "fedit", "mira_published", "mira")
+    """Names of methods with their defaults, or of `variants`. The config's own method keeps its settings."""
+    variants: dict[str, MethodConfig] = {}
+    """More methods by a name of your choice, such as `mira-true: {name: mira, graph: {kind: true}}`."""
     seeds: PositiveInt = 1
     """Paired draws of partition, initial adapters and batches: seed, seed + 1, ..."""
     learning_rates: tuple[FinitePositiveFloat, ...] = ()
@@ -349,4 +357,14 @@ class RunConfig(_Section):
                 f"method.graph.kind = {graph.kind} needs data.source = planted (given: {self.data.source}); "
                 "no other source knows its true graph. Use labels, gram, given, uniform or random"
             )
+        known = (*METHOD_NAMES, *self.compare.variants)
+        for name in self.compare.methods:
+            if name not in known:
+                raise ValueError(f"compare.methods names {name!r}; allowed: {', '.join(known)}{nearest(name, known)}")
         return self
+
+    def method_named(self, name: str) -> MethodConfig:
+        """The method that a comparison means by `name`: a variant, this config's own, or one with its defaults."""
+        if name in self.compare.variants:
+            return self.compare.variants[name]
+        return self.method if name == self.method.name else _METHOD_ADAPTER.validate_python({"name": name})
