@@ -1,0 +1,180 @@
+"""Builds from a config everything that a run needs, in the order an example travels.
+
+Knows nothing about rounds: `experiment` turns what is assembled here into a run.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import platform
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from fedmira import __version__
+from fedmira.config import GraphConfig, ModelConfig, RunConfig
+from fedmira.data.partition import build_federation
+from fedmira.data.tokenization import TokenizationReport, TokenizedClient, tokenize_federation
+from fedmira.errors import DataError
+from fedmira.evaluation.costs import adapter_bytes, model_bytes, optimizer_bytes
+from fedmira.exchange.in_process import InProcess
+from fedmira.federation.graph import from_matrix
+from fedmira.federation.method import Method
+from fedmira.federation.methods import build_method
+from fedmira.model.arena import initial_arena, lora_layout
+from fedmira.model.base import BaseModel, load_base
+from fedmira.training.memory import available_bytes, choose_cohort_size
+from fedmira.types import Arena, Clients, Federation, Layout
+
+
+class Assembly(NamedTuple):
+    """The parts of a run."""
+
+    config: RunConfig
+    federation: Federation
+    tokenized: tuple[TokenizedClient, ...]
+    tokenization: TokenizationReport
+    base: BaseModel
+    layout: Layout
+    clients: Clients
+    method: Method
+    cohort_size: int
+    exchange: InProcess
+
+    def initial_adapters(self) -> Arena:
+        """The arena every run of this config starts from."""
+        return initial_arena(
+            self.layout, len(self.clients.names), self.config.seed, self.base.adapter_dtype, self.base.device
+        )
+
+    def manifest(self) -> dict[str, Any]:
+        """The facts of the run that do not change while it runs; JSON-able."""
+        dtype, optimizer = self.base.adapter_dtype, self.config.training.optimizer
+        return {
+            "fedmira": __version__,
+            "versions": versions(),
+            "seed": self.config.seed,
+            "data": {**self.federation.provenance, "tokenization": self.tokenization.summary()},
+            "clients": [
+                {
+                    "name": client.name,
+                    "task": client.task,
+                    "category": client.category,
+                    "train": len(tokens.train),
+                    "validation": len(tokens.validation),
+                    "test": len(tokens.test),
+                }
+                for client, tokens in zip(self.federation.clients, self.tokenized, strict=True)
+            ],
+            "model": self.base.facts(),
+            "adapter": {"parameters": self.layout.num_parameters, "bytes": adapter_bytes(self.layout, dtype)},
+            "memory": {
+                "model_bytes": model_bytes(self.base.num_parameters, self.base.dtype),
+                "adapter_bytes": adapter_bytes(self.layout, dtype),
+                "optimizer_bytes": optimizer_bytes(self.layout, optimizer),
+            },
+            "cohort_size": self.cohort_size,
+        }
+
+
+def assemble(config: RunConfig, *, cohort_size: int | None = None) -> Assembly:
+    """Build every part of the run `config` describes. `cohort_size` overrides the config's (for resuming).
+
+    Raises:
+        DataError: a file, a client or a graph is unusable.
+        SetupError: the model cannot be loaded.
+        ConfigError: no layer matches the targets, or a setting does not fit the data.
+    """
+    federation = cached_federation(config)
+    base = cached_base(config.model)
+    tokenized, tokenization = tokenize_federation(
+        federation, base.tokenizer, config.data.template, min(config.data.max_length, base.max_length)
+    )
+    layout = lora_layout(base, config.model.adapter)
+    clients = Clients(
+        names=federation.names,
+        num_examples_K=tuple(len(client.train) for client in tokenized),
+        tasks=tuple(client.task for client in federation.clients),
+        seed=config.seed,
+        true_adjacency_KK=federation.true_adjacency_KK,
+    )
+    graph = getattr(config.method, "graph", None)
+    method = build_method(config.method, clients, None if graph is None else read_graph(graph, clients.names))
+    if cohort_size is None:
+        wanted = config.training.cohort_size
+        cohort_size = (
+            choose_cohort_size(base, layout, tokenized, config.training, available_bytes(base.device))
+            if wanted == "auto"
+            else wanted
+        )
+    exchange = InProcess(
+        base,
+        layout,
+        tokenized,
+        config.training,
+        dropout=config.model.adapter.dropout,
+        total_rounds=config.federation.rounds,
+        seed=config.seed,
+        cohort_size=cohort_size,
+    )
+    return Assembly(config, federation, tokenized, tokenization, base, layout, clients, method, cohort_size, exchange)
+
+
+def read_graph(config: GraphConfig, names: tuple[str, ...]) -> np.ndarray | None:
+    """The matrix (K, K) of a graph of kind `given`, with rows and columns in the order of `names`; None for others.
+
+    Raises:
+        DataError: the file is missing, unreadable, of the wrong size, or names other clients.
+    """
+    if config.path is None:
+        return None
+    path = Path(config.path)
+    try:
+        if path.suffix == ".npy":
+            return from_matrix(np.load(path, allow_pickle=False), None, names)
+        if path.suffix == ".csv":
+            return from_matrix(np.loadtxt(path, delimiter=",", ndmin=2), None, names)
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return from_matrix(np.asarray(content["adjacency"], dtype=np.float64), content.get("names"), names)
+    except OSError as error:
+        raise DataError(f"method.graph.path: cannot read {path}: {error.strerror or error}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"method.graph.path: {path} is no graph: {error}. Allowed: JSON with `adjacency` (a square list of "
+            "lists) and optionally `names`, a .npy matrix, or a .csv matrix in client order"
+        ) from error
+
+
+def versions() -> dict[str, str]:
+    """Versions of what decides the numbers."""
+    import safetensors
+    import transformers
+
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "numpy": np.__version__,
+        "safetensors": safetensors.__version__,
+        "platform": f"{platform.system()} {platform.machine()}",
+        "threads": str(torch.get_num_threads()),
+    }
+
+
+@functools.lru_cache(maxsize=1)
+def cached_base(config: ModelConfig) -> BaseModel:
+    """The frozen base model; a comparison's runs share it."""
+    return load_base(config)
+
+
+@functools.lru_cache(maxsize=4)
+def _federation(data_json: str, seed: int) -> Federation:
+    return build_federation(RunConfig.model_validate({"data": json.loads(data_json)}).data, seed)
+
+
+def cached_federation(config: RunConfig) -> Federation:
+    """The clients of `config`; runs that differ only in method or training share them."""
+    return _federation(config.data.model_dump_json(), config.seed)

@@ -1,0 +1,316 @@
+"""One run: the round loop of Algorithm 1 with evaluation, checkpoints and signals around it.
+
+Knows nothing about how clients train (`exchange`) or how adapters are mixed (`federation`).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from fedmira.assembly import Assembly, assemble
+from fedmira.config import RunConfig
+from fedmira.config_file import config_difference, config_hash
+from fedmira.errors import FedmiraError, IntegrityError, Interrupted, UsageError
+from fedmira.evaluation.judge import final_records, validation_losses
+from fedmira.federation import participation
+from fedmira.federation.method import Info, State
+from fedmira.runs.checkpoint import Checkpoint, load_latest, save
+from fedmira.runs.signals import StopFlag, stop_on_signals
+from fedmira.runs.store import RunStore
+from fedmira.training.cohort import Progress, StopRequested
+from fedmira.types import Arena, Participants, Results
+
+
+class Display(Protocol):
+    """Where a run tells what it does; see `cli/display.py`."""
+
+    def start(self, title: str, total_rounds: int) -> None: ...
+    def step(self, round_: int, done: int, total: int) -> None: ...
+    def round(self, round_: int, line: str) -> None: ...
+    def message(self, line: str) -> None: ...
+    def finish(self, line: str) -> None: ...
+
+
+class SilentDisplay:
+    """A display that shows nothing."""
+
+    def start(self, title: str, total_rounds: int) -> None: ...
+    def step(self, round_: int, done: int, total: int) -> None: ...
+    def round(self, round_: int, line: str) -> None: ...
+    def message(self, line: str) -> None: ...
+    def finish(self, line: str) -> None: ...
+
+
+def run(
+    config: RunConfig,
+    *,
+    directory: Path | None = None,
+    resume: bool = False,
+    source_text: str | None = None,
+    display: Display | None = None,
+) -> Path:
+    """Carry out the run `config` and return its directory.
+
+    Args:
+        config: What to run.
+        directory: The run directory; by default a folder under `output.directory` named after the config.
+        resume: Continue the run in that directory (a fresh one starts from the beginning).
+        source_text: The config file as the user wrote it, kept in the run directory.
+        display: Told about progress.
+
+    Raises:
+        Interrupted: SIGINT or SIGTERM; everything is saved, `resume=True` continues bit for bit.
+        IntegrityError: the directory belongs to another config, or no checkpoint in it is valid.
+    """
+    display = display or SilentDisplay()
+    with RunStore.create(config, source_text, directory, resume=resume) as store, stop_on_signals() as stop:
+        return _Run(config, store, display, stop).carry_out()
+
+
+class _Run:
+    """The round loop and what it writes."""
+
+    def __init__(self, config: RunConfig, store: RunStore, display: Display, stop: StopFlag) -> None:
+        self.config, self.store, self.display, self.stop = config, store, display, stop
+        self.hash = config_hash(config)
+        self.checkpoint = self._open_checkpoint()
+        manifest = store.manifest() if self.checkpoint else {}
+        self.parts: Assembly = assemble(config, cohort_size=manifest.get("cohort_size"))
+        if self.checkpoint:
+            _refuse_other_data(manifest, self.parts)
+        else:
+            store.write_manifest({**self.parts.manifest(), "created": datetime.now(UTC).isoformat(timespec="seconds")})
+
+    def carry_out(self) -> Path:
+        config, parts, method = self.config, self.parts, self.parts.method
+        state, first_round, progress = self._starting_point()
+        if first_round > config.federation.rounds:
+            self.display.finish(f"{self.store.path}: finished before, nothing to do")
+            return self.store.path
+        self.display.start(f"{config.method.name} seed {config.seed}", config.federation.rounds)
+        for round_ in range(first_round, config.federation.rounds + 1):
+            participants = participation.draw(len(parts.clients.names), config.federation, config.seed, round_)
+            results = self._exchange(state, participants, progress)
+            progress = None
+            merge_started = time.perf_counter()
+            state, info = method.merge(state, participants, results)
+            merge_seconds = time.perf_counter() - merge_started
+            self._record_round(participants, results, info, merge_seconds)
+            last = round_ == config.federation.rounds
+            line = f"train loss {_train_loss(results):.4f}"
+            if last or round_ % config.evaluation.every == 0:
+                line += f", validation loss {self._evaluate(round_, method.personalise(state)):.4f}"
+            if last and config.evaluation.test:
+                line += f", test loss {self._judge(round_, method.personalise(state)):.4f}"
+            self.display.round(round_, line)
+            self.store.log(f"round {round_}: {line}")
+            if last or round_ % config.output.checkpoint_every == 0 or self.stop():
+                self._save(round_, state)
+            if self.stop() and not last:
+                self._interrupted(round_)
+        self.display.finish(f"{self.store.path}")
+        return self.store.path
+
+    # ------------------------------------------------------------------------------------------------------- one round
+
+    def _exchange(self, state: State, participants: Participants, progress: Progress | None) -> Results:
+        round_ = participants.round
+        job = self.parts.method.plan(state, participants)
+        try:
+            results = self.parts.exchange.run(
+                job,
+                progress=progress,
+                should_stop=self.stop,
+                on_step=lambda done, total: self.display.step(round_, done, total),
+            )
+        except StopRequested as stopped:
+            self._save(round_ - 1, state, stopped.progress)
+            self._interrupted(round_)
+        for report in results.reports:
+            if report.failure:
+                line = f"round {round_}: {self.parts.clients.names[report.id]} was left out: {report.failure}"
+                self.display.message(line)
+                self.store.log(line)
+        if not results.ids:
+            raise FedmiraError(
+                f"round {round_}: no client returned a result. First failure: {results.reports[0].failure}. "
+                "Lower training.learning_rate or set training.clip_norm"
+            )
+        return results
+
+    def _record_round(self, participants: Participants, results: Results, info: Info, merge_seconds: float) -> None:
+        names = self.parts.clients.names
+        self.store.append(
+            {
+                "event": "round",
+                "round": participants.round,
+                "participants": [names[id_] for id_ in participants.ids],
+                "failures": [{"client": names[r.id], "reason": r.failure} for r in results.reports if r.failure],
+                "train_loss_sum": sum(r.loss_sum for r in results.reports if not r.failure),
+                "train_tokens": sum(r.num_supervised_tokens for r in results.reports if not r.failure),
+                "tokens": sum(r.num_tokens for r in results.reports if not r.failure),
+                "upload_bytes": results.upload_bytes,
+                "download_bytes": results.download_bytes,
+                "numbers": dict(info.numbers),
+                "timing": {
+                    "train_seconds": results.train_seconds,
+                    "merge_seconds": merge_seconds,
+                    "peak_memory_bytes": results.peak_memory_bytes,
+                },
+            }
+        )
+        if info.graph is not None:
+            true = self.parts.clients.true_adjacency_KK
+            self.store.write_graph(
+                {
+                    "names": list(names),
+                    "adjacency": info.graph.adjacency_KK.tolist(),
+                    "name": info.graph.name,
+                    "round": participants.round,
+                    "provenance": dict(info.graph.provenance),
+                    "true_adjacency": None if true is None else true.tolist(),
+                }
+            )
+
+    def _evaluate(self, round_: int, adapters: Arena) -> float:
+        """Record the validation loss of every client; return the unweighted mean over clients."""
+        started = time.perf_counter()
+        losses = validation_losses(self.parts.base, adapters, self.parts.tokenized, self.config.evaluation)
+        self.store.append(
+            {
+                "event": "evaluation",
+                "round": round_,
+                "split": "validation",
+                "clients": {
+                    name: {"loss_sum": loss_sum, "tokens": tokens}
+                    for name, (loss_sum, tokens) in zip(self.parts.clients.names, losses, strict=True)
+                },
+                "timing": {"evaluate_seconds": time.perf_counter() - started},
+            }
+        )
+        per_client = [loss_sum / tokens for loss_sum, tokens in losses if tokens]
+        return sum(per_client) / len(per_client) if per_client else float("nan")
+
+    def _judge(self, round_: int, adapters: Arena) -> float:
+        """Record the final numbers of every client on its test split; return the unweighted mean loss."""
+        started = time.perf_counter()
+        records = final_records(self.parts.base, adapters, self.parts.tokenized, self.config.evaluation)
+        clients = {record.name: {k: v for k, v in asdict(record).items() if k != "name"} for record in records}
+        self.store.append(
+            {
+                "event": "final",
+                "round": round_,
+                "split": "test",
+                "clients": clients,
+                "timing": {"evaluate_seconds": time.perf_counter() - started},
+            }
+        )
+        return sum(record.loss_sum / record.tokens for record in records) / len(records)
+
+    # -------------------------------------------------------------------------------------------------------- disk
+
+    def _open_checkpoint(self) -> Checkpoint | None:
+        lines = config_difference(self.store.config, self.config)
+        if lines:
+            raise IntegrityError(
+                f"{self.store.path} was started with another config; resuming it would mix two experiments. "
+                "Changed:\n  " + "\n  ".join(lines) + "\nUndo the change, or start a new run"
+            )
+        checkpoint = load_latest(self.store.path, config_hash=self.hash, warn=self._warn)
+        if checkpoint is None:
+            self.store.truncate_metrics(0)
+        else:
+            self.store.truncate_metrics(int(checkpoint.facts["metrics_position"]))
+        return checkpoint
+
+    def _warn(self, line: str) -> None:
+        self.display.message(line)
+        self.store.log(line)
+
+    def _starting_point(self) -> tuple[State, int, Progress | None]:
+        """The state, the next round, and the progress inside it."""
+        if self.checkpoint is None:
+            return self.parts.method.init(self.parts.initial_adapters(), self.parts.clients), 1, None
+        tensors, facts = self.checkpoint.tensors, self.checkpoint.facts
+        device = self.parts.base.device
+        state = State(
+            adapters=Arena(self.parts.layout, tensors["state.adapters"].to(device)),
+            last_round_K=tuple(facts["last_round_K"]),
+            memory={name: tensor.to(device) for name, tensor in _under("state.memory.", tensors).items()},
+        )
+        progress = None
+        if facts["progress"] is not None:
+            progress = Progress(tensors=_under("progress.", tensors), facts=facts["progress"])
+        return state, int(facts["completed_rounds"]) + 1, progress
+
+    def _save(self, completed_rounds: int, state: State, progress: Progress | None = None) -> None:
+        tensors = {"state.adapters": state.adapters.values_KP}
+        tensors |= {f"state.memory.{name}": tensor for name, tensor in state.memory.items()}
+        personalised = self.parts.method.personalise(state).values_KP
+        if personalised.data_ptr() != state.adapters.values_KP.data_ptr():
+            tensors["personalised"] = personalised
+        if progress is not None:
+            tensors |= {f"progress.{name}": tensor for name, tensor in progress.tensors.items()}
+        save(
+            self.store.path,
+            completed_rounds,
+            {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
+            {
+                "completed_rounds": completed_rounds,
+                "last_round_K": list(state.last_round_K),
+                "metrics_position": self.store.metrics_position(),
+                "progress": None if progress is None else progress.facts,
+                "partial": progress is not None,
+            },
+            config_hash=self.hash,
+            keep=self.config.output.keep_checkpoints,
+        )
+
+    def _interrupted(self, round_: int) -> None:
+        name = {2: "SIGINT", 15: "SIGTERM"}.get(self.stop.signal_number, "a signal")
+        raise Interrupted(
+            f"stopped by {name} in round {round_}; everything is saved in {self.store.path}. "
+            "The same command with --resume continues",
+            self.stop.signal_number,
+        )
+
+
+def personalised_adapters(path: Path) -> tuple[Arena, Assembly]:
+    """What the clients of the run in `path` get to keep, and the parts of the run.
+
+    Raises:
+        UsageError: the run has no finished round yet.
+    """
+    store = RunStore.open(path)
+    checkpoint = load_latest(path, config_hash=config_hash(store.config))
+    if checkpoint is None or checkpoint.round == 0:
+        raise UsageError(f"{path} has no finished round yet; continue it with `fedmira run ... --resume`")
+    parts = assemble(store.config, cohort_size=store.manifest()["cohort_size"])
+    values_KP = checkpoint.tensors.get("personalised", checkpoint.tensors["state.adapters"])
+    return Arena(parts.layout, values_KP.to(parts.base.device)), parts
+
+
+def _under(prefix: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def _refuse_other_data(manifest: Mapping[str, Any], parts: Assembly) -> None:
+    before, now = manifest["data"], parts.manifest()["data"]
+    if before != now:
+        changed = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+        raise IntegrityError(
+            f"the data changed since the run was started ({', '.join(sorted(changed))} differ); "
+            "restore the files, or start a new run"
+        )
+
+
+def _train_loss(results: Results) -> float:
+    tokens = sum(report.num_supervised_tokens for report in results.reports if not report.failure)
+    return sum(report.loss_sum for report in results.reports if not report.failure) / max(tokens, 1)

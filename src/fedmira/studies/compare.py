@@ -1,0 +1,111 @@
+"""Many methods on the same draws: every method meets the same clients, initial adapters and batches, seed by seed.
+
+Learning rates are tried for every method alike, on a draw of their own and on validation data only. A comparison can be
+stopped and started again: finished runs are kept, an unfinished one continues. Knows nothing about how a run works.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from fedmira.config import RunConfig
+from fedmira.config_file import resolved_yaml
+from fedmira.experiment import Display, SilentDisplay, run
+from fedmira.runs.atomic import write_bytes_atomically
+from fedmira.runs.store import RunStore
+
+
+def compare(config: RunConfig, *, directory: Path | None = None, display: Display | None = None) -> Path:
+    """Run every method of `config.compare` on every seed and return the study's directory.
+
+    Writes `study.json` (which runs there are, what was tuned) and one run directory per method and seed below `runs/`.
+
+    Args:
+        config: The run; `compare` says which methods, seeds and learning rates.
+        directory: The study's directory; by default a folder under `output.directory` named after the config.
+        display: Told about progress.
+    """
+    display = display or SilentDisplay()
+    directory = directory or study_directory(config)
+    directory.mkdir(parents=True, exist_ok=True)
+    study: dict[str, Any] = {
+        "name": config.name,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "methods": list(config.compare.methods),
+        "seeds": list(range(config.seed, config.seed + config.compare.seeds)),
+        "runs": [],
+        "tuning": [],
+    }
+    write_bytes_atomically(directory / "config.resolved.yaml", resolved_yaml(config).encode())
+    rates = {name: _choose_learning_rate(config, name, directory, study, display) for name in study["methods"]}
+    for seed in study["seeds"]:
+        for name in study["methods"]:
+            path = directory / "runs" / f"{name}-seed{seed}"
+            run(variant(config, name, seed, rates[name]), directory=path, resume=True, display=display)
+            entry = {"method": name, "seed": seed, "path": str(path.relative_to(directory))}
+            study["runs"].append({**entry, "learning_rate": rates[name]})
+            _write(directory, study)
+    return directory
+
+
+def study_directory(config: RunConfig) -> Path:
+    """Where the comparison of `config` is kept if nobody says otherwise."""
+    digest = hashlib.sha256(resolved_yaml(config).encode()).hexdigest()[:8]
+    return Path(config.output.directory) / f"{config.name}-compare-{digest}"
+
+
+def variant(config: RunConfig, method: str, seed: int, learning_rate: float, *, tuning: bool = False) -> RunConfig:
+    """The run of one method: `config` with that method, seed and learning rate. Tuning never sees test data."""
+    changes: dict[str, Any] = {
+        "name": method,
+        "seed": seed,
+        "method": config.method_named(method),
+        "training": config.training.model_copy(update={"learning_rate": learning_rate}),
+    }
+    if tuning:
+        rounds = config.federation.rounds
+        changes["evaluation"] = config.evaluation.model_copy(update={"test": False, "every": rounds})
+    return config.model_copy(update=changes)
+
+
+def _choose_learning_rate(
+    config: RunConfig, method: str, directory: Path, study: dict[str, Any], display: Display
+) -> float:
+    """The rate of the grid with the lowest mean validation loss after the last round, on the tuning draw."""
+    grid = config.compare.learning_rates or (config.training.learning_rate,)
+    if len(grid) == 1:
+        return grid[0]
+    losses = {}
+    for rate in grid:
+        path = directory / "tuning" / f"{method}-{rate:g}"
+        run(
+            variant(config, method, config.compare.tuning_seed, rate, tuning=True),
+            directory=path,
+            resume=True,
+            display=display,
+        )
+        losses[rate] = final_validation_loss(path)
+        study["tuning"].append({"method": method, "learning_rate": rate, "validation_loss": losses[rate]})
+        _write(directory, study)
+    return min(grid, key=lambda rate: losses[rate])
+
+
+def final_validation_loss(path: Path) -> float:
+    """Mean over clients of the last recorded validation loss per supervised token; infinite if it is not a number."""
+    with RunStore.open(path) as store:
+        last = [event for event in store.events() if event["event"] == "evaluation"][-1]
+    losses = [
+        client["loss_sum"] / client["tokens"] if client["loss_sum"] is not None else math.inf
+        for client in last["clients"].values()
+        if client["tokens"]
+    ]
+    return sum(losses) / len(losses)
+
+
+def _write(directory: Path, study: dict[str, Any]) -> None:
+    write_bytes_atomically(directory / "study.json", (json.dumps(study, indent=1) + "\n").encode())
