@@ -1,0 +1,244 @@
+"""Adds up what was measured per client and turns it, once, into the numbers people compare.
+
+Sums and counts travel together and add (`Mean`); a ratio is taken only at display. Two kinds of mean exist here and
+each docstring says which one it is: a *pooled* mean weighs every token or answer alike; a mean *over clients* is, by
+definition, unweighted: every client counts once, however much data it holds.
+
+Knows nothing about models, generation or files.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from fedmira.errors import DataError
+
+HARM_TOLERANCE = 0.01
+"""A client is harmed when its test loss is more than this share above that of local training."""
+
+
+@dataclass(frozen=True, slots=True)
+class Mean:
+    """A total and the weight it was summed over; two of them add, and the ratio is taken once.
+
+    >>> (Mean(6.0, 2.0) + Mean(1.0, 2.0)).value
+    1.75
+    >>> Mean().value is None
+    True
+    """
+
+    total: float = 0.0
+    weight: float = 0.0
+    """Tokens, answers or clients; never negative."""
+
+    def __post_init__(self) -> None:
+        if not self.weight >= 0:
+            raise ValueError(f"the weight of a mean is {self.weight}; it is a count and must be 0 or more")
+
+    def __add__(self, other: Mean) -> Mean:
+        return Mean(self.total + other.total, self.weight + other.weight)
+
+    @property
+    def value(self) -> float | None:
+        """total / weight; None where nothing was counted. A non-finite total shows as it is, never as 0 or None."""
+        return self.total / self.weight if self.weight else None
+
+
+@dataclass(frozen=True, slots=True)
+class ClientRecord:
+    """What one client's test examples gave under the adapter it is judged by. Sums, never ratios."""
+
+    name: str
+    task: str = ""
+    category: str = ""
+    loss_sum: float = 0.0
+    """Cross entropy summed over the supervised tokens, nats."""
+    tokens: int = 0
+    """Supervised tokens."""
+    rouge_l_sum: float = 0.0
+    """Rouge-L F-measures (each 0 to 1) summed over the generated answers."""
+    exact_match_sum: float = 0.0
+    """Generated answers equal to a reference."""
+    generated: int = 0
+    """Answers generated; 0 where generation was off."""
+
+    @property
+    def loss(self) -> Mean:
+        """Pooled over this client's supervised tokens, nats per token."""
+        return Mean(self.loss_sum, self.tokens)
+
+    @property
+    def rouge_l(self) -> Mean:
+        """Over this client's generated answers."""
+        return Mean(self.rouge_l_sum, self.generated)
+
+    @property
+    def exact_match(self) -> Mean:
+        """Over this client's generated answers."""
+        return Mean(self.exact_match_sum, self.generated)
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """The numbers of one run. A field is None where nothing was measured."""
+
+    num_clients: int
+    num_judged: int
+    """Clients with at least one supervised test token; only these enter the losses below."""
+    mean_loss: float | None
+    """Test loss per supervised token, nats; unweighted over clients."""
+    task_mean_loss: float | None
+    """Pooled over the tokens of a task, then unweighted over tasks; clients without a task label count as one task."""
+    worst_tenth_loss: float | None
+    """Unweighted over the worst ceil(clients / 10) clients."""
+    share_harmed: float | None
+    """Share of clients whose loss is more than 1 % above the reference; None without a reference."""
+    perplexity: float | None
+    """exp(mean_loss): the geometric mean of the clients' perplexities."""
+    rouge_l: float | None
+    """Mean Rouge-L F-measure, 0 to 1; unweighted over the clients that generated."""
+    exact_match: float | None
+    """Share of exact answers, 0 to 1; unweighted over the clients that generated."""
+    upload_bytes: int | None = None
+    """Counted at the seam, over the whole run."""
+    download_bytes: int | None = None
+    """Counted at the seam, over the whole run."""
+
+
+def summarise(
+    records: Sequence[ClientRecord],
+    reference: Sequence[ClientRecord] | None = None,
+    *,
+    upload_bytes: int | None = None,
+    download_bytes: int | None = None,
+) -> Summary:
+    """Sum up a run over its clients. The order of the clients never changes the result.
+
+    Args:
+        records: one per client, measured on its test examples.
+        reference: the same clients after `local_only` in the same draw (partition, initial adapters, batches).
+        upload_bytes: as counted at the seam; passed through.
+        download_bytes: as counted at the seam; passed through.
+
+    Raises:
+        DataError: two records bear one name, or the reference is about other clients.
+    """
+    _refuse_repeated_names(records)
+    losses = [loss for record in records if (loss := record.loss.value) is not None]
+    mean_loss = mean(losses)
+    return Summary(
+        num_clients=len(records),
+        num_judged=len(losses),
+        mean_loss=mean_loss,
+        task_mean_loss=mean(loss for pooled in losses_by_task(records).values() if (loss := pooled.value) is not None),
+        worst_tenth_loss=worst_tenth(losses),
+        share_harmed=None if reference is None else share_harmed(records, reference),
+        perplexity=perplexity(mean_loss),
+        rouge_l=mean(score for record in records if (score := record.rouge_l.value) is not None),
+        exact_match=mean(score for record in records if (score := record.exact_match.value) is not None),
+        upload_bytes=upload_bytes,
+        download_bytes=download_bytes,
+    )
+
+
+def mean(values: Iterable[float]) -> float | None:
+    """Unweighted mean with exact summation, so that the order of the values does not matter; None of nothing.
+
+    >>> mean([1.0, 2.0]), mean([])
+    (1.5, None)
+    """
+    collected = list(values)
+    if not all(map(math.isfinite, collected)):
+        # fsum refuses inf - inf; a plain sum gives the inf or nan that should be seen
+        return sum(collected) / len(collected)
+    return math.fsum(collected) / len(collected) if collected else None
+
+
+def losses_by_task(records: Iterable[ClientRecord]) -> dict[str, Mean]:
+    """Pooled test loss of each task, in order of first appearance."""
+    pooled: dict[str, Mean] = {}
+    for record in records:
+        pooled[record.task] = pooled.get(record.task, Mean()) + record.loss
+    return pooled
+
+
+def worst_tenth(losses: Sequence[float]) -> float | None:
+    """Unweighted mean of the ceil(n / 10) largest losses; nan counts as the largest. None of nothing.
+
+    >>> worst_tenth([1.0, 5.0, 2.0])
+    5.0
+    """
+    if not losses:
+        return None
+    count = -(-len(losses) // 10)
+    return mean(sorted(losses, key=lambda loss: (math.isnan(loss), loss))[-count:])
+
+
+def share_harmed(records: Sequence[ClientRecord], reference: Sequence[ClientRecord]) -> float | None:
+    """Share of the clients whose loss exceeds the reference's by more than 1 %.
+
+    A client without test tokens is not judged. A non-finite loss is a harm wherever the reference is finite.
+
+    Raises:
+        DataError: `records` and `reference` are not about the same clients.
+    """
+    changes = relative_changes(records, reference)
+    if not changes:
+        return None
+    return sum(not change <= HARM_TOLERANCE for change in changes.values()) / len(changes)
+
+
+def relative_changes(records: Sequence[ClientRecord], reference: Sequence[ClientRecord]) -> dict[str, float]:
+    """(loss - reference) / reference of each judged client; above 0 is worse than the reference.
+
+    inf stands for any loss above a reference of 0 and for a non-finite loss beside a finite reference; -inf for a
+    finite loss beside a non-finite reference.
+
+    Raises:
+        DataError: `records` and `reference` are not about the same clients.
+    """
+    _refuse_repeated_names(reference)
+    by_name = {record.name: record for record in reference}
+    others = sorted({record.name for record in records} ^ set(by_name))
+    if others:
+        raise DataError(
+            f"share harmed compares each client with itself, but {len(others)} clients are on one side only: "
+            f"{', '.join(map(repr, others[:5]))}. Compare runs of the same seed, data and partition."
+        )
+    changes: dict[str, float] = {}
+    for record in records:
+        loss, before = record.loss.value, by_name[record.name].loss.value
+        if loss is not None and before is not None:
+            changes[record.name] = _relative_change(loss, before)
+    return changes
+
+
+def _relative_change(loss: float, before: float) -> float:
+    if not math.isfinite(before):
+        return -math.inf if math.isfinite(loss) else 0.0
+    if not math.isfinite(loss):
+        return math.inf
+    if before == 0:
+        return math.inf if loss > 0 else 0.0
+    return (loss - before) / before
+
+
+def perplexity(loss: float | None) -> float | None:
+    """exp(loss per token); inf where it is too large for a float."""
+    if loss is None:
+        return None
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf
+
+
+def _refuse_repeated_names(records: Sequence[ClientRecord]) -> None:
+    names = [record.name for record in records]
+    repeated = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []
+    if repeated:
+        raise DataError(
+            f"several records are named {', '.join(map(repr, repeated[:5]))}; every client needs its own name"
+        )

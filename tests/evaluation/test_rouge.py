@@ -1,0 +1,71 @@
+"""Claims: Rouge-L is rouge-score's to the last bit; exact match forgives white space at the ends and nothing else."""
+
+import random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rouge_score import rouge_scorer
+
+from fedmira.errors import DataError
+from fedmira.evaluation.rouge import exact_match, rouge_l
+
+ORACLE = rouge_scorer.RougeScorer(["rougeL"], use_stemmer=False)
+ASCII_PIECES = "the The cat CAT sat on mat a b 1 42 3.14 don't U.S. well-known - !? _ a_b".split()
+OTHER_PIECES = ["na\u00efve", "\u0130stanbul", "\u212a", "\u4e16\u754c", "x" * 40, "", "\n", "\t", "\u00a0"]
+PIECES = [*ASCII_PIECES, *OTHER_PIECES]
+
+
+def oracle(prediction: str, references: list[str]) -> float:
+    return max(float(ORACLE.score(reference, prediction)["rougeL"].fmeasure) for reference in references)
+
+
+def random_text(stream: random.Random) -> str:
+    separators = (" ", " ", " ", "", "  ", ", ", "\n")
+    words = stream.choices(PIECES, k=stream.randrange(0, 13))
+    return "".join(word + stream.choice(separators) for word in words)
+
+
+def test_equals_rouge_score_on_ten_thousand_random_pairs() -> None:
+    stream = random.Random(20_041_0)
+    scores = set()
+    for _ in range(10_000):
+        prediction, reference = random_text(stream), random_text(stream)
+        assert rouge_l(prediction, [reference]) == oracle(prediction, [reference]), (prediction, reference)
+        scores.add(rouge_l(prediction, [reference]))
+    # the pairs exercise the whole scale, not only no match and full match
+    assert len(scores) > 50
+
+
+@given(st.text(max_size=60), st.lists(st.text(max_size=60), min_size=1, max_size=3))
+def test_equals_rouge_score_on_any_text_with_the_best_reference(prediction: str, references: list[str]) -> None:
+    assert rouge_l(prediction, references) == oracle(prediction, references)
+
+
+def test_long_answers_agree_too() -> None:
+    stream = random.Random(7)
+    for _ in range(20):
+        prediction, reference = (" ".join(stream.choices("abcdefgh", k=200)) for _ in range(2))
+        assert rouge_l(prediction, [reference]) == oracle(prediction, [reference])
+
+
+def test_edges_by_hand() -> None:
+    assert rouge_l("", ["anything"]) == rouge_l("anything", ["..."]) == rouge_l("", [""]) == 0.0
+    assert rouge_l("Yes.", ["no", "YES"]) == 1.0
+    # LCS(a b c d, a c) = 2: P = 1/2, R = 1
+    assert rouge_l("a b c d", ["a c"]) == pytest.approx(2 * 0.5 / 1.5)
+
+
+def test_exact_match_strips_and_is_otherwise_strict() -> None:
+    assert exact_match("  yes\n", ["no", "yes "])
+    assert not exact_match("Yes", ["yes"])
+    assert not exact_match("yes.", ["yes"])
+    assert exact_match("", [" "])
+
+
+@pytest.mark.parametrize("judge", [rouge_l, exact_match])
+def test_no_reference_or_a_bare_text_is_refused(judge) -> None:
+    with pytest.raises(DataError, match="at least one"):
+        judge("a", [])
+    with pytest.raises(DataError, match="list of texts"):
+        judge("a", "abc")
