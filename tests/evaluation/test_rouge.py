@@ -11,7 +11,24 @@ from fedmira.errors import DataError
 from fedmira.evaluation.rouge import exact_match, rouge_l
 
 ORACLE = rouge_scorer.RougeScorer(["rougeL"], use_stemmer=False)
-ASCII_PIECES = "the The cat CAT sat on mat a b 1 42 3.14 don't U.S. well-known - !? _ a_b".split()
+ASCII_PIECES = [
+    "the",
+    "The",
+    "cat",
+    "CAT",
+    "sat",
+    "on",
+    "1",
+    "42",
+    "3.14",
+    "don't",
+    "U.S.",
+    "well-known",
+    "-",
+    "!?",
+    "_",
+    "a_b",
+]
 OTHER_PIECES = ["na\u00efve", "\u0130stanbul", "\u212a", "\u4e16\u754c", "x" * 40, "", "\n", "\t", "\u00a0"]
 PIECES = [*ASCII_PIECES, *OTHER_PIECES]
 
