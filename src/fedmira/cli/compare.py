@@ -1,0 +1,73 @@
+"""`fedmira compare`: several methods on the same clients; `fedmira quickstart`: the same on made-up tasks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from fedmira.cli.arguments import config_arguments, read_config
+from fedmira.cli.recipes import recipe_path
+from fedmira.cli.session import Session, standard_options
+
+if TYPE_CHECKING:
+    from fedmira.config import RunConfig
+
+
+@click.command(short_help="Offline, minutes: compare four methods on tasks whose graph is known.")
+@click.option(
+    "--out", type=click.Path(path_type=Path, file_okay=False), default=Path("runs/quickstart"), show_default=True,
+    help="Folder for the runs and the report.",
+)
+@standard_options
+@click.pass_obj
+def quickstart(session: Session, out: Path) -> None:
+    """Compare four methods on made-up tasks with a known graph, write a report, print the table.
+
+    Needs no network and no GPU. The recipe is `fedmira init quickstart`.
+    """
+    _compare(session, read_config(recipe_path("quickstart"), ()), out)
+
+
+@click.command(short_help="Train several methods on the same clients and compare them.")
+@config_arguments
+@click.option("--methods", help="Comma-separated names, such as local_only,fedit,mira; variants of the config count.")
+@click.option("--seeds", type=int, help="Number of paired draws.")
+@click.option("--out", type=click.Path(path_type=Path, file_okay=False), help="Folder of the study.")
+@standard_options
+@click.pass_obj
+def compare(
+    session: Session,
+    config: Path,
+    overrides: tuple[str, ...],
+    methods: str | None,
+    seeds: int | None,
+    out: Path | None,
+) -> None:
+    """Train every method of the comparison in CONFIG (section `compare`), each on the same draws of the same clients.
+
+    Started again, it continues where it stopped: finished runs are kept.
+    """
+    chosen = list(overrides)
+    if methods is not None:
+        names = [name.strip() for name in methods.split(",") if name.strip()]
+        chosen.append(f"compare.methods=[{', '.join(names)}]")
+    if seeds is not None:
+        chosen.append(f"compare.seeds={seeds}")
+    _compare(session, read_config(config, chosen), out)
+
+
+def _compare(session: Session, config: RunConfig, directory: Path | None) -> None:
+    from fedmira.report.page import write_report
+    from fedmira.report.table import render_table, study_rows
+    from fedmira.studies.compare import compare as run_comparison
+
+    with session.display() as display:
+        study = run_comparison(config, directory=directory, display=display)
+    page = write_report(study)
+    rows = study_rows(study)
+    session.result(
+        {"study": str(study), "report": str(page), "methods": [row._asdict() for row in rows]},
+        f"\n{render_table(rows)}\nReport: {page}",
+    )

@@ -1,0 +1,127 @@
+"""Live progress on a terminal, one plain line per round elsewhere.
+
+Both implement the `Display` that `experiment` and `studies` call. Knows nothing about rounds beyond their numbers.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from typing import TYPE_CHECKING, TextIO
+
+from fedmira.cli.session import printable
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
+
+MAXIMUM_REFRESHES_PER_SECOND = 8
+
+
+class PlainDisplay:
+    """One line per round, flushed, for logs and pipes."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._total_rounds = 0
+
+    def _line(self, text: str) -> None:
+        print(printable(text), file=self._stream, flush=True)  # noqa: T201
+
+    def start(self, title: str, total_rounds: int) -> None:
+        self._total_rounds = total_rounds
+        self._line(f"{title}: {total_rounds} rounds")
+
+    def step(self, round_: int, done: int, total: int) -> None: ...
+
+    def round(self, round_: int, line: str) -> None:
+        width = len(str(self._total_rounds))
+        self._line(f"  round {round_:>{width}}/{self._total_rounds}  {line}")
+
+    def message(self, line: str) -> None:
+        self._line(line)
+
+    def finish(self, line: str) -> None:
+        self._line(line)
+
+    def close(self) -> None: ...
+
+
+class LiveDisplay:
+    """A bar for the run at work; finished runs stay above it, one line each."""
+
+    def __init__(self, stream: TextIO) -> None:
+        from rich.console import Console
+
+        self._console = Console(file=stream, highlight=False)
+        self._progress: Progress | None = None
+        self._task: TaskID | None = None
+        self._total_rounds = 0
+        self._last_refresh = 0.0
+
+    def _bar(self) -> Progress:
+        if self._progress is None:
+            from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+            self._progress = Progress(
+                TextColumn("{task.description}", markup=False),
+                BarColumn(bar_width=24),
+                TextColumn("{task.fields[state]}", markup=False),
+                TimeElapsedColumn(),
+                TimeRemainingColumn(compact=True),
+                console=self._console,
+                transient=True,
+                refresh_per_second=MAXIMUM_REFRESHES_PER_SECOND,
+            )
+            self._progress.start()
+        return self._progress
+
+    def start(self, title: str, total_rounds: int) -> None:
+        bar = self._bar()
+        if self._task is not None:
+            bar.remove_task(self._task)
+        self._total_rounds = total_rounds
+        self._task = bar.add_task(printable(title), total=total_rounds, state="starting")
+
+    def step(self, round_: int, done: int, total: int) -> None:
+        now = time.monotonic()
+        if self._task is None or (now - self._last_refresh < 1 / MAXIMUM_REFRESHES_PER_SECOND and done):
+            return
+        self._last_refresh = now
+        share = done / total if total else 0.0
+        self._bar().update(
+            self._task,
+            completed=round_ - 1 + min(1.0, share),
+            state=f"round {round_}/{self._total_rounds}, step {done}/{total}",
+        )
+
+    def round(self, round_: int, line: str) -> None:
+        if self._task is not None:
+            state = f"round {round_}/{self._total_rounds}, {printable(line)}"
+            self._bar().update(self._task, completed=round_, state=state)
+
+    def message(self, line: str) -> None:
+        self._console.print(printable(line), markup=False)
+
+    def finish(self, line: str) -> None:
+        if self._task is not None:
+            self._bar().remove_task(self._task)
+            self._task = None
+        self.message(line)
+
+    def close(self) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+
+def open_display(*, to_stderr: bool) -> PlainDisplay | LiveDisplay:
+    """Return the display that fits where the output goes: live on a terminal, plain lines elsewhere.
+
+    `to_stderr` keeps standard output free for a result in JSON. A terminal that cannot move its cursor
+    (TERM=dumb) gets plain lines; NO_COLOR is respected.
+    """
+    stream = sys.stderr if to_stderr else sys.stdout
+    if stream.isatty() and os.environ.get("TERM", "") not in ("", "dumb"):
+        return LiveDisplay(stream)
+    return PlainDisplay(stream)

@@ -1,0 +1,83 @@
+"""The command `fedmira`: its commands in the order a user meets them, and what happens to an error.
+
+Exit codes: 0 done, 1 failed while running, 2 usage or config, 3 data, 4 environment, 5 checkpoint or integrity,
+6 too few clients, 130 / 143 interrupted after a clean checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Sequence
+
+import click
+
+from fedmira import __version__
+from fedmira.cli.compare import compare, quickstart
+from fedmira.cli.data import data
+from fedmira.cli.export import export, predict
+from fedmira.cli.init import init
+from fedmira.cli.report import report
+from fedmira.cli.run import run
+from fedmira.cli.session import Session, debug_option, printable
+from fedmira.cli.validate import validate
+from fedmira.errors import FedmiraError
+
+JOURNEY = (quickstart, init, validate, data, run, compare, report, export, predict)
+
+
+class _InOrder(click.Group):
+    def list_commands(self, context: click.Context) -> list[str]:
+        return [command.name or "" for command in JOURNEY]
+
+
+@click.group(cls=_InOrder, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="fedmira")
+@debug_option
+def cli() -> None:
+    """Federated multi-task LoRA fine-tuning of language models.
+
+    One frozen model, many clients whose tasks differ, one personalised adapter for each of them.
+    Start with `fedmira quickstart`; then `fedmira init` lists recipes to copy and edit.
+    """
+
+
+for _command in JOURNEY:
+    cli.add_command(_command)
+
+
+def _fail(session: Session, message: str, exit_code: int) -> int:
+    """Tell what went wrong on standard error, and with --json on standard output as well; return the exit code."""
+    if session.debug:
+        traceback.print_exc()
+    click.echo(click.style("Error:", fg="red", bold=True) + " " + printable(message), err=True)
+    if session.json:
+        click.echo(json.dumps({"error": message, "exit_code": exit_code}, sort_keys=True))
+    return exit_code
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code. `arguments`: without the program's name; None for sys.argv."""
+    session = Session()
+    try:
+        outcome = cli.main(
+            args=None if arguments is None else list(arguments), prog_name="fedmira", standalone_mode=False, obj=session
+        )
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except FedmiraError as error:
+        return _fail(session, str(error), error.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        return _fail(session, "interrupted", 128 + signal.SIGINT)
+    except BrokenPipeError:
+        # the reader of a pipe left; nothing more can be written, and Python must not try when it exits
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        hint = "" if session.debug else "\nThis is a fault in fedmira. Run again with --debug to see where it happened."
+        return _fail(session, f"{type(error).__name__}: {error}{hint}", 1)
+    return outcome if isinstance(outcome, int) else 0

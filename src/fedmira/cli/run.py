@@ -1,0 +1,37 @@
+"""`fedmira run`: one method on one federation with one seed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from fedmira.cli.arguments import config_arguments, read_config
+from fedmira.cli.session import Session, standard_options
+
+
+@click.command(short_help="Train: one method, one federation, one seed.")
+@config_arguments
+@click.option("--dry-run", is_flag=True, help="Estimate memory, bytes and time; train nothing and write nothing.")
+@click.option("--resume", is_flag=True, help="Continue the run where it stopped, bit for bit.")
+@standard_options
+@click.pass_obj
+def run(session: Session, config: Path, overrides: tuple[str, ...], dry_run: bool, resume: bool) -> None:
+    """Train as CONFIG says; KEY=VALUE pairs such as method.graph.kind=labels win over the file."""
+    run_config = read_config(config, overrides)
+    from fedmira import experiment
+
+    if dry_run:
+        estimate = experiment.dry_run(run_config)
+        session.result(estimate._asdict(), "\n".join(estimate.lines()))
+        return
+    with session.display() as display:
+        path = experiment.run(
+            run_config, resume=resume, source_text=config.read_text(encoding="utf-8"), display=display
+        )
+    from fedmira.report.summary import summarise_run
+
+    summary = summarise_run(path)
+    session.result(
+        {"run": str(path), **summary.facts()}, "\n".join([*summary.lines(), f"Next: fedmira report {path}"])
+    )

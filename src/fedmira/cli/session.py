@@ -1,0 +1,83 @@
+"""What every command shares: the options --debug, --json and --quiet, and how a result is printed.
+
+Progress goes to a display (`display.py`), a result goes to standard output, an error to standard error. Knows nothing
+about what the commands compute.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+if TYPE_CHECKING:
+    from fedmira.experiment import Display
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+@dataclass
+class Session:
+    """The options that hold for one call of the command line. Mutable: options are read while clicking through."""
+
+    debug: bool = False
+    json: bool = False
+    quiet: bool = False
+
+    def result(self, facts: Mapping[str, Any], text: str) -> None:
+        """Print the outcome of a command: `facts` as one JSON object with --json, else `text`."""
+        click.echo(json.dumps(facts, sort_keys=True, allow_nan=False) if self.json else printable(text))
+
+    @contextmanager
+    def display(self) -> Iterator[Display | None]:
+        """A display for long work, None with --quiet; closed whatever happens, so that the terminal stays usable."""
+        if self.quiet:
+            yield None
+            return
+        from fedmira.cli.display import open_display
+
+        display = open_display(to_stderr=self.json)
+        try:
+            yield display
+        finally:
+            display.close()
+
+
+def printable(text: str) -> str:
+    """Return `text` with control characters written out: names and data must not steer the reader's terminal.
+
+    >>> printable("red\\x1b[31m")
+    'red\\\\x1b[31m'
+    """
+    if text.isprintable():
+        return text
+    kept = "\n\t"
+    return "".join(c if c.isprintable() or c in kept else c.encode("unicode_escape").decode() for c in text)
+
+
+def _switch(name: str) -> Callable[[click.Context, click.Parameter, bool], None]:
+    def remember(context: click.Context, _: click.Parameter, value: bool) -> None:
+        if value:
+            setattr(context.ensure_object(Session), name, True)
+
+    return remember
+
+
+def _flag(name: str, help_text: str) -> Callable[[Command], Command]:
+    return click.option(
+        f"--{name}", is_flag=True, expose_value=False, is_eager=True, callback=_switch(name), help=help_text
+    )
+
+
+debug_option = _flag("debug", "Show the traceback of an error.")
+json_option = _flag("json", "Print the result as one JSON object.")
+quiet_option = _flag("quiet", "Show no progress, only the result.")
+
+
+def standard_options(command: Command) -> Command:
+    """Add --json, --quiet and --debug to a command."""
+    return json_option(quiet_option(debug_option(command)))

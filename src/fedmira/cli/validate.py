@@ -1,0 +1,73 @@
+"""`fedmira validate`: every mistake of a config at once, without loading anything heavy."""
+
+from __future__ import annotations
+
+import glob
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from fedmira.cli.arguments import config_arguments, read_config
+from fedmira.cli.session import Session, standard_options
+from fedmira.errors import DataError, FedmiraError, SetupError
+
+if TYPE_CHECKING:
+    from fedmira.config import RunConfig
+
+
+@click.command(short_help="Check a config: every mistake at once.")
+@config_arguments
+@standard_options
+@click.pass_obj
+def validate(session: Session, config: Path, overrides: tuple[str, ...]) -> None:
+    """Check CONFIG, the KEY=VALUE pairs given with it, and that the files it names exist. Trains and loads nothing."""
+    from fedmira.config_file import run_name
+
+    run_config = read_config(config, overrides)
+    problems = missing_files(run_config)
+    if problems:
+        # one report of all that is missing; the exit code is that of the first
+        raise type(problems[0])("\n".join(str(problem) for problem in problems))
+    directory = Path(run_config.output.directory) / run_name(run_config)
+    session.result(
+        {"valid": True, "config": str(config), "run_directory": str(directory)},
+        f"{config} is valid\nRun directory: {directory}",
+    )
+
+
+def missing_files(config: RunConfig) -> list[FedmiraError]:
+    """Return an error for each file or folder that `config` names and that is not there. Hub ids are left alone."""
+    problems: list[FedmiraError] = []
+    data = config.data
+    data_path = getattr(data, "path", None)
+    only_local = data.source in ("natural_instructions", "jsonl")
+    if data_path is not None and (only_local or _looks_local(data_path)) and not _is_there(data_path):
+        what = "a folder of task files" if data.source == "natural_instructions" else "a file, a folder or a pattern"
+        problems.append(
+            DataError(f"data.path: {data_path} does not exist; give {what} (paths are relative to the current folder)")
+        )
+    graph = getattr(config.method, "graph", None)
+    if graph is not None and graph.path is not None and not Path(graph.path).is_file():
+        problems.append(
+            DataError(f"method.graph.path: {graph.path} does not exist; give a .json, .npy or .csv file of the graph")
+        )
+    model = config.model.path
+    if model != "embedded" and _looks_local(model) and not (Path(model) / "config.json").is_file():
+        problems.append(
+            SetupError(
+                f"model.path: {model} is not a folder with a model in Hugging Face format (it has no config.json); "
+                "give such a folder, a Hugging Face id such as Qwen/Qwen3-0.6B, or `embedded`"
+            )
+        )
+    return problems
+
+
+def _is_there(path: str) -> bool:
+    return Path(path).exists() or any(glob.iglob(path, recursive=True))
+
+
+def _looks_local(path: str) -> bool:
+    """Whether `path` cannot be a Hugging Face id, which is `name` or `owner/name` without a file's ending."""
+    endings = (".jsonl", ".json", ".gz", ".csv", ".parquet")
+    return path.startswith((".", "/", "~")) or path.count("/") > 1 or path.endswith(endings) or Path(path).exists()
