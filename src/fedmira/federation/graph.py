@@ -1,0 +1,200 @@
+"""The relation between clients: a weighted undirected graph with a name and a provenance, and what is computed from it.
+
+Knows nothing about adapters beyond rows of numbers, and reads no files. Axes: K clients, P parameters of one adapter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from fedmira.errors import DataError, nearest
+
+if TYPE_CHECKING:
+    import torch
+
+Matrix: TypeAlias = npt.NDArray[np.float64]
+
+_BLOCK_ELEMENTS = 1 << 24
+"""Elements turned into float64 at a time: 128 MiB."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Graph:
+    """Weighted undirected relation between the K clients, in the row order of the arena."""
+
+    adjacency_KK: Matrix
+    """a_kl of the paper: float64, symmetric, non-negative, zero diagonal, read-only."""
+    name: str
+    """Kind of graph: `labels`, `gram`, ..."""
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    """JSON-able: where it comes from."""
+
+    @property
+    def num_clients(self) -> int:
+        return int(self.adjacency_KK.shape[0])
+
+    @property
+    def num_edges(self) -> int:
+        """Pairs of clients with a positive weight."""
+        return int(np.count_nonzero(self.adjacency_KK)) // 2
+
+
+# ------------------------------------------------------------------------------------------------------------ checking
+
+
+def validated(
+    adjacency: npt.ArrayLike, num_clients: int, name: str, provenance: Mapping[str, Any] | None = None
+) -> Graph:
+    """Return `adjacency` as a `Graph` over `num_clients` clients.
+
+    Weights on the diagonal cancel in L = D - M; they are dropped and counted in the provenance. An asymmetry below
+    1e-9 of the largest weight is rounding and is averaged away.
+
+    Raises:
+        DataError: not a (K, K) matrix of numbers; NaN, infinite, negative or asymmetric weights.
+    """
+    expected = f"expected {num_clients} x {num_clients}, a row and a column per client"
+    try:
+        matrix = np.array(adjacency, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise DataError(f"graph {name!r}: not a matrix of numbers ({error}); {expected}") from error
+    if matrix.shape != (num_clients, num_clients):
+        raise DataError(f"graph {name!r}: its shape is {matrix.shape}; {expected}, in the order of the clients")
+    _refuse_where(~np.isfinite(matrix), matrix, name, "not finite; write 0 where there is no edge")
+    _refuse_where(matrix < 0, matrix, name, "negative; weights say how related two clients are and start at 0")
+    largest = float(matrix.max(initial=0.0))
+    gap = np.abs(matrix - matrix.T)
+    if gap.max(initial=0.0) > 1e-9 * largest:
+        row, column = np.unravel_index(int(gap.argmax()), gap.shape)
+        raise DataError(
+            f"graph {name!r} is not symmetric: weight ({row}, {column}) is {matrix[row, column]:g} but "
+            f"({column}, {row}) is {matrix[column, row]:g}; store the mean of the two, for example"
+        )
+    details = dict(provenance or {})
+    if np.any(np.diagonal(matrix)):
+        details["self_edges_dropped"] = int(np.count_nonzero(np.diagonal(matrix)))
+        np.fill_diagonal(matrix, 0.0)
+    matrix = (matrix + matrix.T) / 2
+    matrix.setflags(write=False)
+    return Graph(matrix, name, details)
+
+
+def _refuse_where(bad_KK: npt.NDArray[np.bool_], matrix: Matrix, name: str, what: str) -> None:
+    if bad_KK.any():
+        row, column = np.argwhere(bad_KK)[0]
+        raise DataError(
+            f"graph {name!r}: {int(bad_KK.sum())} of {matrix.size} weights are wrong; the first, "
+            f"({row}, {column}), is {matrix[row, column]:g}: {what}"
+        )
+
+
+def from_matrix(matrix: npt.ArrayLike, names: Sequence[str] | None, client_names: Sequence[str]) -> Matrix:
+    """Return a given adjacency, checked, in client order; `names` label its rows, None: they are in client order.
+
+    Raises:
+        DataError: a client is missing in `names`, a name is unknown or doubled, or the matrix is bad (`validated`).
+    """
+    if names is None:
+        return validated(matrix, len(client_names), "given").adjacency_KK
+    doubled = sorted({name for name in names if list(names).count(name) > 1})
+    unknown = [name for name in names if name not in set(client_names)]
+    missing = [name for name in client_names if name not in set(names)]
+    if doubled:
+        raise DataError(f"graph 'given': the names {doubled} appear more than once; each client has one row")
+    if unknown or missing:
+        hint = nearest(unknown[0], client_names) if unknown else ""
+        raise DataError(
+            f"graph 'given': its names are not the clients' names: unknown {unknown[:5]}{hint}, missing {missing[:5]}; "
+            f"it needs exactly the {len(client_names)} clients, such as {list(client_names)[:3]}"
+        )
+    order = [list(names).index(name) for name in client_names]
+    return validated(matrix, len(names), "given").adjacency_KK[np.ix_(order, order)]
+
+
+# -------------------------------------------------------------------------------------------- what follows from it
+
+
+def degrees(graph: Graph) -> Matrix:
+    """Return delta_k = sum_l a_kl, (K,)."""
+    return np.asarray(graph.adjacency_KK.sum(axis=1))
+
+
+def laplacian(graph: Graph) -> Matrix:
+    """Return L = D - M, (K, K).
+
+    >>> laplacian(validated([[0, 2], [2, 0]], 2, "given")).tolist()
+    [[2.0, -2.0], [-2.0, 2.0]]
+    """
+    return np.asarray(np.diag(degrees(graph)) - graph.adjacency_KK)
+
+
+def largest_eigenvalue(graph: Graph) -> float:
+    """Return the largest eigenvalue of L; at most twice the largest degree. 0 without edges."""
+    if not graph.num_edges:
+        return 0.0
+    return float(np.linalg.eigvalsh(laplacian(graph))[-1])
+
+
+def subgraph(graph: Graph, ids: Sequence[int]) -> Graph:
+    """Return the graph among the clients `ids` alone, in their order.
+
+    Its largest Laplacian eigenvalue never exceeds the whole graph's (Cauchy interlacing).
+    """
+    adjacency = graph.adjacency_KK[np.ix_(list(ids), list(ids))]
+    adjacency.setflags(write=False)
+    return Graph(adjacency, graph.name, graph.provenance)
+
+
+def connected_components(graph: Graph) -> tuple[tuple[int, ...], ...]:
+    """Return the clients of each connected component, ascending; components ordered by their first client.
+
+    >>> connected_components(validated([[0, 0, 1], [0, 0, 0], [1, 0, 0]], 3, "given"))
+    ((0, 2), (1,))
+    """
+    linked_KK = graph.adjacency_KK > 0
+    unseen_K = np.ones(graph.num_clients, dtype=bool)
+    components = []
+    for first in range(graph.num_clients):
+        if not unseen_K[first]:
+            continue
+        reached_K = np.zeros_like(unseen_K)
+        reached_K[first] = True
+        frontier_K = reached_K
+        while frontier_K.any():
+            frontier_K = linked_KK[frontier_K].any(axis=0) & ~reached_K
+            reached_K = reached_K | frontier_K
+        unseen_K &= ~reached_K
+        components.append(tuple(int(k) for k in np.flatnonzero(reached_K)))
+    return tuple(components)
+
+
+def weight_inside(graph: Graph, labels: Sequence[str]) -> float:
+    """Return the share of edge weight that joins clients of the same label, in 0 .. 1; 0 for a graph without edges.
+
+    >>> weight_inside(validated([[0, 3, 1], [3, 0, 0], [1, 0, 0]], 3, "given"), ["a", "a", "b"])
+    0.75
+    """
+    total = float(graph.adjacency_KK.sum())
+    names_K = np.asarray(labels)
+    same_KK = names_K[:, None] == names_K[None, :]
+    return float(graph.adjacency_KK[same_KK].sum()) / total if total else 0.0
+
+
+def disagreement(graph: Graph, values_KP: torch.Tensor) -> float:
+    """Return tr(Theta^T L Theta) = 1/2 sum_kl a_kl ||theta_k - theta_l||^2, Eq. (3) of MIRA, computed in float64."""
+    import torch
+
+    if not graph.num_edges:
+        return 0.0
+    laplacian_KK = torch.from_numpy(laplacian(graph)).to(values_KP.device)
+    total = 0.0
+    for block in torch.split(values_KP, max(1, _BLOCK_ELEMENTS // len(values_KP)), dim=1):
+        # L ignores what all rows share; without it small differences of large numbers keep their digits
+        block = block.double() - block.double().mean(dim=0)
+        total += float(((laplacian_KK @ block) * block).sum())
+    return max(total, 0.0)

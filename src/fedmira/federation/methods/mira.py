@@ -1,0 +1,58 @@
+"""MIRA with an implicit, confidence-weighted server step over all clients with stored adapters.
+
+Theta <- (C + tau L)^-1 C Theta. Theta holds the last upload of every client, so nobody's old adapter is mixed twice;
+C = diag(n_k / mean n * decay^rounds since), 0 for clients never seen. The graph is learned from the uploads unless one
+is given. Stable for any strength. Knows nothing about models, data or how the uploads were made.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from fedmira.config import MiraConfig
+from fedmira.federation.graph import Graph
+from fedmira.federation.method import Info, Method, State
+from fedmira.federation.mixing import laplacian_implicit, step_numbers
+from fedmira.federation.receiving import exchange_everything, first_state, own_adapters, received
+from fedmira.federation.similarity import gram_graph, low_rank_pairs, observe
+from fedmira.types import Arena, Clients, Participants, Results
+
+
+def build(config: MiraConfig, clients: Clients, graph: Graph | None) -> Method:
+    """Return the method on `graph`; None means the graph is learned from the stored uploads.
+
+    All rows of `state.adapters` are mixed anew each round: also those of clients that were not sampled, which start
+    from them on return and are judged by them until then. A client never seen starts from its neighbours where the
+    graph knows them, else from its initial adapter.
+    """
+    mean_examples = float(np.mean(clients.num_examples_K))
+
+    def init(initial: Arena, clients: Clients) -> State:
+        state = first_state(initial, clients)
+        memory = {"uploads": initial.values_KP.clone()}
+        if graph is None:
+            low_rank_pairs(initial.layout)
+            memory["similarity"] = torch.zeros(len(clients.names), len(clients.names), dtype=torch.float64)
+        return State(state.adapters, state.last_round_K, memory)
+
+    def merge(state: State, participants: Participants, results: Results) -> tuple[State, Info]:
+        stored = state.adapters.replace(state.memory["uploads"])
+        uploads, last_round_K = received(stored, state, participants, results)
+        memory = {**state.memory, "uploads": uploads.values_KP}
+        related = graph
+        if related is None:
+            seen = [k for k, last in enumerate(last_round_K) if last > 0]
+            similarity_KK = observe(memory["similarity"].numpy(), uploads, seen, config.graph.memory)
+            memory["similarity"] = torch.from_numpy(np.array(similarity_KK))
+            related = gram_graph(similarity_KK, config.graph, participants.round)
+        confidence_K = [
+            num_examples / mean_examples * config.staleness_decay ** (participants.round - last) if last else 0.0
+            for num_examples, last in zip(clients.num_examples_K, last_round_K, strict=True)
+        ]
+        mixer = laplacian_implicit(related, config.strength, confidence_K)
+        mixed = mixer(uploads)
+        numbers = {"returned": float(len(results.ids)), **step_numbers(related, mixer, uploads, mixed)}
+        return State(mixed, last_round_K, memory), Info(numbers, related)
+
+    return Method(init=init, plan=exchange_everything, merge=merge, personalise=own_adapters)

@@ -1,0 +1,69 @@
+"""What every method does first with the results of a round: check them and put them into their rows.
+
+Knows nothing about how they are mixed. Axes: K clients, S returned, P parameters of one adapter.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from fedmira.errors import FedmiraError
+from fedmira.federation.method import State
+from fedmira.types import Arena, Clients, Job, Participants, Results
+
+
+def received(into: Arena, state: State, participants: Participants, results: Results) -> tuple[Arena, tuple[int, ...]]:
+    """Return `into` with the returned rows in place, and the last round of each client after this one.
+
+    Nothing handed in is changed. Clients whose result is missing keep their row and their last round.
+
+    Raises:
+        FedmiraError: a result of a client that was not asked, of the wrong size, or with a value that is not finite.
+    """
+    ids, values_SP = results.ids, results.values_SP
+    strangers = sorted(set(ids) - set(participants.ids))
+    if strangers or list(ids) != sorted(set(ids)):
+        raise FedmiraError(
+            f"round {participants.round}: results of the clients {list(ids)[:8]}, not asked {strangers[:8]}; each "
+            f"of the {len(participants.ids)} participants answers once, in ascending order"
+        )
+    expected = (len(ids), into.layout.num_parameters)
+    if tuple(values_SP.shape) != expected:
+        raise FedmiraError(
+            f"round {participants.round}: the results have shape {tuple(values_SP.shape)}, expected {expected}: a row "
+            "per returned client and a column per parameter of the adapter; is the adapter the same at all clients?"
+        )
+    finite_S = torch.isfinite(values_SP).all(dim=1).tolist()
+    if not all(finite_S):
+        bad = [id_ for id_, finite in zip(ids, finite_S, strict=True) if not finite]
+        raise FedmiraError(
+            f"round {participants.round}: the adapters of the clients {bad} (row numbers) hold values that are not "
+            "finite; they would spread to their neighbours. Lower training.learning_rate, or set training.clip_norm"
+        )
+    values_KP = into.values_KP.clone()
+    values_KP[list(ids)] = values_SP.to(values_KP)
+    last_round_K = tuple(participants.round if k in set(ids) else last for k, last in enumerate(state.last_round_K))
+    return into.replace(values_KP), last_round_K
+
+
+def first_state(initial: Arena, clients: Clients) -> State:
+    """Return the state before round 1: everybody holds its initial adapter and nobody took part.
+
+    Raises:
+        ValueError: the arena does not have a row per client.
+    """
+    if initial.num_clients != len(clients.names):
+        raise ValueError(f"an arena of {initial.num_clients} rows for {len(clients.names)} clients")
+    return State(initial.replace(initial.values_KP.clone()), (0,) * initial.num_clients)
+
+
+def exchange_everything(state: State, participants: Participants) -> Job:
+    """Return the job in which each participant gets its own row, trains all of it and sends all of it back."""
+    groups = frozenset(state.adapters.layout.groups)
+    start_SP = state.adapters.values_KP[list(participants.ids)]
+    return Job(participants.round, participants.ids, start_SP, download=groups, trainable=groups, upload=groups)
+
+
+def own_adapters(state: State) -> Arena:
+    """Return the adapters of the state: each client is judged by its own row."""
+    return state.adapters
