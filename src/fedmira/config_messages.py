@@ -1,0 +1,310 @@
+"""The words of config mistakes: what was given, what is allowed, where a key belongs, the nearest right name.
+
+Reads the models of `config` by introspection, so that a new field is described without a line here. Knows nothing
+about files and YAML.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
+
+import annotated_types
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+MAX_SHOWN = 60
+"""Characters of a given value that a message shows."""
+
+
+class Mistake(NamedTuple):
+    """One thing that is wrong, and the key it is about (empty if about none)."""
+
+    path: tuple[str, ...]
+    text: str
+
+
+class Mistakes:
+    """Collects mistakes; `message` lists them in the order of the file, then those of the command line."""
+
+    def __init__(self, source: str) -> None:
+        self.source = source
+        self.lines: Mapping[tuple[str, ...], int] = {}
+        self.overridden: set[tuple[str, ...]] = set()
+        self.found: list[Mistake] = []
+
+    def add(self, path: tuple[str, ...], text: str, rule: bool = False) -> None:
+        """Note that `text` is wrong with the key `path`; a `rule` is broken by several keys of the section `path`."""
+        name = ".".join(path) or ("the config" if rule else self.source)
+        self.found.append(Mistake(path, f"{name}: {text}"))
+
+    def add_override(self, override: str, text: str) -> None:
+        """Note that an override of the command line is unusable as a whole."""
+        self.found.append(Mistake((), f"{override!r}: {text}"))
+
+    def _line(self, path: tuple[str, ...]) -> int:
+        """The line that gives `path` or the section around it; 0 if the file does not."""
+        if any(path[: len(key)] == key for key in self.overridden):
+            return 0
+        while path and path not in self.lines:
+            path = path[:-1]
+        return self.lines.get(path, 0)
+
+    def message(self) -> str:
+        """One line per mistake under a headline."""
+        count = "1 mistake" if len(self.found) == 1 else f"{len(self.found)} mistakes"
+        rows = [(self._line(mistake.path), mistake.text) for mistake in self.found]
+        rows.sort(key=lambda row: row[0] or 1 << 30)
+        return "\n".join(
+            [f"{self.source}: {count}", *(f"  {f'line {line}: ' if line else ''}{text}" for line, text in rows)]
+        )
+
+
+# -------------------------------------------------------------------------------------------------------------- schema
+
+
+class Section(NamedTuple):
+    """What a key holds that is not a plain value."""
+
+    variants: Mapping[str, type[BaseModel]]
+    """The models it can be, by tag; a single one has the empty tag."""
+    tag_field: str
+    """The key inside it that holds the tag; empty for a single model."""
+    default: BaseModel | None
+    named: bool
+    """True for a mapping from names of the user's choice to such sections."""
+
+    def chosen(self, section: Mapping[str, Any]) -> type[BaseModel]:
+        """The model of a section whose tag is known to be right."""
+        return self.variants[str(section[self.tag_field]) if self.tag_field else ""]
+
+
+class Schema:
+    """Which sections and keys a tree of pydantic models has."""
+
+    def __init__(self, root: type[BaseModel]) -> None:
+        self.root = root
+
+    @staticmethod
+    def section(model: type[BaseModel], key: str) -> Section | None:
+        """What `key` of `model` holds, or None for a plain value."""
+        field = model.model_fields[key]
+        annotation, discriminator = field.annotation, field.discriminator
+        named = get_origin(annotation) is dict
+        if named:
+            annotation = get_args(annotation)[1]
+            discriminator = next((m.discriminator for m in get_args(annotation)[1:] if isinstance(m, FieldInfo)), None)
+        members = [m for m in _union_members(annotation) if isinstance(m, type) and issubclass(m, BaseModel)]
+        if not members:
+            return None
+        default = field.default if isinstance(field.default, BaseModel) else None
+        if discriminator is None:
+            return Section({"": members[0]}, "", default, named)
+        tag_field = str(discriminator)
+        tagged = {str(get_args(m.model_fields[tag_field].annotation)[0]): m for m in members}
+        return Section(tagged, tag_field, default, named)
+
+    def resolve(self, location: Sequence[Any]) -> tuple[tuple[str, ...], type[BaseModel], str | None]:
+        """Split a pydantic error location into the path of the section, its model, and the key inside it if any."""
+        path: tuple[str, ...] = ()
+        model = self.root
+        rest = [str(part) for part in location]
+        while rest:
+            section = self.section(model, rest[0])
+            depth = 2 if section is not None and section.named else 1
+            if section is None or len(rest) < depth + bool(section.tag_field):
+                return path, model, rest[0]
+            path = (*path, *rest[:depth])
+            model = section.variants[rest[depth] if section.tag_field else ""]
+            rest = rest[depth + bool(section.tag_field) :]
+        return path, model, None
+
+    def places(self) -> dict[str, list[str]]:
+        """Every key with the dotted paths at which it exists, as people would write them."""
+        found: dict[str, list[str]] = {}
+        self._collect(self.root, "", "", found)
+        return found
+
+    def _collect(self, model: type[BaseModel], prefix: str, condition: str, found: dict[str, list[str]]) -> None:
+        for key in model.model_fields:
+            place = f"{prefix}{key}"
+            if place + condition not in (known := found.setdefault(key, [])):
+                known.append(place + condition)
+            section = self.section(model, key)
+            if section is not None and not section.named:
+                for tag, variant in section.variants.items():
+                    tagged = f" with {place}.{section.tag_field} = {tag}" if tag else condition
+                    self._collect(variant, f"{place}.", tagged, found)
+
+    def suggest(self, path: tuple[str, ...], model: type[BaseModel], taken: Iterable[str]) -> str:
+        """Return the part of a message that says which key was probably meant by the unknown last key of `path`.
+
+        `taken` are the keys the section has already: of two equally near names the free one is meant.
+        """
+        key, places = path[-1], self.places()
+        free = set(model.model_fields) - set(taken)
+        close = nearest_names(key, [name for name in model.model_fields if name in free]) or nearest_names(
+            key, model.model_fields
+        )
+        owners = _listed([_owner(place) for place in _merge_conditions(places.get(key, []))])
+        if close:
+            return did_you_mean(close) + (f" ({key!r} belongs to {owners})" if owners else "")
+        if owners:
+            return f"; {key!r} belongs to {owners}"
+        far = [place for name in nearest_names(key, places) for place in _merge_conditions(places[name])]
+        return f"; did you mean {_listed(far)}?" if far else ""
+
+
+def _owner(place: str) -> str:
+    path, separator, condition = place.partition(" ")
+    return f"{path.rpartition('.')[0] or 'the top level'}{separator}{condition}"
+
+
+def _merge_conditions(places: Sequence[str]) -> list[str]:
+    """Join "data.path with data.source = a" and "... = b" into one place "... = a or b"."""
+    merged: dict[str, list[str]] = {}
+    for place in places:
+        head, equals, tag = place.partition(" = ")
+        merged.setdefault(head + equals, []).extend([tag] if tag else [])
+    return [head + " or ".join(tags) for head, tags in merged.items()]
+
+
+def _listed(items: Sequence[str]) -> str:
+    return ", ".join(dict.fromkeys(items))
+
+
+# -------------------------------------------------------------------------------------------------------- nearest names
+
+
+def nearest_names(name: str, allowed: Iterable[str]) -> list[str]:
+    """Return the at most 3 allowed names at the smallest edit distance (a swap counts 1), if that is small.
+
+    >>> nearest_names("learnign_rate", ["learning_rate", "rounds"])
+    ['learning_rate']
+    >>> nearest_names("beta", ["beta1", "beta2", "momentum"])
+    ['beta1', 'beta2']
+    """
+    from rapidfuzz.distance import OSA
+
+    normal = _normal(name)
+    limit = max(1, len(normal) // 3)
+    distances = {candidate: OSA.distance(normal, _normal(candidate)) for candidate in allowed}
+    smallest = min(distances.values(), default=limit + 1)
+    if smallest > limit:
+        return []
+    return [candidate for candidate, distance in distances.items() if distance == smallest][:3]
+
+
+def _normal(name: str) -> str:
+    return name.strip().lower().replace("-", "_").replace(" ", "_")
+
+
+# --------------------------------------------------------------------------------------------------- given and allowed
+
+
+def given(value: Any) -> str:
+    """Return `value` as it would be written in YAML, on one line and not too long.
+
+    >>> given(None), given(True), given(2e-3), given("a b")
+    ('null', 'true', '0.002', "'a b'")
+    """
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, dict):
+        return "a section" if value else "an empty section"
+    if isinstance(value, list | tuple):
+        return _shortened(
+            "[" + ", ".join(given(item) for item in value[:8]) + (", ..." if len(value) > 8 else "") + "]"
+        )
+    if isinstance(value, str):
+        return _shortened(ascii(value))
+    return _shortened(repr(value))
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= MAX_SHOWN else f"{text[: MAX_SHOWN - 4]}... ({len(text)} characters)"
+
+
+def allowed_values(field: FieldInfo) -> str:
+    """Return in words what `field` accepts.
+
+    >>> from fedmira.config import TrainingConfig
+    >>> allowed_values(TrainingConfig.model_fields["local_steps"])
+    'a whole number, at least 1, or null'
+    """
+    return ", or ".join(_alternatives(field.annotation, field.metadata))
+
+
+def literal_values(field: FieldInfo) -> list[str]:
+    """Return the words a field accepts literally."""
+    return [
+        value
+        for member in _union_members(field.annotation)
+        if get_origin(member) is Literal
+        for value in get_args(member)
+    ]
+
+
+def hint_for_value(value: Any, field: FieldInfo) -> str:
+    """Return what to do about a wrong value, where that can be guessed."""
+    words = literal_values(field)
+    if isinstance(value, str) and words and (close := nearest_names(value, words)):
+        return did_you_mean(close)
+    accepts_list = any(get_origin(member) is tuple for member in _union_members(field.annotation))
+    if accepts_list and isinstance(value, str | int | float) and not isinstance(value, bool):
+        return f"; for a list of one write [{value}]"
+    if str in _union_members(field.annotation) and isinstance(value, int | float) and not isinstance(value, bool):
+        return f"; if it is a name, put it in quotes: {str(value)!r}"
+    return ""
+
+
+def did_you_mean(names: Sequence[str]) -> str:
+    """Return `"; did you mean 'a' or 'b'?"`, or an empty string for no names."""
+    return f"; did you mean {' or '.join(repr(name) for name in names)}?" if names else ""
+
+
+def _union_members(annotation: Any) -> list[Any]:
+    if get_origin(annotation) is Annotated:
+        return _union_members(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, types.UnionType):
+        return [member for item in get_args(annotation) for member in _union_members(item)]
+    return [annotation]
+
+
+def _alternatives(annotation: Any, metadata: Sequence[Any] = ()) -> list[str]:
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return _alternatives(arguments[0], [*metadata, *arguments[1:]])
+    if origin in (Union, types.UnionType):
+        return [text for item in arguments for text in _alternatives(item, metadata)]
+    if origin is Literal:
+        return [", ".join(str(value) for value in arguments)]
+    if origin is tuple:
+        return [f"a list, each item {' or '.join(_alternatives(arguments[0]))}"]
+    names = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "null"}
+    name = names.get(annotation, str(annotation))
+    return [", ".join([name, *_bounds(metadata, whole=annotation is int)])]
+
+
+def _bounds(metadata: Sequence[Any], whole: bool) -> list[str]:
+    """Say in words what the constraints of a number or a text are."""
+    words: list[str] = []
+    for item in metadata:
+        if isinstance(item, FieldInfo):
+            words += _bounds(item.metadata, whole)
+        elif isinstance(item, annotated_types.Gt):
+            words.append(f"at least {float(str(item.gt)) + 1:g}" if whole else f"greater than {item.gt:g}")
+        elif isinstance(item, annotated_types.Ge):
+            words.append(f"at least {item.ge:g}")
+        elif isinstance(item, annotated_types.Lt):
+            words.append(f"less than {item.lt:g}")
+        elif isinstance(item, annotated_types.Le):
+            words.append(f"at most {item.le:g}")
+        elif getattr(item, "pattern", None):
+            words.append(f"matching {item.pattern}")
+        elif getattr(item, "allow_inf_nan", None) is False:
+            words.append("finite")
+    return words
