@@ -1,0 +1,84 @@
+"""Writes numbers for people: losses, shares, bytes, seconds, and names that cannot harm a terminal. Pure functions."""
+
+from __future__ import annotations
+
+import math
+
+NOTHING = "-"
+"""Stands where nothing was measured."""
+
+
+def printable(text: str) -> str:
+    """`text` on one line, with control characters written out.
+
+    >>> printable("red\\x1b[31m\\n")
+    'red\\\\x1b[31m\\\\n'
+    """
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+def format_loss(value: float | None) -> str:
+    """Nats per token, three decimals.
+
+    >>> format_loss(2.41834), format_loss(None), format_loss(float("nan"))
+    ('2.418', '-', 'nan')
+    """
+    return NOTHING if value is None else f"{value:.3f}"
+
+
+def format_share(value: float | None) -> str:
+    """A share in percent.
+
+    >>> format_share(0.0625), format_share(1.0)
+    ('6.2 %', '100 %')
+    """
+    if value is None:
+        return NOTHING
+    percent = 100 * value
+    return f"{percent:.0f} %" if percent in (0, 100) else f"{percent:.1f} %"
+
+
+def format_change(value: float | None) -> str:
+    """A signed difference in nats per token.
+
+    >>> format_change(-0.7), format_change(0.0)
+    ('-0.700', '0.000')
+    """
+    if value is None:
+        return NOTHING
+    text = f"{value:+.3f}"
+    return text[1:] if text in ("+0.000", "-0.000") else text
+
+
+def format_bytes(count: float | None) -> str:
+    """Bytes in binary units.
+
+    >>> format_bytes(12 * 2**20), format_bytes(512), format_bytes(1536)
+    ('12.0 MiB', '512 B', '1.5 KiB')
+    """
+    if count is None:
+        return NOTHING
+    size, units = float(count), ["B", "KiB", "MiB", "GiB", "TiB"]
+    while size >= 1024 and len(units) > 1:
+        size, units = size / 1024, units[1:]
+    return f"{size:.0f} B" if units[0] == "B" else f"{size:.1f} {units[0]}"
+
+
+def format_seconds(seconds: float | None) -> str:
+    """A duration.
+
+    >>> format_seconds(0.43), format_seconds(47), format_seconds(323), format_seconds(7300)
+    ('0.43 s', '47 s', '5 min 23 s', '2 h 02 min')
+    """
+    if seconds is None:
+        return NOTHING
+    if not math.isfinite(seconds):
+        return str(seconds)
+    if seconds < 10:
+        return f"{seconds:.2f} s"
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    if minutes < 60:
+        return f"{int(seconds // 60)} min {int(seconds % 60):02d} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"

@@ -1,0 +1,285 @@
+"""Reads a run directory or a study directory back into values; writes nothing.
+
+Everything read here may be hostile (names come from data files), so this module only parses; whoever shows a text
+escapes it. Knows nothing about tables, charts or pages.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fedmira.errors import IntegrityError, UsageError
+from fedmira.evaluation.meters import ClientRecord, Mean
+
+REFERENCE_METHOD = "local_only"
+"""The method that every client is compared with."""
+
+
+@dataclass(frozen=True)
+class GraphRecord:
+    """The graph a run was last mixed with, over all K clients."""
+
+    names: tuple[str, ...]
+    adjacency: tuple[tuple[float, ...], ...]
+    name: str
+    provenance: Mapping[str, Any]
+    true_adjacency: tuple[tuple[float, ...], ...] | None
+    """The graph the data was made from, where it is known."""
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """What one run directory holds."""
+
+    path: Path
+    method: str
+    """The name of the method, or of its variant in a comparison."""
+    seed: int
+    config: Mapping[str, Any]
+    config_text: str
+    manifest: Mapping[str, Any]
+    graph: GraphRecord | None
+    rounds: tuple[Mapping[str, Any], ...]
+    """Events `round`, one per round, ascending."""
+    evaluations: tuple[Mapping[str, Any], ...]
+    """Events `evaluation`, one per evaluated round, ascending."""
+    final: Mapping[str, Any] | None
+    """The event `final`; None in a run that is not finished or was not judged on test data."""
+
+    @functools.cached_property
+    def records(self) -> tuple[ClientRecord, ...]:
+        """The clients on their test examples, in the run's order; empty without a final event."""
+        if self.final is None:
+            return ()
+        return tuple(
+            ClientRecord(
+                name=name,
+                task=str(values.get("task", "")),
+                category=str(values.get("category", "")),
+                loss_sum=number(values["loss_sum"]),
+                tokens=int(values["tokens"]),
+                rouge_l_sum=number(values.get("rouge_l_sum", 0.0)),
+                exact_match_sum=number(values.get("exact_match_sum", 0.0)),
+                generated=int(values.get("generated", 0)),
+            )
+            for name, values in self.final["clients"].items()
+        )
+
+    @property
+    def is_reference(self) -> bool:
+        """Whether the clients trained alone."""
+        return self.method == REFERENCE_METHOD
+
+    @property
+    def upload_bytes(self) -> int:
+        return sum(int(event["upload_bytes"]) for event in self.rounds)
+
+    @property
+    def download_bytes(self) -> int:
+        return sum(int(event["download_bytes"]) for event in self.rounds)
+
+    @property
+    def seconds(self) -> float:
+        """Training, merging and evaluating, without loading."""
+        events = (*self.rounds, *self.evaluations, *([self.final] if self.final else []))
+        return math.fsum(seconds_of(event, kind) for event in events for kind in ("train", "merge", "evaluate"))
+
+    @property
+    def peak_memory_bytes(self) -> int:
+        return max((int(event.get("timing", {}).get("peak_memory_bytes") or 0) for event in self.rounds), default=0)
+
+    def validation_losses(self) -> dict[str, list[tuple[int, float]]]:
+        """Per client, in the run's order: (round, validation loss per supervised token, nats)."""
+        curves: dict[str, list[tuple[int, float]]] = {}
+        for event in self.evaluations:
+            for name, values in event["clients"].items():
+                loss = Mean(number(values["loss_sum"]), int(values["tokens"])).value
+                if loss is not None:
+                    curves.setdefault(name, []).append((int(event["round"]), loss))
+        return curves
+
+    def mean_validation_losses(self) -> list[tuple[int, float]]:
+        """(round, validation loss), unweighted over the clients."""
+        by_round: dict[int, Mean] = {}
+        for curve in self.validation_losses().values():
+            for round_, loss in curve:
+                by_round[round_] = by_round.get(round_, Mean()) + Mean(loss, 1)
+        return [(round_, mean.value) for round_, mean in sorted(by_round.items()) if mean.value is not None]
+
+
+@dataclass(frozen=True)
+class StudyRecord:
+    """What one study directory holds: many runs, method by method on paired seeds."""
+
+    path: Path
+    name: str
+    created: str
+    methods: tuple[str, ...]
+    seeds: tuple[int, ...]
+    runs: tuple[RunRecord, ...]
+    learning_rates: Mapping[str, float]
+    """The rate each method ran with."""
+    tuning: tuple[Mapping[str, Any], ...]
+    """(method, learning_rate, validation_loss) of every rate that was tried."""
+
+    def of(self, method: str) -> tuple[RunRecord, ...]:
+        """The runs of one method, by seed."""
+        return tuple(sorted((run for run in self.runs if run.method == method), key=lambda run: run.seed))
+
+    def reference(self, seed: int) -> RunRecord | None:
+        """The judged run of `local_only` on the same draw."""
+        return next((run for run in self.runs if run.seed == seed and run.is_reference and run.records), None)
+
+
+def read(path: Path) -> RunRecord | StudyRecord:
+    """The run or the study in `path`.
+
+    Raises:
+        UsageError: `path` is neither.
+        IntegrityError: one of its files is missing or damaged.
+    """
+    if (path / "study.json").is_file():
+        return read_study(path)
+    if (path / "metrics.jsonl").is_file():
+        return read_run(path)
+    what = "does not exist" if not path.exists() else "holds neither metrics.jsonl (a run) nor study.json (a study)"
+    raise UsageError(f"{path} {what}; give the folder that `fedmira run` or `fedmira compare` printed")
+
+
+def read_study(path: Path) -> StudyRecord:
+    """The study in `path`; errors as in `read`."""
+    study = _json(path / "study.json")
+    try:
+        entries = study["runs"]
+        runs = tuple(
+            read_run(path / entry["path"], method=entry["method"], seed=int(entry["seed"])) for entry in entries
+        )
+        record = StudyRecord(
+            path=path,
+            name=str(study.get("name", "")),
+            created=str(study.get("created", "")),
+            methods=tuple(dict.fromkeys([*study["methods"], *(run.method for run in runs)])),
+            seeds=tuple(sorted({int(seed) for seed in study["seeds"]} | {run.seed for run in runs})),
+            runs=runs,
+            learning_rates={entry["method"]: number(entry.get("learning_rate")) for entry in entries},
+            tuning=tuple(study.get("tuning", ())),
+        )
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise IntegrityError(f"{path / 'study.json'} is not a study: {_describe(error)}") from error
+    pairs = [(run.method, run.seed) for run in runs]
+    repeated = sorted({pair for pair in pairs if pairs.count(pair) > 1})
+    if repeated:
+        raise IntegrityError(f"{path / 'study.json'} lists {repeated[0][0]!r} with seed {repeated[0][1]} twice")
+    return record
+
+
+def read_run(path: Path, *, method: str | None = None, seed: int | None = None) -> RunRecord:
+    """The run in `path`; a study knows it as `method` and `seed`. Errors as in `read`."""
+    config_text = _text(path / "config.resolved.yaml")
+    try:
+        config = yaml.safe_load(config_text)
+    except yaml.YAMLError as error:
+        raise IntegrityError(f"{path / 'config.resolved.yaml'} is not YAML: {error}") from error
+    events = _events(path / "metrics.jsonl")
+    try:
+        final = _by_round(events, "final")
+        run = RunRecord(
+            path=path,
+            method=method if method is not None else str(config["method"]["name"]),
+            seed=seed if seed is not None else int(config["seed"]),
+            config=config,
+            config_text=config_text,
+            manifest=_json(path / "manifest.json"),
+            graph=_graph(path / "graph.json"),
+            rounds=_by_round(events, "round"),
+            evaluations=_by_round(events, "evaluation"),
+            final=final[-1] if final else None,
+        )
+        # parse all numbers now, so that damage is reported with the file's name
+        _ = run.records, run.upload_bytes, run.download_bytes, run.seconds, run.validation_losses()
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise IntegrityError(f"{path} is not a whole run directory: {_describe(error)}") from error
+    return run
+
+
+def number(value: Any) -> float:
+    """A recorded number; null stands for one that was not finite."""
+    return math.nan if value is None else float(value)
+
+
+def seconds_of(event: Mapping[str, Any], kind: str) -> float:
+    """Seconds an event spent on `train`, `merge` or `evaluate`; 0 where it has none."""
+    return float(event.get("timing", {}).get(f"{kind}_seconds") or 0.0)
+
+
+def _graph(path: Path) -> GraphRecord | None:
+    if not path.is_file():
+        return None
+    content = _json(path)
+    names = tuple(str(name) for name in content["names"])
+    true = content.get("true_adjacency")
+    return GraphRecord(
+        names=names,
+        adjacency=_square(content["adjacency"], len(names)),
+        name=str(content.get("name", "")),
+        provenance=content.get("provenance") or {},
+        true_adjacency=None if true is None else _square(true, len(names)),
+    )
+
+
+def _square(rows: Sequence[Sequence[Any]], size: int) -> tuple[tuple[float, ...], ...]:
+    matrix = tuple(tuple(number(value) for value in row) for row in rows)
+    if len(matrix) != size or any(len(row) != size for row in matrix):
+        raise ValueError(f"graph.json has {size} names but no matrix of {size} x {size}")
+    return matrix
+
+
+def _by_round(events: Iterable[Mapping[str, Any]], kind: str) -> tuple[Mapping[str, Any], ...]:
+    """Events of one kind, ascending; the later one wins where a resumed run wrote a round again."""
+    found = {int(event["round"]): event for event in events if event.get("event") == kind}
+    return tuple(found[round_] for round_ in sorted(found))
+
+
+def _events(path: Path) -> list[Mapping[str, Any]]:
+    lines = _text(path).splitlines(keepends=True)
+    events: list[Mapping[str, Any]] = []
+    for position, line in enumerate(lines, start=1):
+        try:
+            event = json.loads(line)
+        except json.JSONDecodeError as error:
+            if position == len(lines) and not line.endswith("\n"):
+                break  # a run that is writing, or was killed while writing: its last line is half there
+            raise IntegrityError(f"{path}, line {position} is not JSON: {error}") from error
+        if not isinstance(event, dict):
+            raise IntegrityError(f"{path}, line {position} is not a JSON object")
+        events.append(event)
+    return events
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(_text(path))
+    except json.JSONDecodeError as error:
+        raise IntegrityError(f"{path} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise IntegrityError(f"{path} is not a JSON object")
+    return content
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_bytes().decode("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise IntegrityError(f"cannot read {path}: {error}") from error
+
+
+def _describe(error: Exception) -> str:
+    return f"{error} is missing" if isinstance(error, KeyError) else str(error)

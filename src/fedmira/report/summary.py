@@ -1,0 +1,82 @@
+"""What `fedmira run` says when a run has ended: its numbers as lines and as JSON. Knows nothing about other runs."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from fedmira.evaluation.meters import Summary
+from fedmira.report.formats import format_bytes, format_loss, format_seconds, format_share
+from fedmira.report.reading import RunRecord, read_run
+from fedmira.report.table import summary_of
+
+
+class RunSummary(NamedTuple):
+    """The closing numbers of one run."""
+
+    method: str
+    num_rounds: int
+    numbers: Summary | None
+    """None where the run was not judged on test data."""
+    validation_loss: float | None
+    """After the last evaluated round, unweighted over clients."""
+    seconds: float
+    peak_memory_bytes: int
+
+    def facts(self) -> dict[str, Any]:
+        """As flat JSON; null for what is unknown or not finite."""
+        flat: dict[str, Any] = {
+            "method": self.method,
+            "rounds": self.num_rounds,
+            "validation_loss": self.validation_loss,
+            "seconds": self.seconds,
+            "peak_memory_bytes": self.peak_memory_bytes,
+        }
+        if self.numbers is not None:
+            flat |= {name: getattr(self.numbers, name) for name in Summary.__slots__}
+        return {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in flat.items()
+        }
+
+    def lines(self) -> list[str]:
+        """As text, one number a line."""
+        found: list[tuple[str, str]] = []
+        if self.validation_loss is not None:
+            found.append(("validation loss", f"{format_loss(self.validation_loss)} nats per answer token"))
+        if self.numbers is not None:
+            found.append(("test loss", f"{format_loss(self.numbers.mean_loss)} (mean over clients)"))
+            found.append(("worst tenth", f"{format_loss(self.numbers.worst_tenth_loss)} (mean of the worst clients)"))
+            if self.numbers.rouge_l is not None:
+                found.append(("Rouge-L", format_loss(self.numbers.rouge_l)))
+                found.append(("exact match", format_share(self.numbers.exact_match)))
+            sent = f"{format_bytes(self.numbers.upload_bytes)} up, {format_bytes(self.numbers.download_bytes)} down"
+            found.append(("sent", sent))
+        found.append(("time", f"{format_seconds(self.seconds)} for {self.num_rounds} rounds"))
+        if self.peak_memory_bytes:
+            found.append(("peak memory", format_bytes(self.peak_memory_bytes)))
+        width = max(len(label) for label, _ in found)
+        return [f"{label.ljust(width)}  {text}" for label, text in found]
+
+
+def summarise_run(path: Path) -> RunSummary:
+    """The closing numbers of the run in `path`.
+
+    Raises:
+        IntegrityError: a file of the run directory is missing or damaged.
+    """
+    return summary_of_run(read_run(path))
+
+
+def summary_of_run(run: RunRecord) -> RunSummary:
+    """The closing numbers of a run that was read."""
+    curve = run.mean_validation_losses()
+    return RunSummary(
+        method=run.method,
+        num_rounds=len(run.rounds),
+        numbers=summary_of(run) if run.records else None,
+        validation_loss=curve[-1][1] if curve else None,
+        seconds=run.seconds,
+        peak_memory_bytes=run.peak_memory_bytes,
+    )

@@ -1,0 +1,201 @@
+"""The closing table: one row per method, averaged over paired seeds, as text, Markdown or JSON.
+
+Knows nothing about HTML; the page shows the same rows.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from fedmira.evaluation.meters import ClientRecord, Summary, mean, summarise
+from fedmira.report.formats import NOTHING, format_bytes, format_change, format_loss, format_seconds, format_share
+from fedmira.report.formats import printable as _printable
+from fedmira.report.reading import REFERENCE_METHOD, RunRecord, StudyRecord, read
+
+
+class Spread(NamedTuple):
+    """One number over the seeds of a method."""
+
+    mean: float
+    deviation: float | None
+    """Standard deviation over seeds (n - 1 in the denominator); None with one seed."""
+
+
+class Row(NamedTuple):
+    """One method of a study, or a single run. A number is None where nothing was measured."""
+
+    method: str
+    num_seeds: int
+    """Finished and judged runs the numbers are averaged over."""
+    num_unfinished: int
+    """Runs without test numbers, left out."""
+    mean_loss: Spread | None
+    """Test loss per supervised token, nats; unweighted over clients."""
+    task_mean_loss: Spread | None
+    worst_tenth_loss: Spread | None
+    share_harmed: Spread | None
+    """Share of clients with a test loss more than 1 % above `local_only` of the same seed. None for `local_only`."""
+    difference: Spread | None
+    """mean_loss minus that of `local_only`, paired by seed; below 0 is better. None for `local_only`."""
+    perplexity: Spread | None
+    rouge_l: Spread | None
+    exact_match: Spread | None
+    upload_bytes: Spread | None
+    """Whole run, all clients."""
+    download_bytes: Spread | None
+    seconds: Spread | None
+    """Training, merging and evaluating, without loading."""
+    peak_memory_bytes: int
+    """The highest of all runs."""
+
+    def facts(self) -> dict[str, Any]:
+        """The row as flat JSON: `x` and `x_deviation` for every number, null for what is unknown or not finite."""
+        flat: dict[str, Any] = {}
+        for name, value in self._asdict().items():
+            if isinstance(value, Spread):
+                flat[name] = _finite(value.mean)
+                flat[f"{name}_deviation"] = _finite(value.deviation)
+            else:
+                flat[name] = value
+        return flat
+
+
+def study_rows(path: Path) -> list[Row]:
+    """The rows of the study or run in `path`, methods in the study's order.
+
+    Raises:
+        UsageError: `path` is neither a run nor a study.
+        IntegrityError: a file of it is missing or damaged.
+    """
+    return rows_of(read(path))
+
+
+def rows_of(record: RunRecord | StudyRecord) -> list[Row]:
+    """The rows of what was read from a directory."""
+    if isinstance(record, RunRecord):
+        return [_row(record.method, [record], {})]
+    references = {seed: run.records for seed in record.seeds if (run := record.reference(seed)) is not None}
+    # the reference itself gets none: compared with itself it would show zeros that mean nothing
+    return [
+        _row(method, record.of(method), {} if method == REFERENCE_METHOD else references) for method in record.methods
+    ]
+
+
+def summary_of(run: RunRecord, reference: Sequence[ClientRecord] | None = None) -> Summary:
+    """The numbers of one judged run."""
+    return summarise(run.records, reference, upload_bytes=run.upload_bytes, download_bytes=run.download_bytes)
+
+
+def spread(values: Iterable[float | None]) -> Spread | None:
+    """Mean and standard deviation of the values that are there; None of nothing."""
+    known = [value for value in values if value is not None]
+    average = mean(known)
+    if average is None:
+        return None
+    if len(known) < 2:
+        return Spread(average, None)
+    return Spread(average, statistics.stdev(known) if all(map(math.isfinite, known)) else math.nan)
+
+
+def _row(method: str, runs: Sequence[RunRecord], references: dict[int, tuple[ClientRecord, ...]]) -> Row:
+    judged = [run for run in runs if run.records]
+    summaries = [summary_of(run, references.get(run.seed)) for run in judged]
+    differences = [
+        summary.mean_loss - local
+        for run, summary in zip(judged, summaries, strict=True)
+        if run.seed in references
+        and summary.mean_loss is not None
+        and (local := summarise(references[run.seed]).mean_loss) is not None
+    ]
+    return Row(
+        method=method,
+        num_seeds=len(judged),
+        num_unfinished=len(runs) - len(judged),
+        mean_loss=spread(summary.mean_loss for summary in summaries),
+        task_mean_loss=spread(summary.task_mean_loss for summary in summaries),
+        worst_tenth_loss=spread(summary.worst_tenth_loss for summary in summaries),
+        share_harmed=spread(summary.share_harmed for summary in summaries),
+        difference=spread(differences),
+        perplexity=spread(summary.perplexity for summary in summaries),
+        rouge_l=spread(summary.rouge_l for summary in summaries),
+        exact_match=spread(summary.exact_match for summary in summaries),
+        upload_bytes=spread(run.upload_bytes for run in judged),
+        download_bytes=spread(run.download_bytes for run in judged),
+        seconds=spread(run.seconds for run in judged),
+        peak_memory_bytes=max((run.peak_memory_bytes for run in runs), default=0),
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------- as text
+
+COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
+    ("method", lambda row: row.method),
+    ("mean loss", lambda row: with_spread(row.mean_loss, format_loss)),
+    ("vs local", lambda row: with_spread(row.difference, format_change)),
+    ("worst tenth", lambda row: with_spread(row.worst_tenth_loss, format_loss)),
+    ("harmed", lambda row: with_spread(row.share_harmed, format_share, deviation=False)),
+    ("Rouge-L", lambda row: with_spread(row.rouge_l, format_loss)),
+    ("exact", lambda row: with_spread(row.exact_match, format_share, deviation=False)),
+    ("up + down", lambda row: format_bytes(total_bytes(row))),
+    ("time", lambda row: with_spread(row.seconds, format_seconds, deviation=False)),
+)
+"""Heading and cell of each column."""
+
+
+def render_table(rows: Sequence[Row], *, markdown: bool = False) -> str:
+    """The rows as aligned plain text, or as a Markdown table; control characters in names are written out."""
+    cells = [[heading for heading, _ in COLUMNS]]
+    cells += [[_printable(cell(row)) for _, cell in COLUMNS] for row in rows]
+    if markdown:
+        cells = [[text.replace("\\", "\\\\").replace("|", "\\|") for text in line] for line in cells]
+        cells.insert(1, ["---", *["---:"] * (len(COLUMNS) - 1)])
+        return "\n".join([*(f"| {' | '.join(line)} |" for line in cells), "", footnote(rows)])
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = [
+        "  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))]).rstrip()
+        for line in cells
+    ]
+    lines.insert(1, "  ".join("-" * width for width in widths))
+    return "\n".join([*lines, footnote(rows)])
+
+
+def footnote(rows: Sequence[Row]) -> str:
+    """What the numbers of the table are."""
+    seeds = max((row.num_seeds for row in rows), default=0)
+    parts = ["Loss: nats per answer token on test data, mean over clients; lower is better."]
+    if any(row.share_harmed for row in rows):
+        parts.append("Harmed: clients more than 1 % worse than training alone.")
+    if seeds > 1:
+        parts.append(f"Mean over {seeds} seeds, in brackets the standard deviation over seeds.")
+    unfinished = sum(row.num_unfinished for row in rows)
+    if unfinished:
+        parts.append(f"{unfinished} run{'s' if unfinished > 1 else ''} without test numbers left out.")
+    return " ".join(parts)
+
+
+def with_spread(value: Spread | None, write: Callable[[float], str], *, deviation: bool = True) -> str:
+    """`mean (deviation)`, or only the mean.
+
+    >>> with_spread(Spread(2.5, 0.25), format_loss), with_spread(Spread(2.5, None), format_loss)
+    ('2.500 (0.250)', '2.500')
+    """
+    if value is None:
+        return NOTHING
+    if not deviation or value.deviation is None:
+        return write(value.mean)
+    return f"{write(value.mean)} ({format_loss(value.deviation)})"
+
+
+def total_bytes(row: Row) -> float | None:
+    """Upload and download together, mean over seeds."""
+    if row.upload_bytes is None or row.download_bytes is None:
+        return None
+    return row.upload_bytes.mean + row.download_bytes.mean
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None

@@ -1,0 +1,188 @@
+"""Claims: the closing table pairs each run with local training of the same seed, averages over seeds, and is safe."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from fedmira.errors import IntegrityError, UsageError
+from fedmira.report.reading import StudyRecord, read, read_run
+from fedmira.report.summary import summarise_run
+from fedmira.report.table import render_table, rows_of, spread, study_rows
+
+Make = Callable[..., Path]
+
+
+def two_client_study(make_study: Make, losses: dict[tuple[str, int], tuple[float, float]]) -> Path:
+    """A study whose final losses of two clients are given by (method, seed)."""
+    methods = tuple(dict.fromkeys(method for method, _ in losses))
+    seeds = tuple(dict.fromkeys(seed for _, seed in losses))
+    study = make_study(methods=methods, seeds=seeds, families=1, clients_per_family=2, rounds=2)
+    entries = json.loads((study / "study.json").read_text())["runs"]
+    for entry in entries:
+        metrics = study / entry["path"] / "metrics.jsonl"
+        *others, last = metrics.read_text().splitlines()
+        final = json.loads(last)
+        for client, loss in zip(final["clients"].values(), losses[entry["method"], entry["seed"]], strict=True):
+            client |= {"loss_sum": loss * 10, "tokens": 10}
+        metrics.write_text("\n".join([*others, json.dumps(final)]) + "\n")
+    return study
+
+
+def test_numbers_by_hand(make_study: Make) -> None:
+    study = two_client_study(
+        make_study,
+        {
+            ("local_only", 0): (2.0, 4.0),
+            ("mira", 0): (1.0, 5.0),
+            ("local_only", 1): (3.0, 3.0),
+            ("mira", 1): (2.0, 2.0),
+        },
+    )
+    local, mira = study_rows(study)
+    assert local.method == "local_only"
+    assert local.difference is None
+    assert local.share_harmed is None
+    assert mira.mean_loss == (pytest.approx(2.5), pytest.approx(statistics.stdev([3.0, 2.0])))
+    assert mira.worst_tenth_loss == (pytest.approx(3.5), pytest.approx(statistics.stdev([5.0, 2.0])))
+    # paired by seed: 3 - 3 and 2 - 3
+    assert mira.difference == (pytest.approx(-0.5), pytest.approx(statistics.stdev([0.0, -1.0])))
+    # one of two clients on seed 0, none on seed 1
+    assert mira.share_harmed == (0.25, pytest.approx(statistics.stdev([0.5, 0.0])))
+    assert mira.upload_bytes == (2 * 2 * 786_432, 0.0)
+    assert local.upload_bytes == (0.0, 0.0)
+    assert "2.500 (0.707)" in render_table([local, mira])
+
+
+def test_a_run_alone_gives_one_row_without_comparison(make_run: Make) -> None:
+    (row,) = study_rows(make_run(method="fedit"))
+    assert (row.method, row.num_seeds, row.share_harmed, row.difference) == ("fedit", 1, None, None)
+    assert row.mean_loss is not None
+    assert row.mean_loss.deviation is None
+    assert "Harmed" not in render_table([row])
+
+
+def test_unfinished_runs_are_left_out_and_counted(make_study: Make) -> None:
+    study = make_study(methods=("local_only", "mira"), seeds=(0, 1))
+    metrics = study / "runs/1-seed1/metrics.jsonl"
+    metrics.write_text("".join(metrics.read_text().splitlines(keepends=True)[:-1]))
+    row = study_rows(study)[1]
+    assert (row.num_seeds, row.num_unfinished) == (1, 1)
+    assert "1 run without test numbers left out" in render_table(study_rows(study))
+
+
+def test_seconds_and_bytes_are_sums_over_all_events(make_run: Make) -> None:
+    path = make_run(rounds=3)
+    run = read_run(path)
+    events = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    expected = sum(v for e in events for k, v in e["timing"].items() if k.endswith("_seconds"))
+    assert run.seconds == pytest.approx(expected)
+    assert run.download_bytes == sum(e.get("download_bytes", 0) for e in events) > 0
+
+
+def test_a_round_written_again_after_a_resume_counts_once(make_run: Make) -> None:
+    path = make_run(rounds=3)
+    before = study_rows(path)
+    metrics = path / "metrics.jsonl"
+    lines = metrics.read_text().splitlines(keepends=True)
+    metrics.write_text("".join([*lines[:4], *lines[2:]]))
+    assert study_rows(path) == before
+
+
+def test_a_half_written_last_line_is_forgiven_and_damage_is_not(make_run: Make) -> None:
+    path = make_run(rounds=3, finished=False)
+    metrics = path / "metrics.jsonl"
+    whole = metrics.read_text()
+    metrics.write_text(whole + '{"event": "fin')
+    assert len(read_run(path).rounds) == 3
+    metrics.write_text('{"event": "ro\n' + whole)
+    with pytest.raises(IntegrityError, match="line 1 is not JSON"):
+        read_run(path)
+    metrics.write_text(whole.replace('"upload_bytes"', '"uploaded"'))
+    with pytest.raises(IntegrityError, match="'upload_bytes' is missing"):
+        read_run(path)
+    metrics.write_text(whole)
+    (path / "manifest.json").unlink()
+    with pytest.raises(IntegrityError, match=r"manifest\.json"):
+        read_run(path)
+
+
+def test_a_graph_of_the_wrong_size_is_refused(make_run: Make) -> None:
+    path = make_run()
+    graph = json.loads((path / "graph.json").read_text())
+    (path / "graph.json").write_text(json.dumps({**graph, "adjacency": graph["adjacency"][1:]}))
+    with pytest.raises(IntegrityError, match="16 names but no matrix of 16 x 16"):
+        read_run(path)
+
+
+def test_other_folders_are_refused(tmp_path: Path, make_study: Make) -> None:
+    with pytest.raises(UsageError, match="does not exist"):
+        study_rows(tmp_path / "nowhere")
+    with pytest.raises(UsageError, match="neither"):
+        study_rows(tmp_path)
+    study = make_study(seeds=(0,))
+    content = json.loads((study / "study.json").read_text())
+    (study / "study.json").write_text(json.dumps({**content, "runs": content["runs"] * 2}))
+    with pytest.raises(IntegrityError, match="twice"):
+        study_rows(study)
+
+
+def test_hostile_method_names_stay_on_their_line(make_study: Make) -> None:
+    rows = study_rows(make_study(methods=("local_only", "a\x1b[31m|b\nc"), seeds=(0,)))
+    text, markdown = render_table(rows), render_table(rows, markdown=True)
+    assert "\x1b" not in text + markdown
+    assert len(text.splitlines()) == 5
+    assert r"| a\\x1b[31m\|b\\nc |" in markdown
+
+
+def test_markdown_is_a_table_with_the_same_cells(make_study: Make) -> None:
+    rows = study_rows(make_study(seeds=(0, 1)))
+    header, rule, *lines = render_table(rows, markdown=True).split("\n\n")[0].splitlines()
+    assert header.startswith("| method | mean loss |")
+    assert set(rule) <= set("|-: ")
+    assert [line.count("|") for line in lines] == [header.count("|")] * 4
+    for line, plain in zip(lines, render_table(rows).splitlines()[2:], strict=False):
+        assert line.split("|")[2].strip() in plain
+
+
+def test_json_facts_are_finite_and_flat(make_study: Make) -> None:
+    study = two_client_study(make_study, {("local_only", 0): (1.0, 1.0), ("mira", 0): (float("nan"), 1.0)})
+    local, mira = (row.facts() for row in study_rows(study))
+    json.dumps([local, mira], allow_nan=False)
+    assert mira["mean_loss"] is None
+    assert mira["share_harmed"] == 0.5
+    assert local["mean_loss"] == 1.0
+    assert "nan" in render_table(study_rows(study))
+
+
+def test_spread_of_nothing_one_and_many() -> None:
+    assert spread([]) is None
+    assert spread([None, 2.0]) == (2.0, None)
+    assert spread([1.0, 3.0]) == (2.0, pytest.approx(2**0.5))
+
+
+def test_study_keeps_methods_in_its_order_and_finds_its_reference(make_study: Make) -> None:
+    record = read(make_study(methods=("mira", "local_only")))
+    assert isinstance(record, StudyRecord)
+    assert [row.method for row in rows_of(record)] == ["mira", "local_only"]
+    reference = record.reference(1)
+    assert reference is not None
+    assert (reference.method, reference.seed) == ("local_only", 1)
+    assert record.reference(7) is None
+
+
+def test_summary_of_a_run_for_the_command_line(make_run: Make) -> None:
+    summary = summarise_run(make_run(rounds=4))
+    facts = summary.facts()
+    json.dumps(facts, allow_nan=False)
+    assert facts["rounds"] == 4
+    assert facts["num_clients"] == 16
+    assert any(line.startswith("test loss") for line in summary.lines())
+    unjudged = summarise_run(make_run(finished=False))
+    assert unjudged.numbers is None
+    assert "mean_loss" not in unjudged.facts()
+    assert not any("test loss" in line for line in unjudged.lines())
