@@ -1,0 +1,253 @@
+"""Examples become clients: who holds what, and in which split. Deterministic by seed and by content.
+
+Every draw has a stream of its own, named by the task or the client, and groups are ordered by a hash of their text:
+adding a task or a client leaves the others as they are. A prompt has one split in the whole federation: the first
+client that holds it decides, so a text tested at one client is never trained on at another. Knows nothing about files,
+templates or tokens.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import deque
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from fedmira.config import DataConfig, PartitionConfig
+from fedmira.data.sources import load_examples
+from fedmira.data.sources.source import Source
+from fedmira.data.splits import Group, grouped, shuffled, split_client
+from fedmira.errors import DataError
+from fedmira.randomness import generator
+from fedmira.types import Client, Example, Federation
+
+CLIENT_NAME = re.compile(r"(?![. ])[A-Za-z0-9 ._-]{1,100}(?<! )")
+
+
+class _Holding(NamedTuple):
+    """What one client is given, before the split."""
+
+    name: str
+    groups: list[Group]
+
+
+def build_federation(config: DataConfig, seed: int) -> Federation:
+    """Load the examples of `config` and hand them to clients.
+
+    Args:
+        config: the `data` section of a run's config.
+        seed: of every draw.
+
+    Raises:
+        DataError: a file, a client or its name cannot be used.
+        ConfigError: settings that contradict each other.
+        SetupError: the source needs a package that is not installed.
+    """
+    return partition(load_examples(config, seed), config.partition, seed)
+
+
+def partition(source: Source, config: PartitionConfig, seed: int) -> Federation:
+    """Hand the examples of a source to clients and split each client's.
+
+    Raises:
+        DataError: there are no examples; labels or client names that the partition needs are missing or unsafe; a
+            client has too few different texts for its splits.
+    """
+    if not source.examples:
+        raise DataError("the data source has no examples. Check data.path and the fields of its records.")
+    holdings = {"task": _by_task, "field": _by_field, "dirichlet": _by_dirichlet, "iid": _iid}[config.by](
+        source.examples, config, seed
+    )
+    check_names(holding.name for holding in holdings)
+    placed = dict(source.splits)
+    clients = tuple(_client(holding, config, seed, placed) for holding in holdings)
+    num_held = sum(len(client.train) + len(client.validation) + len(client.test) for client in clients)
+    provenance = {
+        **source.provenance,
+        "partition": {
+            "by": config.by,
+            "seed": seed,
+            "clients": len(clients),
+            "examples_held": num_held,
+            "examples_left_out": len(source.examples) - num_held,
+            "different_prompts_held": len({group.key for holding in holdings for group in holding.groups}),
+        },
+    }
+    names = tuple(client.name for client in clients)
+    true_adjacency_KK = None if source.true_adjacency is None else source.true_adjacency(names)
+    return Federation(clients, true_adjacency_KK, provenance)
+
+
+def check_names(names: Iterable[str]) -> None:
+    """Refuse client names that are unsafe as file names or that differ only in case.
+
+    Raises:
+        DataError: names the client.
+    """
+    seen: dict[str, str] = {}
+    for name in names:
+        if not CLIENT_NAME.fullmatch(name):
+            raise DataError(
+                f"the client name {_shown(name)} cannot be used. Allowed: 1 to 100 of the characters A-Z a-z 0-9, "
+                "space, dot, dash and underscore, not beginning with a dot or a space and not ending with a space. "
+                "Rename it in the data (the client field, the task or the file name)."
+            )
+        if name.casefold() in seen:
+            raise DataError(
+                f"two clients are called {_shown(seen[name.casefold()])} and {_shown(name)}; names must differ by more "
+                "than case. Rename one of them in the data (the client field, the task or the file name)."
+            )
+        seen[name.casefold()] = name
+
+
+def _shown(name: str) -> str:
+    return ascii(name if len(name) <= 110 else name[:100] + "...")
+
+
+def _client(holding: _Holding, config: PartitionConfig, seed: int, placed: dict[str, str]) -> Client:
+    splits = split_client(holding.name, holding.groups, config, seed, placed)
+    examples = [example for group in holding.groups for example in group.examples]
+    return Client(
+        name=holding.name,
+        train=splits["train"],
+        validation=splits["validation"],
+        test=splits["test"],
+        task=_common(example.task for example in examples),
+        category=_common(example.category for example in examples),
+    )
+
+
+def _common(labels: Iterable[str]) -> str:
+    """The one label that all share, or an empty string."""
+    distinct = set(labels)
+    return distinct.pop() if len(distinct) == 1 else ""
+
+
+# ---------------------------------------------------------------------------------------------------- four partitions
+
+
+def _by_task(examples: Sequence[Example], config: PartitionConfig, seed: int) -> list[_Holding]:
+    tasks: dict[str, list[Example]] = {}
+    for example in examples:
+        tasks.setdefault(example.task, []).append(example)
+    if "" in tasks:
+        raise DataError(
+            f"data.partition.by = task, but {len(tasks[''])} of {len(examples)} examples name no task (first: "
+            f"{tasks[''][0].id or 'unnamed'}). Set data.task_field to the field that names it, or data.partition.by to "
+            "field or iid."
+        )
+    holdings = []
+    for task, members in tasks.items():
+        pool = deque(shuffled(grouped(members), seed, "partition", "deal", task))
+        remaining = len(members)
+        for number in range(config.clients_per_task):
+            name = task if config.clients_per_task == 1 else f"{task}-{number}"
+            groups, removed = _take(pool, _fair_size(remaining, config.clients_per_task - number, config), config)
+            remaining -= removed
+            holdings.append(_Holding(name, groups))
+    return holdings
+
+
+def _by_field(examples: Sequence[Example], config: PartitionConfig, seed: int) -> list[_Holding]:
+    clients: dict[str, list[Example]] = {}
+    for example in examples:
+        clients.setdefault(example.client, []).append(example)
+    if "" in clients:
+        raise DataError(
+            f"data.partition.by = field, but {len(clients[''])} of {len(examples)} examples name no client (first: "
+            f"{clients[''][0].id or 'unnamed'}). Set data.client_field to the field that names it, or "
+            "data.partition.by to task or iid."
+        )
+    holdings = []
+    for name, members in clients.items():
+        pool = deque(shuffled(grouped(members), seed, "partition", "deal", name))
+        groups, _ = _take(pool, _fair_size(len(members), 1, config), config)
+        holdings.append(_Holding(name, groups))
+    return holdings
+
+
+def _iid(examples: Sequence[Example], config: PartitionConfig, seed: int) -> list[_Holding]:
+    num_clients = config.num_clients or 1
+    pool = deque(shuffled(grouped(examples), seed, "partition", "deal"))
+    remaining = len(examples)
+    holdings = []
+    for number in range(num_clients):
+        groups, removed = _take(pool, _fair_size(remaining, num_clients - number, config), config)
+        remaining -= removed
+        holdings.append(_Holding(f"client-{number:03d}", groups))
+    return holdings
+
+
+def _by_dirichlet(examples: Sequence[Example], config: PartitionConfig, seed: int) -> list[_Holding]:
+    """Each client's label shares are drawn from Dirichlet(alpha), its examples from the labels' pools.
+
+    A label whose pool is empty drops out and the other shares are scaled up (Hsu et al. 2019, arXiv 1909.06335).
+    """
+    num_clients = config.num_clients or 1
+    pools: dict[str, deque[Group]] = {}
+    for group in shuffled(grouped(examples), seed, "partition", "deal"):
+        label = group.examples[0].task or group.examples[0].category
+        pools.setdefault(label, deque()).append(group)
+    if "" in pools:
+        raise DataError(
+            f"data.partition.by = dirichlet, but some examples have no label (first: "
+            f"{pools[''][0].examples[0].id or 'unnamed'}). Set data.task_field or data.category_field to the field "
+            "that names it, or data.partition.by to iid."
+        )
+    remaining = len(examples)
+    holdings = []
+    for number in range(num_clients):
+        name = f"client-{number:03d}"
+        rng = generator(seed, "partition", "dirichlet", name)
+        log_shares = {label: _log_gamma_draw(config.alpha, seed, name, label) for label in pools}
+        missing = _fair_size(remaining, num_clients - number, config)
+        groups: list[Group] = []
+        while missing > 0 and any(pools.values()):
+            labels = [label for label, pool in pools.items() if pool]
+            logs = np.array([log_shares[label] for label in labels])
+            shares = np.exp(logs - logs.max())
+            label = labels[int(rng.choice(len(labels), p=shares / shares.sum()))]
+            taken, removed = _take(pools[label], 1, config, at_most=missing)
+            groups += taken
+            remaining -= removed
+            missing -= sum(len(group.examples) for group in taken)
+        holdings.append(_Holding(name, groups))
+    return holdings
+
+
+def _log_gamma_draw(alpha: float, seed: int, name: str, label: str) -> float:
+    """The logarithm of a Gamma(alpha) draw; normalised over labels such draws are Dirichlet.
+
+    As Gamma(alpha + 1) * uniform^(1 / alpha), which cannot underflow in logarithms however small alpha is.
+    """
+    rng = generator(seed, "partition", "dirichlet", name, label)
+    return float(np.log(rng.gamma(alpha + 1.0)) + np.log1p(-rng.random()) / alpha)
+
+
+def _fair_size(remaining: int, num_clients: int, config: PartitionConfig) -> int:
+    """What the next of `num_clients` clients may take of `remaining` examples: an equal part, at most the cap."""
+    fair = -(-remaining // num_clients)
+    return fair if config.examples_per_client is None else min(fair, config.examples_per_client)
+
+
+def _take(
+    pool: deque[Group], size: int, config: PartitionConfig, at_most: int | None = None
+) -> tuple[list[Group], int]:
+    """Take groups from the left of `pool` until there are `size` examples; also return how many left the pool.
+
+    With a cap on examples per client the last group is cut to `at_most` (default: `size`) examples; the rest of it is
+    left out, as no other client may hold the same text. Without a cap it stays whole.
+    """
+    room = size if at_most is None else at_most
+    taken: list[Group] = []
+    held = removed = 0
+    while pool and held < size:
+        group = pool.popleft()
+        removed += len(group.examples)
+        if config.examples_per_client is not None:
+            group = Group(group.key, group.examples[: room - held])
+        taken.append(group)
+        held += len(group.examples)
+    return taken, removed

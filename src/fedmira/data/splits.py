@@ -1,0 +1,152 @@
+"""Which texts are the same, and how one client's texts are split into train, validation and test.
+
+The unit is the content group: all examples with the same prompt after normalisation, whatever their answers. A group
+never falls into two splits. Knows nothing about where examples come from or which client gets what.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import unicodedata
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
+from typing import NamedTuple
+
+from fedmira.config import PartitionConfig
+from fedmira.errors import DataError
+from fedmira.randomness import stream_seed
+from fedmira.types import Example
+
+SPLITS = ("train", "validation", "test")
+
+
+class Group(NamedTuple):
+    """Examples that must stay together because their prompts are the same text."""
+
+    key: str
+    """`content_key` of each of them."""
+    examples: tuple[Example, ...]
+
+
+class SplitSizes(NamedTuple):
+    """How many examples of one client go where."""
+
+    train: int
+    validation: int
+    test: int
+
+
+def content_key(example: Example) -> str:
+    """Return the hash of the example's prompt text, blind to case, white space and Unicode form; not to its answer.
+
+    >>> one = Example(instruction="Name the capital.", input="France", output="Paris")
+    >>> two = Example(instruction="name  the capital. FRANCE", output="Lyon")
+    >>> content_key(one) == content_key(two)
+    True
+    """
+    turns = (text for turn in example.turns for text in turn)
+    text = "\n".join((*turns, example.instruction, example.input))
+    normalised = " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+    return hashlib.blake2b(normalised.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+
+
+def grouped(examples: Iterable[Example]) -> list[Group]:
+    """Group examples by content key, in order of first appearance."""
+    groups: dict[str, list[Example]] = {}
+    for example in examples:
+        groups.setdefault(content_key(example), []).append(example)
+    return [Group(key, tuple(members)) for key, members in groups.items()]
+
+
+def shuffled(groups: Iterable[Group], seed: int, *purpose: str | int) -> list[Group]:
+    """Order groups by a hash of their content: the order of two groups depends on no third one."""
+    return sorted(groups, key=lambda group: (stream_seed(seed, *purpose, group.key), group.key))
+
+
+def split_sizes(num_examples: int, partition: PartitionConfig) -> SplitSizes:
+    """Return the sizes that come closest to the shares, at least one where a share is positive.
+
+    >>> split_sizes(40, PartitionConfig(validation=0.15, test=0.25))
+    SplitSizes(train=24, validation=6, test=10)
+    """
+    test = max(1, int(num_examples * partition.test + 0.5)) if partition.test else 0
+    validation = max(1, int(num_examples * partition.validation + 0.5)) if partition.validation else 0
+    return SplitSizes(num_examples - validation - test, validation, test)
+
+
+def split_client(
+    name: str,
+    groups: Sequence[Group],
+    partition: PartitionConfig,
+    seed: int,
+    placed: MutableMapping[str, str],
+) -> dict[str, tuple[Example, ...]]:
+    """Split one client's groups; a group that another client or the source has placed keeps its split.
+
+    Args:
+        name: the client's, for its random stream and for messages.
+        groups: its content groups.
+        partition: the shares.
+        seed: of the partition.
+        placed: content key to split of the groups placed so far, in the whole federation. This client's groups are
+            added to it, so that a text tested at one client is never trained on at another.
+
+    Raises:
+        DataError: a split that must not be empty is.
+    """
+    wanted = dict(zip(SPLITS, split_sizes(sum(len(group.examples) for group in groups), partition), strict=True))
+    chosen: dict[str, list[Group]] = {split: [] for split in SPLITS}
+    free = []
+    for group in shuffled(groups, seed, "partition", "split", name):
+        if group.key in placed:
+            chosen[placed[group.key]].append(group)
+        else:
+            free.append(group)
+    # test and validation take the groups that fit; a group too large for what is missing goes on to train
+    for split in ("test", "validation"):
+        rest = []
+        missing = wanted[split] - _num_examples(chosen[split])
+        for group in free:
+            if len(group.examples) <= missing:
+                chosen[split].append(group)
+                missing -= len(group.examples)
+            else:
+                rest.append(group)
+        free = rest
+        if wanted[split] and not chosen[split] and free:
+            smallest = min(free, key=lambda group: len(group.examples))
+            chosen[split].append(smallest)
+            free.remove(smallest)
+    chosen["train"].extend(free)
+    _refuse_empty(name, groups, chosen, partition)
+    for split, members in chosen.items():
+        for group in members:
+            placed.setdefault(group.key, split)
+    return {split: tuple(e for group in chosen[split] for e in group.examples) for split in SPLITS}
+
+
+def _num_examples(groups: Iterable[Group]) -> int:
+    return sum(len(group.examples) for group in groups)
+
+
+def _refuse_empty(
+    name: str, groups: Sequence[Group], chosen: Mapping[str, Sequence[Group]], partition: PartitionConfig
+) -> None:
+    needed = ("train", "validation", "test") if partition.validation else ("train", "test")
+    empty = [split for split in needed if not chosen[split]]
+    if not empty:
+        return
+    if not groups:
+        raise DataError(
+            f"client {name!r} has no examples; every client needs at least {len(needed)}. "
+            "Give it examples, ask for fewer clients, or remove it from the data."
+        )
+    if not partition.test:
+        raise DataError(
+            f"data.partition.test = 0 leaves nothing to judge client {name!r} by. Set it to 0.25, for example."
+        )
+    raise DataError(
+        f"client {name!r} has no example left for {' and '.join(empty)}: it holds {_num_examples(groups)} examples "
+        f"with {len(groups)} different prompts, and one prompt never falls into two splits, at this client or at others. It "
+        f"needs at least {len(needed)} different prompts ({', '.join(needed)}). Give it more examples, ask for fewer "
+        "clients, remove it, or set data.partition.validation to 0."
+    )

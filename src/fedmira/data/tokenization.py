@@ -1,0 +1,228 @@
+"""Clients' examples become token sequences with a marked answer; what is cut or dropped is counted.
+
+Prompt and answer are tokenised separately, so that the prompt's tokens are exactly what generation sees: the beginning
+of an answer never merges into the end of the prompt. A sequence is [start token] prompt, answer, end token; the answer
+and the end token are supervised. A sequence that is too long loses the beginning of its prompt (after the start token),
+never a part of its answer; an answer that leaves no room for a prompt is dropped. Special tokens that are spelt out in
+the data stay plain text, except within a chat template. Knows nothing about models, batches or devices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from fedmira.data.prompts import render
+from fedmira.errors import DataError, SetupError
+from fedmira.types import Client, Example, Federation
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+SPLITS = ("train", "validation", "test")
+NUM_NAMED_DROPS = 3
+
+
+class TokenizedExample(NamedTuple):
+    """One example as tokens."""
+
+    tokens: np.ndarray
+    """(T,) int32: start token if the tokenizer adds one, prompt, answer, end token."""
+    prompt_length: int
+    """The first `prompt_length` tokens are not supervised; at least 1, and smaller than T."""
+    id: str
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizedClient:
+    """One client's examples as tokens, by split."""
+
+    name: str
+    train: tuple[TokenizedExample, ...]
+    validation: tuple[TokenizedExample, ...]
+    test: tuple[TokenizedExample, ...]
+    examples: Client
+    """The client without the dropped examples: `examples.test[i]` is the text of `test[i]`, in every split."""
+
+
+class ClientTokens(NamedTuple):
+    """What tokenization did to one client, over all its splits."""
+
+    name: str
+    num_examples: int
+    """Kept."""
+    num_tokens: int
+    num_supervised_tokens: int
+    longest: int
+    """Tokens of its longest sequence."""
+    truncated_prompts: int
+    dropped_examples: int
+    first_dropped: tuple[str, ...]
+    """Ids of the first dropped examples."""
+
+
+class TokenizationReport(NamedTuple):
+    """What tokenization did to all clients, in their order."""
+
+    template: str
+    max_length: int
+    clients: tuple[ClientTokens, ...]
+
+    @property
+    def truncated_prompts(self) -> int:
+        return sum(client.truncated_prompts for client in self.clients)
+
+    @property
+    def dropped_examples(self) -> int:
+        return sum(client.dropped_examples for client in self.clients)
+
+
+def tokenize_federation(
+    federation: Federation, tokenizer: PreTrainedTokenizerBase, template: str, max_length: int
+) -> tuple[tuple[TokenizedClient, ...], TokenizationReport]:
+    """Tokenize every example of every client.
+
+    Args:
+        federation: the clients.
+        tokenizer: the base model's.
+        template: how an example becomes text, see `prompts.TEMPLATES`.
+        max_length: tokens of a sequence at most, start and end token included.
+
+    Raises:
+        SetupError: the tokenizer has no end token.
+        DataError: a client has no example left in a split that had some.
+        ConfigError: the template is unknown or does not go with the tokenizer.
+    """
+    end = end_token(tokenizer)
+    clients, counts = [], []
+    for client in federation.clients:
+        tokenized, count = _tokenize_client(client, tokenizer, template, max_length, end)
+        clients.append(tokenized)
+        counts.append(count)
+    return tuple(clients), TokenizationReport(template, max_length, tuple(counts))
+
+
+def prompt_tokens(
+    example: Example, tokenizer: PreTrainedTokenizerBase, template: str, max_length: int, reserve: int = 0
+) -> np.ndarray:
+    """Return the prompt of `example` as tokens (T,) int32, with at least `reserve` of `max_length` tokens left free.
+
+    For an example whose answer and end token take `reserve` tokens these are exactly the unsupervised tokens of its
+    `TokenizedExample`. The example's output is ignored.
+
+    Raises:
+        DataError: no prompt token fits, or the prompt has none.
+    """
+    [prompt] = _prompt_ids([example], tokenizer, template)
+    kept = _keep_end(prompt, max_length - reserve, tokenizer)
+    if not kept:
+        raise DataError(
+            f"the prompt of {example.id or 'the text'} has {len(prompt)} tokens, and max_length = {max_length} leaves "
+            f"{max_length - reserve} for it. Give a longer max_length or ask for fewer new tokens."
+        )
+    return np.array(kept, dtype=np.int32)
+
+
+def end_token(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return the id of the tokenizer's end-of-sequence token.
+
+    Raises:
+        SetupError: it has none.
+    """
+    end = tokenizer.eos_token_id
+    if end is None:
+        raise SetupError(
+            f"the tokenizer {tokenizer.name_or_path!r} has no end-of-sequence token (eos_token), so a model could not "
+            "learn where an answer ends. Use a base model whose tokenizer defines one, or add eos_token to its "
+            "tokenizer_config.json."
+        )
+    return int(end)
+
+
+def _tokenize_client(
+    client: Client, tokenizer: PreTrainedTokenizerBase, template: str, max_length: int, end: int
+) -> tuple[TokenizedClient, ClientTokens]:
+    sequences: dict[str, tuple[TokenizedExample, ...]] = {}
+    texts: dict[str, tuple[Example, ...]] = {}
+    truncated = 0
+    dropped: list[str] = []
+    for split in SPLITS:
+        examples: tuple[Example, ...] = getattr(client, split)
+        kept: list[tuple[Example, TokenizedExample]] = []
+        prompts = _prompt_ids(examples, tokenizer, template)
+        answers = _encode([render(e, template, tokenizer).answer for e in examples], tokenizer)
+        for example, prompt, answer in zip(examples, prompts, answers, strict=True):
+            supervised = [*answer, end]
+            visible = _keep_end(prompt, max_length - len(supervised), tokenizer)
+            if not visible:
+                dropped.append(example.id)
+                continue
+            truncated += len(visible) < len(prompt)
+            tokens = np.array([*visible, *supervised], dtype=np.int32)
+            kept.append((example, TokenizedExample(tokens, len(visible), example.id)))
+        if examples and not kept:
+            raise DataError(
+                f"client {client.name!r} has no usable {split} example: the answers of all {len(examples)} are so long "
+                f"that max_length = {max_length} tokens leave no room for a prompt (first: "
+                f"{examples[0].id or 'unnamed'}, answer and end token {len(answers[0]) + 1} tokens). Raise data.max_length or remove the client."
+            )
+        texts[split] = tuple(example for example, _ in kept)
+        sequences[split] = tuple(sequence for _, sequence in kept)
+    everything = [sequence for split in SPLITS for sequence in sequences[split]]
+    count = ClientTokens(
+        name=client.name,
+        num_examples=len(everything),
+        num_tokens=sum(len(sequence.tokens) for sequence in everything),
+        num_supervised_tokens=sum(len(sequence.tokens) - sequence.prompt_length for sequence in everything),
+        longest=max((len(sequence.tokens) for sequence in everything), default=0),
+        truncated_prompts=truncated,
+        dropped_examples=len(dropped),
+        first_dropped=tuple(dropped[:NUM_NAMED_DROPS]),
+    )
+    remaining = replace(client, train=texts["train"], validation=texts["validation"], test=texts["test"])
+    tokenized = TokenizedClient(client.name, sequences["train"], sequences["validation"], sequences["test"], remaining)
+    return tokenized, count
+
+
+def _prompt_ids(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, template: str) -> list[list[int]]:
+    prompts = [render(example, template, tokenizer).prompt for example in examples]
+    if template == "chat":
+        # a chat template writes its special tokens, the start token among them, into the text
+        return _encode(prompts, tokenizer, split_special_tokens=False)
+    encoded = _encode(prompts, tokenizer, add_special_tokens=True)
+    end = tokenizer.eos_token_id
+    # some tokenizers also append the end token, which must not stand between prompt and answer
+    if end != tokenizer.bos_token_id:
+        encoded = [ids[:-1] if ids and ids[-1] == end else ids for ids in encoded]
+    return encoded
+
+
+def _encode(
+    texts: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    add_special_tokens: bool = False,
+    split_special_tokens: bool = True,
+) -> list[list[int]]:
+    if not texts:
+        return []
+    encoding = tokenizer(
+        list(texts),
+        add_special_tokens=add_special_tokens,
+        split_special_tokens=split_special_tokens,
+        return_attention_mask=False,
+        verbose=False,
+    )
+    return [list(ids) for ids in encoding["input_ids"]]
+
+
+def _keep_end(prompt: Sequence[int], room: int, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The start token, if the prompt has one, and the last tokens of `prompt` that fit; empty if no text fits."""
+    start = list(prompt[:1]) if prompt and prompt[0] == tokenizer.bos_token_id else []
+    text = list(prompt[len(start) :])
+    room -= len(start)
+    if room < 1 or not text:
+        return []
+    return start + text[-room:]
