@@ -24,18 +24,21 @@ format: .venv/installed-dev
 
 # torch goes first and alone: the pinned release has a small CPU build, a later one would bring gigabytes of CUDA
 .venv/torch: constraints.txt
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] not in {(3, 11), (3, 12), (3, 13)} and "fedmira needs Python 3.11, 3.12 or 3.13; try make PYTHON=python3.12 quickstart")'
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet "$$(grep '^torch==' constraints.txt)"
-	touch $@
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] not in {(3, 11), (3, 12), (3, 13)} and "fedmira needs Python 3.11, 3.12 or 3.13; try make PYTHON=python3.12 quickstart")'
+	@test -x $(BIN)/pip || $(PYTHON) -m venv --clear .venv
+	@echo "Installing PyTorch (some 200 MB, once) ..."
+	@$(BIN)/pip install --quiet "$$(grep '^torch==' constraints.txt)"
+	@touch $@
 
 .venv/installed: .venv/torch pyproject.toml constraints.txt
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable .
-	touch $@
+	@echo "Installing fedmira and what it needs ..."
+	@$(BIN)/pip install --quiet --constraint constraints.txt --editable .
+	@touch $@
 
 .venv/installed-dev: .venv/installed
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
-	touch $@
+	@echo "Installing what the tests need ..."
+	@$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
 
 clean:
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

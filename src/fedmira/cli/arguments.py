@@ -30,4 +30,3 @@ def read_config(path: Path, overrides: Sequence[str]) -> RunConfig:
     from fedmira.config_file import load_config
 
     return load_config(path, overrides, recipes=recipe_names())
-

@@ -16,13 +16,10 @@ if TYPE_CHECKING:
 
 
 @click.command(short_help="Offline, minutes: compare four methods on tasks whose graph is known.")
-@click.option(
-    "--out", type=click.Path(path_type=Path, file_okay=False), default=Path("runs/quickstart"), show_default=True,
-    help="Folder for the runs and the report.",
-)
+@click.option("--out", type=click.Path(path_type=Path, file_okay=False), help="Folder of the study.")
 @standard_options
 @click.pass_obj
-def quickstart(session: Session, out: Path) -> None:
+def quickstart(session: Session, out: Path | None) -> None:
     """Compare four methods on made-up tasks with a known graph, write a report, print the table.
 
     Needs no network and no GPU. The recipe is `fedmira init quickstart`.
@@ -68,6 +65,6 @@ def _compare(session: Session, config: RunConfig, directory: Path | None) -> Non
     page = write_report(study)
     rows = study_rows(study)
     session.result(
-        {"study": str(study), "report": str(page), "methods": [row._asdict() for row in rows]},
+        {"study": str(study), "report": str(page), "methods": [row.facts() for row in rows]},
         f"\n{render_table(rows)}\nReport: {page}",
     )

@@ -26,7 +26,7 @@ class PlainDisplay:
         self._total_rounds = 0
 
     def _line(self, text: str) -> None:
-        print(printable(text), file=self._stream, flush=True)  # noqa: T201
+        print(printable(text), file=self._stream, flush=True)
 
     def start(self, title: str, total_rounds: int) -> None:
         self._total_rounds = total_rounds

@@ -18,9 +18,7 @@ from fedmira.errors import UsageError
 @click.option("--with-base", is_flag=True, help="Put a copy of the embedded base model into OUT/base.")
 @standard_options
 @click.pass_obj
-def export(
-    session: Session, run: Path, client: str | None, all_clients: bool, out: Path, with_base: bool
-) -> None:
+def export(session: Session, run: Path, client: str | None, all_clients: bool, out: Path, with_base: bool) -> None:
     """Write what a client of RUN gets to keep as a folder that peft and vLLM load."""
     if (client is None) != all_clients:
         raise UsageError("give either --client NAME or --all")

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from fedmira.report.formats import printable as printable_word
+
 if TYPE_CHECKING:
     from fedmira.experiment import Display
 
@@ -48,15 +50,12 @@ class Session:
 
 
 def printable(text: str) -> str:
-    """Return `text` with control characters written out: names and data must not steer the reader's terminal.
+    """Return `text` with control characters but newline and tab written out: data must not steer a terminal.
 
     >>> printable("red\\x1b[31m")
     'red\\\\x1b[31m'
     """
-    if text.isprintable():
-        return text
-    kept = "\n\t"
-    return "".join(c if c.isprintable() or c in kept else c.encode("unicode_escape").decode() for c in text)
+    return "\n".join("\t".join(map(printable_word, line.split("\t"))) for line in text.split("\n"))
 
 
 def _switch(name: str) -> Callable[[click.Context, click.Parameter, bool], None]:

@@ -1,1 +1,1 @@
-
+"""Personalised adapters as folders that other tools load."""

@@ -1,0 +1,161 @@
+"""What the clients of a finished run get to keep: as PEFT folders, or put to use on a question.
+
+Needs the run directory and the base model; the clients' data is never read.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from fedmira import embedded_base_path
+from fedmira.errors import UsageError, nearest
+from fedmira.export.peft import EMBEDDED_NAME, adapter_files, model_card, new_folder, write_files
+from fedmira.types import Arena, Example, Layout
+
+if TYPE_CHECKING:
+    from fedmira.config import RunConfig
+    from fedmira.model.base import BaseModel
+
+BASE_FOLDER = "base"
+
+SAFE_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9 ._-]{0,99}")
+"""Names that can be a folder: the rule that the data layer applies to clients, checked again where folders are made."""
+
+
+class Trained(NamedTuple):
+    """A finished run: who its clients are and the adapters they keep."""
+
+    config: RunConfig
+    names: tuple[str, ...]
+    adapters: Arena
+    """(K, P), row k belongs to `names[k]`."""
+    base: BaseModel
+    rounds: int
+    """Rounds that are behind these adapters."""
+
+    def index(self, client: str) -> int:
+        """The row of `client`; raises UsageError with the nearest right names if there is no such client."""
+        if client not in self.names:
+            shown = ", ".join(self.names[:12]) + (f", ... ({len(self.names)} in all)" if len(self.names) > 12 else "")
+            raise UsageError(f"the run has no client {client!r}; its clients: {shown}{nearest(client, self.names)}")
+        return self.names.index(client)
+
+
+def load_trained(run: Path) -> Trained:
+    """Return the clients of the run in the folder `run` and what they keep, from its newest valid checkpoint.
+
+    Raises:
+        UsageError: `run` is no run directory, or no round of it is finished.
+        IntegrityError: its files are damaged.
+        SetupError: the base model cannot be loaded.
+    """
+    from fedmira.config_file import config_hash
+    from fedmira.model.arena import lora_layout
+    from fedmira.model.base import load_base
+    from fedmira.runs.checkpoint import load_latest
+    from fedmira.runs.store import RunStore
+
+    store = RunStore.open(run)
+    checkpoint = load_latest(run, config_hash=config_hash(store.config))
+    if checkpoint is None or checkpoint.facts["completed_rounds"] == 0:
+        raise UsageError(f"{run} has no finished round yet; continue it with `fedmira run CONFIG --resume`")
+    names = tuple(client["name"] for client in store.manifest()["clients"])
+    base = load_base(store.config.model)
+    layout = lora_layout(base, store.config.model.adapter)
+    values_KP = checkpoint.tensors.get("personalised", checkpoint.tensors["state.adapters"])
+    adapters = Arena(layout, values_KP.to(base.device))
+    return Trained(store.config, names, adapters, base, int(checkpoint.facts["completed_rounds"]))
+
+
+def export_clients(run: Path, clients: Sequence[str] | None, out: Path, *, with_base: bool = False) -> dict[str, Path]:
+    """Write the adapters of `clients` of a run as PEFT folders; return the folder of each.
+
+    Args:
+        run: The run directory.
+        clients: One name, whose folder is `out`; or None for every client, each in `out`/NAME.
+        out: New or empty folder.
+        with_base: Put a copy of the embedded base model beside the adapters, as `out`/base.
+
+    Raises:
+        UsageError: an unknown client, a folder that is not empty, or `with_base` without the embedded model.
+    """
+    trained = load_trained(run)
+    embedded = trained.config.model.path == "embedded"
+    if with_base and not embedded:
+        raise UsageError(
+            f"--with-base copies the embedded model only; this run's base is {trained.config.model.path}, load that"
+        )
+    everyone = clients is None
+    chosen = trained.names if clients is None else tuple(clients)
+    rows = [trained.index(name) for name in chosen]
+    for name in chosen:
+        if not SAFE_NAME.fullmatch(name) or (everyone and with_base and name == BASE_FOLDER):
+            raise UsageError(f"the client name {name!r} cannot be the name of a folder; export it alone, elsewhere")
+    base_path = trained.config.model.path
+    if embedded:
+        base_path = (f"../{BASE_FOLDER}" if everyone else BASE_FOLDER) if with_base else EMBEDDED_NAME
+    with new_folder(out) as folder:
+        if with_base:
+            shutil.copytree(embedded_base_path(), folder / BASE_FOLDER, copy_function=shutil.copyfile)
+        for name, row in zip(chosen, rows, strict=True):
+            target = folder / name if everyone else folder
+            target.mkdir(exist_ok=True)
+            write_files(target, _files(trained, row, base_path, run.name))
+    return {name: out / name if everyone else out for name in chosen}
+
+
+def _files(trained: Trained, row: int, base_path: str, run_name: str) -> dict[str, bytes]:
+    config = trained.config
+    adapter = config.model.adapter
+    layout = trained.adapters.layout
+    facts = {
+        "client": trained.names[row],
+        "run": run_name,
+        "method": config.method.name,
+        "rounds": trained.rounds,
+        "seed": config.seed,
+        "rank": adapter.rank,
+        "template of the prompts": config.data.template,
+    }
+    return adapter_files(
+        layout,
+        trained.adapters.values_KP[row],
+        rank=adapter.rank,
+        alpha=adapter.alpha,
+        dropout=adapter.dropout,
+        base_path=base_path,
+        revision=config.model.revision,
+        fan_in_fan_out=_stores_transposed(trained.base, layout),
+        card=model_card(base_path, facts),
+    )
+
+
+def _stores_transposed(base: BaseModel, layout: Layout) -> bool:
+    """Whether the adapted layers are GPT-2's `Conv1D`."""
+    return any(type(base.model.get_submodule(spec.layer)).__name__ == "Conv1D" for spec in layout.specs)
+
+
+def answer(run: Path, client: str, instruction: str, context: str = "") -> str:
+    """Return what the run's model writes after `instruction` (and `context`) with the adapter of `client`, greedily.
+
+    Raises:
+        UsageError: an unknown client, or a run without a finished round.
+    """
+    from fedmira.data.tokenization import prompt_tokens
+    from fedmira.evaluation.generation import generate
+
+    trained = load_trained(run)
+    row = trained.index(client)
+    config, base = trained.config, trained.base
+    prompt = prompt_tokens(
+        Example(instruction=instruction, output="", input=context),
+        base.tokenizer,
+        config.data.template,
+        config.data.max_length,
+    )
+    one = trained.adapters.replace(trained.adapters.values_KP[row : row + 1])
+    return generate(base, one, [[prompt]], config.evaluation.generation.max_new_tokens)[0][0]

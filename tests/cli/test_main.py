@@ -1,0 +1,173 @@
+"""The first minute: help that answers at once, errors that say what to do, exit codes that scripts can trust."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+import pytest
+
+from fedmira.cli import main as main_module
+from fedmira.cli.main import JOURNEY, cli
+from fedmira.cli.session import printable
+from fedmira.errors import (
+    DataError,
+    FedmiraError,
+    IntegrityError,
+    Interrupted,
+    ParticipationError,
+    SetupError,
+    UsageError,
+)
+
+GOLDEN = Path(__file__).resolve().parent.parent / "golden" / "help"
+HEAVY = ("torch", "transformers", "numpy", "datasets", "peft", "rich", "pydantic", "yaml")
+
+
+def imported_by(*arguments: str) -> set[str]:
+    """Heavy packages that a call of the command line imports, in a process of its own."""
+    program = (
+        "import sys; from fedmira.cli.main import main; code = main(sys.argv[1:]); "
+        f"print('MODULES', *(m for m in {HEAVY!r} if m in sys.modules)); sys.exit(code)"
+    )
+    done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return set(done.stdout.rpartition("MODULES")[2].split())
+
+
+def test_help_imports_nothing_heavy() -> None:
+    assert imported_by("--help") == set()
+
+
+@pytest.mark.parametrize("command", [command.name for command in JOURNEY])
+def test_help_of_a_command_imports_nothing_heavy(command: str) -> None:
+    assert imported_by(command, "--help") == set()
+
+
+def test_validate_and_init_import_neither_torch_nor_transformers(recipe: Path) -> None:
+    assert not imported_by("validate", str(recipe)) & {"torch", "transformers", "datasets", "peft"}
+    assert not imported_by("init") & {"torch", "transformers", "pydantic"}
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    path = tmp_path / "quickstart.yaml"
+    path.write_text((Path(__file__).resolve().parents[2] / "recipes" / "quickstart.yaml").read_text("utf-8"), "utf-8")
+    return path
+
+
+def cpu_seconds(*arguments: str) -> float:
+    """CPU time of one call of the command line as a program; wall time would measure what else the machine does."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run([sys.executable, "-m", "fedmira", *arguments], capture_output=True, check=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+def test_help_takes_less_than_a_fifth_of_a_second() -> None:
+    assert min(cpu_seconds("--help") for _ in range(5)) < 0.2
+
+
+def test_validate_takes_less_than_a_second(recipe: Path) -> None:
+    assert min(cpu_seconds("validate", str(recipe)) for _ in range(3)) < 1.0
+
+
+@pytest.mark.parametrize("name", ["", *(command.name or "" for command in JOURNEY)])
+def test_help_texts(name: str) -> None:
+    """Help is part of the interface. FEDMIRA_WRITE_GOLDEN=1 rewrites the files after a wanted change."""
+    command = cli.commands[name] if name else cli
+    with click.Context(command, info_name=f"fedmira {name}".strip(), terminal_width=100) as context:
+        text = command.get_help(context) + "\n"
+    path = GOLDEN / f"{name or 'fedmira'}.txt"
+    if os.environ.get("FEDMIRA_WRITE_GOLDEN"):
+        path.write_text(text, encoding="utf-8")
+    assert text == path.read_text(encoding="utf-8")
+
+
+def test_version(fedmira) -> None:
+    import fedmira as package
+
+    outcome = fedmira("--version")
+    assert (outcome.code, outcome.out.split()[-1]) == (0, package.__version__)
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (FedmiraError("it broke"), 1),
+        (UsageError("it broke"), 2),
+        (DataError("it broke"), 3),
+        (SetupError("it broke"), 4),
+        (IntegrityError("it broke"), 5),
+        (ParticipationError("it broke"), 6),
+        (Interrupted("it broke", 2), 130),
+        (Interrupted("it broke", 15), 143),
+    ],
+)
+def test_an_error_is_one_message_and_its_exit_code(fedmira, monkeypatch, error: FedmiraError, code: int) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("fedmira.cli.init.recipe_names", fail)
+    outcome = fedmira("init")
+    assert outcome == (code, "", "Error: it broke\n")
+
+
+def test_errors_with_json_are_one_object_on_standard_output(fedmira) -> None:
+    outcome = fedmira("init", "quickstrat", "--json")
+    told = json.loads(outcome.out)
+    assert outcome.code == told["exit_code"] == 2
+    assert told["error"].endswith("did you mean 'quickstart'?")
+    assert "quickstrat" in outcome.err
+
+
+def test_an_unexpected_error_hints_at_debug_and_debug_shows_where(fedmira, monkeypatch) -> None:
+    def fail() -> None:
+        raise ZeroDivisionError("surprise")
+
+    monkeypatch.setattr("fedmira.cli.init.recipe_names", fail)
+    plain, with_traceback = fedmira("init"), fedmira("init", "--debug")
+    assert plain.code == with_traceback.code == 1
+    assert "ZeroDivisionError: surprise" in plain.err
+    assert "--debug" in plain.err
+    assert "Traceback" not in plain.err
+    assert "Traceback" in with_traceback.err
+    assert fedmira("--debug", "init").err.count("Traceback") == 1
+
+
+def test_usage_errors_exit_with_2(fedmira) -> None:
+    assert fedmira("rum").code == 2
+    assert fedmira("init", "--colour").code == 2
+    assert fedmira("run").code == 2
+    assert "rum" in fedmira("rum").err
+
+
+def test_ctrl_c_exits_with_130(fedmira, monkeypatch) -> None:
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fedmira.cli.init.recipe_names", interrupt)
+    assert fedmira("init").code == 130
+
+
+def test_a_closed_pipe_is_no_traceback() -> None:
+    done = subprocess.run(
+        f"{sys.executable} -m fedmira init | true", shell=True, capture_output=True, text=True, check=False
+    )
+    assert "Traceback" not in done.stderr
+
+
+def test_control_characters_are_written_out() -> None:
+    assert printable("a\x1b[31mb\r\n\tc\x00 d\u202e") == "a\\x1b[31mb\\r\n\tc\\x00 d\\u202e"
+
+
+def test_every_command_can_speak_json_and_be_debugged() -> None:
+    for command in JOURNEY:
+        options = {option for parameter in command.params for option in parameter.opts}
+        assert {"--json", "--debug", "--quiet"} <= options, command.name
+    assert main_module.cli.list_commands(click.Context(cli)) == [command.name for command in JOURNEY]

@@ -1,0 +1,97 @@
+"""The README says what is true: its tree of folders, its commands, its links, its first screen."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import click
+import pytest
+
+from fedmira.cli.main import JOURNEY, main
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+NOT_SHOWN = {"__init__.py", "__main__.py", "py.typed", "__pycache__"}
+
+
+def tree() -> dict[str, str]:
+    """Name of each entry of src/fedmira as the README's tree lists it, with its purpose."""
+    block = README.split("src/fedmira/\n")[1].split("\nrecipes/")[0]
+    return dict(re.split(r"\s{2,}", line.strip(), maxsplit=1) for line in block.splitlines())  # type: ignore[misc]
+
+
+def test_the_tree_names_every_folder_and_module_and_nothing_else() -> None:
+    package = REPOSITORY / "src" / "fedmira"
+    there = {path.name + ("/" if path.is_dir() else "") for path in package.iterdir() if path.name not in NOT_SHOWN}
+    assert set(tree()) == there
+    assert all(len(purpose) > 10 for purpose in tree().values())
+
+
+def test_the_first_screen_has_the_two_commands() -> None:
+    first_screen = "\n".join(README.splitlines()[:8])
+    assert "make quickstart" in first_screen
+    assert "make test" in first_screen
+    makefile = (REPOSITORY / "Makefile").read_text(encoding="utf-8")
+    for target in ("quickstart", "test"):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE)
+
+
+def test_the_commands_table_is_the_command_line() -> None:
+    table = {m["name"]: m["usage"] for m in re.finditer(r"^\| `fedmira (?P<name>\w+)(?P<usage>[^`]*)`", README, re.M)}
+    assert list(table) == [
+        "quickstart",
+        "init",
+        "validate",
+        "data",
+        "run",
+        "compare",
+        "report",
+        "export",
+        "predict",
+    ]
+    for command in JOURNEY:
+        known = {option for parameter in command.params for option in parameter.opts}
+        assert set(re.findall(r"--[a-z-]+", table[command.name or ""])) <= known
+
+
+def test_commands_in_code_blocks_parse() -> None:
+    """Each `fedmira ...` line of a block names a command and options that exist."""
+    commands = {command.name: command for command in JOURNEY}
+    lines = re.findall(r"^fedmira (\w+)(.*)$", README, re.MULTILINE)
+    assert lines
+    for name, rest in lines:
+        words = rest.partition("#")[0].split()
+        commands[name].make_context(name, words, resilient_parsing=True)
+        with click.Context(commands[name]) as context:
+            known = {option for parameter in commands[name].get_params(context) for option in parameter.opts}
+        assert {word for word in words if word.startswith("--")} <= known, (name, rest)
+
+
+def test_your_own_data_starts_with_a_config_that_is_right(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data" / "clients").mkdir(parents=True)
+    (tmp_path / "data" / "clients" / "a.jsonl").write_text('{"instruction": "a", "output": "b"}\n')
+    assert main(["init", "jsonl", "my.yaml"]) == 0
+    assert main(["validate", "my.yaml", "training.learning_rate=1e-3", "method.graph.kind=labels"]) == 0
+
+
+def test_links_lead_somewhere() -> None:
+    for page in (REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *(REPOSITORY / "docs").glob("*.md")):
+        for target in re.findall(r"\]\(([^)#\s]+)", page.read_text(encoding="utf-8")):
+            if "://" not in target:
+                assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_exit_codes_are_those_of_the_errors() -> None:
+    from fedmira import errors
+
+    for name, code in {
+        "UsageError": 2,
+        "DataError": 3,
+        "SetupError": 4,
+        "IntegrityError": 5,
+        "ParticipationError": 6,
+    }.items():
+        assert getattr(errors, name).exit_code == code
+        assert re.search(rf"\b{code} \w+", README)
