@@ -1,0 +1,425 @@
+"""Train the small language model that ships with fedmira: tokenizer, weights, record of how it was made.
+
+    python tools/train_base_model.py --corpus corpus.jsonl.gz --out build/base --minutes 90 --device cpu --threads 1
+
+Writes a Hugging Face folder (Llama, safetensors, own tokenizer) to --out/model, a copy of the running average
+of the weights to --out/snapshot every few minutes, and a checkpoint without pickle to --out/checkpoint from which
+--resume continues. Learning-rate schedule: warm-up, constant, and a decay over the last part of the time budget,
+so that every budget ends well. `base_text` makes the text, `base_network` the network.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from base_network import initial_parameters, llama_config, next_token_loss
+from base_text import Corpus, common_words, puzzle, read_corpus, shard_documents
+from safetensors.torch import load_file, save_file
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    LlamaConfig,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+
+from fedmira.types import Example
+
+PAD, BOS, EOS = "<pad>", "<bos>", "<eos>"
+ROLES = ("<|system|>", "<|user|>", "<|assistant|>")
+CHAT_TEMPLATE = (
+    "{{- bos_token }}{%- for message in messages %}"
+    "{%- if message['role'] not in ['system', 'user', 'assistant'] %}"
+    "{{- raise_exception('roles: system, user, assistant; got ' + message['role']) }}{%- endif %}"
+    "{{- '<|' + message['role'] + '|>' }}"
+    "{%- if message['role'] == 'assistant' %}"
+    "{% generation %}{{- message['content'] + eos_token }}{% endgeneration %}"
+    "{%- else %}{{- message['content'] }}{%- endif %}"
+    "{%- endfor %}{%- if add_generation_prompt %}{{- '<|assistant|>' }}{%- endif %}"
+)
+EVALUATED_CHARACTERS = 700
+EVALUATED_TOKENS = 512
+SHARE_WITHOUT_BOS = 0.1
+
+
+# --------------------------------------------------------------------------------------------------------- tokenizer
+
+
+def train_tokenizer(corpus: Corpus, vocabulary: list[str], vocab_size: int, seed: int) -> PreTrainedTokenizerFast:
+    """Byte-level BPE on the training split and some puzzles; digits stand alone, text starts with <bos>."""
+    random = Random(f"{seed}/tokenizer")
+    texts = sorted({example.instruction for example in corpus.train})
+    texts += [f"{example.input}\n{example.output}" for example in corpus.train]
+    texts += [f"{e.instruction}\n{e.input}\n{e.output}" for e in (puzzle(random, vocabulary) for _ in range(3000))]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(r"\d"), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    special = [PAD, BOS, EOS, *ROLES]
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{BOS} $A", pair=f"{BOS} $A $B", special_tokens=[(BOS, tokenizer.token_to_id(BOS))]
+    )
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=PAD,
+        bos_token=BOS,
+        eos_token=EOS,
+        model_max_length=2048,
+        clean_up_tokenization_spaces=False,
+    )
+    fast.chat_template = CHAT_TEMPLATE
+    return fast
+
+
+# -------------------------------------------------------------------------------------------------------------- data
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Shards of text as token windows; everything is a function of the seed and the shard number."""
+
+    train: tuple[Example, ...]
+    vocabulary: list[str]
+    tokenizer: PreTrainedTokenizerBase
+    seed: int
+
+    def windows(self, shard: int, window: int) -> np.ndarray:
+        """`(n, window + 1)` token ids: the shard's documents end to end, cut, in random order."""
+        documents = list(shard_documents(self.train, self.vocabulary, self.tokenizer, self.seed, shard))
+        # Prompt and answer are encoded apart because fine-tuning encodes them so.
+        prompts = self.tokenizer([d.prompt for d in documents], add_special_tokens=False)["input_ids"]
+        answers = self.tokenizer([d.answer for d in documents], add_special_tokens=False)["input_ids"]
+        bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
+        random = Random(f"{self.seed}/windows/{shard}")
+        ids: list[int] = []
+        for prompt, answer in zip(prompts, answers, strict=True):
+            body = prompt[1:] if prompt and prompt[0] == bos else prompt
+            ids += body if random.random() < SHARE_WITHOUT_BOS else [bos, *body]
+            ids += [*answer, eos]
+        count = (len(ids) - 1) // window
+        flat = np.asarray(ids[: count * window + 1], dtype=np.int64)
+        rows = np.stack([flat[i * window : (i + 1) * window + 1] for i in range(count)])
+        order = list(range(count))
+        random.shuffle(order)
+        return rows[order]
+
+
+# -------------------------------------------------------------------------------------------------------- evaluation
+
+
+def held_out_texts(corpus: Corpus, limit: int | None = None) -> list[str]:
+    """Input and answer of each held-out record, clipped; instructions are left out because training saw them."""
+    texts = [f"{e.input}\n{e.output}".strip()[:EVALUATED_CHARACTERS] for e in corpus.held_out]
+    texts = [text for text in texts if len(text) >= 20]
+    return texts if limit is None else texts[:: max(1, len(texts) // limit)]
+
+
+def clip_to_context(texts: list[str], tokenizers: list[PreTrainedTokenizerBase]) -> list[str]:
+    """Shorten each text until every tokenizer fits it into 512 tokens, so that all models score the same characters."""
+    clipped = []
+    for original in texts:
+        text = original
+        while (longest := max(len(t(text)["input_ids"]) for t in tokenizers)) > EVALUATED_TOKENS:
+            text = text[: min(len(text) - 1, len(text) * EVALUATED_TOKENS // longest)]
+        clipped.append(text)
+    return clipped
+
+
+@torch.inference_mode()
+def score(folder: Path, texts: list[str]) -> dict[str, float]:
+    """Nats per character and perplexity per token of the model in `folder`; every token after <bos> counts."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    nats, tokens, characters = 0.0, 0, 0
+    for text in texts:
+        ids = torch.tensor([tokenizer(text)["input_ids"]])
+        if ids[0, 0] != tokenizer.bos_token_id:
+            ids = torch.cat([torch.tensor([[tokenizer.bos_token_id]]), ids], dim=1)
+        logits = model(ids).logits[0, :-1]
+        nats += F.cross_entropy(logits.float(), ids[0, 1:], reduction="sum").item()
+        tokens += ids.shape[1] - 1
+        characters += len(text)
+    return {
+        "nats_per_character": nats / characters,
+        "perplexity_per_token": math.exp(nats / tokens),
+        "characters": characters,
+        "tokens": tokens,
+        "texts": len(texts),
+    }
+
+
+# ------------------------------------------------------------------------------------------------------------ export
+
+
+def export(folder: Path, weights: dict[str, torch.Tensor], config: LlamaConfig, tokenizer: Any) -> None:
+    """Write the Hugging Face folder; weights are rounded to bfloat16 on disk and load as float32."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rounded = {name: value.detach().cpu().to(torch.bfloat16).contiguous() for name, value in weights.items()}
+    save_file(rounded, folder / "model.safetensors", metadata={"format": "pt"})
+    config.save_pretrained(folder)
+    GenerationConfig(
+        bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id
+    ).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    # The class name that every transformers release with fast tokenizers knows.
+    path = folder / "tokenizer_config.json"
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    settings = {k: v for k, v in settings.items() if k not in ("backend", "is_local", "local_files_only")}
+    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    path.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def save_checkpoint(folder: Path, state: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+    """Weights, optimizer moments and counters; written beside the old one and renamed over it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(
+        {name: value.detach().cpu().contiguous() for name, value in tensors.items()},
+        folder / "tensors.safetensors.new",
+        metadata={"state": json.dumps(state)},
+    )
+    os.replace(folder / "tensors.safetensors.new", folder / "tensors.safetensors")
+
+
+# ---------------------------------------------------------------------------------------------------------- training
+
+
+def learning_rate_factor(step: int, progress: float, decay_start: float) -> float:
+    """Warm-up over 150 steps, constant, then 1 - sqrt decay; `progress` is the spent share of the time budget."""
+    warm = min(1.0, (step + 1) / 150)
+    if progress <= decay_start:
+        return warm
+    return warm * max(0.0, 1.0 - math.sqrt((progress - decay_start) / (1.0 - decay_start)))
+
+
+def make_optimizers(
+    parameters: dict[str, torch.Tensor], options: argparse.Namespace
+) -> dict[str, torch.optim.Optimizer]:
+    """Muon for the matrices inside the layers (unless switched off), AdamW for embedding and norms."""
+    inner = [v for n, v in parameters.items() if v.dim() == 2 and "embed" not in n]
+    outer = [parameters["model.embed_tokens.weight"]]
+    norms = [v for v in parameters.values() if v.dim() == 1]
+    groups: list[dict[str, Any]] = [{"params": outer, "lr": options.lr}]
+    groups.append({"params": norms, "lr": options.lr, "weight_decay": 0.0})
+    optimizers: dict[str, torch.optim.Optimizer] = {}
+    if options.optimizer == "muon":
+        optimizers["muon"] = torch.optim.Muon(
+            inner, lr=options.muon_lr, weight_decay=0.05, adjust_lr_fn="match_rms_adamw", ns_steps=5
+        )
+    else:
+        groups.append({"params": inner, "lr": options.lr})
+    optimizers["adamw"] = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.05, fused=True)
+    for optimizer in optimizers.values():
+        for group in optimizer.param_groups:
+            group["base_lr"] = group["lr"]
+    return optimizers
+
+
+@dataclass
+class Progress:
+    """Where the training stands; all of it is saved and restored."""
+
+    step: int = 0
+    tokens: int = 0
+    shard: int = 0
+    minutes: float = 0.0
+
+
+class Trainer:
+    """Holds weights, their running average and the optimizers; `run` spends the time budget."""
+
+    def __init__(self, options: argparse.Namespace, config: LlamaConfig, stream: Stream) -> None:
+        self.options, self.config, self.stream = options, config, stream
+        self.parameters = initial_parameters(config, options.seed, options.device)
+        self.average = {name: value.detach().clone() for name, value in self.parameters.items()}
+        self.optimizers = make_optimizers(self.parameters, options)
+        self.progress = Progress()
+        self.curve: list[dict[str, float]] = []
+        self.loss: Callable[..., torch.Tensor] = torch.compile(next_token_loss) if options.compile else next_token_loss
+
+    def batches(self, started: float) -> Iterator[torch.Tensor]:
+        """Batches until the budget is spent; windows grow in the last part of it, the tokens of a batch stay."""
+        options = self.options
+        while True:
+            long = self.spent(started) >= options.long_from
+            window = options.long_window if long else options.window
+            batch = max(1, options.batch_tokens // window)
+            rows = torch.from_numpy(self.stream.windows(self.progress.shard, window))
+            for first in range(0, len(rows) - batch + 1, batch):
+                if self.spent(started) >= 1.0:
+                    return
+                yield rows[first : first + batch].to(options.device)
+            self.progress.shard += 1
+
+    def spent(self, started: float) -> float:
+        """Share of this call's time budget that is over."""
+        return (time.monotonic() - started) / (60 * self.options.minutes)
+
+    def run(self, at_snapshot: Callable[[], None]) -> None:
+        """Train until the budget is spent; snapshot and checkpoint at the set intervals."""
+        started = time.monotonic()
+        before = self.progress.minutes
+        next_line, next_snapshot = 30.0, 60.0 * self.options.snapshot_minutes
+        losses: list[torch.Tensor] = []
+        for tokens_BT in self.batches(started):
+            factor = learning_rate_factor(self.progress.step, self.spent(started), self.options.decay_start)
+            losses.append(self.step(tokens_BT, factor))
+            self.progress.tokens += tokens_BT.shape[0] * (tokens_BT.shape[1] - 1)
+            elapsed = time.monotonic() - started
+            self.progress.minutes = before + elapsed / 60
+            if elapsed >= next_line:
+                mean = torch.stack(losses).mean().item()
+                if not math.isfinite(mean):
+                    raise FloatingPointError(f"loss is {mean} at step {self.progress.step}; lower --lr or --muon-lr")
+                self.curve.append({**vars(self.progress), "train_loss": mean, "lr_factor": factor})
+                print(
+                    f"{self.progress.minutes:6.1f} min  step {self.progress.step}  tokens {self.progress.tokens:,}  "
+                    f"shard {self.progress.shard}  loss {mean:.4f}  lr x{factor:.3f}",
+                    flush=True,
+                )
+                losses, next_line = [], elapsed + 30.0
+            if elapsed >= next_snapshot:
+                self.checkpoint()
+                at_snapshot()
+                next_snapshot = time.monotonic() - started + 60.0 * self.options.snapshot_minutes
+
+    def step(self, tokens_BT: torch.Tensor, factor: float) -> torch.Tensor:
+        """One update; returns the loss before it."""
+        loss = self.loss(self.parameters, self.config, tokens_BT)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(list(self.parameters.values()), 1.0)
+        for optimizer in self.optimizers.values():
+            for group in optimizer.param_groups:
+                group["lr"] = group["base_lr"] * factor
+            optimizer.step()
+            optimizer.zero_grad()
+        self.progress.step += 1
+        weight = min(0.997, 1 - 1 / (self.progress.step + 1))
+        names = list(self.average)
+        with torch.no_grad():
+            torch._foreach_lerp_(
+                [self.average[n] for n in names], [self.parameters[n] for n in names], 1 - weight
+            )
+        return loss.detach()
+
+    def checkpoint(self) -> None:
+        """Everything a later call needs to go on."""
+        tensors = {f"weight/{n}": v for n, v in self.parameters.items()}
+        tensors |= {f"average/{n}": v for n, v in self.average.items()}
+        for name, value in self.parameters.items():
+            for kind, optimizer in self.optimizers.items():
+                for field, moment in optimizer.state.get(value, {}).items():
+                    tensors[f"{kind}/{field}/{name}"] = torch.as_tensor(moment)
+        state = {"progress": vars(self.progress), "curve": self.curve}
+        save_checkpoint(self.options.out / "checkpoint", state, tensors)
+
+    def restore(self, folder: Path) -> None:
+        """Continue from `folder/checkpoint` at the beginning of its shard."""
+        from safetensors import safe_open
+
+        path = folder / "checkpoint" / "tensors.safetensors"
+        tensors = load_file(path, device=self.options.device)
+        with safe_open(path, framework="pt") as file:
+            state = json.loads(file.metadata()["state"])
+        with torch.no_grad():
+            for name, value in self.parameters.items():
+                value.copy_(tensors[f"weight/{name}"])
+                self.average[name].copy_(tensors[f"average/{name}"])
+        for key, tensor in tensors.items():
+            kind, _, rest = key.partition("/")
+            if kind in self.optimizers:
+                field, _, name = rest.partition("/")
+                self.optimizers[kind].state[self.parameters[name]][field] = tensor
+        self.progress = Progress(**state["progress"])
+        self.curve = state["curve"]
+
+
+def parse_options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--corpus", type=Path, required=True, help="gzipped JSON lines")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--minutes", type=float, default=90.0, help="time budget of this call")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--resume", type=Path, help="an --out folder of an earlier call")
+    parser.add_argument("--compare", type=Path, help="a model folder to score on the same texts")
+    parser.add_argument("--seed", type=int, default=2410)
+    parser.add_argument("--vocab-size", type=int, default=4096)
+    parser.add_argument("--batch-tokens", type=int, default=4096, help="tokens of one update; try 65536 on a GPU")
+    parser.add_argument("--window", type=int, default=256)
+    parser.add_argument("--long-window", type=int, default=512)
+    parser.add_argument("--long-from", type=float, default=0.6, help="share of the budget after which windows are long")
+    parser.add_argument("--decay-start", type=float, default=0.65, help="share of the budget after which lr decays")
+    parser.add_argument("--optimizer", choices=["muon", "adamw"], default="muon")
+    parser.add_argument("--lr", type=float, default=3e-3, help="AdamW")
+    parser.add_argument("--muon-lr", type=float, default=4e-3)
+    parser.add_argument("--snapshot-minutes", type=float, default=10.0)
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="needs a C++ compiler")
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = parse_options()
+    torch.set_num_threads(options.threads)
+    corpus = read_corpus(options.corpus)
+    vocabulary = common_words(corpus.train)
+    print(f"{len(corpus.train)} records to train on, {len(corpus.held_out)} held out", flush=True)
+    if options.resume:
+        tokenizer = AutoTokenizer.from_pretrained(options.resume / "snapshot")
+    else:
+        tokenizer = train_tokenizer(corpus, vocabulary, options.vocab_size, options.seed)
+    config = llama_config(len(tokenizer), tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id)
+    trainer = Trainer(options, config, Stream(corpus.train, vocabulary, tokenizer, options.seed))
+    if options.resume:
+        trainer.restore(options.resume)
+    count = sum(value.numel() for value in trainer.parameters.values())
+    print(f"{count:,} parameters, vocabulary {len(tokenizer)}", flush=True)
+    quick = clip_to_context(held_out_texts(corpus, limit=120), [tokenizer])
+
+    def at_snapshot() -> None:
+        export(options.out / "snapshot", trainer.average, config, tokenizer)
+        result = score(options.out / "snapshot", quick)
+        trainer.curve[-1]["held_out_nats_per_character"] = result["nats_per_character"]
+        print(f"snapshot: held-out {result['nats_per_character']:.4f} nats per character", flush=True)
+
+    trainer.run(at_snapshot)
+    trainer.checkpoint()
+    export(options.out / "model", trainer.parameters, config, tokenizer)
+    tokenizers = [tokenizer] + ([AutoTokenizer.from_pretrained(options.compare)] if options.compare else [])
+    texts = clip_to_context(held_out_texts(corpus), tokenizers)
+    record = {
+        "parameters": count,
+        "seed": options.seed,
+        "progress": vars(trainer.progress),
+        "options": {k: v for k, v in vars(options).items() if not isinstance(v, Path)},
+        "held_out": score(options.out / "model", texts),
+        "held_out_compared": score(options.compare, texts) if options.compare else None,
+        "curve": trainer.curve,
+    }
+    (options.out / "training.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps({k: record[k] for k in ("progress", "held_out", "held_out_compared")}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
