@@ -1,0 +1,105 @@
+"""Which tensors an adapter has and where they lie: layouts and initial arenas.
+
+Knows nothing about training, clients' data or how the low-rank product enters the forward pass.
+
+Axes: K clients, P parameters of one adapter, R rank, I/O in and out features.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from fedmira.config import AdapterConfig
+from fedmira.errors import ConfigError, nearest
+from fedmira.model.base import BaseModel
+from fedmira.randomness import torch_generator
+from fedmira.types import Arena, Layout, TensorSpec
+
+LORA_A = "lora_a"
+LORA_B = "lora_b"
+
+
+def lora_layout(base: BaseModel, adapter: AdapterConfig) -> Layout:
+    """The tensors of one LoRA adapter: per target layer `lora_a` (R, I) and `lora_b` (O, R), in module order.
+
+    Targets are `nn.Linear` and GPT-2's `Conv1D` layers whose module path equals a target or ends with `.target`;
+    `all-linear` takes every one of them. The output head is never a target: it runs on supervised rows only.
+
+    Raises:
+        ConfigError: a target matches no layer; the message lists the names that exist.
+    """
+    linears = adaptable_layers(base)
+    if adapter.targets == "all-linear":
+        chosen = list(linears)
+    else:
+        chosen = [name for name in linears if any(_matches(name, target) for target in adapter.targets)]
+        unmatched = [t for t in adapter.targets if not any(_matches(name, t) for name in linears)]
+        if unmatched or not chosen:
+            exist = sorted({name.rsplit(".", 1)[-1] for name in linears})
+            hint = nearest(unmatched[0], exist) if unmatched else ""
+            raise ConfigError(
+                f"model.adapter.targets = {list(adapter.targets)}: no layer of {base.name} ends with "
+                f"{', '.join(unmatched) or 'any of them'}{hint}; layers that exist: {', '.join(exist)}. "
+                "Use some of these, or all-linear"
+            )
+    if not chosen:
+        raise ConfigError(f"{base.name} has no linear layer that an adapter could be added to; use another model.path")
+    specs: list[TensorSpec] = []
+    offset = 0
+    for name in chosen:
+        num_inputs, num_outputs = linears[name]
+        for group, shape in ((LORA_A, (adapter.rank, num_inputs)), (LORA_B, (num_outputs, adapter.rank))):
+            spec = TensorSpec(f"{name}.{group}", group, name, shape, offset)
+            specs.append(spec)
+            offset += spec.size
+    return Layout(tuple(specs), scaling=adapter.alpha / adapter.rank)
+
+
+def initial_arena(
+    layout: Layout,
+    num_clients: int,
+    seed: int,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> Arena:
+    """The arena before round 1, (K, P): A as PEFT draws it, uniform in +-1/sqrt(I), and B zero.
+
+    Drawn once, from the stream (seed, "adapter"), and the same for all clients: their products start equal (zero),
+    and mixing factors stays close to mixing products while the A have not moved apart.
+    """
+    draw = torch_generator(seed, "adapter")
+    row_P = torch.zeros(layout.num_parameters, dtype=torch.float32)
+    for spec in layout.specs:
+        if spec.group == LORA_A:
+            # kaiming_uniform with a = sqrt(5) has gain sqrt(1/3): the bound is gain * sqrt(3 / I)
+            bound = 1.0 / math.sqrt(spec.shape[1])
+            row_P[spec.offset : spec.offset + spec.size].uniform_(-bound, bound, generator=draw)
+    return Arena(layout, row_P.to(device=device, dtype=dtype).repeat(num_clients, 1))
+
+
+def adaptable_layers(base: BaseModel) -> dict[str, tuple[int, int]]:
+    """Module path -> (in features, out features) of every layer that LoRA can be added to, in module order."""
+    head = base.model.get_output_embeddings()
+    return {
+        name: features
+        for name, module in base.model.named_modules()
+        if module is not head and (features := _features(module)) is not None
+    }
+
+
+def _features(module: Any) -> tuple[int, int] | None:
+    from transformers.pytorch_utils import Conv1D
+
+    if isinstance(module, torch.nn.Linear):
+        return module.in_features, module.out_features
+    if isinstance(module, Conv1D):
+        num_inputs, num_outputs = module.weight.shape
+        return int(num_inputs), int(num_outputs)
+    return None
+
+
+def _matches(name: str, target: str) -> bool:
+    return name == target or name.endswith(f".{target}")

@@ -1,0 +1,230 @@
+"""Adds the low-rank products of many clients to one frozen base model, each client's rows meeting only its own pair.
+
+Works through forward hooks that live inside a `with` block: the module tree and the state dict of the base stay as
+they are. Gradients are written straight into a gradient arena. Knows nothing about losses, optimizers or rounds.
+
+For the rows x of client k:  y = W x + scaling * B_k (A_k dropout(x)),  in PEFT's order of operations, so that one
+sequence of one client gets the same bits as from PEFT.
+
+Axes: C clients (rows of the arena), N rows of activations, n rows of one client, P parameters of one adapter, R rank,
+I/O in and out features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from fedmira.model.arena import LORA_A, LORA_B
+from fedmira.model.base import BaseModel
+from fedmira.types import Arena, Layout, TensorSpec
+
+ALL_GROUPS = frozenset({LORA_A, LORA_B})
+
+
+class Segment(NamedTuple):
+    """The consecutive rows that belong to one client."""
+
+    client: int
+    """Row of the arena."""
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, slots=True)
+class Dropout:
+    """Inverted dropout on the input of the low-rank branch."""
+
+    rate: float
+    generator: Callable[[int, str], torch.Generator]
+    """(row of the arena, layer) -> a fresh CPU generator. What it draws must depend on the client, not on its row, so
+    that a client's mask never depends on who trains beside it."""
+
+
+class _Site(NamedTuple):
+    """One target layer with the views of the arena, and of the gradient arena where one is filled."""
+
+    layer: str
+    a_CRI: torch.Tensor
+    b_COR: torch.Tensor
+    grad_a_CRI: torch.Tensor | None
+    grad_b_COR: torch.Tensor | None
+    scaling: float
+
+
+@contextmanager
+def attached(
+    base: BaseModel,
+    arena: Arena,
+    units_per_client: Sequence[int],
+    *,
+    gradient_CP: torch.Tensor | None = None,
+    trainable: frozenset[str] = ALL_GROUPS,
+    dropout: Dropout | None = None,
+) -> Iterator[None]:
+    """Inside the `with` block the base computes with the adapters of `arena`.
+
+    Args:
+        base: the frozen model.
+        arena: (C, P), on the device of the base. Its values must stay as they are until backward is done.
+        units_per_client: how many units each row of the arena has in a batch, in order; 0 is allowed. A unit is a
+            packed row of a (1, N) batch, or a whole sequence of a padded (B, T) one.
+        gradient_CP: where backward adds the gradients; None computes none.
+        trainable: groups that get a gradient; the others' columns of `gradient_CP` are left alone.
+        dropout: None trains and judges without.
+    """
+    total_units = sum(units_per_client)
+    segments = _segments(units_per_client)
+    anchor = torch.zeros((), device=arena.values_KP.device, requires_grad=True) if gradient_CP is not None else None
+    handles = []
+    try:
+        for site in _sites(arena, gradient_CP, trainable):
+            hook = _make_hook(site, segments, total_units, anchor, dropout)
+            handles.append(base.model.get_submodule(site.layer).register_forward_hook(hook))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _segments(units_per_client: Sequence[int]) -> tuple[Segment, ...]:
+    segments = []
+    start = 0
+    for client, units in enumerate(units_per_client):
+        if units:
+            segments.append(Segment(client, start, start + units))
+        start += units
+    return tuple(segments)
+
+
+def _sites(arena: Arena, gradient_CP: torch.Tensor | None, trainable: frozenset[str]) -> list[_Site]:
+    gradients = None if gradient_CP is None else arena.replace(gradient_CP)
+
+    def gradient_view(spec: TensorSpec) -> torch.Tensor | None:
+        return gradients.view(spec) if gradients is not None and spec.group in trainable else None
+
+    return [
+        _Site(a.layer, arena.view(a), arena.view(b), gradient_view(a), gradient_view(b), arena.layout.scaling)
+        for a, b in pairs(arena.layout)
+    ]
+
+
+def pairs(layout: Layout) -> list[tuple[TensorSpec, TensorSpec]]:
+    """The (A, B) specs of every target layer, in row order."""
+    by_layer = {(spec.layer, spec.group): spec for spec in layout.specs}
+    return [(spec, by_layer[spec.layer, LORA_B]) for spec in layout.specs if spec.group == LORA_A]
+
+
+def _make_hook(
+    site: _Site,
+    segments: tuple[Segment, ...],
+    total_units: int,
+    anchor: torch.Tensor | None,
+    dropout: Dropout | None,
+) -> Callable[[torch.nn.Module, tuple[Any, ...], torch.Tensor], torch.Tensor]:
+    def hook(_module: torch.nn.Module, inputs: tuple[Any, ...], result: torch.Tensor) -> torch.Tensor:
+        x_NI = inputs[0].reshape(-1, inputs[0].shape[-1])
+        result_NO = result.reshape(-1, result.shape[-1])
+        rows_per_unit, remainder = divmod(x_NI.shape[0], total_units)
+        if remainder:
+            raise RuntimeError(f"{x_NI.shape[0]} rows reached {site.layer}, but the batch has {total_units} units")
+        rows = tuple(Segment(s.client, s.start * rows_per_unit, s.stop * rows_per_unit) for s in segments)
+        masks = None if dropout is None else _masks(dropout, site, rows, x_NI)
+        if anchor is None:
+            output_NO, _ = _forward(site, rows, x_NI, result_NO, masks)
+        else:
+            output_NO = _LowRank.apply(anchor, x_NI, result_NO, site, rows, masks)  # type: ignore[no-untyped-call]
+        return output_NO.reshape(result.shape)
+
+    return hook
+
+
+def _masks(
+    dropout: Dropout, site: _Site, segments: tuple[Segment, ...], x_NI: torch.Tensor
+) -> tuple[torch.Tensor, ...]:
+    """What each client's rows are multiplied with: 0 with probability `rate`, else 1 / (1 - rate)."""
+    kept = 1.0 - dropout.rate
+    return tuple(
+        torch.empty(s.stop - s.start, x_NI.shape[1])
+        .bernoulli_(kept, generator=dropout.generator(s.client, site.layer))
+        .div_(kept)
+        .to(device=x_NI.device, dtype=site.a_CRI.dtype)
+        for s in segments
+    )
+
+
+def _forward(
+    site: _Site,
+    segments: tuple[Segment, ...],
+    x_NI: torch.Tensor,
+    result_NO: torch.Tensor,
+    masks: tuple[torch.Tensor, ...] | None,
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """The adapted output (N, O) and the low-rank activations (n, R) of each segment."""
+    dtype = site.a_CRI.dtype
+    output_NO = torch.empty_like(result_NO)
+    low_rank = []
+    for index, (client, start, stop) in enumerate(segments):
+        x_nI = x_NI[start:stop].to(dtype)
+        if masks is not None:
+            x_nI = x_nI * masks[index]
+        h_nR = F.linear(x_nI, site.a_CRI[client])
+        delta_nO = F.linear(h_nR, site.b_COR[client]).mul_(site.scaling)
+        if dtype == result_NO.dtype:
+            torch.add(result_NO[start:stop], delta_nO, out=output_NO[start:stop])
+        else:
+            output_NO[start:stop] = result_NO[start:stop] + delta_nO
+        low_rank.append(h_nR)
+    return output_NO, low_rank
+
+
+class _LowRank(torch.autograd.Function):
+    """Adds the low-rank branch; backward adds the gradients of A and B to the gradient arena.
+
+    The pairs are not inputs of the function: slicing one big leaf inside autograd would materialise a zero matrix of
+    the arena's size per slice. `anchor` stands in for them, so that backward runs even where x needs no gradient.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        _anchor: torch.Tensor,
+        x_NI: torch.Tensor,
+        result_NO: torch.Tensor,
+        site: _Site,
+        segments: tuple[Segment, ...],
+        masks: tuple[torch.Tensor, ...] | None,
+    ) -> torch.Tensor:
+        output_NO, low_rank = _forward(site, segments, x_NI, result_NO, masks)
+        ctx.save_for_backward(x_NI, *low_rank)
+        ctx.site, ctx.segments, ctx.masks = site, segments, masks
+        return output_NO
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        (grad_NO,) = gradients
+        x_NI, *low_rank = ctx.saved_tensors
+        site: _Site = ctx.site
+        dtype = site.a_CRI.dtype
+        wants_x = ctx.needs_input_grad[1]
+        grad_x_NI = torch.empty_like(x_NI) if wants_x else None
+        for index, (client, start, stop) in enumerate(ctx.segments):
+            grad_delta_nO = grad_NO[start:stop].to(dtype) * site.scaling
+            if site.grad_b_COR is not None:
+                site.grad_b_COR[client].addmm_(grad_delta_nO.T, low_rank[index])
+            if site.grad_a_CRI is None and grad_x_NI is None:
+                continue
+            grad_h_nR = grad_delta_nO @ site.b_COR[client]
+            mask_nI = None if ctx.masks is None else ctx.masks[index]
+            if site.grad_a_CRI is not None:
+                x_nI = x_NI[start:stop].to(dtype)
+                site.grad_a_CRI[client].addmm_(grad_h_nR.T, x_nI if mask_nI is None else x_nI * mask_nI)
+            if grad_x_NI is not None:
+                grad_x_nI = grad_h_nR @ site.a_CRI[client]
+                grad_x_NI[start:stop] = grad_x_nI if mask_nI is None else grad_x_nI.mul_(mask_nI)
+        return None, grad_x_NI, grad_NO if ctx.needs_input_grad[2] else None, None, None, None
