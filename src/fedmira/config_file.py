@@ -248,7 +248,7 @@ def _check_values(checked: dict[str, Any], mistakes: Mistakes) -> RunConfig | No
 def _settle_booleans(
     section: dict[str, Any], model: type[BaseModel], path: tuple[str, ...], mistakes: Mistakes
 ) -> None:
-    """Take `true` for the word where it is one (`graph.kind: true`); refuse it for a number, which pydantic would not."""
+    """Take `true` for the word where it is one (`graph.kind: true`); refuse it for a number, as pydantic does not."""
     for key, value in list(section.items()):
         here = (*path, key)
         inner = SCHEMA.section(model, key)

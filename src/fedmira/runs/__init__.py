@@ -1,0 +1,1 @@
+"""Numbers and state to disk and back: run directories, checkpoints, and stopping on a signal."""

@@ -1,0 +1,49 @@
+"""Turning SIGINT and SIGTERM into a question that the round loop asks between steps.
+
+Knows nothing about what is saved when it is told to stop.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+
+class StopFlag:
+    """True, when called, once a signal has asked the process to stop."""
+
+    def __init__(self) -> None:
+        self.signal_number: int | None = None
+        """The first signal that arrived; None so far."""
+
+    def __call__(self) -> bool:
+        return self.signal_number is not None
+
+
+@contextmanager
+def stop_on_signals() -> Iterator[StopFlag]:
+    """Within the block, the first SIGINT or SIGTERM raises a flag; a SIGINT after that interrupts at once.
+
+    Python delivers signals to the main thread only, so in any other thread the flag stays down.
+    """
+    flag = StopFlag()
+    if threading.current_thread() is not threading.main_thread():
+        yield flag
+        return
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if flag.signal_number is None:
+            flag.signal_number = number
+        elif number == signal.SIGINT:
+            raise KeyboardInterrupt
+
+    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield flag
+    finally:
+        for number, handler in previous.items():
+            # None: installed by something other than Python, which cannot be put back
+            signal.signal(number, handler if handler is not None else signal.SIG_DFL)

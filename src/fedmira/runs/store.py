@@ -1,0 +1,415 @@
+"""The run directory: one folder that holds everything a run was told, did and found out.
+
+    config.yaml             as given                    manifest.json   versions, seeds, data hashes, ...
+    config.resolved.yaml    every field                 graph.json      the last graph
+    metrics.jsonl           append-only, one event a line; the truth that reports are made from
+    run.log                 what people were told       checkpoints/    see `checkpoint`
+
+One process writes a run at a time (a lock says so), any number may read it. A line of metrics.jsonl that a crash tore
+is ignored by readers and cut by the next writer. Knows nothing about what events and facts mean.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import math
+import os
+import re
+from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from fedmira.config import RunConfig
+from fedmira.config_file import config_difference, config_hash, parse_config, resolved_yaml
+from fedmira.errors import ConfigError, IntegrityError, UsageError
+from fedmira.runs.atomic import (
+    disk_error,
+    disk_errors_named,
+    make_folder,
+    read_bytes,
+    sync_folder,
+    write_all,
+    write_bytes_atomically,
+)
+from fedmira.runs.generations import FOLDER as CHECKPOINTS
+from fedmira.runs.generations import has_checkpoints
+
+CONFIG, RESOLVED, MANIFEST = "config.yaml", "config.resolved.yaml", "manifest.json"
+METRICS, GRAPH, LOG, LOCK = "metrics.jsonl", "graph.json", "run.log", ".lock"
+REPORT = "report"
+SCHEMA = 1
+
+_OWN_NAMES = {CONFIG, RESOLVED, MANIFEST, METRICS, GRAPH, LOG, LOCK, CHECKPOINTS, REPORT}
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+
+
+class RunStore:
+    """One run directory. Reading needs no lock; the first write takes it and keeps it until `close`."""
+
+    def __init__(self, path: Path, config: RunConfig) -> None:
+        self.path = path
+        self.config = config
+        self._lock: int | None = None
+        self._files: dict[str, int] = {}
+
+    # --------------------------------------------------------------------------------------------- making and opening
+
+    @classmethod
+    def create(cls, config: RunConfig, source_text: str | None, directory: Path | None = None) -> RunStore:
+        """Make the run directory of `config` and hold its lock; `source_text` is the config file as given.
+
+        Raises:
+            UsageError: the directory holds a run already, or something else, or another process writes it.
+            IntegrityError: the disk refused.
+        """
+        path = run_directory(config, directory)
+        store = cls(path, config)
+        if _exists(path):
+            _refuse_link(path)
+            foreign = sorted(set(_names(path)) - _OWN_NAMES)
+            if foreign:
+                raise UsageError(
+                    f"{path} exists and holds something else ({', '.join(foreign[:3])}); "
+                    "remove it or choose another output.directory"
+                )
+        make_folder(path)
+        store._hold_lock()
+        try:
+            if store.has_progress():
+                raise UsageError(
+                    f"{path} holds this run already; add --resume to continue it, "
+                    "or remove it or choose another output.directory to start again"
+                )
+            if source_text is not None:
+                write_bytes_atomically(path / CONFIG, source_text.encode())
+            write_bytes_atomically(path / RESOLVED, resolved_yaml(config).encode())
+        except BaseException:
+            store.close()
+            raise
+        return store
+
+    @classmethod
+    def open(cls, path: Path | str) -> RunStore:
+        """Open an existing run directory; the lock is taken by the first write.
+
+        Raises:
+            UsageError: there is no run directory at `path`.
+            IntegrityError: it is damaged or cannot be read.
+        """
+        path = Path(path)
+        if not _exists(path):
+            raise UsageError(f"there is no run directory {path}; `fedmira run CONFIG` makes one")
+        _refuse_link(path)
+        if not path.is_dir():
+            raise UsageError(f"{path} is a file; give the run directory that holds {RESOLVED}")
+        if RESOLVED not in (names := _names(path)):
+            raise UsageError(f"{path} is not a run directory: it has no {RESOLVED}{_runs_inside(path)}")
+        with disk_errors_named(path / RESOLVED, "read"):
+            data = read_bytes(path / RESOLVED)
+        try:
+            config = parse_config(data.decode(), source=RESOLVED)
+        except (ConfigError, UnicodeDecodeError) as error:
+            raise IntegrityError(
+                f"{path / RESOLVED} is damaged or was written by another version of fedmira: {error}"
+            ) from None
+        store = cls(path, config)
+        if MANIFEST in names and (recorded := store.manifest().get("config_hash")) != config_hash(config):
+            raise IntegrityError(
+                f"{path / RESOLVED} was changed after the run began (its hash is {config_hash(config)}, "
+                f"{MANIFEST} says {recorded}); put the original back"
+            )
+        return store
+
+    @classmethod
+    def resume(cls, config: RunConfig, source_text: str | None, directory: Path | None = None) -> RunStore:
+        """Open the run of `config` for writing, or create it if nothing of that name, method and seed was begun.
+
+        Raises:
+            IntegrityError: a run of that name, method and seed exists, but under another config; the message lists
+                the differences.
+            UsageError, IntegrityError: as `open` and `create`.
+        """
+        if not _exists(run_directory(config, directory)):
+            for other in cls._others(config, directory):
+                other.refuse_other_config(config)
+        return cls.open_or_create(config, source_text, directory)
+
+    @classmethod
+    def open_or_create(cls, config: RunConfig, source_text: str | None, directory: Path | None = None) -> RunStore:
+        """Open exactly the run of `config` for writing, or create it; runs under other configs do not matter."""
+        path = run_directory(config, directory)
+        if _exists(path / RESOLVED):
+            store = cls.open(path)
+            store.refuse_other_config(config)
+            store._hold_lock()
+            return store
+        lost = cls(path, config)
+        if not lost.has_progress():
+            return cls.create(config, source_text, directory)
+        # the file was lost, but the folder's name is the hash of this config, and every checkpoint repeats it
+        lost._hold_lock()
+        write_bytes_atomically(path / RESOLVED, resolved_yaml(config).encode())
+        return lost
+
+    @classmethod
+    def _others(cls, config: RunConfig, directory: Path | None) -> Iterator[RunStore]:
+        """Runs of the same name, method and seed that got somewhere, the latest first."""
+        parent = run_directory(config, directory).parent
+        pattern = re.compile(re.escape(run_stem(config)) + r"-[0-9a-f]{8}")
+        found = [parent / name for name in (_names(parent) if parent.is_dir() else []) if pattern.fullmatch(name)]
+        for path in sorted(found, key=lambda path: path.stat().st_mtime, reverse=True):
+            if not path.is_symlink() and (path / RESOLVED).is_file():
+                store = cls.open(path)
+                if store.has_progress():
+                    yield store
+
+    def refuse_other_config(self, config: RunConfig) -> None:
+        """Raise an `IntegrityError` with the differences unless `config` computes the same as this run's config."""
+        differences = config_difference(self.config, config)
+        if differences:
+            lines = "".join(f"\n  {line}" for line in differences)
+            raise IntegrityError(
+                f"{self.path} was started under another config and cannot be resumed with this one:{lines}\n"
+                "Put these values back to resume, or leave out --resume to start a new run."
+            )
+
+    def has_progress(self) -> bool:
+        """Whether anything would be lost with this directory: an event or a checkpoint."""
+        try:
+            size = os.lstat(self.path / METRICS).st_size
+        except FileNotFoundError:
+            size = 0
+        return size > 0 or has_checkpoints(self.path)
+
+    # ---------------------------------------------------------------------------------------------------- small files
+
+    def write_manifest(self, facts: Mapping[str, Any]) -> None:
+        """Replace manifest.json by `facts`, the schema number and the hash of the config."""
+        self._write_json(MANIFEST, {"schema": SCHEMA, "config_hash": config_hash(self.config), **facts})
+
+    def manifest(self) -> dict[str, Any]:
+        """Return the content of manifest.json; {} if none was written yet."""
+        return self._read_json(MANIFEST)
+
+    def write_graph(self, graph: Mapping[str, Any]) -> None:
+        """Replace graph.json."""
+        self._write_json(GRAPH, graph)
+
+    def graph(self) -> dict[str, Any]:
+        """Return the content of graph.json; {} if none was written yet."""
+        return self._read_json(GRAPH)
+
+    def _write_json(self, name: str, value: Mapping[str, Any]) -> None:
+        self._hold_lock()
+        text = json.dumps(_plain(value)[0], indent=1, ensure_ascii=False, allow_nan=False)
+        write_bytes_atomically(self.path / name, text.encode() + b"\n")
+
+    def _read_json(self, name: str) -> dict[str, Any]:
+        path = self.path / name
+        try:
+            value = json.loads(read_bytes(path))
+        except FileNotFoundError:
+            return {}
+        except OSError as error:
+            raise disk_error(error, path, "read") from error
+        except (ValueError, RecursionError) as error:
+            raise IntegrityError(f"{path} is damaged: {error}") from None
+        if not isinstance(value, dict):
+            raise IntegrityError(f"{path} is damaged: it must hold a JSON object")
+        return value
+
+    # --------------------------------------------------------------------------------------------------------- events
+
+    def append(self, event: Mapping[str, Any]) -> None:
+        """Add one event to metrics.jsonl. JSON has no NaN and no infinity: null is stored, `non_finite` says where.
+
+        Raises:
+            IntegrityError: the disk refused; no part of the event is left in the file.
+            UsageError: another process writes this run.
+        """
+        plain, non_finite = _plain(event)
+        if non_finite:
+            plain["non_finite"] = non_finite
+        self._append_line(METRICS, json.dumps(plain, ensure_ascii=False, allow_nan=False, separators=(",", ":")))
+
+    def events(self) -> list[dict[str, Any]]:
+        """Return all events, oldest first; a torn last line is left out.
+
+        Raises:
+            IntegrityError: any other line is damaged, or the file cannot be read.
+        """
+        path = self.path / METRICS
+        try:
+            data = read_bytes(path)
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            raise disk_error(error, path, "read") from error
+        events = []
+        for number, line in enumerate(data[: data.rfind(b"\n") + 1].splitlines(), 1):
+            try:
+                event = json.loads(line)
+            except (ValueError, RecursionError):
+                event = None
+            if not isinstance(event, dict):
+                raise IntegrityError(
+                    f"{path}, line {number}, is damaged; resume the run to write it again from a checkpoint"
+                )
+            events.append(event)
+        return events
+
+    def metrics_position(self) -> int:
+        """Make all events durable and return the size of metrics.jsonl in bytes, for a checkpoint to remember."""
+        descriptor = self._descriptor(METRICS)
+        with disk_errors_named(self.path / METRICS, "sync"):
+            os.fsync(descriptor)
+            return os.fstat(descriptor).st_size
+
+    def truncate_metrics(self, position: int) -> None:
+        """Cut metrics.jsonl back to a `metrics_position` of the past.
+
+        Raises:
+            IntegrityError: the file is shorter, or no line ends there: it is not the file the checkpoint knew.
+        """
+        path = self.path / METRICS
+        descriptor = self._descriptor(METRICS)
+        with disk_errors_named(path, "cut"):
+            size = os.fstat(descriptor).st_size
+            if not 0 <= position <= size or (position and os.pread(descriptor, 1, position - 1) != b"\n"):
+                raise IntegrityError(
+                    f"{path} has {size} bytes and no line that ends at byte {position}, where the checkpoint expects "
+                    "one: events were lost or changed. Restore the file, or remove the run directory and start again"
+                )
+            os.ftruncate(descriptor, position)
+            os.fsync(descriptor)
+
+    def log(self, line: str) -> None:
+        """Add a line to run.log with the time in UTC; control characters are shown, not obeyed."""
+        clean = _CONTROL.sub(lambda match: ascii(match.group())[1:-1], line)
+        now = datetime.now(UTC).isoformat(timespec="milliseconds").removesuffix("+00:00")
+        self._append_line(LOG, f"{now}Z {clean}")
+
+    def _append_line(self, name: str, line: str) -> None:
+        descriptor = self._descriptor(name)
+        size = os.fstat(descriptor).st_size
+        try:
+            write_all(descriptor, line.encode("utf-8", "backslashreplace") + b"\n")
+        except OSError as error:
+            os.ftruncate(descriptor, size)
+            raise disk_error(error, self.path / name, "add a line to") from error
+
+    def _descriptor(self, name: str) -> int:
+        """The file `name` open for appending, without the part after its last newline."""
+        self._hold_lock()
+        if name not in self._files:
+            path = self.path / name
+            with disk_errors_named(path, "open"):
+                descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+                self._files[name] = descriptor
+                _cut_torn_line(descriptor)
+        return self._files[name]
+
+    # ----------------------------------------------------------------------------------------------------------- lock
+
+    def _hold_lock(self) -> None:
+        """Become the only writer of this run."""
+        if self._lock is not None:
+            return
+        path = self.path / LOCK
+        with disk_errors_named(path, "open"):
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+        except OSError as error:
+            holder = os.pread(descriptor, 20, 0).decode(errors="replace").strip() or "unknown"
+            os.close(descriptor)
+            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                raise UsageError(
+                    f"another process (number {holder}) is writing {self.path}; wait until it is done or stop it"
+                ) from None
+            raise disk_error(error, path, "lock") from error
+        self._lock = descriptor
+        with disk_errors_named(self.path, "sync"):
+            sync_folder(self.path)
+
+    def close(self) -> None:
+        """Release the lock and the files; a later write takes them again."""
+        for descriptor in self._files.values():
+            os.close(descriptor)
+        self._files.clear()
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def __enter__(self) -> RunStore:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+# ------------------------------------------------------------------------------------------------------------- helpers
+
+
+def _exists(path: Path) -> bool:
+    """Like `Path.exists`, but true for a dangling link too."""
+    return os.path.lexists(path)
+
+
+def _refuse_link(path: Path) -> None:
+    if path.is_symlink():
+        raise UsageError(f"{path} is a symbolic link; give the run directory itself, {path.resolve()}")
+
+
+def _names(path: Path) -> list[str]:
+    with disk_errors_named(path, "list"):
+        return os.listdir(path)
+
+
+def _runs_inside(path: Path) -> str:
+    runs = sorted(item.name for item in path.iterdir() if (item / RESOLVED).is_file())
+    return f"; give one of the runs in it: {', '.join(runs[:5])}" if runs else ""
+
+
+def _cut_torn_line(descriptor: int) -> None:
+    """Cut what follows the last newline: a line that a crash tore."""
+    size = end = os.fstat(descriptor).st_size
+    while end:
+        start = max(0, end - 65536)
+        newline = os.pread(descriptor, end - start, start).rfind(b"\n")
+        if newline >= 0:
+            end = start + newline + 1
+            break
+        end = start
+    if end < size:
+        os.ftruncate(descriptor, end)
+
+
+def _plain(value: Any) -> tuple[Any, dict[str, str]]:
+    """Return `value` as JSON can hold it, and the places where a number that is not finite became null."""
+    non_finite: dict[str, str] = {}
+
+    def convert(item: Any, place: str) -> Any:
+        if isinstance(item, Mapping):
+            return {str(key): convert(part, f"{place}.{key}" if place else str(key)) for key, part in item.items()}
+        if isinstance(item, list | tuple):
+            return [convert(part, f"{place}[{index}]") for index, part in enumerate(item)]
+        if hasattr(item, "tolist"):
+            # numpy arrays and scalars, torch tensors
+            return convert(item.tolist(), place)
+        if isinstance(item, float) and not math.isfinite(item):
+            non_finite[place] = str(item)
+            return None
+        if isinstance(item, Path):
+            return str(item)
+        return item
+
+    return convert(value, ""), non_finite
