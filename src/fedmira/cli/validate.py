@@ -22,14 +22,14 @@ if TYPE_CHECKING:
 @click.pass_obj
 def validate(session: Session, config: Path, overrides: tuple[str, ...]) -> None:
     """Check CONFIG, the KEY=VALUE pairs given with it, and that the files it names exist. Trains and loads nothing."""
-    from fedmira.config_file import run_name
+    from fedmira.runs.naming import run_directory
 
     run_config = read_config(config, overrides)
     problems = missing_files(run_config)
     if problems:
         # one report of all that is missing; the exit code is that of the first
         raise type(problems[0])("\n".join(str(problem) for problem in problems))
-    directory = Path(run_config.output.directory) / run_name(run_config)
+    directory = run_directory(run_config)
     session.result(
         {"valid": True, "config": str(config), "run_directory": str(directory)},
         f"{config} is valid\nRun directory: {directory}",

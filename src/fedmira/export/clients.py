@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from fedmira import embedded_base_path
 from fedmira.errors import UsageError, nearest
-from fedmira.export.peft import EMBEDDED_NAME, adapter_files, model_card, new_folder, write_files
+from fedmira.export.peft import EMBEDDED_NAME, Settings, adapter_files, model_card, new_folder, write_files
 from fedmira.types import Arena, Example, Layout
 
 if TYPE_CHECKING:
@@ -121,17 +121,15 @@ def _files(trained: Trained, row: int, base_path: str, run_name: str) -> dict[st
         "rank": adapter.rank,
         "template of the prompts": config.data.template,
     }
-    return adapter_files(
-        layout,
-        trained.adapters.values_KP[row],
+    settings = Settings(
         rank=adapter.rank,
         alpha=adapter.alpha,
         dropout=adapter.dropout,
         base_path=base_path,
         revision=config.model.revision,
         fan_in_fan_out=_stores_transposed(trained.base, layout),
-        card=model_card(base_path, facts),
     )
+    return adapter_files(layout, trained.adapters.values_KP[row], settings, model_card(base_path, facts))
 
 
 def _stores_transposed(base: BaseModel, layout: Layout) -> bool:

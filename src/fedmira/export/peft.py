@@ -6,16 +6,14 @@ about runs, clients or how an adapter was trained; `clients` does.
 
 from __future__ import annotations
 
-import errno
 import json
-import os
-import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
-from fedmira.errors import FedmiraError, UsageError
+from fedmira.errors import UsageError
+from fedmira.runs.atomic import disk_errors_named, make_folder, nonce, remove_tree, sync_folder, write_new_file
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -30,32 +28,32 @@ EMBEDDED_NAME = "fedmira-embedded-base"
 PEFT_SUFFIX = {"lora_a": "lora_A.weight", "lora_b": "lora_B.weight"}
 
 
-def adapter_files(
-    layout: Layout,
-    row_P: torch.Tensor,
-    *,
-    rank: int,
-    alpha: float,
-    dropout: float,
-    base_path: str,
-    revision: str | None,
-    fan_in_fan_out: bool = False,
-    card: str = "",
-) -> dict[str, bytes]:
-    """Return the files of a PEFT folder for the adapter `row_P` (P,): name to content.
+class Settings(NamedTuple):
+    """What a PEFT folder states besides its tensors."""
 
-    There are no `modules_to_save` and no DoRA, which vLLM refuses, and the rank is stated, which vLLM compares with
-    its `--max-lora-rank`.
+    rank: int
+    """Of every pair of factors; vLLM compares it with its `--max-lora-rank`."""
+    alpha: float
+    """The product is scaled by alpha / rank."""
+    dropout: float
+    """Used while training; stated only."""
+    base_path: str
+    """What the folder names as its base model: an id or a path."""
+    revision: str | None = None
+    """Branch, tag or commit of the base model."""
+    fan_in_fan_out: bool = False
+    """True if the base layers are `Conv1D` (GPT-2), which store their weight transposed."""
+
+
+def adapter_files(layout: Layout, row_P: torch.Tensor, settings: Settings, card: str = "") -> dict[str, bytes]:
+    """Return the files of a PEFT folder for one adapter, name to content: config, weights and model card.
+
+    There are no `modules_to_save`, no DoRA and no biases, which vLLM refuses.
 
     Args:
         layout: The tensors of the adapter, named by the paths of the base model's modules.
-        row_P: One row of an arena, any floating dtype; stored as it is.
-        rank: Of every pair of factors.
-        alpha: The product is scaled by alpha / rank.
-        dropout: Used while training; stated only.
-        base_path: What the folder names as its base model: an id or a path.
-        revision: Branch, tag or commit of the base model.
-        fan_in_fan_out: True if the base layers are `Conv1D` (GPT-2), which store their weight transposed.
+        row_P: One row of an arena (P,), any floating dtype; stored as it is.
+        settings: What else the folder states.
         card: README.md; a short one by default.
 
     Raises:
@@ -63,54 +61,13 @@ def adapter_files(
     """
     from safetensors.torch import save
 
-    config = _peft_config(
-        rank=rank,
-        alpha=alpha,
-        dropout=dropout,
-        base_path=base_path,
-        revision=revision,
-        target_modules=sorted({spec.layer for spec in layout.specs}),
-        fan_in_fan_out=fan_in_fan_out,
-    )
+    tensors = _peft_tensors(layout, row_P)
+    config = _peft_config(settings, sorted({spec.layer for spec in layout.specs}))
     return {
         "adapter_config.json": (json.dumps(config, indent=2, sort_keys=True) + "\n").encode(),
-        "adapter_model.safetensors": save(_peft_tensors(layout, row_P), metadata={"format": "pt"}),
-        "README.md": (card or model_card(base_path)).encode(),
+        "adapter_model.safetensors": save(tensors, metadata={"format": "pt"}),
+        "README.md": (card or model_card(settings.base_path)).encode(),
     }
-
-
-def export_adapter(
-    layout: Layout,
-    row_P: torch.Tensor,
-    *,
-    rank: int,
-    alpha: float,
-    dropout: float,
-    base_path: str,
-    revision: str | None,
-    out: Path,
-    fan_in_fan_out: bool = False,
-    card: str = "",
-) -> None:
-    """Write the PEFT folder `out`, new or empty, with the files of `adapter_files`; complete or not at all.
-
-    Raises:
-        UsageError: as `adapter_files`; or `out` is not an empty folder.
-        FedmiraError: the disk refuses.
-    """
-    files = adapter_files(
-        layout,
-        row_P,
-        rank=rank,
-        alpha=alpha,
-        dropout=dropout,
-        base_path=base_path,
-        revision=revision,
-        fan_in_fan_out=fan_in_fan_out,
-        card=card,
-    )
-    with new_folder(out) as folder:
-        write_files(folder, files)
 
 
 def _peft_tensors(layout: Layout, row_P: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -127,31 +84,23 @@ def _peft_tensors(layout: Layout, row_P: torch.Tensor) -> dict[str, torch.Tensor
     return dict(sorted(tensors.items()))
 
 
-def _peft_config(
-    *,
-    rank: int,
-    alpha: float,
-    dropout: float,
-    base_path: str,
-    revision: str | None,
-    target_modules: Sequence[str],
-    fan_in_fan_out: bool,
-) -> dict[str, object]:
+def _peft_config(settings: Settings, target_modules: Sequence[str]) -> dict[str, object]:
     """The fields of `LoraConfig` that matter. Modules are named in full, so that none is matched by accident."""
+    alpha = settings.alpha
     return {
         "alpha_pattern": {},
-        "base_model_name_or_path": base_path,
+        "base_model_name_or_path": settings.base_path,
         "bias": "none",
-        "fan_in_fan_out": fan_in_fan_out,
+        "fan_in_fan_out": settings.fan_in_fan_out,
         "inference_mode": True,
         "init_lora_weights": True,
         "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
-        "lora_dropout": dropout,
+        "lora_dropout": settings.dropout,
         "modules_to_save": None,
         "peft_type": "LORA",
-        "r": rank,
+        "r": settings.rank,
         "rank_pattern": {},
-        "revision": revision,
+        "revision": settings.revision,
         "target_modules": list(target_modules),
         "task_type": "CAUSAL_LM",
         "use_dora": False,
@@ -190,12 +139,10 @@ def _where_base_is(base_path: str) -> str:
 
 
 def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
-    """Write `files` (name to content) into `folder` with the modes that the umask allows; none may exist."""
+    """Write `files` (name to content) into `folder`, durably, with the modes the umask allows; none may exist."""
     for name, content in files.items():
-        with (folder / name).open("xb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
+        write_new_file(folder / name, [content])
+    sync_folder(folder)
 
 
 @contextmanager
@@ -204,21 +151,18 @@ def new_folder(out: Path) -> Iterator[Path]:
 
     Raises:
         UsageError: `out` exists and is not an empty folder.
-        FedmiraError: the disk refuses.
+        IntegrityError: the disk refuses; the message names the reason.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if out.is_symlink() or (out.exists() and not out.is_dir()) or (out.is_dir() and any(out.iterdir())):
         raise UsageError(f"{out} exists and is not an empty folder; give a new folder, or remove this one")
-    temporary = out.parent / f".{out.name}.tmp-{os.getpid()}"
+    make_folder(out.parent)
+    temporary = out.with_name(f".{out.name}.tmp-{nonce()}")
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        temporary.mkdir()
-        yield temporary
-        temporary.rename(out)
-    except OSError as error:
-        if error.errno in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
-            raise UsageError(
-                f"{out} exists and is not an empty folder; give a new folder, or remove this one"
-            ) from None
-        raise FedmiraError(f"cannot write {out}: {error.strerror or error}; nothing was left there") from error
+        with disk_errors_named(out, "write"):
+            temporary.mkdir()
+            yield temporary
+            temporary.rename(out)
+            sync_folder(out.parent)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if temporary.exists():
+            remove_tree(temporary)
