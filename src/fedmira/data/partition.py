@@ -157,8 +157,8 @@ def _by_field(examples: Sequence[Example], config: PartitionConfig, seed: int) -
     if "" in clients:
         raise DataError(
             f"data.partition.by = field, but {len(clients[''])} of {len(examples)} examples name no client (first: "
-            f"{clients[''][0].id or 'unnamed'}). Set data.client_field to the field that names it, or "
-            "data.partition.by to task or iid."
+            f"{clients[''][0].id or 'unnamed'}). With data.source jsonl or huggingface set data.client_field "
+            "to the field that names it; else set data.partition.by to task or iid."
         )
     holdings = []
     for name, members in clients.items():

@@ -146,7 +146,7 @@ def _refuse_empty(
         )
     raise DataError(
         f"client {name!r} has no example left for {' and '.join(empty)}: it holds {_num_examples(groups)} examples "
-        f"with {len(groups)} different prompts, and one prompt never falls into two splits, at this client or at others. It "
-        f"needs at least {len(needed)} different prompts ({', '.join(needed)}). Give it more examples, ask for fewer "
-        "clients, remove it, or set data.partition.validation to 0."
+        f"with {len(groups)} different prompts, and one prompt never falls into two splits, here or at other clients. "
+        f"It needs at least {len(needed)} different prompts, one each for {', '.join(needed)}. Give it more examples, "
+        "ask for fewer clients, remove it, or set data.partition.validation to 0."
     )

@@ -67,17 +67,20 @@ class ClientTokens(NamedTuple):
 class TokenizationReport(NamedTuple):
     """What tokenization did to all clients, in their order."""
 
-    template: str
     max_length: int
     clients: tuple[ClientTokens, ...]
 
-    @property
-    def truncated_prompts(self) -> int:
-        return sum(client.truncated_prompts for client in self.clients)
-
-    @property
-    def dropped_examples(self) -> int:
-        return sum(client.dropped_examples for client in self.clients)
+    def summary(self) -> dict[str, int]:
+        """Sums over the clients; JSON-able."""
+        return {
+            "max_length": self.max_length,
+            "examples": sum(client.num_examples for client in self.clients),
+            "tokens": sum(client.num_tokens for client in self.clients),
+            "supervised_tokens": sum(client.num_supervised_tokens for client in self.clients),
+            "longest": max((client.longest for client in self.clients), default=0),
+            "truncated_prompts": sum(client.truncated_prompts for client in self.clients),
+            "dropped_examples": sum(client.dropped_examples for client in self.clients),
+        }
 
 
 def tokenize_federation(
@@ -102,7 +105,7 @@ def tokenize_federation(
         tokenized, count = _tokenize_client(client, tokenizer, template, max_length, end)
         clients.append(tokenized)
         counts.append(count)
-    return tuple(clients), TokenizationReport(template, max_length, tuple(counts))
+    return tuple(clients), TokenizationReport(max_length, tuple(counts))
 
 
 def prompt_tokens(
@@ -164,10 +167,11 @@ def _tokenize_client(
             tokens = np.array([*visible, *supervised], dtype=np.int32)
             kept.append((example, TokenizedExample(tokens, len(visible), example.id)))
         if examples and not kept:
+            first = examples[0].id or "unnamed"
             raise DataError(
                 f"client {client.name!r} has no usable {split} example: the answers of all {len(examples)} are so long "
-                f"that max_length = {max_length} tokens leave no room for a prompt (first: "
-                f"{examples[0].id or 'unnamed'}, answer and end token {len(answers[0]) + 1} tokens). Raise data.max_length or remove the client."
+                f"that max_length = {max_length} tokens leave no room for a prompt (first: {first}, "
+                f"answer and end token {len(answers[0]) + 1} tokens). Raise data.max_length or remove the client."
             )
         texts[split] = tuple(example for example, _ in kept)
         sequences[split] = tuple(sequence for _, sequence in kept)

@@ -6,11 +6,15 @@ from collections.abc import Callable
 from typing import Any
 
 from fedmira.config import DataConfig
-from fedmira.data.sources import planted
+from fedmira.data.sources import dolly, huggingface, jsonl, natural_instructions, planted
 from fedmira.data.sources.source import Source
 
 LOADERS: dict[str, Callable[[Any, int], Source]] = {
     "planted": planted.load,
+    "natural_instructions": natural_instructions.load,
+    "dolly": dolly.load,
+    "jsonl": jsonl.load,
+    "huggingface": huggingface.load,
 }
 
 

@@ -1,0 +1,125 @@
+"""Data files on disk: found, read, decompressed, decoded and hashed. Knows nothing about what a record means."""
+
+from __future__ import annotations
+
+import glob
+import gzip
+import hashlib
+import json
+import zlib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from fedmira.errors import DataError
+
+FILE_ENDINGS = (".jsonl", ".jsonl.gz", ".json", ".json.gz")
+NUM_NAMED_BAD = 3
+
+
+class Bad(NamedTuple):
+    """A record that cannot be used."""
+
+    line: int
+    """Counted from 1."""
+    reason: str
+
+
+class FileRecords(NamedTuple):
+    """What one file holds."""
+
+    records: tuple[tuple[int, Any], ...]
+    """(line counted from 1, record) of each line that is JSON; position instead of line where the file is one list."""
+    bad: tuple[Bad, ...]
+    sha256: str
+    """Of the file's bytes as stored."""
+
+
+def find_files(path: str) -> list[Path]:
+    """Return the data files that a path names: a file, all of a folder, or the matches of a glob, sorted.
+
+    Raises:
+        DataError: there are none.
+    """
+    expanded = Path(path).expanduser()
+    if expanded.is_file():
+        return [expanded]
+    if expanded.is_dir():
+        candidates = sorted(expanded.iterdir())
+        what = f"the folder {path!r} holds no file"
+    else:
+        candidates = sorted(Path(match) for match in glob.glob(str(expanded), recursive=True))
+        what = f"there is no file, folder or match for {path!r}; a file must exist, and a match must be a file"
+    files = [file for file in candidates if file.is_file() and file.name.endswith(FILE_ENDINGS)]
+    if not files:
+        raise DataError(f"{what} ending in {', '.join(FILE_ENDINGS)}. Correct data.path.")
+    return files
+
+
+def read_bytes(path: Path) -> tuple[bytes, str]:
+    """Return a file's content, decompressed if its name ends in .gz, and the sha256 of its bytes as stored.
+
+    Raises:
+        DataError: it is missing, unreadable or damaged.
+    """
+    try:
+        stored = path.read_bytes()
+        content = gzip.decompress(stored) if path.name.endswith(".gz") else stored
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(
+            f"the data file {str(path)!r} cannot be read: {error}. Check that it exists, is whole and may be read."
+        ) from error
+    return content, hashlib.sha256(stored).hexdigest()
+
+
+def read_text(path: Path) -> tuple[str, str]:
+    """Return a file's text (UTF-8) and its sha256; see `read_bytes`.
+
+    Raises:
+        DataError: it is missing, unreadable, damaged or not UTF-8.
+    """
+    content, sha256 = read_bytes(path)
+    try:
+        return content.decode("utf-8-sig"), sha256
+    except UnicodeDecodeError as error:
+        line = content[: error.start].count(b"\n") + 1
+        raise DataError(
+            f"the data file {str(path)!r} is not UTF-8 text: {error.reason} in line {line}. Convert it to UTF-8."
+        ) from error
+
+
+def read_records(path: Path) -> FileRecords:
+    """Read a JSON Lines file, or a JSON file that holds one list of records.
+
+    Raises:
+        DataError: the file is missing, unreadable, damaged, not UTF-8, or a .json file that is no list.
+    """
+    text, sha256 = read_text(path)
+    if path.name.endswith((".json", ".json.gz")):
+        try:
+            whole = json.loads(text)
+        except ValueError:
+            whole = None  # a .json file may hold JSON lines all the same
+        if isinstance(whole, list):
+            return FileRecords(tuple(enumerate(whole, start=1)), (), sha256)
+    records, bad = [], []
+    for line, content in enumerate(text.split("\n"), start=1):
+        if not content.strip():
+            continue
+        try:
+            records.append((line, json.loads(content)))
+        except ValueError as error:
+            bad.append(Bad(line, f"not JSON ({error})"))
+    return FileRecords(tuple(records), tuple(bad), sha256)
+
+
+def file_provenance(path: Path, sha256: str, num_examples: int, bad: Iterable[Bad]) -> dict[str, Any]:
+    """What the manifest of a run says about one data file."""
+    unusable = sorted(bad)
+    return {
+        "path": str(path),
+        "sha256": sha256,
+        "examples": num_examples,
+        "unusable_records": len(unusable),
+        "first_unusable": [[line, reason] for line, reason in unusable[:NUM_NAMED_BAD]],
+    }

@@ -1,0 +1,87 @@
+"""Any data set that the `datasets` package loads: a hub id, a local folder of data files, or a saved data set.
+
+Imports `datasets` late. Knows nothing about how examples become clients.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from fedmira.config import HuggingFaceConfig
+from fedmira.data.sources.records import NUM_NAMED_BAD, Bad, Fields, usable_examples
+from fedmira.data.sources.source import Source
+from fedmira.errors import DataError, SetupError
+from fedmira.types import Example
+
+
+def load(config: HuggingFaceConfig, seed: int) -> Source:
+    """Load one split of a data set, in any shape that `records` knows. The seed is not used.
+
+    Raises:
+        DataError: the data set, its configuration or its split cannot be loaded, or it is mostly unusable.
+        SetupError: the `datasets` package is missing.
+    """
+    fields = Fields(config.client_field or "client", config.task_field, config.category_field)
+    records, origin = rows(config.path, config.name, config.split)
+    examples, bad = usable_examples(config.path, enumerate(records, start=1), (), fields)
+    if config.client_field is not None and not any(example.client for example in examples):
+        raise DataError(
+            f"data.client_field = {config.client_field!r}, but no record of {config.path!r} has this field. "
+            "Correct its name, or set data.partition.by to task or iid."
+        )
+    provenance = {"source": "huggingface", "dataset": dataset_provenance(origin, examples, bad)}
+    return Source(tuple(examples), provenance)
+
+
+def rows(path: str, name: str | None, split: str) -> tuple[Iterator[Mapping[str, Any]], dict[str, Any]]:
+    """Return the records of one split and where they come from.
+
+    Raises:
+        DataError: they cannot be loaded.
+        SetupError: the `datasets` package is missing.
+    """
+    try:
+        import datasets
+    except ImportError as error:
+        raise SetupError(
+            f"loading the data set {path!r} needs the `datasets` package. Run: pip install 'fedmira[huggingface]'"
+        ) from error
+    folder = Path(path).expanduser()
+    saved = folder.is_dir() and ((folder / "state.json").exists() or (folder / "dataset_dict.json").exists())
+    try:
+        if saved:
+            loaded = datasets.load_from_disk(str(folder))
+            if isinstance(loaded, datasets.DatasetDict):
+                loaded = loaded[split]
+        else:
+            loaded = datasets.load_dataset(str(folder) if folder.exists() else path, name, split=split)
+    except (OSError, ValueError, KeyError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        raise DataError(
+            f"the data set {path!r} (configuration {name!r}, split {split!r}) cannot be loaded: {reason}. "
+            "Check data.path, data.name and data.split, and that the hub can be reached or the data set is cached."
+        ) from error
+    origin = {"path": path, "name": name, "split": split, "fingerprint": str(loaded._fingerprint)}
+    return iter(loaded), origin
+
+
+def dataset_provenance(origin: dict[str, Any], examples: Iterable[Example], bad: Iterable[Bad]) -> dict[str, Any]:
+    """What the manifest of a run says about a data set; the hash is of the examples, whatever files they came in."""
+    digest = hashlib.sha256()
+    count = 0
+    for example in examples:
+        digest.update(json.dumps(asdict(example), sort_keys=True).encode())
+        count += 1
+    unusable = sorted(bad)
+    return {
+        **origin,
+        "examples": count,
+        "examples_sha256": digest.hexdigest(),
+        "unusable_records": len(unusable),
+        "first_unusable": [[line, reason] for line, reason in unusable[:NUM_NAMED_BAD]],
+    }

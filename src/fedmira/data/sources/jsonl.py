@@ -1,0 +1,60 @@
+"""Local JSON Lines files (also .gz, also .json files with one list), in any shape that `records` knows.
+
+Knows nothing about how examples become clients, except that a file is a client where nothing else says so.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from fedmira.config import JsonlConfig
+from fedmira.data.sources.records import (
+    FILE_ENDINGS,
+    Fields,
+    file_provenance,
+    find_files,
+    read_records,
+    usable_examples,
+)
+from fedmira.data.sources.source import Source
+from fedmira.errors import DataError
+from fedmira.types import Example
+
+
+def load(config: JsonlConfig, seed: int) -> Source:
+    """Read the files that `config.path` names. The seed is not used.
+
+    With `partition.by: field`, an example whose record has no client field belongs to the client named by its file.
+
+    Raises:
+        DataError: a file is missing, unreadable or mostly unusable; a client field was asked for that no record has.
+    """
+    fields = Fields(config.client_field or "client", config.task_field, config.category_field)
+    examples: list[Example] = []
+    files = []
+    for path in find_files(config.path):
+        read = read_records(path)
+        found, bad = usable_examples(path.name, read.records, read.bad, fields)
+        files.append(file_provenance(path, read.sha256, len(found), bad))
+        if config.partition.by == "field" and config.client_field is None:
+            found = [e if e.client else replace(e, client=client_of_file(path)) for e in found]
+        examples += found
+    if config.client_field is not None and not any(example.client for example in examples):
+        raise DataError(
+            f"data.client_field = {config.client_field!r}, but no record in {config.path!r} has this field. "
+            "Correct its name, or leave it out to take one client per file."
+        )
+    return Source(tuple(examples), {"source": "jsonl", "files": files})
+
+
+def client_of_file(path: Path) -> str:
+    """Return the name of the client that a file stands for: the file name without its ending.
+
+    >>> client_of_file(Path("data/ward-7.jsonl.gz"))
+    'ward-7'
+    """
+    for ending in sorted(FILE_ENDINGS, key=len, reverse=True):
+        if path.name.endswith(ending):
+            return path.name.removesuffix(ending)
+    return path.stem
