@@ -4,7 +4,7 @@
         state.safetensors               the tensors
         facts.json                      everything else
         MANIFEST.json                   sha256 and size of both, names and shapes of the tensors, its own sha256
-    checkpoints/round-00012-partial/    inside round 12, so before round-00012; removed by the next save
+    checkpoints/round-00012-partial/    inside round 13, so after round-00012; removed by the next save
 
 A save writes a hidden folder, fsyncs every file and the folder, renames it and fsyncs the parent. Nothing that exists
 is ever overwritten, so at every moment the last good checkpoint is there. A load walks from the newest to the oldest
@@ -75,23 +75,23 @@ def save(
 ) -> Path:
     """Write a checkpoint of round `round_` and return its folder; then remove all but the newest `keep` and this one.
 
-    With `facts["partial"]` true it is a state inside round `round_`: newer than round `round_ - 1` and older than a
-    complete checkpoint of `round_`, and removed by the next save. Anything later than `round_` belongs to a future
-    that is being computed again, and is removed.
+    With `facts["partial"]` true it is a state after round `round_` inside the next round: newer than the complete
+    checkpoint of `round_`, and removed by the next save. Anything later than what is saved belongs to a future that is
+    being computed again, and is removed.
 
     Raises:
         IntegrityError: the disk refused; the message names path and reason, and older checkpoints are untouched.
         ValueError: a fact is not JSON (NaN included) or a tensor has a dtype that safetensors lacks.
     """
     parent = run_path / FOLDER
-    complete = not facts.get("partial", False)
+    partial = bool(facts.get("partial", False))
     facts_bytes = json.dumps(facts, allow_nan=False, sort_keys=True).encode()
     header, specs = _header(tensors)
 
     make_folder(parent)
     existing = generations(parent)
-    revision = 1 + max((g.revision for g in existing if g.same == (round_, complete)), default=0)
-    target = generation_path(parent, round_, complete, revision)
+    revision = 1 + max((g.revision for g in existing if g.same == (round_, partial)), default=0)
+    target = generation_path(parent, round_, partial, revision)
     beside = parent / f".tmp-{nonce()}"
     doing = target
     try:
@@ -106,7 +106,7 @@ def save(
         manifest = {
             "schema": SCHEMA,
             "round": round_,
-            "partial": not complete,
+            "partial": partial,
             "config_hash": config_hash,
             "files": {TENSORS: tensors_digest.entry(), FACTS: facts_digest.entry()},
             "tensors": specs,
@@ -123,7 +123,7 @@ def save(
         raise
     with suppress(OSError):
         # the checkpoint is safe; what cannot be removed now is tried again by the next save
-        _prune(parent, Generation(round_, complete, revision, target), existing, keep)
+        _prune(parent, Generation(round_, partial, revision, target), existing, keep)
     return target
 
 
@@ -166,9 +166,9 @@ def load_latest(run_path: Path, *, config_hash: str) -> Checkpoint | None:
 
 def _prune(parent: Path, saved: Generation, existing: list[Generation], keep: int) -> None:
     """Remove what `saved` makes superfluous; never `saved` itself, which is whole because every byte was synced."""
-    older = [g for g in existing if g < saved and g.complete and g.same != saved.same]
+    older = [g for g in existing if g < saved and not g.partial and g.same != saved.same]
     kept = {g.same: g for g in older}
-    newest = sorted(kept.values(), reverse=True)[: max(keep - 1, 0) if saved.complete else max(keep, 1)]
+    newest = sorted(kept.values(), reverse=True)[: max(keep, 1) if saved.partial else max(keep - 1, 0)]
     for generation in existing:
         if generation not in newest:
             remove_tree(generation.path)
@@ -248,7 +248,7 @@ def _verified_manifest(generation: Generation) -> dict[str, Any]:
         raise _Damaged(f"{MANIFEST} is damaged (its own sha256 differs)")
     if manifest.get("schema") != SCHEMA:
         raise _Damaged(f"{MANIFEST} has schema {manifest.get('schema')}, this version reads {SCHEMA}")
-    if (manifest["round"], manifest["partial"]) != (generation.round, not generation.complete):
+    if (manifest["round"], manifest["partial"]) != (generation.round, generation.partial):
         raise _Damaged(f"belongs to round {manifest['round']}{' (partial)' if manifest['partial'] else ''}")
     return manifest
 

@@ -17,8 +17,8 @@ class Generation(NamedTuple):
     """One checkpoint folder; sorts from the oldest to the newest."""
 
     round: int
-    complete: bool
-    """False for a state inside the round, which comes before the one at its end."""
+    partial: bool
+    """True for a state inside the next round, which comes after the one at the end of `round`."""
     revision: int
     """1, or more if the same state was saved again."""
     path: Path
@@ -26,16 +26,16 @@ class Generation(NamedTuple):
     @property
     def same(self) -> tuple[int, bool]:
         """Equal for generations of which the later replaces the earlier."""
-        return self.round, self.complete
+        return self.round, self.partial
 
 
-def generation_path(parent: Path, round_: int, complete: bool, revision: int) -> Path:
+def generation_path(parent: Path, round_: int, partial: bool, revision: int) -> Path:
     """Return the folder of a generation.
 
-    >>> generation_path(Path("c"), 12, True, 1).name, generation_path(Path("c"), 12, False, 3).name
+    >>> generation_path(Path("c"), 12, False, 1).name, generation_path(Path("c"), 12, True, 3).name
     ('round-00012', 'round-00012-partial-r3')
     """
-    suffix = ("" if complete else "-partial") + (f"-r{revision}" if revision > 1 else "")
+    suffix = ("-partial" if partial else "") + (f"-r{revision}" if revision > 1 else "")
     return parent / f"round-{round_:05d}{suffix}"
 
 
@@ -52,7 +52,7 @@ def generations(parent: Path) -> list[Generation]:
     except OSError as error:
         raise disk_error(error, parent, "list the checkpoints in") from error
     matches = [match for match in map(_NAME.fullmatch, names) if match]
-    return sorted(Generation(int(m[1]), m[2] is None, int(m[3] or 1), parent / m[0]) for m in matches)
+    return sorted(Generation(int(m[1]), m[2] is not None, int(m[3] or 1), parent / m[0]) for m in matches)
 
 
 def has_checkpoints(run_path: Path) -> bool:

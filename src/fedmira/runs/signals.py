@@ -16,11 +16,11 @@ class StopFlag:
     """True, when called, once a signal has asked the process to stop."""
 
     def __init__(self) -> None:
-        self.signal_number: int | None = None
-        """The first signal that arrived; None so far."""
+        self.signal_number = 0
+        """The first signal that arrived; 0 so far."""
 
     def __call__(self) -> bool:
-        return self.signal_number is not None
+        return self.signal_number != 0
 
 
 @contextmanager
@@ -35,7 +35,7 @@ def stop_on_signals() -> Iterator[StopFlag]:
         return
 
     def handle(number: int, frame: FrameType | None) -> None:
-        if flag.signal_number is None:
+        if flag.signal_number == 0:
             flag.signal_number = number
         elif number == signal.SIGINT:
             raise KeyboardInterrupt

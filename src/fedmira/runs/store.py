@@ -37,6 +37,7 @@ from fedmira.runs.atomic import (
 )
 from fedmira.runs.generations import FOLDER as CHECKPOINTS
 from fedmira.runs.generations import has_checkpoints
+from fedmira.runs.naming import run_directory, run_stem
 
 CONFIG, RESOLVED, MANIFEST = "config.yaml", "config.resolved.yaml", "manifest.json"
 METRICS, GRAPH, LOG, LOCK = "metrics.jsonl", "graph.json", "run.log", ".lock"
