@@ -11,7 +11,8 @@ from typing import Any
 
 from fedmira.config import DollyConfig
 from fedmira.data.sources import huggingface
-from fedmira.data.sources.records import FILE_ENDINGS, Fields, file_provenance, read_records, usable_examples
+from fedmira.data.sources.files import FILE_ENDINGS, file_provenance, read_records
+from fedmira.data.sources.records import Fields, usable_examples
 from fedmira.data.sources.source import Source
 from fedmira.errors import DataError
 from fedmira.types import Example

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from fedmira.config import HuggingFaceConfig
-from fedmira.data.sources.records import NUM_NAMED_BAD, Bad, Fields, usable_examples
+from fedmira.data.sources.files import NUM_NAMED_BAD, Bad
+from fedmira.data.sources.records import Fields, usable_examples
 from fedmira.data.sources.source import Source
 from fedmira.errors import DataError, SetupError
 from fedmira.types import Example

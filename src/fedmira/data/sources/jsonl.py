@@ -9,14 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from fedmira.config import JsonlConfig
-from fedmira.data.sources.records import (
-    FILE_ENDINGS,
-    Fields,
-    file_provenance,
-    find_files,
-    read_records,
-    usable_examples,
-)
+from fedmira.data.sources.files import FILE_ENDINGS, file_provenance, find_files, read_records
+from fedmira.data.sources.records import Fields, usable_examples
 from fedmira.data.sources.source import Source
 from fedmira.errors import DataError
 from fedmira.types import Example

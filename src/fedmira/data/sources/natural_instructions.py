@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from fedmira.config import NaturalInstructionsConfig
-from fedmira.data.sources.records import Bad, file_provenance, read_text, refuse_mostly_bad
+from fedmira.data.sources.files import Bad, file_provenance, read_text
+from fedmira.data.sources.records import refuse_mostly_bad
 from fedmira.data.sources.source import Source
 from fedmira.errors import DataError, nearest
 from fedmira.types import Example
