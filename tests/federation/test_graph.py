@@ -10,13 +10,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from tests.federation.builders import clients
+from tests.reference import mixing_twin
 
 from fedmira.config import GraphConfig
 from fedmira.errors import ConfigError, DataError
 from fedmira.federation import graph as graphs
 from fedmira.federation import known_graphs as known
-from tests.federation.builders import clients
-from tests.reference import mixing_twin
 
 
 def adjacencies(largest: int = 7) -> st.SearchStrategy[np.ndarray]:

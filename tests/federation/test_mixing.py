@@ -7,6 +7,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.federation.builders import initial, layout, same_bytes
+from tests.federation.test_graph import adjacencies
+from tests.reference import mixing_twin
 
 from fedmira.errors import ConfigError
 from fedmira.federation import known_graphs as known
@@ -30,9 +33,6 @@ from fedmira.federation.mixing import (
     step_numbers,
 )
 from fedmira.types import Arena
-from tests.federation.builders import initial, layout, same_bytes
-from tests.federation.test_graph import adjacencies
-from tests.reference import mixing_twin
 
 PAIR = validated([[0, 0.5], [0.5, 0]], 2, "given")
 
@@ -70,7 +70,7 @@ def test_a_client_without_confidence_takes_its_neighbours_value() -> None:
     assert mixed.tolist() == pytest.approx([1, 4, 5], abs=0.02)
 
 
-# ------------------------------------------------------------------------------------------------------------ the twin
+# ------------------------------------------------------------------------------------------------------------- the twin
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -84,7 +84,7 @@ def test_both_steps_equal_their_twins(seed: int) -> None:
     assert np.allclose(laplacian_implicit(graph, 1.7, confidence)(values).values_KP, implicit, atol=1e-10)
 
 
-# ---------------------------------------------------------------------------------------------------------- reductions
+# ----------------------------------------------------------------------------------------------------------- reductions
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
@@ -153,7 +153,7 @@ def test_implicit_step_refuses_negative_and_infinite_settings(tau: float, confid
         laplacian_implicit(PAIR, tau, confidence)
 
 
-# ---------------------------------------------------------------------------------------------------------- properties
+# ----------------------------------------------------------------------------------------------------------- properties
 
 
 @given(adjacencies(), st.floats(0, 1e6), st.data())
@@ -220,7 +220,7 @@ def test_an_unstable_explicit_step_is_refused_with_the_numbers() -> None:
     assert caught.value.exit_code == 2
 
 
-# --------------------------------------------------------------------------------------------------- dtypes, composition
+# -------------------------------------------------------------------------------------------------- dtypes, composition
 
 
 def test_bfloat16_rows_are_mixed_with_exact_weights() -> None:

@@ -57,14 +57,13 @@ def average(weights_K: Sequence[float]) -> Mixer:
 
 
 def linear(matrix_KK: Matrix) -> Mixer:
-    """Return the mixer Theta <- matrix Theta. Rows equal to the identity's are copied, not multiplied."""
+    """Return the mixer Theta <- matrix Theta, in new memory. Rows like the identity's are copied, not multiplied."""
     moved = np.flatnonzero((matrix_KK != np.eye(len(matrix_KK))).any(axis=1))
 
     def mix(arena: Arena) -> Arena:
-        if not moved.size:
-            return arena
         values_KP = arena.values_KP.clone()
-        values_KP[torch.from_numpy(moved)] = _combine(matrix_KK[moved], arena.values_KP)
+        if moved.size:
+            values_KP[torch.from_numpy(moved)] = _combine(matrix_KK[moved], arena.values_KP)
         return arena.replace(values_KP)
 
     return mix

@@ -1,0 +1,261 @@
+"""What every method must do, run over all of them."""
+
+from __future__ import annotations
+
+import json
+from typing import get_args
+
+import numpy as np
+import pytest
+import torch
+from tests.federation.builders import (
+    CONFIGS,
+    clients,
+    given_graph,
+    initial,
+    layout,
+    play,
+    same_bytes,
+    trained,
+)
+
+from fedmira.config import MethodConfig
+from fedmira.errors import FedmiraError
+from fedmira.federation.method import Method, State
+from fedmira.federation.methods import METHODS, build_method
+from fedmira.types import Arena, Clients, Participants
+
+ROUNDS = [(0, 1, 3), (1, 2, 4), (0, 2, 3, 5), (0, 1, 2, 3, 4, 5), (5,)]
+every_method = pytest.mark.parametrize("name", list(CONFIGS))
+
+
+def build(name: str, of: Clients | None = None) -> Method:
+    of = of or clients()
+    config = CONFIGS[name]
+    kind = getattr(getattr(config, "graph", None), "kind", None)
+    return build_method(config, of, given_graph(len(of.names)) if kind == "given" else None)
+
+
+def start(name: str, dtype: torch.dtype = torch.float32) -> tuple[Method, State, Clients]:
+    who, method = clients(), build(name)
+    return method, method.init(initial(dtype=dtype), who), who
+
+
+def bits(state: State) -> list[torch.Tensor]:
+    return [state.adapters.values_KP, *(state.memory[key] for key in sorted(state.memory))]
+
+
+def equal_bits(one: State, other: State) -> bool:
+    return one.last_round_K == other.last_round_K and all(
+        same_bytes(left, right) for left, right in zip(bits(one), bits(other), strict=True)
+    )
+
+
+def test_all_methods_are_here() -> None:
+    assert {name.split("-")[0] for name in CONFIGS} == set(METHODS)
+    in_config = {get_args(part.model_fields["name"].annotation)[0] for part in get_args(get_args(MethodConfig)[0])}
+    assert in_config == set(METHODS)
+
+
+@every_method
+def test_same_inputs_give_the_same_bits(name: str) -> None:
+    assert equal_bits(*(play(build(name), start(name)[1], clients().names, ROUNDS) for _ in range(2)))
+
+
+@every_method
+def test_nothing_handed_in_is_changed_or_shared(name: str) -> None:
+    method, state, who = start(name)
+    state = play(method, state, who.names, ROUNDS[:2])
+    participants = Participants(3, ROUNDS[2])
+    before = [tensor.clone() for tensor in bits(state)]
+    job = method.plan(state, participants)
+    results = trained(job, who.names)
+    returned = results.values_SP.clone()
+    after, _ = method.merge(state, participants, results)
+    kept = [tensor.clone() for tensor in bits(after)]
+    results.values_SP.fill_(7.0)
+    job.start_SP.fill_(7.0)
+    assert all(same_bytes(tensor, copy) for tensor, copy in zip(bits(state), before, strict=True))
+    assert all(same_bytes(tensor, copy) for tensor, copy in zip(bits(after), kept, strict=True))
+    assert not same_bytes(results.values_SP, returned)
+    arena = initial()
+    untouched = arena.values_KP.clone()
+    fresh = method.init(arena, who)
+    fresh.adapters.values_KP.fill_(7.0)
+    assert same_bytes(arena.values_KP, untouched)
+
+
+@every_method
+def test_a_job_moves_and_exchanges_whole_adapters(name: str) -> None:
+    method, state, _ = start(name)
+    job = method.plan(state, Participants(4, (1, 5)))
+    everything = frozenset(layout().groups)
+    assert (job.round, job.ids, job.trainable, job.pull) == (4, (1, 5), everything, None)
+    assert job.download == job.upload == (frozenset() if name == "local_only" else everything)
+    assert job.start_SP.shape == (2, layout().num_parameters)
+
+
+@every_method
+def test_a_returning_client_starts_from_exactly_the_adapter_it_was_judged_by(name: str) -> None:
+    method, state, who = start(name)
+    for round_, ids in enumerate(ROUNDS, start=1):
+        state = play(method, state, who.names, [ids], first=round_)
+        judged = method.personalise(state)
+        everybody = method.plan(state, Participants(round_ + 1, tuple(range(6)))).start_SP
+        assert same_bytes(everybody, judged.values_KP)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@every_method
+def test_state_keeps_names_shapes_and_dtypes(name: str, dtype: torch.dtype) -> None:
+    method, state, who = start(name, dtype)
+    described = {key: (tensor.shape, tensor.dtype) for key, tensor in state.memory.items()}
+    for round_, ids in enumerate(ROUNDS, start=1):
+        state = play(method, state, who.names, [ids], first=round_)
+        assert {key: (tensor.shape, tensor.dtype) for key, tensor in state.memory.items()} == described
+        assert (state.adapters.values_KP.shape, state.adapters.values_KP.dtype) == ((6, layout().num_parameters), dtype)
+        assert all(tensor.is_contiguous() and torch.isfinite(tensor).all() for tensor in bits(state))
+        assert all(isinstance(last, int) for last in state.last_round_K)
+        # safetensors, in which checkpoints are kept, refuses tensors that share memory
+        assert len({tensor.untyped_storage().data_ptr() for tensor in bits(state)}) == len(bits(state))
+
+
+@every_method
+def test_a_state_put_together_from_a_checkpoint_continues_with_the_same_bits(name: str) -> None:
+    method, state, who = start(name)
+    halfway = play(method, state, who.names, ROUNDS[:2])
+    restored = State(
+        Arena(layout(), halfway.adapters.values_KP.clone()),
+        tuple(json.loads(json.dumps(halfway.last_round_K))),
+        {key: tensor.clone() for key, tensor in halfway.memory.items()},
+    )
+    through = play(method, halfway, who.names, ROUNDS[2:], first=3)
+    assert equal_bits(through, play(build(name), restored, who.names, ROUNDS[2:], first=3))
+
+
+@every_method
+def test_names_of_clients_do_not_matter(name: str) -> None:
+    who, other = clients(), clients()._replace(names=tuple("uvwxyz"))
+    state, renamed = start(name)[1], build(name, other).init(initial(), other)
+    # the same training under both sets of names
+    one = play(build(name), state, who.names, ROUNDS)
+    assert equal_bits(one, play(build(name, other), renamed, who.names, ROUNDS))
+
+
+@pytest.mark.parametrize("name", [name for name in CONFIGS if not name.endswith(("random", "permuted", "given"))])
+def test_permuting_clients_permutes_results(name: str) -> None:
+    order = [4, 0, 5, 2, 1, 3]
+    who = clients()
+    assert who.true_adjacency_KK is not None
+    shuffled = Clients(
+        tuple(who.names[k] for k in order),
+        tuple(who.num_examples_K[k] for k in order),
+        tuple(who.tasks[k] for k in order),
+        who.seed,
+        who.true_adjacency_KK[np.ix_(order, order)],
+    )
+    rounds = [tuple(sorted(order.index(k) for k in ids)) for ids in ROUNDS]
+    plain = play(build(name), build(name).init(initial(dtype=torch.float64), who), who.names, ROUNDS)
+    method = build(name, shuffled)
+    moved = play(method, method.init(initial(dtype=torch.float64), shuffled), shuffled.names, rounds)
+    assert torch.allclose(moved.adapters.values_KP, plain.adapters.values_KP[order], atol=1e-10)
+    assert moved.last_round_K == tuple(plain.last_round_K[k] for k in order)
+
+
+@every_method
+def test_a_client_whose_result_is_missing_counts_as_not_sampled(name: str) -> None:
+    method, state, who = start(name)
+    state = play(method, state, who.names, ROUNDS[:2])
+    asked = Participants(3, (0, 1, 2, 4))
+    lost, _ = method.merge(state, asked, trained(method.plan(state, asked), who.names, failed={1, 4}))
+    fewer = Participants(3, (0, 2))
+    assert equal_bits(lost, method.merge(state, fewer, trained(method.plan(state, fewer), who.names))[0])
+    assert lost.last_round_K == (3, 2, 3, 1, 2, 0)
+
+
+@every_method
+def test_a_round_in_which_nobody_returns_is_survived(name: str) -> None:
+    method, state, who = start(name)
+    for round_ in (1, 2):
+        asked = Participants(round_, (0, 1))
+        state, info = method.merge(state, asked, trained(method.plan(state, asked), who.names, failed={0, 1}))
+        assert info.numbers["returned"] == 0
+    assert same_bytes(state.adapters.values_KP, initial().values_KP)
+    assert state.last_round_K == (0,) * 6
+
+
+@pytest.mark.parametrize("name", ["local_only", "fedit", "mira_published-random", "mira_published-gram", "mira-gram"])
+def test_one_client_trains_as_if_alone(name: str) -> None:
+    who = clients(1)
+    method = build(name, who)
+    state = play(method, method.init(initial(1), who), who.names, [(0,)] * 3)
+    alone = initial(1).values_KP
+    for round_ in (1, 2, 3):
+        job = build("local_only", who).plan(State(initial(1).replace(alone), (0,)), Participants(round_, (0,)))
+        alone = trained(job, who.names).values_SP
+    assert same_bytes(state.adapters.values_KP, alone)
+
+
+@pytest.mark.parametrize("name", [name for name in CONFIGS if name.startswith(("local_only", "mira_published"))])
+def test_adapters_of_clients_that_do_not_take_part_stay_as_they_are(name: str) -> None:
+    method, state, who = start(name)
+    before = play(method, state, who.names, ROUNDS[:3])
+    after = play(method, before, who.names, [(1, 4)], first=4)
+    assert same_bytes(after.adapters.values_KP[[0, 2, 3, 5]], before.adapters.values_KP[[0, 2, 3, 5]])
+    assert not same_bytes(after.adapters.values_KP[[1, 4]], before.adapters.values_KP[[1, 4]])
+
+
+@every_method
+def test_info_holds_finite_numbers_and_the_graph_of_all_clients(name: str) -> None:
+    method, state, who = start(name)
+    for round_, ids in enumerate(ROUNDS, start=1):
+        participants = Participants(round_, ids)
+        state, info = method.merge(state, participants, trained(method.plan(state, participants), who.names))
+        assert all(isinstance(number, float) and np.isfinite(number) for number in info.numbers.values())
+        assert info.numbers["returned"] == len(ids)
+        if "mira" not in name:
+            assert info.graph is None
+            continue
+        assert info.graph is not None
+        assert info.graph.num_clients == 6
+        assert info.graph.name == name.split("-")[1]
+        assert json.dumps(dict(info.graph.provenance))
+        assert info.numbers["disagreement_after"] <= info.numbers["disagreement_before"] * (1 + 1e-6)
+        assert 0 <= info.numbers["mixing_share"] < 1
+
+
+@pytest.mark.parametrize("name", [name for name in CONFIGS if "mira" in name])
+def test_every_method_with_a_graph_is_active(name: str) -> None:
+    method, state, who = start(name)
+    state = play(method, state, who.names, ROUNDS[:3])
+    everybody = Participants(4, tuple(range(6)))
+    job = method.plan(state, everybody)
+    results = trained(job, who.names)
+    mixed, info = method.merge(state, everybody, results)
+    assert info.numbers["edges"] > 0
+    assert info.numbers["mixing_share"] > 0.001
+    assert info.numbers["disagreement_after"] < 0.999 * info.numbers["disagreement_before"]
+    assert not torch.allclose(mixed.adapters.values_KP, results.values_SP, atol=1e-4)
+
+
+@every_method
+def test_results_that_cannot_be_are_refused(name: str) -> None:
+    method, state, who = start(name)
+    asked = Participants(1, (0, 2))
+    good = trained(method.plan(state, asked), who.names)
+    broken = good.values_SP.clone()
+    broken[1, 3] = torch.inf
+    for results, message in (
+        (good._replace(ids=(0, 3)), r"not asked \[3\]"),
+        (good._replace(ids=(2, 0)), "ascending order"),
+        (good._replace(values_SP=good.values_SP[:, 1:]), r"have shape \(2, 35\), expected \(2, 36\)"),
+        (good._replace(values_SP=good.values_SP[:1]), r"have shape \(1, 36\), expected \(2, 36\)"),
+        (good._replace(values_SP=broken), r"clients \[2\] .* not finite"),
+    ):
+        with pytest.raises(FedmiraError, match=message):
+            method.merge(state, asked, results)
+
+
+def test_an_arena_of_the_wrong_size_is_refused() -> None:
+    with pytest.raises(ValueError, match="5 rows for 6 clients"):
+        build("local_only").init(initial(5), clients())

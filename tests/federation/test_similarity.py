@@ -1,0 +1,170 @@
+"""The Gram matrix of low-rank products and the graph drawn from it."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tests.federation.builders import layout
+from tests.reference import mixing_twin
+
+import fedmira.federation.similarity as similarity
+from fedmira.config import GraphConfig
+from fedmira.errors import ConfigError
+from fedmira.federation.graph import weight_inside
+from fedmira.types import Arena, Layout, TensorSpec
+
+
+def noise(num_clients: int, seed: int = 0, of: Layout | None = None) -> Arena:
+    of = of or layout()
+    shape = (num_clients, of.num_parameters)
+    return Arena(of, torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64))
+
+
+def families(sizes: tuple[int, ...], own: float = 0.3, common: float = 3.0) -> tuple[Arena, list[str]]:
+    """Adapters that share a common part, a part of their family, and a part of their own."""
+    num_clients, of = sum(sizes), layout(features=((12, 10), (9, 14)))
+    labels = [str(family) for family, size in enumerate(sizes) for _ in range(size)]
+    parts = noise(num_clients + len(sizes) + 1, seed=1, of=of).values_KP
+    rows = [common * parts[0] + parts[1 + int(label)] + own * parts[-1 - k] for k, label in enumerate(labels)]
+    return Arena(of, torch.stack(rows)), labels
+
+
+@pytest.mark.parametrize("block_elements", [1 << 24, 1])
+@pytest.mark.parametrize("rank", [1, 2, 4])
+def test_gram_equals_inner_products_of_dense_updates(
+    rank: int, block_elements: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(similarity, "_BLOCK_ELEMENTS", block_elements)
+    arena = noise(5, of=layout(rank=rank, scaling=0.5))
+    assert np.allclose(similarity.product_gram(arena), mixing_twin.product_gram(arena), atol=1e-12)
+    assert np.allclose(
+        similarity.product_gram(arena, (1, 4)), mixing_twin.product_gram(arena)[np.ix_((1, 4), (1, 4))], atol=1e-12
+    )
+
+
+@given(st.integers(0, 1000))
+def test_gram_does_not_see_the_gauge(seed: int) -> None:
+    arena = noise(4, seed)
+    turned = arena.values_KP.clone()
+    for k in range(4):
+        matrix = torch.eye(2, dtype=torch.float64) + 0.4 * torch.from_numpy(
+            np.random.Generator(np.random.Philox(seed + k)).uniform(-1, 1, (2, 2))
+        )
+        other = arena.replace(turned)
+        for spec_a, spec_b in similarity.low_rank_pairs(arena.layout):
+            other.view(spec_a)[k] = torch.linalg.inv(matrix) @ arena.view(spec_a)[k]
+            other.view(spec_b)[k] = arena.view(spec_b)[k] @ matrix
+    assert not torch.allclose(turned, arena.values_KP)
+    assert np.allclose(similarity.product_gram(arena.replace(turned)), similarity.product_gram(arena), atol=1e-8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gram_is_float64_whatever_the_arena(dtype: torch.dtype) -> None:
+    arena = noise(4)
+    rounded = arena.replace(arena.values_KP.to(dtype))
+    gram = similarity.product_gram(rounded)
+    assert gram.dtype == np.float64
+    exact = similarity.product_gram(rounded.replace(rounded.values_KP.double()))
+    assert np.allclose(gram, exact, rtol=1e-12)
+
+
+def test_gram_needs_low_rank_pairs() -> None:
+    prompt = Layout((TensorSpec("prompt", "prompt", "", (4, 3), 0),))
+    with pytest.raises(ConfigError, match=r"has the groups \['prompt'\]"):
+        similarity.product_gram(Arena(prompt, torch.zeros(3, 12)))
+
+
+def test_centred_cosine_equals_its_twin() -> None:
+    arena = noise(6)
+    centred = similarity.centred_cosine(similarity.product_gram(arena))
+    assert np.allclose(centred, mixing_twin.centred_cosine(arena), atol=1e-12)
+    assert np.allclose(np.diagonal(centred), 1)
+
+
+def test_centring_removes_what_all_learn_alike() -> None:
+    arena, labels = families((4, 4, 4))
+    gram = similarity.product_gram(arena)
+    norms = np.sqrt(np.diagonal(gram))
+    plain = gram / norms[:, None] / norms[None, :]
+    centred = similarity.centred_cosine(gram)
+    same = np.array([[one == other for other in labels] for one in labels]) & ~np.eye(12, dtype=bool)
+    different = np.array([[one != other for other in labels] for one in labels])
+    assert plain[different].min() > 0.5
+    assert centred[different].max() < 0.1
+    assert centred[same].min() > 0.5
+
+
+@pytest.mark.parametrize("num_clients", [1, 2])
+def test_fewer_than_three_clients_say_nothing(num_clients: int) -> None:
+    assert not similarity.centred_cosine(similarity.product_gram(noise(num_clients))).any()
+
+
+@pytest.mark.parametrize("rows", ["zero", "equal", "one different"])
+def test_clients_that_equal_the_mean_get_no_similarity_and_no_nan(rows: str) -> None:
+    arena = noise(5)
+    values = arena.values_KP
+    if rows == "zero":
+        values = torch.zeros_like(values)
+    else:
+        values[:] = values[0].clone()
+    if rows == "one different":
+        values[4] += 1.0
+    cosine = similarity.centred_cosine(similarity.product_gram(arena.replace(values)))
+    assert np.isfinite(cosine).all()
+    if rows == "one different":
+        assert cosine[0, 1] == pytest.approx(1)
+        assert cosine[0, 4] == pytest.approx(-1)
+    else:
+        assert not cosine.any()
+
+
+@given(st.integers(2, 9), st.integers(1, 9), st.sampled_from([1.0, 2.0]), st.integers(0, 100))
+def test_mutual_neighbours_equal_their_twin(num_clients: int, neighbours: int, power: float, seed: int) -> None:
+    draws = np.random.Generator(np.random.Philox(seed)).uniform(-1, 1, (num_clients, num_clients))
+    symmetric = (draws + draws.T) / 2
+    untouched = symmetric.copy()
+    adjacency = similarity.mutual_neighbours(symmetric, neighbours, power)
+    assert np.array_equal(adjacency, mixing_twin.mutual_neighbours(symmetric, neighbours, power))
+    assert np.array_equal(adjacency, adjacency.T)
+    assert np.array_equal(symmetric, untouched)
+
+
+def test_ties_do_not_depend_on_the_order_of_clients() -> None:
+    alike = np.ones((5, 5))
+    assert similarity.mutual_neighbours(alike, 2, 1.0).sum() == 20
+
+
+def test_observe_touches_only_pairs_that_were_compared() -> None:
+    arena, nothing = noise(6), np.zeros((6, 6))
+    first = similarity.observe(nothing, arena, (0, 2, 3), memory=0.5)
+    assert np.array_equal(np.argwhere(first.any(axis=1))[:, 0], [0, 2, 3])
+    now = similarity.centred_cosine(similarity.product_gram(arena, (0, 2, 3)))
+    # a new pair is taken as seen, not shrunk towards an unseen past
+    assert np.allclose(first[np.ix_((0, 2, 3), (0, 2, 3))], now)
+    assert not nothing.any()
+    later = noise(6, seed=9)
+    second = similarity.observe(first, later, range(6), memory=0.5)
+    whole = similarity.centred_cosine(similarity.product_gram(later))
+    assert second[0, 2] == pytest.approx(0.5 * first[0, 2] + 0.5 * whole[0, 2])
+    assert second[1, 4] == pytest.approx(whole[1, 4])
+    assert np.allclose(similarity.observe(first, later, range(6), memory=0.0), whole)
+    assert similarity.observe(first, later, (0, 1), memory=0.5) is first
+
+
+def test_graph_recovers_families_of_unequal_size() -> None:
+    arena, labels = families((5, 3, 4))
+    cosine = similarity.observe(np.zeros((12, 12)), arena, range(12), 0.0)
+    graph = similarity.gram_graph(cosine, GraphConfig(), 1)
+    assert weight_inside(graph, labels) > 0.95
+    assert (graph.adjacency_KK.sum(axis=1) > 0).all()
+    assert graph.provenance["neighbours"] == 5
+
+
+def test_warm_up_has_no_edges() -> None:
+    arena, _ = families((3, 3))
+    cosine = similarity.observe(np.zeros((6, 6)), arena, range(6), 0.0)
+    config = GraphConfig(warmup_rounds=2)
+    assert [similarity.gram_graph(cosine, config, round_).num_edges > 0 for round_ in (1, 2, 3)] == [False, False, True]
