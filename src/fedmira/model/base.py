@@ -8,6 +8,7 @@ Axes: N packed rows, M selected rows, d hidden features, V vocabulary.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from fedmira.model.attention import packed_attention, plan_packing
 from fedmira.randomness import torch_generator
 
 EMBEDDED = "embedded"
+_UNLIMITED = 1_000_000_000
 
 
 class PackedTokens(Protocol):
@@ -44,6 +46,8 @@ class BaseModel:
     """The transformers tokenizer; None where a test needs none."""
     name: str
     """What the config called it: `embedded`, a folder or a Hugging Face id."""
+    source: str = ""
+    """The folder or Hugging Face id it was loaded from; empty if it was made in memory."""
 
     @property
     def device(self) -> torch.device:
@@ -55,15 +59,34 @@ class BaseModel:
         return dtype
 
     @property
+    def adapter_dtype(self) -> torch.dtype:
+        """What adapters are kept and trained in: float64 beside a float64 base, else float32."""
+        return torch.float64 if self.dtype == torch.float64 else torch.float32
+
+    @property
     def num_parameters(self) -> int:
         """Of the base alone; tied weights count once."""
         return sum(parameter.numel() for parameter in self.model.parameters())
 
     @property
-    def max_positions(self) -> int | None:
-        """The longest sequence the base was made for, in tokens; None if its config does not say."""
+    def max_length(self) -> int:
+        """The longest sequence the base was made for, in tokens; huge if its config does not say."""
         value = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        return None if value is None else int(value)
+        return _UNLIMITED if value is None else int(value)
+
+    def facts(self) -> dict[str, Any]:
+        """What identifies the base in a manifest; JSON-able. Reads the weights' files of a local folder once."""
+        folder = Path(self.source)
+        weights = sorted(folder.glob("*.safetensors")) if self.source and folder.is_dir() else []
+        return {
+            "path": self.name,
+            "family": self.model.config.model_type,
+            "parameters": self.num_parameters,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "device": self.device.type,
+            "commit": getattr(self.model.config, "_commit_hash", None),
+            "weights_sha256": {path.name: _sha256(path) for path in weights},
+        }
 
     def hidden(self, batch: PackedTokens) -> torch.Tensor:
         """Run the body over packed rows and return the final hidden states, (N, d).
@@ -74,10 +97,10 @@ class BaseModel:
             DataError: a sequence is longer than the base's context.
         """
         longest = max(batch.sequence_lengths)
-        if self.max_positions is not None and longest > self.max_positions:
+        if longest > self.max_length:
             raise DataError(
                 f"a sequence of {longest} tokens was given, but the base model {self.name} reads at most "
-                f"{self.max_positions}; set data.max_length to {self.max_positions} or less"
+                f"{self.max_length}; set data.max_length to {self.max_length} or less"
             )
         device = self.device
         with packed_attention(self.model.config):
@@ -127,10 +150,10 @@ def load_base(config: ModelConfig) -> BaseModel:
             f"the weights of {config.path} lack {len(missing)} tensors of its architecture, such as {missing[0]}; "
             "the download is incomplete or the folder is not a causal language model"
         )
-    return freeze(model.to(device), tokenizer, config.path)
+    return freeze(model.to(device), tokenizer, config.path, source)
 
 
-def freeze(model: Any, tokenizer: Any, name: str) -> BaseModel:
+def freeze(model: Any, tokenizer: Any, name: str, source: str = "") -> BaseModel:
     """Freeze a transformers model and check that the packed forward agrees with its own.
 
     Raises:
@@ -138,7 +161,7 @@ def freeze(model: Any, tokenizer: Any, name: str) -> BaseModel:
     """
     model.requires_grad_(False)
     model.eval()
-    base = BaseModel(model, tokenizer, name)
+    base = BaseModel(model, tokenizer, name, source)
     _self_check(base)
     return base
 
@@ -226,6 +249,11 @@ def _refuse_unusable(source: str, revision: str | None, name: str) -> None:
             f"the architecture of {name} (model_type {model_type!r}) is no causal language model that this version of "
             "transformers knows; use a GPT-2, Llama, Qwen, Mistral or Gemma model, or a newer transformers"
         )
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextlib.contextmanager

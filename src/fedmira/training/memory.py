@@ -1,0 +1,194 @@
+"""How many bytes training takes, and how many clients fit into a cohort.
+
+The activations of the body are measured on a few tokens, once per call, so that every family is counted as it is.
+Knows nothing about rounds or methods.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fedmira.config import TrainingConfig
+from fedmira.data.packing import pack
+from fedmira.data.tokenization import TokenizedClient, TokenizedExample
+from fedmira.model.base import BaseModel
+from fedmira.model.lora import attached
+from fedmira.types import Arena, Layout
+
+_TEMPORARY_ROWS = 4
+"""Rows of the arena's size that one optimizer update allocates per client, besides values, gradient and moments."""
+_HEADROOM = 1.3
+"""Saved activations are not all: backward holds gradients of activations and workspaces beside them."""
+_USABLE = 0.8
+"""Share of the free memory that a cohort may take."""
+_CPU_TOKENS = 4096
+"""On a CPU, matrix products of this many rows run at full speed: a larger cohort gains nothing."""
+_PROBE_TOKENS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryEstimate:
+    """Predicted bytes while one cohort trains."""
+
+    base_bytes: int
+    clients_bytes: int
+    """Adapters, gradients, moments and temporaries of the cohort."""
+    activation_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        return self.base_bytes + self.clients_bytes + self.activation_bytes
+
+
+def bytes_per_client(layout: Layout, optimizer: str, momentum: float = 0.0, element_bytes: int = 4) -> int:
+    """Bytes of one client's adapter, gradient, moments and temporaries while it trains."""
+    moments = {"adamw": 2, "adam": 2, "sgd": 1 if momentum else 0}[optimizer]
+    return (2 + moments + _TEMPORARY_ROWS) * layout.num_parameters * element_bytes
+
+
+def activation_bytes_per_token(base: BaseModel, layout: Layout) -> int:
+    """Bytes that the body saves for backward per packed token, measured; the output head is left out."""
+    length = min(_PROBE_TOKENS, base.max_length)
+    batch = pack([[TokenizedExample(torch.zeros(length + 1, dtype=torch.int32).numpy(), length, "probe")]])
+    values_CP = torch.zeros(1, layout.num_parameters, dtype=base.adapter_dtype, device=base.device)
+    weights = {parameter.untyped_storage().data_ptr() for parameter in base.model.parameters()}
+    weights |= {buffer.untyped_storage().data_ptr() for buffer in base.model.buffers()}
+    weights.add(values_CP.untyped_storage().data_ptr())
+    saved: dict[int, int] = {}
+    kept: list[Any] = []
+
+    def count(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            saved[storage.data_ptr()] = storage.nbytes()
+            # a storage that is freed could lend its address to the next one
+            kept.append(tensor)
+        return tensor
+
+    with (
+        torch.enable_grad(),
+        torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor),
+        attached(base, Arena(layout, values_CP), batch.rows_per_client, gradient_CP=torch.zeros_like(values_CP)),
+    ):
+        base.hidden(batch)
+    return math.ceil(sum(saved.values()) / length)
+
+
+def estimate(
+    base: BaseModel,
+    layout: Layout,
+    clients: Sequence[TokenizedClient],
+    training: TrainingConfig,
+    cohort_size: int,
+    token_bytes: int | None = None,
+) -> MemoryEstimate:
+    """Predict the memory of a cohort of `cohort_size` of the clients with the longest batches.
+
+    Args:
+        base: the frozen model, already in memory.
+        layout: of one adapter.
+        clients: all clients; the largest batches they can draw count.
+        training: batch size and optimizer.
+        cohort_size: clients trained together.
+        token_bytes: from `activation_bytes_per_token`; measured if None.
+    """
+    per_token = activation_bytes_per_token(base, layout) if token_bytes is None else token_bytes
+    heaviest = sorted((_largest_batch(client, training.batch_size) for client in clients), reverse=True)[:cohort_size]
+    tokens = sum(batch_tokens for batch_tokens, _ in heaviest)
+    supervised = sum(batch_supervised for _, batch_supervised in heaviest)
+    vocabulary = int(base.model.config.get_text_config().vocab_size)
+    # logits in the base's dtype, and their log-softmax and gradient in at least float32
+    head_bytes = supervised * vocabulary * (base.dtype.itemsize + 2 * max(4, base.dtype.itemsize))
+    element_bytes = base.adapter_dtype.itemsize
+    return MemoryEstimate(
+        base_bytes=sum(p.numel() * p.element_size() for p in base.model.parameters()),
+        clients_bytes=cohort_size * bytes_per_client(layout, training.optimizer, training.momentum, element_bytes),
+        activation_bytes=math.ceil(_HEADROOM * tokens * per_token) + head_bytes,
+    )
+
+
+def estimate_memory(
+    base: BaseModel,
+    layout: Layout,
+    clients: Sequence[TokenizedClient],
+    training: TrainingConfig,
+    cohort_size: int,
+) -> int:
+    """Predicted bytes in all while a cohort of `cohort_size` trains, the base among them."""
+    return estimate(base, layout, clients, training, cohort_size).total_bytes
+
+
+def choose_cohort_size(
+    base: BaseModel,
+    layout: Layout,
+    clients: Sequence[TokenizedClient],
+    training: TrainingConfig,
+    available_bytes: int,
+) -> int:
+    """The largest cohort that fits `available_bytes`; on a CPU no more than keep 4096 tokens busy. At least 1."""
+    token_bytes = activation_bytes_per_token(base, layout)
+
+    def fits(size: int) -> bool:
+        needed = estimate(base, layout, clients, training, size, token_bytes)
+        return needed.total_bytes - needed.base_bytes <= _USABLE * available_bytes
+
+    most = len(clients)
+    if base.device.type == "cpu":
+        mean_tokens = sum(_mean_batch_tokens(client, training.batch_size) for client in clients) / len(clients)
+        most = max(1, min(most, round(_CPU_TOKENS / mean_tokens)))
+    # estimates grow with the size, so the largest that fits can be bisected
+    low, high = 1, most
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low
+
+
+def available_bytes(device: torch.device) -> int:
+    """Bytes that can still be allocated on `device`, as the system reports them."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return int(free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
+    candidates = [_meminfo_available(Path("/proc/meminfo")), _cgroup_available(Path("/sys/fs/cgroup"))]
+    known = [value for value in candidates if value is not None]
+    # where the system says nothing, half of what is built in
+    return min(known) if known else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+
+
+def _meminfo_available(path: Path) -> int | None:
+    try:
+        lines = path.read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
+
+
+def _cgroup_available(folder: Path) -> int | None:
+    """What a container's limit leaves; None where there is no limit."""
+    try:
+        limit = (folder / "memory.max").read_text(encoding="ascii").strip()
+        used = int((folder / "memory.current").read_text(encoding="ascii"))
+    except (OSError, ValueError):
+        return None
+    return max(0, int(limit) - used) if limit.isdigit() else None
+
+
+def _largest_batch(client: TokenizedClient, batch_size: int) -> tuple[int, int]:
+    """(tokens, supervised tokens) of the longest batch this client can draw."""
+    longest = sorted(client.train, key=lambda example: len(example.tokens), reverse=True)[:batch_size]
+    return (
+        sum(len(example.tokens) - 1 for example in longest),
+        sum(len(example.tokens) - example.prompt_length for example in longest),
+    )
+
+
+def _mean_batch_tokens(client: TokenizedClient, batch_size: int) -> float:
+    lengths = [len(example.tokens) - 1 for example in client.train]
+    return min(batch_size, len(lengths)) * sum(lengths) / max(1, len(lengths))
