@@ -185,7 +185,8 @@ def _check_keys(
             checked[key] = value
         elif not isinstance(value, dict) and value is not None:
             keys = "your own names" if section.named else ", ".join(next(iter(section.variants.values())).model_fields)
-            mistakes.add(here, f"given {given(value)}; allowed: a section with keys such as {keys}")
+            hint = f"; write {key}: {{{section.tag_field}: {value}}}" if value in list(section.variants) else ""
+            mistakes.add(here, f"given {given(value)}; allowed: a section with keys such as {keys}{hint}")
         elif section.named:
             checked[key] = _check_keys_of_named(value or {}, section, here, mistakes)
         else:

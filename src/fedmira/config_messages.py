@@ -57,7 +57,10 @@ class Mistakes:
         rows = [(self._line(mistake.path), mistake.text) for mistake in self.found]
         rows.sort(key=lambda row: row[0] or 1 << 30)
         return "\n".join(
-            [f"{self.source}: {count}", *(f"  {f'line {line}: ' if line else ''}{text}" for line, text in rows)]
+            [
+                f"{self.source}: {count}",
+                *(f"  {f'line {line}: ' if line else ''}{_printable(text)}" for line, text in rows),
+            ]
         )
 
 
@@ -85,6 +88,8 @@ class Schema:
 
     def __init__(self, root: type[BaseModel]) -> None:
         self.root = root
+        self._tag_counts: dict[str, int] = {}
+        self._places: dict[str, list[str]] = {}
 
     @staticmethod
     def section(model: type[BaseModel], key: str) -> Section | None:
@@ -121,10 +126,23 @@ class Schema:
         return path, model, None
 
     def places(self) -> dict[str, list[str]]:
-        """Every key with the dotted paths at which it exists, as people would write them."""
-        found: dict[str, list[str]] = {}
-        self._collect(self.root, "", "", found)
-        return found
+        """Every key with the dotted paths at which it exists, each with its condition: what the section must be."""
+        if not self._places:
+            self._collect(self.root, "", "", self._places)
+        return self._places
+
+    def where(self, key: str) -> list[str]:
+        """The places of `key`; those that differ in their condition only are joined."""
+        merged: dict[str, list[str]] = {}
+        for place in self.places().get(key, []):
+            head, _, tag = place.partition(" = ")
+            merged.setdefault(head, []).extend([tag] if tag else [])
+        joined = []
+        for head, tags in merged.items():
+            path, _, tag_field = head.partition(" with ")
+            always = len(tags) == self._tag_counts.get(tag_field, 0)
+            joined.append(path if always or not tags else f"{head} = {' or '.join(tags)}")
+        return joined
 
     def _collect(self, model: type[BaseModel], prefix: str, condition: str, found: dict[str, list[str]]) -> None:
         for key in model.model_fields:
@@ -133,6 +151,7 @@ class Schema:
                 known.append(place + condition)
             section = self.section(model, key)
             if section is not None and not section.named:
+                self._tag_counts[f"{place}.{section.tag_field}"] = len(section.variants)
                 for tag, variant in section.variants.items():
                     tagged = f" with {place}.{section.tag_field} = {tag}" if tag else condition
                     self._collect(variant, f"{place}.", tagged, found)
@@ -142,32 +161,23 @@ class Schema:
 
         `taken` are the keys the section has already: of two equally near names the free one is meant.
         """
-        key, places = path[-1], self.places()
+        key = path[-1]
         free = set(model.model_fields) - set(taken)
         close = nearest_names(key, [name for name in model.model_fields if name in free]) or nearest_names(
             key, model.model_fields
         )
-        owners = _listed([_owner(place) for place in _merge_conditions(places.get(key, []))])
+        owners = _listed([_owner(place) for place in self.where(key)])
         if close:
             return did_you_mean(close) + (f" ({key!r} belongs to {owners})" if owners else "")
         if owners:
             return f"; {key!r} belongs to {owners}"
-        far = [place for name in nearest_names(key, places) for place in _merge_conditions(places[name])]
+        far = [place for name in nearest_names(key, self.places()) for place in self.where(name)]
         return f"; did you mean {_listed(far)}?" if far else ""
 
 
 def _owner(place: str) -> str:
     path, separator, condition = place.partition(" ")
     return f"{path.rpartition('.')[0] or 'the top level'}{separator}{condition}"
-
-
-def _merge_conditions(places: Sequence[str]) -> list[str]:
-    """Join "data.path with data.source = a" and "... = b" into one place "... = a or b"."""
-    merged: dict[str, list[str]] = {}
-    for place in places:
-        head, equals, tag = place.partition(" = ")
-        merged.setdefault(head + equals, []).extend([tag] if tag else [])
-    return [head + " or ".join(tags) for head, tags in merged.items()]
 
 
 def _listed(items: Sequence[str]) -> str:
@@ -203,11 +213,11 @@ def _normal(name: str) -> str:
 # --------------------------------------------------------------------------------------------------- given and allowed
 
 
-def given(value: Any) -> str:
-    """Return `value` as it would be written in YAML, on one line and not too long.
+def given(value: Any, depth: int = 0) -> str:
+    """Return `value` as it would be written in YAML, on one line and not too long or deep.
 
-    >>> given(None), given(True), given(2e-3), given("a b")
-    ('null', 'true', '0.002', "'a b'")
+    >>> given(None), given(True), given(2e-3), given("a b"), given([1, [2, [3]]])
+    ('null', 'true', '0.002', "'a b'", '[1, [2, [...]]]')
     """
     if value is None:
         return "null"
@@ -216,12 +226,14 @@ def given(value: Any) -> str:
     if isinstance(value, dict):
         return "a section" if value else "an empty section"
     if isinstance(value, list | tuple):
-        return _shortened(
-            "[" + ", ".join(given(item) for item in value[:8]) + (", ..." if len(value) > 8 else "") + "]"
-        )
-    if isinstance(value, str):
-        return _shortened(ascii(value))
-    return _shortened(repr(value))
+        items = ["..."] if depth > 1 else [given(item, depth + 1) for item in value[:8]]
+        return _shortened("[" + ", ".join([*items, *(["..."] if len(value) > 8 else [])]) + "]")
+    return _shortened(ascii(value))
+
+
+def _printable(text: str) -> str:
+    """Control characters, which a key can contain, must not reach a terminal."""
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
 
 
 def _shortened(text: str) -> str:
@@ -253,10 +265,13 @@ def hint_for_value(value: Any, field: FieldInfo) -> str:
     words = literal_values(field)
     if isinstance(value, str) and words and (close := nearest_names(value, words)):
         return did_you_mean(close)
-    accepts_list = any(get_origin(member) is tuple for member in _union_members(field.annotation))
+    members = _union_members(field.annotation)
+    if isinstance(value, str) and type(None) in members and value.lower() in ("none", "nil", "off", "no", "false"):
+        return "; for nothing write null"
+    accepts_list = any(get_origin(member) is tuple for member in members)
     if accepts_list and isinstance(value, str | int | float) and not isinstance(value, bool):
         return f"; for a list of one write [{value}]"
-    if str in _union_members(field.annotation) and isinstance(value, int | float) and not isinstance(value, bool):
+    if str in members and isinstance(value, int | float) and not isinstance(value, bool):
         return f"; if it is a name, put it in quotes: {str(value)!r}"
     return ""
 

@@ -121,7 +121,7 @@ def parse_yaml(text: str, source: str, mistakes: Mistakes) -> tuple[dict[str, An
         loader = Loader(text)
         try:
             node = loader.get_single_node()
-            if node is None:
+            if node is None or node.tag == "tag:yaml.org,2002:null":
                 return {}, lines
             if not isinstance(node, yaml.MappingNode):
                 raise ConfigError(f"{source}: must be `key: value` lines, but is {_describe(node)}")

@@ -1,0 +1,257 @@
+"""Configs: from YAML and the command line to a `RunConfig` and back."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedmira.config import FederationConfig, MiraConfig, OutputConfig, RunConfig, TrainingConfig
+from fedmira.config_file import (
+    config_difference,
+    config_from_mapping,
+    config_hash,
+    load_config,
+    parse_config,
+    resolved_yaml,
+)
+from fedmira.errors import ConfigError
+
+# ------------------------------------------------------------------------------------------------------------ reading
+
+
+def test_an_empty_file_means_all_defaults(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    for text in ("", "# nothing\n", "---\n", "training:\n", "x-mine: {a: [1, 2]}\n"):
+        path.write_text(text)
+        assert load_config(path) == RunConfig()
+
+
+def test_discriminators_left_out_get_their_defaults() -> None:
+    config = parse_config("data: {families: 3}\nmethod: {strength: 2}\n")
+    assert config.data.source == "planted"
+    assert config.method == MiraConfig(strength=2.0)
+
+
+def test_what_a_section_chooses_for_a_subsection_survives_setting_another_key() -> None:
+    config = parse_config("data: {partition: {test: 0.3}}\nmethod: {name: mira_published, graph: {neighbours: 3}}\n")
+    assert config.data.partition.by == "field"
+    assert config.data.partition.test == 0.3
+    assert config.method_named("mira_published").graph.kind == "random"  # type: ignore[union-attr]
+
+
+def test_the_command_line_wins() -> None:
+    text = "training: {learning_rate: 0.1}\nmethod: {name: mira, graph: {kind: labels}}\n"
+    overrides = [
+        "training.learning_rate=1e-3",
+        "method.graph.kind=uniform",
+        "federation.rounds=3",
+        "compare.methods=[mira]",
+    ]
+    config = parse_config(text, overrides)
+    assert config.training.learning_rate == 1e-3
+    assert config.method.graph.kind == "uniform"  # type: ignore[union-attr]
+    assert config.federation.rounds == 3
+    assert config.compare.methods == ("mira",)
+
+
+def test_the_last_of_two_overrides_wins_and_a_section_can_be_replaced_whole() -> None:
+    text = "method: {name: mira, graph: {kind: labels}}\n"
+    config = parse_config(text, ["seed=1", "seed=2", "method={name: fedit}"])
+    assert (config.seed, config.method.name) == (2, "fedit")
+
+
+def test_an_override_may_hold_equals_signs_and_be_empty() -> None:
+    config = parse_config("", ["model.path=a=b", "training.clip_norm="])
+    assert (config.model.path, config.training.clip_norm) == ("a=b", None)
+
+
+def test_anchors_and_merge_keys_of_the_users_own_sections() -> None:
+    text = "x-fast: &fast {local_steps: 1, batch_size: 2}\ntraining: {<<: *fast, batch_size: 3}\n"
+    assert parse_config(text).training == TrainingConfig(local_steps=1, batch_size=3)
+
+
+# --------------------------------------------------------------------------------------------------------- YAML scalars
+
+
+@pytest.mark.parametrize("text", ["1e-3", "1E-3", "1.e-3", "0.001", ".001", "1.0e-3", "+1e-3", '"0.001"'])
+def test_a_number_is_what_looks_like_one(text: str) -> None:
+    """PyYAML follows YAML 1.1, where 1e-3 is text."""
+    assert parse_config(f"training: {{learning_rate: {text}}}").training.learning_rate == 1e-3
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("010", 10), ("1_000", 1000), ("0x10", 16), ("0o17", 15), ("+7", 7), ("3.0", 3)]
+)
+def test_whole_numbers_are_decimal_unless_marked(text: str, value: int) -> None:
+    assert parse_config(f"seed: {text}").seed == value
+
+
+@pytest.mark.parametrize("word", ["no", "yes", "on", "off", "y", "1e", "12:30:45", "2024-01-01"])
+def test_words_stay_words(word: str) -> None:
+    assert parse_config(f"model: {{path: {word}}}").model.path == word
+
+
+@pytest.mark.parametrize(
+    ("word", "value"), [("yes", True), ("on", True), ("true", True), ("no", False), ("off", False)]
+)
+def test_words_for_true_and_false_are_understood_where_one_is_wanted(word: str, value: bool) -> None:
+    assert parse_config(f"evaluation: {{generation: {{enabled: {word}}}}}").evaluation.generation.enabled is value
+
+
+def test_true_is_a_kind_of_graph() -> None:
+    for overrides in ([], ["method.graph.kind=true"]):
+        config = parse_config("method: {graph: {kind: true}}\n", overrides)
+        assert config.method.graph.kind == "true"  # type: ignore[union-attr]
+
+
+def test_true_is_not_the_number_one() -> None:
+    with pytest.raises(ConfigError, match=r"federation\.rounds: given true; allowed: a whole number, at least 1"):
+        parse_config("federation: {rounds: true}")
+
+
+# ------------------------------------------------------------------------------------------------------- and back again
+
+names = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,20}", fullmatch=True)
+texts = st.one_of(
+    st.sampled_from(
+        ["no", "1e-3", "true", "null", "~", "12:30", "a: b", "#x", "- a", "0x1", "", " a ", "1_0", "*a", "é"]
+    ),
+    st.text(st.characters(codec="utf-8", exclude_categories=["Cs", "Cc"]), max_size=20),
+)
+finite = st.floats(min_value=1e-300, max_value=1e300)
+
+
+@st.composite
+def configs(draw: st.DrawFn) -> RunConfig:
+    method: dict[str, Any] = {"name": draw(st.sampled_from(["local_only", "fedit", "mira_published", "mira"]))}
+    if method["name"].startswith("mira"):
+        method["strength"] = draw(finite)
+        method["graph"] = {"kind": "given", "path": draw(texts)}
+    source = draw(st.sampled_from(["planted", "dolly", "jsonl"]))
+    return config_from_mapping(
+        {
+            "name": draw(names),
+            "seed": draw(st.integers(min_value=0, max_value=2**63)),
+            "model": {"path": draw(texts), "adapter": {"targets": draw(st.lists(texts, max_size=3))}},
+            "data": {"source": source} | ({} if source == "planted" else {"path": draw(texts)}),
+            "training": {"learning_rate": draw(finite), "clip_norm": draw(st.none() | finite)},
+            "method": method,
+            "compare": {"learning_rates": draw(st.lists(finite, max_size=3))},
+        }
+    )
+
+
+@given(configs())
+@settings(max_examples=150, deadline=None)
+def test_resolved_yaml_reads_back_as_an_equal_config(config: RunConfig) -> None:
+    text = resolved_yaml(config)
+    again = parse_config(text)
+    assert again == config
+    assert resolved_yaml(again) == text
+    assert config_hash(again) == config_hash(config)
+
+
+@given(configs())
+@settings(max_examples=100, deadline=None)
+def test_other_yaml_readers_see_the_same_values(config: RunConfig) -> None:
+    """No text is written so that a YAML 1.1 reader takes it for a number or a boolean."""
+    assert yaml.safe_load(resolved_yaml(config)) == config.model_dump(mode="json")
+
+
+def test_resolved_yaml_names_every_field() -> None:
+    def leaves(value: Any) -> int:
+        return sum(leaves(item) for item in value.values()) if isinstance(value, dict) and value else 1
+
+    config = RunConfig()
+    assert leaves(yaml.safe_load(resolved_yaml(config))) == leaves(config.model_dump())
+
+
+# ----------------------------------------------------------------------------------------------------------- identity
+
+
+def test_the_hash_sees_everything_but_name_output_and_compare() -> None:
+    base = config_hash(RunConfig())
+    assert len(base) == 8
+    assert set(base) <= set("0123456789abcdef")
+    same = RunConfig(name="other", output=OutputConfig(directory="elsewhere"), compare={"seeds": 3})  # type: ignore[arg-type]
+    assert config_hash(same) == base
+    assert config_hash(parse_config("training: {learning_rate: 2e-3}")) == base, "a default written out is the default"
+    assert config_hash(parse_config("training: {learning_rate: 2.1e-3}")) != base
+
+
+def change(value: Any) -> Any:
+    """Another value of the same field, allowed or not."""
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, int | float):
+        return value / 2 if isinstance(value, float) and value else value + 1
+    if isinstance(value, tuple | dict):
+        return type(value)()
+    return f"{value}x"
+
+
+def every_leaf(value: dict[str, Any], path: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
+    return [
+        leaf
+        for key, item in value.items()
+        for leaf in (every_leaf(item, (*path, key)) if isinstance(item, dict) and item else [(*path, key)])
+    ]
+
+
+@pytest.mark.filterwarnings("ignore:Pydantic serializer warnings")
+@pytest.mark.parametrize("path", every_leaf(RunConfig().model_dump()), ids=".".join)
+def test_a_change_of_any_field_is_seen(path: tuple[str, ...]) -> None:
+    """Every field of the config, changed alone: the hash differs and the difference names it, or it is no identity."""
+    old = RunConfig()
+    new = old
+    inner: list[Any] = [old]
+    for key in path[:-1]:
+        inner.append(getattr(inner[-1], key))
+    value: Any = change(getattr(inner[-1], path[-1]))
+    for section, key in zip(reversed(inner), reversed(path), strict=True):
+        value = section.model_copy(update={key: value})
+    new = value
+    difference = config_difference(old, new)
+    if path[0] in ("name", "output", "compare"):
+        assert difference == []
+        assert config_hash(new) == config_hash(old)
+    else:
+        assert [line.partition(":")[0] for line in difference] == [".".join(path)]
+        assert config_hash(new) != config_hash(old)
+
+
+def test_a_difference_shows_both_values() -> None:
+    old = RunConfig(training=TrainingConfig(learning_rate=2e-3))
+    new = RunConfig(
+        training=TrainingConfig(learning_rate=1e-3), federation=FederationConfig(rounds=9), method={"name": "fedit"}
+    )  # type: ignore[arg-type]
+    lines = config_difference(old, new)
+    assert "training.learning_rate: 0.002 -> 0.001" in lines
+    assert "federation.rounds: 8 -> 9" in lines
+    assert "method.name: 'mira' -> 'fedit'" in lines
+    assert "method.strength: 1.0 -> (absent)" in lines
+
+
+# -------------------------------------------------------------------------------------------------------------- speed
+
+
+def test_reading_a_config_imports_no_torch_and_is_quick() -> None:
+    code = (
+        "import sys; from fedmira.config_file import parse_config; parse_config('seed: 1', ['federation.rounds=3']);"
+        "sys.exit(' '.join({'torch', 'transformers', 'numpy', 'rapidfuzz'} & set(sys.modules)) or 0)"
+    )
+    seconds = []
+    for _ in range(3):
+        started = time.perf_counter()
+        subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"})
+        seconds.append(time.perf_counter() - started)
+    assert min(seconds) < 2.0, f"fastest of three: {min(seconds):.2f} s"
