@@ -82,7 +82,10 @@ class Description(NamedTuple):
         }
 
     def text(self) -> str:
-        """The same for people: the table, what was dropped, and every client's example with `marked` tokens."""
+        """The same for people: the table, what was dropped, and every client's example with `marked` tokens.
+
+        Control characters of the data are in it as they are: whoever prints it to a terminal escapes them.
+        """
         lines = [*_table(self.rows, self.total), ""]
         lines += [
             f"template {self.template}, at most {self.max_length} tokens: {self.total.truncated_prompts} prompts lost "
@@ -91,7 +94,7 @@ class Description(NamedTuple):
         lines += [f"dropped at {client}: {', '.join(ids)} ..." for client, ids in self.dropped]
         for sample in self.samples:
             lines += ["", f"--- {sample.client} (example {sample.id}); [[...]] is trained on", marked(sample)]
-        return _printable("\n".join(lines))
+        return "\n".join(lines)
 
 
 def describe(
@@ -217,10 +220,3 @@ def _table(rows: Sequence[ClientRow], total: ClientRow) -> list[str]:
         ).rstrip()
         for line in lines
     ]
-
-
-def _printable(text: str) -> str:
-    """Control characters from the data must not reach a terminal."""
-    return "".join(
-        char if char.isprintable() or char == "\n" else char.encode("unicode_escape").decode() for char in text
-    )

@@ -149,4 +149,11 @@ def _refuse_empty(
         f"with {len(groups)} different prompts, and one prompt never falls into two splits, here or at other clients. "
         f"It needs at least {len(needed)} different prompts, one each for {', '.join(needed)}. Give it more examples, "
         "ask for fewer clients, remove it, or set data.partition.validation to 0."
+        f"{_cap_hint(partition)}"
     )
+
+
+def _cap_hint(partition: PartitionConfig) -> str:
+    if partition.examples_per_client is None:
+        return ""
+    return f" (data.partition.examples_per_client allows it {partition.examples_per_client} examples.)"

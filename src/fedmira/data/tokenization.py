@@ -67,20 +67,19 @@ class ClientTokens(NamedTuple):
 class TokenizationReport(NamedTuple):
     """What tokenization did to all clients, in their order."""
 
+    template: str
     max_length: int
     clients: tuple[ClientTokens, ...]
 
-    def summary(self) -> dict[str, int]:
-        """Sums over the clients; JSON-able."""
-        return {
-            "max_length": self.max_length,
-            "examples": sum(client.num_examples for client in self.clients),
-            "tokens": sum(client.num_tokens for client in self.clients),
-            "supervised_tokens": sum(client.num_supervised_tokens for client in self.clients),
-            "longest": max((client.longest for client in self.clients), default=0),
-            "truncated_prompts": sum(client.truncated_prompts for client in self.clients),
-            "dropped_examples": sum(client.dropped_examples for client in self.clients),
-        }
+    @property
+    def truncated_prompts(self) -> int:
+        """Prompts that lost their beginning, of all clients."""
+        return sum(client.truncated_prompts for client in self.clients)
+
+    @property
+    def dropped_examples(self) -> int:
+        """Examples whose answer leaves no room for a prompt, of all clients."""
+        return sum(client.dropped_examples for client in self.clients)
 
 
 def tokenize_federation(
@@ -105,7 +104,7 @@ def tokenize_federation(
         tokenized, count = _tokenize_client(client, tokenizer, template, max_length, end)
         clients.append(tokenized)
         counts.append(count)
-    return tuple(clients), TokenizationReport(max_length, tuple(counts))
+    return tuple(clients), TokenizationReport(template, max_length, tuple(counts))
 
 
 def prompt_tokens(

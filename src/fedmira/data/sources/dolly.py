@@ -6,12 +6,11 @@ The category is the task: MIRA's 80 clients are 10 of each. Knows nothing about 
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from fedmira.config import DollyConfig
 from fedmira.data.sources import huggingface
-from fedmira.data.sources.files import FILE_ENDINGS, file_provenance, read_records
+from fedmira.data.sources.files import FILE_ENDINGS, file_provenance, home_expanded, read_records
 from fedmira.data.sources.records import Fields, usable_examples
 from fedmira.data.sources.source import Source
 from fedmira.errors import DataError
@@ -27,7 +26,7 @@ def load(config: DollyConfig, seed: int) -> Source:
         DataError: the file is missing, unreadable or mostly unusable, or a record has no category.
         SetupError: the path is a Hugging Face id and the `datasets` package is missing.
     """
-    path = Path(config.path).expanduser()
+    path = home_expanded(config.path)
     if path.is_file():
         read = read_records(path)
         examples, bad = usable_examples(path.name, read.records, read.bad, FIELDS)

@@ -6,6 +6,7 @@ import glob
 import gzip
 import hashlib
 import json
+import os
 import zlib
 from collections.abc import Iterable
 from pathlib import Path
@@ -35,13 +36,18 @@ class FileRecords(NamedTuple):
     """Of the file's bytes as stored."""
 
 
+def home_expanded(path: str) -> Path:
+    """Replace a leading `~` where the home folder is known."""
+    return Path(os.path.expanduser(path))
+
+
 def find_files(path: str) -> list[Path]:
     """Return the data files that a path names: a file, all of a folder, or the matches of a glob, sorted.
 
     Raises:
         DataError: there are none.
     """
-    expanded = Path(path).expanduser()
+    expanded = home_expanded(path)
     if expanded.is_file():
         return [expanded]
     if expanded.is_dir():
@@ -98,7 +104,7 @@ def read_records(path: Path) -> FileRecords:
     if path.name.endswith((".json", ".json.gz")):
         try:
             whole = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             whole = None  # a .json file may hold JSON lines all the same
         if isinstance(whole, list):
             return FileRecords(tuple(enumerate(whole, start=1)), (), sha256)
@@ -108,7 +114,7 @@ def read_records(path: Path) -> FileRecords:
             continue
         try:
             records.append((line, json.loads(content)))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             bad.append(Bad(line, f"not JSON ({error})"))
     return FileRecords(tuple(records), tuple(bad), sha256)
 

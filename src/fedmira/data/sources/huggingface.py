@@ -9,11 +9,10 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from fedmira.config import HuggingFaceConfig
-from fedmira.data.sources.files import NUM_NAMED_BAD, Bad
+from fedmira.data.sources.files import NUM_NAMED_BAD, Bad, home_expanded
 from fedmira.data.sources.records import Fields, usable_examples
 from fedmira.data.sources.source import Source
 from fedmira.errors import DataError, SetupError
@@ -52,7 +51,7 @@ def rows(path: str, name: str | None, split: str) -> tuple[Iterator[Mapping[str,
         raise SetupError(
             f"loading the data set {path!r} needs the `datasets` package. Run: pip install 'fedmira[huggingface]'"
         ) from error
-    folder = Path(path).expanduser()
+    folder = home_expanded(path)
     saved = folder.is_dir() and ((folder / "state.json").exists() or (folder / "dataset_dict.json").exists())
     try:
         if saved:

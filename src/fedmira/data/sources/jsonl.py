@@ -27,12 +27,19 @@ def load(config: JsonlConfig, seed: int) -> Source:
     fields = Fields(config.client_field or "client", config.task_field, config.category_field)
     examples: list[Example] = []
     files = []
+    owners: dict[str, Path] = {}
     for path in find_files(config.path):
         read = read_records(path)
         found, bad = usable_examples(path.name, read.records, read.bad, fields)
         files.append(file_provenance(path, read.sha256, len(found), bad))
         if config.partition.by == "field" and config.client_field is None:
-            found = [e if e.client else replace(e, client=client_of_file(path)) for e in found]
+            client = client_of_file(path)
+            if owners.setdefault(client, path) is not path and not all(e.client for e in found):
+                raise DataError(
+                    f"the files {str(owners[client])!r} and {str(path)!r} would both be the client {client!r}. "
+                    "Rename one of them, or name the client in a field and set data.client_field."
+                )
+            found = [e if e.client else replace(e, client=client) for e in found]
         examples += found
     if config.client_field is not None and not any(example.client for example in examples):
         raise DataError(

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from fedmira.config import NaturalInstructionsConfig
-from fedmira.data.sources.files import Bad, file_provenance, read_text
-from fedmira.data.sources.records import refuse_mostly_bad
+from fedmira.data.sources.files import Bad, file_provenance, home_expanded, read_text
+from fedmira.data.sources.records import UnusableRecordError, refuse_half_characters, refuse_mostly_bad
 from fedmira.data.sources.source import Source
 from fedmira.errors import DataError, nearest
 from fedmira.types import Example
@@ -38,7 +38,7 @@ def load(config: NaturalInstructionsConfig, seed: int) -> Source:
 
 
 def _task_files(config: NaturalInstructionsConfig) -> list[Path]:
-    folder = Path(config.path).expanduser()
+    folder = home_expanded(config.path)
     if not folder.is_dir():
         raise DataError(
             f"data.path = {config.path!r} is not a folder. Give the folder that holds the task files (task*.json)."
@@ -61,7 +61,7 @@ def _task_files(config: NaturalInstructionsConfig) -> list[Path]:
 def _read_task(path: Path, text: str) -> tuple[list[Example], list[Bad]]:
     try:
         content = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"the task file {str(path)!r} is not JSON: {error}. Repair or remove it.") from error
     if not isinstance(content, Mapping):
         raise _schema_error(path, f"it holds a {type(content).__name__}, not an object")
@@ -102,6 +102,10 @@ def _instance_problem(instance: Any) -> str:
     texts = [output] if isinstance(output, str) else output
     if not isinstance(texts, list) or not texts or not all(isinstance(t, str) and t.strip() for t in texts):
         return "output is missing, empty or not a list of texts"
+    try:
+        refuse_half_characters(instance["input"], *texts)
+    except UnusableRecordError as error:
+        return str(error)
     return ""
 
 

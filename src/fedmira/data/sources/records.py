@@ -90,6 +90,7 @@ def example_from_record(record: Any, fields: Fields, id_: str) -> Example:
     if not isinstance(record, Mapping):
         raise UnusableRecordError(f"a record must be an object with fields, not {type(record).__name__}")
     instruction, input_, references, turns = _parts(record)
+    refuse_half_characters(instruction, input_, *references, *(text for _, text in turns))
     return Example(
         instruction=instruction,
         input=input_,
@@ -101,6 +102,19 @@ def example_from_record(record: Any, fields: Fields, id_: str) -> Example:
         client=_label(record, fields.client),
         id=id_,
     )
+
+
+def refuse_half_characters(*texts: str) -> None:
+    """Refuse texts with half of a surrogate pair, which JSON can spell but no tokenizer can encode.
+
+    Raises:
+        UnusableRecordError: one of them has.
+    """
+    for text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise UnusableRecordError(f"a text has half a character: {error.object[error.start]!a}") from error
 
 
 _Parts = tuple[str, str, tuple[str, ...], tuple[tuple[str, str], ...]]
