@@ -200,8 +200,8 @@ def _prompts(
     prompts: dict[tuple[str, ...], None] = {}
     while len(prompts) < count:
         for attempt in range(MAX_TRIES):
-            # the least used words first; the more attempts fail, the less that matters
-            eagerness = uses + rng.random(len(words)) * (0.5 + attempt / 10)
+            # the least used words first; where that fails for long, it matters less and less
+            eagerness = uses + rng.random(len(words)) * max(1.0, attempt / 40)
             chosen = rng.permutation(np.argsort(eagerness)[: config.words_per_example])
             prompt = tuple(words[index] for index in chosen)
             if prompt not in prompts and _pool(config, seed, prompt) == split:

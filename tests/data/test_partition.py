@@ -1,0 +1,236 @@
+"""A partition is a partition, no text is in two splits, and nobody's examples depend on who else takes part."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedmira.config import PartitionConfig
+from fedmira.data.partition import check_names, partition
+from fedmira.data.sources.source import Source
+from fedmira.data.splits import SPLITS, content_key
+from fedmira.errors import DataError
+from fedmira.types import Client, Example, Federation
+
+
+def example(number: int, task: str = "t", client: str = "", prompt: str | None = None) -> Example:
+    text = f"question {task} {client} {number}" if prompt is None else prompt
+    return Example(instruction=text, output=str(number), task=task, client=client, id=f"{task}/{client}/{number}")
+
+
+def build(examples: Iterable[Example], seed: int = 0, **settings_: Any) -> Federation:
+    return partition(Source(tuple(examples), {}), PartitionConfig(**settings_), seed)
+
+
+def held(client: Client) -> list[Example]:
+    return [*client.train, *client.validation, *client.test]
+
+
+def split_ids(client: Client) -> dict[str, list[str]]:
+    return {split: [e.id for e in getattr(client, split)] for split in SPLITS}
+
+
+def assert_no_text_in_two_splits(clients: Sequence[Client]) -> None:
+    splits: dict[str, set[str]] = {}
+    for client in clients:
+        for split in SPLITS:
+            for e in getattr(client, split):
+                splits.setdefault(content_key(e), set()).add(split)
+    assert all(len(found) == 1 for found in splits.values())
+
+
+prompts = st.lists(st.integers(0, 40), min_size=30, max_size=80)
+
+
+@settings(max_examples=40, deadline=None)
+@given(prompts, st.integers(0, 5), st.sampled_from(["task", "field", "iid", "dirichlet"]))
+def test_every_example_is_held_once_and_no_text_is_in_two_splits(numbers: list[int], seed: int, by: str) -> None:
+    distinct = [*range(100, 112), *numbers]  # enough different texts for every client, and duplicates as they come
+    examples = [
+        Example(instruction=f"q{n}", output=f"{i}", task=f"t{i % 2}", client=f"c{i % 2}", id=str(i))
+        for i, n in enumerate(distinct)
+    ]
+    options: dict[str, Any] = {"num_clients": 2, "alpha": 1.0} if by == "dirichlet" else {}
+    options |= {"num_clients": 3} if by == "iid" else {}
+    federation = build(examples, seed, by=by, **options)
+    assert Counter(e.id for c in federation.clients for e in held(c)) == Counter(e.id for e in examples)
+    assert_no_text_in_two_splits(federation.clients)
+    for client in federation.clients:
+        assert client.train
+        assert client.validation
+        assert client.test
+
+
+def test_sizes_follow_the_shares() -> None:
+    federation = build((example(i) for i in range(80)), clients_per_task=2, validation=0.15, test=0.25)
+    assert [(len(c.train), len(c.validation), len(c.test)) for c in federation.clients] == [(24, 6, 10)] * 2
+    assert federation.names == ("t-0", "t-1")
+
+
+def test_the_same_seed_gives_the_same_splits_and_another_seed_others() -> None:
+    examples = [example(i) for i in range(60)]
+    first, again, other = (build(examples, seed) for seed in (0, 0, 1))
+    assert first.clients == again.clients
+    assert split_ids(first.clients[0])["test"] != split_ids(other.clients[0])["test"]
+
+
+@pytest.mark.parametrize("by", ["task", "field"])
+def test_another_task_or_client_leaves_the_others_as_they_are(by: str) -> None:
+    few = [example(i, task, client=task) for task in ("b", "c") for i in range(30)]
+    more = [example(i, "a", client="a") for i in range(30)] + few + [example(i, "d", client="d") for i in range(30)]
+    before = {c.name: c for c in build(few, by=by).clients}
+    after = {c.name: c for c in build(more, by=by).clients}
+    assert set(after) == {"a", "b", "c", "d"}
+    assert {name: after[name] for name in before} == before
+
+
+@pytest.mark.parametrize("options", [{"by": "task"}, {"by": "iid"}, {"by": "dirichlet", "alpha": 0.5}])
+def test_another_client_leaves_capped_clients_as_they_are(options: dict[str, Any]) -> None:
+    examples = [example(i, task) for task in ("a", "b", "c") for i in range(100)]
+    option = "clients_per_task" if options["by"] == "task" else "num_clients"
+    before = build(examples, examples_per_client=20, **options, **{option: 3})
+    after = build(examples, examples_per_client=20, **options, **{option: 4})
+    by_name = {c.name: c for c in after.clients}
+    assert len(after.clients) > len(before.clients)
+    assert all(by_name[c.name] == c for c in before.clients)
+
+
+def test_the_order_of_the_records_does_not_matter() -> None:
+    examples = [example(i) for i in range(50)]
+    assert build(examples, clients_per_task=2).clients == build(examples[::-1], clients_per_task=2).clients
+
+
+def test_the_same_text_at_two_clients_is_in_the_same_split() -> None:
+    shared = [f"shared {i}" for i in range(20)]
+    examples = [example(i, client=c, prompt=p) for c in ("a", "b") for i, p in enumerate(shared)]
+    examples += [example(i, client=c) for c in ("a", "b") for i in range(20)]
+    federation = build(examples, by="field")
+    assert_no_text_in_two_splits(federation.clients)
+    assert [len(held(c)) for c in federation.clients] == [40, 40]
+
+
+def test_duplicates_with_other_case_spacing_or_answer_stay_together() -> None:
+    pairs = [(f"Say {i}", f"say  {i} ") for i in range(20)]
+    examples = [Example(instruction=p, output=str(k), task="t", id=p) for pair in pairs for k, p in enumerate(pair)]
+    [client] = build(examples).clients
+    for split in SPLITS:
+        counts = Counter(e.instruction.lower().split()[1] for e in getattr(client, split))
+        assert set(counts.values()) == {2}
+
+
+def test_a_cap_is_kept_and_what_is_left_out_is_counted() -> None:
+    federation = build((example(i) for i in range(100)), clients_per_task=2, examples_per_client=12)
+    assert [len(held(c)) for c in federation.clients] == [12, 12]
+    assert federation.provenance["partition"]["examples_left_out"] == 76
+
+
+def test_a_cap_cuts_a_large_group_of_duplicates() -> None:
+    examples = [example(i, prompt="the same") for i in range(50)] + [example(i) for i in range(20)]
+    federation = build(examples, examples_per_client=20)
+    assert len(held(federation.clients[0])) == 20
+    assert_no_text_in_two_splits(federation.clients)
+
+
+def test_small_alpha_means_one_label_and_large_alpha_means_all() -> None:
+    examples = [example(i, task) for task in "abcd" for i in range(200)]
+
+    def largest_share(alpha: float) -> float:
+        clients = build(examples, by="dirichlet", num_clients=8, alpha=alpha, examples_per_client=20).clients
+        counts = [Counter(e.task for e in held(c)) for c in clients]
+        return sum(max(count.values()) for count in counts) / sum(sum(count.values()) for count in counts)
+
+    assert largest_share(0.001) > 0.95
+    assert largest_share(1000.0) < 0.5
+
+
+def test_a_client_has_a_task_only_if_all_its_examples_do() -> None:
+    examples = [example(i, "x", client="one") for i in range(9)] + [example(i, "xy"[i % 2], "two") for i in range(9)]
+    assert [c.task for c in build(examples, by="field").clients] == ["x", ""]
+
+
+# ------------------------------------------------------------------------------------------------------------ bad input
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../evil",
+        "a/b",
+        "a\\b",
+        "/etc/passwd",
+        "",
+        ".hidden",
+        "..",
+        "nul\0",
+        "x" * 101,
+        "tab\t",
+        " a",
+        "a ",
+        "caf\u00e9",
+    ],
+)
+def test_unsafe_client_names_are_refused_by_name(name: str) -> None:
+    examples = [example(i, client="fine") for i in range(9)] + [example(i, client=name) for i in range(9)]
+    if name:
+        with pytest.raises(DataError, match=r"cannot be used\. Allowed:") as caught:
+            build(examples, by="field")
+        assert ascii(name)[1:40] in str(caught.value)
+    else:
+        with pytest.raises(DataError, match=r"9 of 18 examples name no client"):
+            build(examples, by="field")
+
+
+def test_names_that_differ_in_case_only_are_refused() -> None:
+    with pytest.raises(DataError, match="'Ward' and 'ward'"):
+        check_names(["Ward", "other", "ward"])
+    with pytest.raises(DataError, match="'a-1' and 'a-1'"):
+        check_names(["a-1", "a-1"])
+
+
+def test_safe_names_pass() -> None:
+    check_names(["task033_winogrande", "Ward 7", "a.b-c_d", "x" * 100, "-", "_"])
+
+
+def test_a_client_with_too_few_texts_is_named() -> None:
+    examples = [example(i, "big") for i in range(20)] + [example(i, "small", prompt="same") for i in range(5)]
+    with pytest.raises(DataError, match=r"client 'small' has no example left for train.*5 examples with 1 different"):
+        build(examples)
+
+
+def test_more_clients_than_texts_names_the_empty_one() -> None:
+    with pytest.raises(DataError, match=r"client 'client-00\d'"):
+        build((example(i) for i in range(10)), by="iid", num_clients=30)
+
+
+def test_a_cap_that_is_too_small_is_named() -> None:
+    with pytest.raises(DataError, match=r"examples_per_client allows it 2 examples"):
+        build((example(i) for i in range(10)), examples_per_client=2)
+
+
+def test_no_test_share_is_refused() -> None:
+    with pytest.raises(DataError, match=r"data\.partition\.test = 0"):
+        build((example(i) for i in range(10)), test=0.0)
+
+
+def test_no_validation_is_possible() -> None:
+    [client] = build((example(i) for i in range(10)), validation=0.0).clients
+    assert client.validation == ()
+    assert len(client.train) + len(client.test) == 10
+
+
+def test_missing_labels_say_which_field_to_set() -> None:
+    unlabelled = [example(i, task="") for i in range(10)]
+    with pytest.raises(DataError, match=r"10 of 10 examples name no task.*data\.task_field"):
+        build(unlabelled)
+    with pytest.raises(DataError, match=r"no label.*data\.task_field"):
+        build(unlabelled, by="dirichlet", num_clients=2)
+
+
+def test_no_examples_at_all() -> None:
+    with pytest.raises(DataError, match="no examples"):
+        build([])
