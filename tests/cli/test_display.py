@@ -9,6 +9,7 @@ import pytest
 
 from fedmira.cli.display import LiveDisplay, PlainDisplay, open_display
 from fedmira.cli.session import Session
+from fedmira.config import RunConfig
 
 
 class Terminal(io.StringIO):
@@ -72,13 +73,17 @@ def test_the_display_fits_the_output(monkeypatch: pytest.MonkeyPatch, term: str,
 
 
 def test_json_keeps_standard_output_free(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    with Session(json=True).display() as display:
+    with Session(json=True).loading(RunConfig()) as display:
         assert display is not None
         display.message("at work")
     captured = capsys.readouterr()
-    assert (captured.out, captured.err) == ("", "at work\n")
+    assert captured.out == ""
+    assert captured.err.splitlines() == [
+        "Loading the base model (embedded) and the data (planted) ...",
+        "at work",
+    ]
 
 
 def test_quiet_shows_nothing() -> None:
-    with Session(quiet=True).display() as display:
+    with Session(quiet=True).loading(RunConfig()) as display:
         assert display is None

@@ -58,9 +58,10 @@ def compare(
 def _compare(session: Session, config: RunConfig, directory: Path | None) -> None:
     from fedmira.report.page import write_report
     from fedmira.report.table import render_table, study_rows
-    from fedmira.studies.compare import compare as run_comparison
 
-    with session.display() as display:
+    with session.loading(config) as display:
+        from fedmira.studies.compare import compare as run_comparison
+
         study = run_comparison(config, directory=directory, display=display)
     page = write_report(study)
     rows = study_rows(study)

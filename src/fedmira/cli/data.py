@@ -20,7 +20,11 @@ def data(session: Session, config: Path, overrides: tuple[str, ...]) -> None:
     In the examples, the tokens that are trained on stand between [[ and ]].
     """
     run_config = read_config(config, overrides)
-    from fedmira.experiment import describe_data
+    from fedmira.assembly import assemble
+    from fedmira.data.describe import describe
 
-    description = describe_data(run_config)
+    parts = assemble(run_config)
+    description = describe(
+        parts.federation, parts.tokenized, parts.tokenization, parts.base.tokenizer, run_config.data.template
+    )
     session.result(description.facts(), description.text())

@@ -19,16 +19,16 @@ from fedmira.cli.session import Session, standard_options
 def run(session: Session, config: Path, overrides: tuple[str, ...], dry_run: bool, resume: bool) -> None:
     """Train as CONFIG says; KEY=VALUE pairs such as method.graph.kind=labels win over the file."""
     run_config = read_config(config, overrides)
-    from fedmira import experiment
-
     if dry_run:
-        estimate = experiment.dry_run(run_config)
+        from fedmira.estimate import dry_run as estimate_run
+
+        estimate = estimate_run(run_config)
         session.result(estimate._asdict(), "\n".join(estimate.lines()))
         return
-    with session.display() as display:
-        path = experiment.run(
-            run_config, resume=resume, source_text=config.read_text(encoding="utf-8"), display=display
-        )
+    with session.loading(run_config) as display:
+        from fedmira.experiment import run as carry_out
+
+        path = carry_out(run_config, resume=resume, source_text=config.read_text(encoding="utf-8"), display=display)
     from fedmira.report.summary import summarise_run
 
     summary = summarise_run(path)

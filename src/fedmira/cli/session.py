@@ -17,6 +17,7 @@ import click
 from fedmira.report.formats import printable as printable_word
 
 if TYPE_CHECKING:
+    from fedmira.config import RunConfig
     from fedmira.experiment import Display
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -35,14 +36,18 @@ class Session:
         click.echo(json.dumps(facts, sort_keys=True, allow_nan=False) if self.json else printable(text))
 
     @contextmanager
-    def display(self) -> Iterator[Display | None]:
-        """A display for long work, None with --quiet; closed whatever happens, so that the terminal stays usable."""
+    def loading(self, config: RunConfig) -> Iterator[Display | None]:
+        """A display for the run `config`, None with --quiet; closed whatever happens, so the terminal stays usable.
+
+        Says at once what takes the first seconds: torch is imported and the model loaded inside the block.
+        """
         if self.quiet:
             yield None
             return
         from fedmira.cli.display import open_display
 
         display = open_display(to_stderr=self.json)
+        display.message(f"Loading the base model ({config.model.path}) and the data ({config.data.source}) ...")
         try:
             yield display
         finally:

@@ -5,13 +5,13 @@ Needs the run directory and the base model; the clients' data is never read.
 
 from __future__ import annotations
 
-import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from fedmira import embedded_base_path
+from fedmira.data.partition import check_names
 from fedmira.errors import UsageError, nearest
 from fedmira.export.peft import EMBEDDED_NAME, Settings, adapter_files, model_card, new_folder, write_files
 from fedmira.types import Arena, Example, Layout
@@ -21,9 +21,6 @@ if TYPE_CHECKING:
     from fedmira.model.base import BaseModel
 
 BASE_FOLDER = "base"
-
-SAFE_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9 ._-]{0,99}")
-"""Names that can be a folder: the rule that the data layer applies to clients, checked again where folders are made."""
 
 
 class Trained(NamedTuple):
@@ -82,6 +79,7 @@ def export_clients(run: Path, clients: Sequence[str] | None, out: Path, *, with_
 
     Raises:
         UsageError: an unknown client, a folder that is not empty, or `with_base` without the embedded model.
+        DataError: a client's name cannot be the name of a folder.
     """
     trained = load_trained(run)
     embedded = trained.config.model.path == "embedded"
@@ -92,9 +90,8 @@ def export_clients(run: Path, clients: Sequence[str] | None, out: Path, *, with_
     everyone = clients is None
     chosen = trained.names if clients is None else tuple(clients)
     rows = [trained.index(name) for name in chosen]
-    for name in chosen:
-        if not SAFE_NAME.fullmatch(name) or (everyone and with_base and name == BASE_FOLDER):
-            raise UsageError(f"the client name {name!r} cannot be the name of a folder; export it alone, elsewhere")
+    # a run directory may have been made elsewhere: its names become folders here, so they are checked again
+    check_names((*chosen, BASE_FOLDER) if everyone and with_base else chosen)
     base_path = trained.config.model.path
     if embedded:
         base_path = (f"../{BASE_FOLDER}" if everyone else BASE_FOLDER) if with_base else EMBEDDED_NAME
@@ -153,7 +150,7 @@ def answer(run: Path, client: str, instruction: str, context: str = "") -> str:
         Example(instruction=instruction, output="", input=context),
         base.tokenizer,
         config.data.template,
-        config.data.max_length,
+        min(config.data.max_length, base.max_length),
     )
     one = trained.adapters.replace(trained.adapters.values_KP[row : row + 1])
     return generate(base, one, [[prompt]], config.evaluation.generation.max_new_tokens)[0][0]

@@ -1,0 +1,212 @@
+"""From a recipe to an answer, as a user goes: data, run, report, export, predict, compare."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from fedmira.cli.main import main
+from fedmira.runs.store import RunStore
+
+CONFIG = """
+name: tiny
+data: {source: planted, families: 2, clients_per_family: 2, examples: 16}
+model: {adapter: {rank: 2, targets: [q_proj]}}
+training: {local_steps: 2, batch_size: 2}
+federation: {rounds: 2}
+evaluation: {generation: {max_new_tokens: 4, examples_per_client: 1}}
+"""
+CLIENT = "family-1-client-0"
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder with a config and one finished run; every command of this module is called from there."""
+    folder = tmp_path_factory.mktemp("user")
+    (folder / "c.yaml").write_text(CONFIG, encoding="utf-8")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert main(["run", "c.yaml", "--quiet"]) == 0
+        yield folder
+
+
+@pytest.fixture
+def run_path(place: Path) -> Path:
+    [path] = (place / "runs").glob("tiny-mira-seed0-*")
+    return path.relative_to(place)
+
+
+def test_a_run_says_where_it_is_and_what_came_out(fedmira, place: Path, run_path: Path) -> None:
+    outcome = fedmira("run", "c.yaml", "--resume", "--json")
+    assert outcome.code == 0
+    facts = json.loads(outcome.out)
+    assert facts["run"] == str(run_path)
+    assert facts["mean_loss"] > 0
+    assert facts["rounds"] == 2
+    assert "nothing to do" in outcome.err
+    assert (run_path / "config.yaml").read_text() == CONFIG
+
+
+def test_a_second_run_of_the_same_config_is_refused_and_says_how_to_go_on(fedmira, place: Path) -> None:
+    outcome = fedmira("run", "c.yaml")
+    assert outcome.code == 2
+    assert "--resume" in outcome.err
+
+
+def test_progress_is_a_line_per_round(fedmira, place: Path) -> None:
+    outcome = fedmira("run", "c.yaml", "seed=7")
+    assert outcome.code == 0
+    lines = outcome.out.splitlines()
+    assert lines[0] == "Loading the base model (embedded) and the data (planted) ..."
+    assert sum(line.startswith("  round ") for line in lines) == 2
+    assert any(line.startswith("test loss") for line in lines)
+
+
+def test_a_dry_run_estimates_and_writes_nothing(fedmira, place: Path) -> None:
+    before = sorted(place.rglob("*"))
+    facts = json.loads(fedmira("run", "c.yaml", "--dry-run", "--json").out)
+    assert facts["clients"] == facts["clients_per_round"] == 4
+    assert facts["adapter_parameters"] > 0
+    assert facts["upload_bytes_per_round"] == facts["adapter_parameters"] * 4 * 4
+    assert facts["seconds"] > 0
+    assert "memory" in fedmira("run", "c.yaml", "--dry-run").out
+    assert sorted(place.rglob("*")) == before
+
+
+def test_data_shows_every_client_with_its_supervised_tokens_marked(fedmira, place: Path) -> None:
+    outcome = fedmira("data", "c.yaml")
+    assert outcome.code == 0
+    for client in ("family-0-client-0", "family-0-client-1", CLIENT, "family-1-client-1"):
+        assert outcome.out.count(client) >= 2
+    assert outcome.out.count("[[") >= 4
+    facts = json.loads(fedmira("data", "c.yaml", "--json").out)
+    assert [row["client"] for row in facts["clients"]].count(CLIENT) == 1
+
+
+def test_report_of_a_run(fedmira, place: Path, run_path: Path) -> None:
+    outcome = fedmira("report", run_path)
+    assert outcome.code == 0
+    page = run_path / "report" / "index.html"
+    assert str(page) in outcome.out
+    assert CLIENT in page.read_text(encoding="utf-8")
+
+
+def test_report_of_something_else_is_a_usage_error(fedmira, place: Path) -> None:
+    assert fedmira("report", "nowhere").code == 2
+    assert fedmira("report", ".").code == 2
+
+
+def test_export_one_client_and_all(fedmira, place: Path, run_path: Path) -> None:
+    outcome = fedmira("export", run_path, "--client", CLIENT, "--out", "one")
+    assert outcome.code == 0, outcome.err
+    assert sorted(path.name for path in Path("one").iterdir()) == [
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
+    assert f"- client: {CLIENT}" in Path("one/README.md").read_text()
+    outcome = fedmira("export", run_path, "--all", "--out", "all", "--with-base", "--json")
+    folders = json.loads(outcome.out)["folders"]
+    assert folders[CLIENT] == str(Path("all") / CLIENT)
+    assert len(folders) == 4
+    same = "adapter_model.safetensors"
+    assert (Path("all") / CLIENT / same).read_bytes() == (Path("one") / same).read_bytes()
+    assert Path("all/base/config.json").is_file()
+    assert (
+        json.loads((Path("all") / CLIENT / "adapter_config.json").read_text())["base_model_name_or_path"] == "../base"
+    )
+
+
+def test_export_loads_in_peft_and_answers_as_predict_does(fedmira, place: Path, run_path: Path) -> None:
+    """The engine's answer and that of transformers with peft are the same text."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from fedmira.config_file import load_config
+    from fedmira.data.tokenization import prompt_tokens
+    from fedmira.types import Example
+
+    assert fedmira("export", run_path, "--client", CLIENT, "--out", "peft", "--with-base").code == 0
+    base = AutoModelForCausalLM.from_pretrained("peft/base")
+    tokenizer = AutoTokenizer.from_pretrained("peft/base")
+    model = PeftModel.from_pretrained(base, "peft").eval()
+    config = load_config("c.yaml")
+    import torch
+
+    tokens_T = prompt_tokens(Example("encode: kemo lira", ""), tokenizer, config.data.template, config.data.max_length)
+    prompt_1T = torch.from_numpy(tokens_T).long()[None]
+    with torch.no_grad():
+        written_1T = model.generate(
+            input_ids=prompt_1T, attention_mask=torch.ones_like(prompt_1T), max_new_tokens=4, do_sample=False
+        )
+    expected = tokenizer.decode(written_1T[0, prompt_1T.shape[1] :], skip_special_tokens=True)
+    outcome = fedmira("predict", run_path, "--client", CLIENT, "encode: kemo lira")
+    assert outcome.code == 0
+    assert outcome.out.strip() == expected.strip()
+    told = json.loads(fedmira("predict", run_path, "--client", CLIENT, "encode: kemo lira", "--json").out)
+    assert told["answer"].strip() == expected.strip()
+
+
+@pytest.mark.parametrize("command", ["export", "predict"])
+def test_an_unknown_client_is_named_with_the_nearest(fedmira, place: Path, run_path: Path, command: str) -> None:
+    more = ["--out", "unknown"] if command == "export" else ["text"]
+    outcome = fedmira(command, run_path, "--client", "family-1-clinet-0", *more)
+    assert outcome.code == 2
+    assert f"did you mean '{CLIENT}'?" in outcome.err
+    assert not Path("unknown").exists()
+
+
+def test_export_needs_a_client_or_all_and_an_empty_folder(fedmira, place: Path, run_path: Path) -> None:
+    assert fedmira("export", run_path, "--out", "neither").code == 2
+    assert fedmira("export", run_path, "--all", "--client", CLIENT, "--out", "both").code == 2
+    Path("full").mkdir()
+    Path("full/mine").write_text("keep")
+    outcome = fedmira("export", run_path, "--client", CLIENT, "--out", "full")
+    assert outcome.code == 2
+    assert "not an empty folder" in outcome.err
+    assert Path("full/mine").read_text() == "keep"
+
+
+def test_export_of_a_folder_that_is_no_run(fedmira, place: Path) -> None:
+    assert fedmira("export", "nowhere", "--client", CLIENT, "--out", "x").code == 2
+
+
+def test_a_client_name_with_path_tricks_is_refused(fedmira, place: Path, run_path: Path) -> None:
+    """A run directory from elsewhere must not write outside the folder that was asked for."""
+    manifest_path = run_path / "manifest.json"
+    honest = manifest_path.read_text(encoding="utf-8")
+    with RunStore.open(run_path) as store:
+        manifest = store.manifest()
+    manifest["clients"][0]["name"] = "../../escaped"
+    manifest_path.write_text(json.dumps(manifest), encoding="utf-8")
+    try:
+        outcome = fedmira("export", run_path, "--all", "--out", "tricked")
+    finally:
+        manifest_path.write_text(honest, encoding="utf-8")
+    assert outcome.code == 3
+    assert "../../escaped" in outcome.err
+    assert not Path("tricked").exists()
+    assert not list(place.parent.rglob("escaped"))
+
+
+def test_compare_ends_with_a_table_and_a_report_and_goes_on_where_it_stopped(fedmira, place: Path) -> None:
+    outcome = fedmira("compare", "c.yaml", "--methods", "local_only, mira", "--out", "study")
+    assert outcome.code == 0, outcome.err
+    assert "method" in outcome.out
+    assert "harmed" in outcome.out
+    assert "study/report/index.html" in outcome.out
+    assert Path("study/report/index.html").is_file()
+    again = fedmira("compare", "c.yaml", "--methods", "local_only,mira", "--out", "study", "--json")
+    facts = json.loads(again.out)
+    assert [row["method"] for row in facts["methods"]] == ["local_only", "mira"]
+    assert facts["study"] == "study"
+    assert again.err.count("nothing to do") == 2
+
+
+def test_compare_with_a_misspelt_method(fedmira, place: Path) -> None:
+    outcome = fedmira("compare", "c.yaml", "--methods", "local_only,fedti")
+    assert outcome.code == 2
+    assert "did you mean 'fedit'?" in outcome.err
