@@ -52,12 +52,12 @@ class Assembly(NamedTuple):
 
     def manifest(self) -> dict[str, Any]:
         """The facts of the run that do not change while it runs; JSON-able."""
-        dtype, optimizer = self.base.adapter_dtype, self.config.training.optimizer
+        dtype, training = self.base.adapter_dtype, self.config.training
         return {
             "fedmira": __version__,
             "versions": versions(),
             "seed": self.config.seed,
-            "data": {**self.federation.provenance, "tokenization": self.tokenization.summary()},
+            "data": {**self.federation.provenance, "tokenization": _counts(self.tokenization)},
             "clients": [
                 {
                     "name": client.name,
@@ -74,7 +74,7 @@ class Assembly(NamedTuple):
             "memory": {
                 "model_bytes": model_bytes(self.base.num_parameters, self.base.dtype),
                 "adapter_bytes": adapter_bytes(self.layout, dtype),
-                "optimizer_bytes": optimizer_bytes(self.layout, optimizer),
+                "optimizer_bytes": optimizer_bytes(self.layout, training.optimizer, dtype, momentum=training.momentum),
             },
             "cohort_size": self.cohort_size,
         }
@@ -102,7 +102,8 @@ def assemble(config: RunConfig, *, cohort_size: int | None = None) -> Assembly:
         true_adjacency_KK=federation.true_adjacency_KK,
     )
     graph = getattr(config.method, "graph", None)
-    method = build_method(config.method, clients, None if graph is None else read_graph(graph, clients.names))
+    given = None if graph is None else read_graph(graph, clients.names)
+    method = build_method(config.method, clients, given, config.federation)
     if cohort_size is None:
         wanted = config.training.cohort_size
         cohort_size = (
@@ -121,6 +122,18 @@ def assemble(config: RunConfig, *, cohort_size: int | None = None) -> Assembly:
         cohort_size=cohort_size,
     )
     return Assembly(config, federation, tokenized, tokenization, base, layout, clients, method, cohort_size, exchange)
+
+
+def _counts(report: TokenizationReport) -> dict[str, Any]:
+    return {
+        "template": report.template,
+        "max_length": report.max_length,
+        "num_examples": sum(client.num_examples for client in report.clients),
+        "num_tokens": sum(client.num_tokens for client in report.clients),
+        "num_supervised_tokens": sum(client.num_supervised_tokens for client in report.clients),
+        "truncated_prompts": report.truncated_prompts,
+        "dropped_examples": report.dropped_examples,
+    }
 
 
 def read_graph(config: GraphConfig, names: tuple[str, ...]) -> np.ndarray | None:

@@ -75,7 +75,7 @@ class PartitionConfig(_Section):
     def _consistent(self) -> PartitionConfig:
         if self.validation + self.test >= 1:
             raise ValueError(
-                f"validation + test = {self.validation + self.test:g} leaves nothing to train on; make the sum smaller than 1"
+                f"validation + test = {self.validation + self.test:g} leaves nothing to train on; keep the sum below 1"
             )
         if self.by in ("dirichlet", "iid") and self.num_clients is None:
             raise ValueError(f"partition.by = {self.by} needs num_clients; add num_clients: 10, for example")

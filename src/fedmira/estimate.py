@@ -34,7 +34,7 @@ class Estimate(NamedTuple):
     def lines(self) -> list[str]:
         """One line per fact, for people."""
         return [
-            f"clients            {self.clients}, {self.clients_per_round} per round, {self.cohort_size} trained together",
+            f"clients            {self.clients}, {self.clients_per_round} per round, {self.cohort_size} in a cohort",
             f"adapter            {self.adapter_parameters:,} parameters",
             f"memory             about {self.memory_bytes / 2**20:,.0f} MiB",
             f"upload per round   {self.upload_bytes_per_round / 2**20:,.2f} MiB",

@@ -5,6 +5,7 @@ Knows nothing about how clients train (`exchange`) or how adapters are mixed (`f
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -16,7 +17,7 @@ import torch
 
 from fedmira.assembly import Assembly, assemble
 from fedmira.config import RunConfig
-from fedmira.config_file import config_difference, config_hash
+from fedmira.config_file import config_hash
 from fedmira.errors import FedmiraError, IntegrityError, Interrupted, UsageError
 from fedmira.evaluation.judge import final_records, validation_losses
 from fedmira.federation import participation
@@ -60,8 +61,8 @@ def run(
 
     Args:
         config: What to run.
-        directory: The run directory; by default a folder under `output.directory` named after the config.
-        resume: Continue the run in that directory (a fresh one starts from the beginning).
+        directory: The folder in which the run directory is made; `output.directory` if left out.
+        resume: Continue the run if it was begun before.
         source_text: The config file as the user wrote it, kept in the run directory.
         display: Told about progress.
 
@@ -69,20 +70,25 @@ def run(
         Interrupted: SIGINT or SIGTERM; everything is saved, `resume=True` continues bit for bit.
         IntegrityError: the directory belongs to another config, or no checkpoint in it is valid.
     """
-    display = display or SilentDisplay()
-    with RunStore.create(config, source_text, directory, resume=resume) as store, stop_on_signals() as stop:
-        return _Run(config, store, display, stop).carry_out()
+    make = RunStore.resume if resume else RunStore.create
+    return carry_out(make(config, source_text, directory), display)
+
+
+def carry_out(store: RunStore, display: Display | None = None) -> Path:
+    """Carry out the run of `store` from where it stands and return its directory; closes the store."""
+    with store, stop_on_signals() as stop:
+        return _Run(store, display or SilentDisplay(), stop).carry_out()
 
 
 class _Run:
     """The round loop and what it writes."""
 
-    def __init__(self, config: RunConfig, store: RunStore, display: Display, stop: StopFlag) -> None:
-        self.config, self.store, self.display, self.stop = config, store, display, stop
-        self.hash = config_hash(config)
+    def __init__(self, store: RunStore, display: Display, stop: StopFlag) -> None:
+        self.config, self.store, self.display, self.stop = store.config, store, display, stop
+        self.hash = config_hash(self.config)
         self.checkpoint = self._open_checkpoint()
         manifest = store.manifest() if self.checkpoint else {}
-        self.parts: Assembly = assemble(config, cohort_size=manifest.get("cohort_size"))
+        self.parts: Assembly = assemble(self.config, cohort_size=manifest.get("cohort_size"))
         if self.checkpoint:
             _refuse_other_data(manifest, self.parts)
         else:
@@ -135,9 +141,7 @@ class _Run:
             self._interrupted(round_)
         for report in results.reports:
             if report.failure:
-                line = f"round {round_}: {self.parts.clients.names[report.id]} was left out: {report.failure}"
-                self.display.message(line)
-                self.store.log(line)
+                self._tell(f"round {round_}: {self.parts.clients.names[report.id]} was left out: {report.failure}")
         if not results.ids:
             raise FedmiraError(
                 f"round {round_}: no client returned a result. First failure: {results.reports[0].failure}. "
@@ -217,20 +221,13 @@ class _Run:
     # -------------------------------------------------------------------------------------------------------- disk
 
     def _open_checkpoint(self) -> Checkpoint | None:
-        lines = config_difference(self.store.config, self.config)
-        if lines:
-            raise IntegrityError(
-                f"{self.store.path} was started with another config; resuming it would mix two experiments. "
-                "Changed:\n  " + "\n  ".join(lines) + "\nUndo the change, or start a new run"
-            )
-        checkpoint = load_latest(self.store.path, config_hash=self.hash, warn=self._warn)
-        if checkpoint is None:
-            self.store.truncate_metrics(0)
-        else:
-            self.store.truncate_metrics(int(checkpoint.facts["metrics_position"]))
+        checkpoint = load_latest(self.store.path, config_hash=self.hash)
+        self.store.truncate_metrics(0 if checkpoint is None else int(checkpoint.facts["metrics_position"]))
+        for reason in () if checkpoint is None else checkpoint.skipped:
+            self._tell(f"skipped a damaged checkpoint: {reason}")
         return checkpoint
 
-    def _warn(self, line: str) -> None:
+    def _tell(self, line: str) -> None:
         self.display.message(line)
         self.store.log(line)
 
@@ -302,7 +299,7 @@ def _under(prefix: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.
 
 
 def _refuse_other_data(manifest: Mapping[str, Any], parts: Assembly) -> None:
-    before, now = manifest["data"], parts.manifest()["data"]
+    before, now = manifest["data"], json.loads(json.dumps(parts.manifest()["data"]))
     if before != now:
         changed = [key for key in {**before, **now} if before.get(key) != now.get(key)]
         raise IntegrityError(

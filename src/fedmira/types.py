@@ -141,7 +141,7 @@ class Arena:
         return replace(self, values_KP=values_KP)
 
 
-# --------------------------------------------------------------------------------------- between server and participants
+# ------------------------------------------------------------------------------------ between server and participants
 
 
 class Clients(NamedTuple):

@@ -40,18 +40,17 @@ def final_records(
         answers = generate(base, arena, prompts, evaluation.generation.max_new_tokens)
     records = []
     for client, (loss_sum, tokens), client_answers in zip(clients, losses, answers, strict=True):
-        by_id = {example.id: example for example in client.client.test}
-        references = [by_id[example.id].references for example in client.test[: len(client_answers)]]
-        pairs = list(zip(client_answers, references, strict=True))
+        wanted = [example.references or (example.output,) for example in client.examples.test[: len(client_answers)]]
+        pairs = list(zip(client_answers, wanted, strict=True))
         records.append(
             ClientRecord(
                 name=client.name,
-                task=client.client.task,
-                category=client.client.category,
+                task=client.examples.task,
+                category=client.examples.category,
                 loss_sum=loss_sum,
                 tokens=tokens,
-                rouge_l_sum=sum(rouge_l(answer, wanted) for answer, wanted in pairs),
-                exact_match_sum=float(sum(exact_match(answer, wanted) for answer, wanted in pairs)),
+                rouge_l_sum=sum(rouge_l(answer, references) for answer, references in pairs),
+                exact_match_sum=float(sum(exact_match(answer, references) for answer, references in pairs)),
                 generated=len(pairs),
             )
         )

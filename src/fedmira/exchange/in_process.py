@@ -81,7 +81,7 @@ class InProcess:
             upload_bytes=crossing_bytes(self._layout, values_SP, job.upload),
             download_bytes=crossing_bytes(self._layout, job.start_SP, job.download),
             train_seconds=time.perf_counter() - started,
-            peak_memory_bytes=peak.bytes,
+            peak_memory_bytes=peak.peak_bytes,
         )
 
 

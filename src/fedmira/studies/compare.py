@@ -15,7 +15,7 @@ from typing import Any
 
 from fedmira.config import RunConfig
 from fedmira.config_file import resolved_yaml
-from fedmira.experiment import Display, SilentDisplay, run
+from fedmira.experiment import Display, SilentDisplay, carry_out
 from fedmira.runs.atomic import write_bytes_atomically
 from fedmira.runs.store import RunStore
 
@@ -45,8 +45,7 @@ def compare(config: RunConfig, *, directory: Path | None = None, display: Displa
     rates = {name: _choose_learning_rate(config, name, directory, study, display) for name in study["methods"]}
     for seed in study["seeds"]:
         for name in study["methods"]:
-            path = directory / "runs" / f"{name}-seed{seed}"
-            run(variant(config, name, seed, rates[name]), directory=path, resume=True, display=display)
+            path = _run(variant(config, name, seed, rates[name]), directory / "runs", display)
             entry = {"method": name, "seed": seed, "path": str(path.relative_to(directory))}
             study["runs"].append({**entry, "learning_rate": rates[name]})
             _write(directory, study)
@@ -61,10 +60,11 @@ def study_directory(config: RunConfig) -> Path:
 
 def variant(config: RunConfig, method: str, seed: int, learning_rate: float, *, tuning: bool = False) -> RunConfig:
     """The run of one method: `config` with that method, seed and learning rate. Tuning never sees test data."""
+    settings = config.method_named(method)
     changes: dict[str, Any] = {
-        "name": method,
+        "name": config.name if method == settings.name else method,
         "seed": seed,
-        "method": config.method_named(method),
+        "method": settings,
         "training": config.training.model_copy(update={"learning_rate": learning_rate}),
     }
     if tuning:
@@ -82,17 +82,16 @@ def _choose_learning_rate(
         return grid[0]
     losses = {}
     for rate in grid:
-        path = directory / "tuning" / f"{method}-{rate:g}"
-        run(
-            variant(config, method, config.compare.tuning_seed, rate, tuning=True),
-            directory=path,
-            resume=True,
-            display=display,
-        )
+        trial = variant(config, method, config.compare.tuning_seed, rate, tuning=True)
+        path = _run(trial, directory / "tuning", display)
         losses[rate] = final_validation_loss(path)
         study["tuning"].append({"method": method, "learning_rate": rate, "validation_loss": losses[rate]})
         _write(directory, study)
     return min(grid, key=lambda rate: losses[rate])
+
+
+def _run(config: RunConfig, directory: Path, display: Display) -> Path:
+    return carry_out(RunStore.open_or_create(config, resolved_yaml(config), directory), display)
 
 
 def final_validation_loss(path: Path) -> float:
