@@ -135,7 +135,7 @@ def test_hostile_method_names_stay_on_their_line(make_study: Make) -> None:
     rows = study_rows(make_study(methods=("local_only", "a\x1b[31m|b\nc"), seeds=(0,)))
     text, markdown = render_table(rows), render_table(rows, markdown=True)
     assert "\x1b" not in text + markdown
-    assert len(text.splitlines()) == 5
+    assert len(text.splitlines()) == 6
     assert r"| a\\x1b[31m\|b\\nc |" in markdown
 
 

@@ -58,10 +58,22 @@ def format_bytes(count: float | None) -> str:
     """
     if count is None:
         return NOTHING
-    size, units = float(count), ["B", "KiB", "MiB", "GiB", "TiB"]
-    while size >= 1024 and len(units) > 1:
-        size, units = size / 1024, units[1:]
-    return f"{size:.0f} B" if units[0] == "B" else f"{size:.1f} {units[0]}"
+    name, size = byte_unit(count)
+    return f"{count:.0f} B" if name == "B" else f"{count / size:.1f} {name}"
+
+
+def byte_unit(count: float) -> tuple[str, float]:
+    """The largest unit that `count` bytes fill, as (name, bytes).
+
+    >>> byte_unit(2**21)
+    ('MiB', 1048576.0)
+    """
+    name, size = "B", 1.0
+    for larger in ("KiB", "MiB", "GiB", "TiB"):
+        if count < 1024 * size:
+            break
+        name, size = larger, size * 1024
+    return name, size
 
 
 def format_seconds(seconds: float | None) -> str:

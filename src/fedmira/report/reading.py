@@ -87,10 +87,14 @@ class RunRecord:
         return sum(int(event["download_bytes"]) for event in self.rounds)
 
     @property
+    def events(self) -> tuple[Mapping[str, Any], ...]:
+        """Everything that was recorded and took time."""
+        return (*self.rounds, *self.evaluations, *([self.final] if self.final else []))
+
+    @property
     def seconds(self) -> float:
         """Training, merging and evaluating, without loading."""
-        events = (*self.rounds, *self.evaluations, *([self.final] if self.final else []))
-        return math.fsum(seconds_of(event, kind) for event in events for kind in ("train", "merge", "evaluate"))
+        return math.fsum(seconds_of(event, kind) for event in self.events for kind in ("train", "merge", "evaluate"))
 
     @property
     def peak_memory_bytes(self) -> int:

@@ -45,7 +45,7 @@ class Row(NamedTuple):
     rouge_l: Spread | None
     exact_match: Spread | None
     upload_bytes: Spread | None
-    """Whole run, all clients."""
+    """Whole run, all clients; of the unfinished runs where none is judged."""
     download_bytes: Spread | None
     seconds: Spread | None
     """Training, merging and evaluating, without loading."""
@@ -111,6 +111,7 @@ def _row(method: str, runs: Sequence[RunRecord], references: dict[int, tuple[Cli
         and summary.mean_loss is not None
         and (local := summarise(references[run.seed]).mean_loss) is not None
     ]
+    counted = judged or runs
     return Row(
         method=method,
         num_seeds=len(judged),
@@ -123,9 +124,9 @@ def _row(method: str, runs: Sequence[RunRecord], references: dict[int, tuple[Cli
         perplexity=spread(summary.perplexity for summary in summaries),
         rouge_l=spread(summary.rouge_l for summary in summaries),
         exact_match=spread(summary.exact_match for summary in summaries),
-        upload_bytes=spread(run.upload_bytes for run in judged),
-        download_bytes=spread(run.download_bytes for run in judged),
-        seconds=spread(run.seconds for run in judged),
+        upload_bytes=spread(run.upload_bytes for run in counted),
+        download_bytes=spread(run.download_bytes for run in counted),
+        seconds=spread(run.seconds for run in counted),
         peak_memory_bytes=max((run.peak_memory_bytes for run in runs), default=0),
     )
 
@@ -153,18 +154,18 @@ def render_table(rows: Sequence[Row], *, markdown: bool = False) -> str:
     if markdown:
         cells = [[text.replace("\\", "\\\\").replace("|", "\\|") for text in line] for line in cells]
         cells.insert(1, ["---", *["---:"] * (len(COLUMNS) - 1)])
-        return "\n".join([*(f"| {' | '.join(line)} |" for line in cells), "", footnote(rows)])
+        return "\n".join([*(f"| {' | '.join(line)} |" for line in cells), "", " ".join(footnotes(rows))])
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = [
         "  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))]).rstrip()
         for line in cells
     ]
     lines.insert(1, "  ".join("-" * width for width in widths))
-    return "\n".join([*lines, footnote(rows)])
+    return "\n".join([*lines, *footnotes(rows)])
 
 
-def footnote(rows: Sequence[Row]) -> str:
-    """What the numbers of the table are."""
+def footnotes(rows: Sequence[Row]) -> list[str]:
+    """What the numbers of the table are, a sentence each."""
     seeds = max((row.num_seeds for row in rows), default=0)
     parts = ["Loss: nats per answer token on test data, mean over clients; lower is better."]
     if any(row.share_harmed for row in rows):
@@ -174,7 +175,7 @@ def footnote(rows: Sequence[Row]) -> str:
     unfinished = sum(row.num_unfinished for row in rows)
     if unfinished:
         parts.append(f"{unfinished} run{'s' if unfinished > 1 else ''} without test numbers left out.")
-    return " ".join(parts)
+    return parts
 
 
 def with_spread(value: Spread | None, write: Callable[[float], str], *, deviation: bool = True) -> str:

@@ -1,0 +1,177 @@
+"""What every report is made of: figures with a caption in plain words, and those that runs and studies share.
+
+Knows nothing about HTML beyond marking finished drawings as safe; `charts` and `graph_charts` draw, `page` puts the
+page together.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from markupsafe import Markup
+
+from fedmira.evaluation.meters import mean
+from fedmira.report import charts, graph_charts
+from fedmira.report.formats import format_share
+from fedmira.report.reading import REFERENCE_METHOD, RunRecord, number, seconds_of
+
+NUM_COLOURS = 8
+SPLIT_TASKS = 8
+"""A bar chart of more tasks than this stands in two columns."""
+FOLDED_TASKS = 30
+"""A bar chart of more tasks than this starts folded."""
+TIME_PARTS = (("train", "s4"), ("merge", "s3"), ("evaluate", "s7"))
+"""(kind, colour class) of what a run spends seconds on."""
+BYTE_PARTS = (("upload", "s7"), ("download", "s6"))
+"""(kind, colour class) of what crosses between server and clients."""
+
+
+Legend = tuple[tuple[str, str], ...]
+"""(label, colour class) of each colour."""
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One drawing with its heading, its key of colours and what it says."""
+
+    heading: str
+    drawing: Markup
+    caption: str
+    legend: Legend = ()
+    square: bool = False
+    """Drawn on a square: three fit in a row."""
+    wide: bool = False
+    """Takes the whole width of the page."""
+    folded: bool = False
+
+
+@dataclass(frozen=True)
+class Section:
+    """Figures under one heading."""
+
+    heading: str
+    figures: tuple[Figure, ...]
+    introduction: str = ""
+    ragged: bool = False
+    """Its figures differ much in height, so they are not stretched to one."""
+
+
+def colours_of(methods: Iterable[str]) -> dict[str, str]:
+    """A colour class per method: grey for the reference, the palette in order for the others."""
+    others = [method for method in methods if method != REFERENCE_METHOD]
+    return {REFERENCE_METHOD: "reference"} | {
+        method: f"s{position % NUM_COLOURS}" for position, method in enumerate(others)
+    }
+
+
+def task_figure(groups: Sequence[tuple[str, Sequence[charts.Bar]]], caption: str, legend: Legend = ()) -> Figure:
+    """Bars of every task; many tasks stand in two columns of one scale, very many start folded."""
+    highest = max((bar.value for _, bars in groups for bar in bars if math.isfinite(bar.value)), default=1.0)
+    half = -(-len(groups) // 2) if len(groups) > SPLIT_TASKS else len(groups)
+    columns = [
+        charts.grouped_bars(part, f"Test loss of {len(part)} tasks", highest=highest)
+        for part in (groups[:half], groups[half:])
+        if part
+    ]
+    return Figure(
+        heading="Test loss of each task",
+        drawing=Markup("".join(columns)),
+        caption=f"Nats per answer token, pooled over the clients of a task{caption}; shorter is better.",
+        legend=legend,
+        wide=len(columns) > 1,
+        folded=len(groups) > FOLDED_TASKS,
+    )
+
+
+def seconds_spent(run: RunRecord, kind: str) -> float:
+    """Seconds of a whole run on `train`, `merge` or `evaluate`."""
+    return math.fsum(seconds_of(event, kind) for event in run.events)
+
+
+def graph_figures(run: RunRecord, *, truth: bool = True) -> Iterable[Figure]:
+    if run.graph is None:
+        return
+    graph = graph_charts.order_by_group(run.graph.names, group_labels(run), run.graph.adjacency)
+    share = graph_charts.share_within_groups(graph)
+    inside = "" if share is None else f" {format_share(share)} of its weight joins clients of one label."
+    what = f"{run.method}, graph {run.graph.name}" if run.graph.name else run.method
+    yield Figure(
+        heading=what,
+        drawing=Markup(graph_charts.heat_map(graph, f"Weights of the graph of {run.method} as a heat map")),
+        caption=f"Row and column are clients, a stronger cell is a heavier edge.{inside}",
+        square=True,
+    )
+    linked = graph_charts.node_link(graph, f"The graph of {run.method} drawn on a circle")
+    if linked is not None:
+        drawn, edges = len(graph_charts.drawn_edges(graph)), _num_edges(graph)
+        yield Figure(
+            heading=f"{run.method}, drawn",
+            drawing=Markup(linked),
+            caption=(
+                (f"The {drawn} heaviest of {edges} edges" if drawn < edges else f"{edges} edges")
+                + "; a thicker line is a heavier edge, grey ones join different labels."
+            ),
+            square=True,
+        )
+    if truth:
+        yield from truth_figures(run)
+
+
+def truth_figures(run: RunRecord) -> Iterable[Figure]:
+    if run.graph is None or run.graph.true_adjacency is None:
+        return
+    graph = graph_charts.order_by_group(run.graph.names, group_labels(run), run.graph.true_adjacency)
+    yield Figure(
+        heading="The true graph",
+        drawing=Markup(graph_charts.heat_map(graph, "Weights of the true graph as a heat map")),
+        caption="What the data was made from: no method but an oracle sees it.",
+        square=True,
+    )
+
+
+def _num_edges(graph: graph_charts.Ordered) -> int:
+    size = len(graph.names)
+    return sum(
+        max(graph.weights[one][other], graph.weights[other][one]) > 0 for one in range(size) for other in range(one)
+    )
+
+
+def group_labels(run: RunRecord) -> tuple[str, ...]:
+    """The label each client of the graph is ordered by: its category or task, whichever joins clients; else empty."""
+    if run.graph is None:
+        return ()
+    clients = {str(client["name"]): client for client in run.manifest.get("clients", ())}
+    for field in ("category", "task"):
+        labels = tuple(str(clients.get(name, {}).get(field) or "") for name in run.graph.names)
+        if any(labels) and 1 < len(set(labels)) < len(labels):
+            return labels
+    return ("",) * len(run.graph.names)
+
+
+def disagreement_figures(runs: Sequence[RunRecord], colours: Mapping[str, str]) -> Iterable[Figure]:
+    for run in runs:
+        steps = [
+            charts.Step(
+                int(event["round"]), number(numbers["disagreement_before"]), number(numbers["disagreement_after"])
+            )
+            for event in run.rounds
+            if {"disagreement_before", "disagreement_after"} <= (numbers := event.get("numbers") or {}).keys()
+        ]
+        if not steps:
+            continue
+        kept = mean(step.after / step.before for step in steps if step.before > 0)
+        effect = "" if kept is None else f" A merge leaves {format_share(kept)} of it on average."
+        yield Figure(
+            heading=f"{run.method}: disagreement energy",
+            drawing=Markup(
+                charts.merge_steps(
+                    steps, f"Disagreement before and after each merge, {run.method}", colours[run.method]
+                )
+            ),
+            caption=(
+                "How far related clients are apart, tr(W'LW): ring before the merge, dot after it; local training "
+                f"drives it up again.{effect}"
+            ),
+        )

@@ -1,0 +1,253 @@
+"""Writes the report of a run or a study: one HTML file with its styles and drawings inside and nothing from outside.
+
+Names and data are hostile: the template escapes everything but finished drawings, whose texts are escaped by `svg`, and
+the page's own policy forbids scripts and any request. Knows nothing about how the numbers came to be.
+"""
+
+from __future__ import annotations
+
+import importlib.resources
+import math
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup, escape
+
+from fedmira.report.figures import colours_of
+from fedmira.report.formats import NOTHING, format_bytes, format_change, format_loss, format_seconds, format_share
+from fedmira.report.reading import RunRecord, StudyRecord, read
+from fedmira.report.run_sections import run_sections
+from fedmira.report.study_sections import study_sections
+from fedmira.report.table import Row, Spread, rows_of, total_bytes
+from fedmira.report.words import headline
+from fedmira.runs.atomic import write_bytes_atomically
+
+
+def write_report(path: Path) -> Path:
+    """Write `report/index.html` into the run or study directory `path`, whole or not at all, and return its path.
+
+    Raises:
+        UsageError: `path` is neither a run nor a study.
+        IntegrityError: one of its files is missing or damaged.
+    """
+    page = path / "report" / "index.html"
+    content = render(read(path)).encode("utf-8")
+    page.parent.mkdir(exist_ok=True)
+    write_bytes_atomically(page, content)
+    return page
+
+
+def render(record: RunRecord | StudyRecord) -> str:
+    """The page as text; equal records give equal pages."""
+    run = record if isinstance(record, RunRecord) else (record.runs[0] if record.runs else None)
+    sections = run_sections(record) if isinstance(record, RunRecord) else study_sections(record)
+    sentences = headline(record)
+    return (
+        _environment()
+        .get_template("page.html.jinja")
+        .render(
+            style=Markup(_resource("style.css")),
+            kind="run" if isinstance(record, RunRecord) else "study",
+            title=_title(record),
+            lead=sentences[0],
+            remarks=sentences[1:],
+            facts=_facts(record, run),
+            rows=_table(rows_of(record)),
+            several_seeds=isinstance(record, StudyRecord) and len(record.seeds) > 1,
+            compared=isinstance(record, StudyRecord),
+            sections=[section for section in sections if section.figures],
+            tuning=_tuning(record),
+            clients=_clients(record),
+            memory=_memory(run),
+            config=run.config_text if run else "",
+            versions=_versions(run),
+            data=_flat(run.manifest.get("data", {})) if run else [],
+        )
+    )
+
+
+def _environment() -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.FunctionLoader(_resource),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=_visible,
+    )
+    environment.filters["words"] = _words
+    return environment
+
+
+def _resource(name: str) -> str:
+    return (importlib.resources.files("fedmira.report") / name).read_text(encoding="utf-8")
+
+
+def _visible(value: Any) -> Any:
+    """Write out control characters of any text that is not markup yet; line ends stay."""
+    if isinstance(value, str) and not isinstance(value, Markup):
+        return "".join(
+            c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode("ascii") for c in value
+        )
+    return value
+
+
+def _words(sentence: str) -> Markup:
+    """Running text, escaped, in which a number is not parted from its percent sign."""
+    return Markup(re.sub(r"(?<=\d) %", "&nbsp;%", escape(_visible(str(sentence)))))
+
+
+def _title(record: RunRecord | StudyRecord) -> str:
+    if isinstance(record, StudyRecord):
+        return record.name or record.path.name
+    return f"{record.config.get('name', 'run')}: {record.method}, seed {record.seed}"
+
+
+def _facts(record: RunRecord | StudyRecord, run: RunRecord | None) -> list[tuple[str, str]]:
+    """Short facts for the head of the page."""
+    facts: list[tuple[str, str]] = []
+    if isinstance(record, StudyRecord):
+        facts.append(("methods", str(len(record.methods))))
+        facts.append(("seeds", ", ".join(map(str, record.seeds))))
+        created = record.created
+    else:
+        facts.append(("seed", str(record.seed)))
+        created = str(record.manifest.get("created", ""))
+    if run is not None:
+        facts.append(("clients", str(len(run.manifest.get("clients", ())))))
+        facts.append(("rounds", str(len(run.rounds))))
+        source = run.config.get("data", {}).get("source")
+        model = run.config.get("model", {}).get("path") or run.manifest.get("model", {}).get("path")
+        facts += [(word, str(value)) for word, value in (("data", source), ("base model", model)) if value]
+    facts.append(("created", created[:16].replace("T", " ")))
+    return [(word, value) for word, value in facts if value]
+
+
+def _table(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """Cells of the main table: text, a note on the spread, and whether it is the best of its column."""
+    colours = colours_of(row.method for row in rows)
+    columns: tuple[tuple[str, str, Any, int], ...] = (
+        ("mean_loss", "mean loss", format_loss, -1),
+        ("difference", "vs local", format_change, -1),
+        ("task_mean_loss", "task mean", format_loss, -1),
+        ("worst_tenth_loss", "worst tenth", format_loss, -1),
+        ("share_harmed", "harmed", format_share, -1),
+        ("perplexity", "perplexity", lambda value: f"{value:.2f}", -1),
+        ("rouge_l", "Rouge-L", format_loss, 1),
+        ("exact_match", "exact", format_share, 1),
+    )
+    columns = tuple(column for column in columns if any(getattr(row, column[0]) is not None for row in rows))
+    best = {name: _best(rows, name, show, sign) for name, _, show, sign in columns}
+    table = []
+    for row in rows:
+        cells = []
+        for name, heading, show, _ in columns:
+            value: Spread | None = getattr(row, name)
+            shown = NOTHING if value is None else show(value.mean)
+            spread = "" if value is None or value.deviation is None else _deviation(name, value.deviation)
+            cells.append({"heading": heading, "text": shown, "spread": spread, "best": shown == best[name]})
+        cells.append({"heading": "up + down", "text": format_bytes(total_bytes(row)), "spread": "", "best": False})
+        seconds = None if row.seconds is None else row.seconds.mean
+        cells.append({"heading": "time", "text": format_seconds(seconds), "spread": "", "best": False})
+        table.append({"method": row.method, "colour": colours[row.method], "cells": cells})
+    return table
+
+
+def _deviation(name: str, deviation: float) -> str:
+    if name in ("share_harmed", "exact_match"):
+        return f"{100 * deviation:.1f}"
+    return f"{deviation:.2f}" if name == "perplexity" else f"{deviation:.3f}"
+
+
+def _best(rows: Sequence[Row], name: str, show: Any, sign: int) -> str | None:
+    """The best value as it is shown, so that what looks equal is marked alike; None where nothing differs."""
+    values = [value.mean for row in rows if (value := getattr(row, name)) is not None and math.isfinite(value.mean)]
+    if len(rows) < 2 or len({show(value) for value in values}) < 2:
+        return None
+    return str(show(max(values) if sign > 0 else min(values)))
+
+
+def _tuning(record: RunRecord | StudyRecord) -> list[dict[str, Any]]:
+    """The rates that were tried, method by method, with the chosen one and a warning if it lies at the grid's edge."""
+    if not isinstance(record, StudyRecord):
+        return []
+    found = []
+    for method in dict.fromkeys(str(entry["method"]) for entry in record.tuning):
+        tried = sorted(
+            (e for e in record.tuning if str(e["method"]) == method), key=lambda e: float(e["learning_rate"])
+        )
+        chosen = record.learning_rates.get(method)
+        rates = [float(entry["learning_rate"]) for entry in tried]
+        found.append(
+            {
+                "method": method,
+                "tried": [
+                    {
+                        "rate": f"{rate:g}",
+                        "loss": format_loss(
+                            math.nan if entry["validation_loss"] is None else float(entry["validation_loss"])
+                        ),
+                        "chosen": rate == chosen,
+                    }
+                    for rate, entry in zip(rates, tried, strict=True)
+                ],
+                "edge": len(rates) > 1 and chosen in (rates[0], rates[-1]),
+            }
+        )
+    return found
+
+
+def _clients(record: RunRecord | StudyRecord) -> list[dict[str, str]]:
+    """The clients of a run, one line each; none for a study, whose runs have reports of their own."""
+    if not isinstance(record, RunRecord):
+        return []
+    records = {one.name: one for one in record.records}
+    clients = []
+    for client in record.manifest.get("clients", ()):
+        one = records.get(str(client["name"]))
+        clients.append(
+            {
+                "name": str(client["name"]),
+                "task": str(client.get("task") or ""),
+                "examples": " / ".join(str(client.get(split, NOTHING)) for split in ("train", "validation", "test")),
+                "loss": format_loss(one.loss.value if one else None),
+                "rouge_l": format_loss(one.rouge_l.value if one else None),
+                "exact": format_share(one.exact_match.value if one else None),
+            }
+        )
+    return clients
+
+
+def _memory(run: RunRecord | None) -> list[tuple[str, str]]:
+    """Bytes at one client as the paper counts them, and what was measured."""
+    if run is None:
+        return []
+    memory: Mapping[str, Any] = run.manifest.get("memory", {})
+    parts = [(word, memory.get(f"{word}_bytes")) for word in ("model", "adapter", "optimizer")]
+    found = [(word, format_bytes(float(count))) for word, count in parts if count is not None]
+    if len(found) == len(parts):
+        found.append(("together", format_bytes(sum(float(count) for _, count in parts if count is not None))))
+    if run.peak_memory_bytes:
+        found.append(("measured peak", format_bytes(run.peak_memory_bytes)))
+    return found
+
+
+def _versions(run: RunRecord | None) -> list[tuple[str, str]]:
+    if run is None:
+        return []
+    return [("fedmira", str(run.manifest.get("fedmira", ""))), *_flat(run.manifest.get("versions", {}))]
+
+
+def _flat(content: Any, prefix: str = "") -> list[tuple[str, str]]:
+    """Nested facts as (dotted key, text); long lists are cut with a count."""
+    if isinstance(content, Mapping):
+        return [
+            line for key, value in content.items() for line in _flat(value, f"{prefix}.{key}" if prefix else str(key))
+        ]
+    if isinstance(content, list) and len(content) > 6:
+        return [(prefix, f"{', '.join(map(str, content[:6]))}, ... ({len(content)} in all)"[:300])]
+    shown = ", ".join(map(str, content)) if isinstance(content, list) else str(content)
+    return [(prefix, shown[:300])]

@@ -1,0 +1,202 @@
+"""What a report shows of a study: methods side by side, every client compared with itself trained alone.
+
+Knows nothing about HTML.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+
+from markupsafe import Markup
+
+from fedmira.evaluation.meters import HARM_TOLERANCE, losses_by_task, mean, relative_changes
+from fedmira.report import charts
+from fedmira.report.figures import (
+    BYTE_PARTS,
+    TIME_PARTS,
+    Figure,
+    Section,
+    colours_of,
+    disagreement_figures,
+    graph_figures,
+    seconds_spent,
+    task_figure,
+    truth_figures,
+)
+from fedmira.report.formats import format_bytes, format_seconds, format_share
+from fedmira.report.reading import REFERENCE_METHOD, RunRecord, StudyRecord
+
+
+def study_sections(study: StudyRecord) -> list[Section]:
+    """What the page shows of a study; sections can be empty."""
+    colours = colours_of(study.methods)
+    first = [runs[0] for method in study.methods if (runs := study.of(method))]
+    graphs = [figure for run in _with_graph(first) for figure in graph_figures(run, truth=False)]
+    truth = next((figure for run in first for figure in truth_figures(run)), None)
+    if graphs and truth:
+        # beside the first graph, which takes two places
+        graphs.insert(2, truth)
+    return [
+        Section(
+            "Who gains, who is harmed",
+            (*_seed_by_seed(study, colours), *_changes(study)),
+            "Every client is compared with itself: the same examples and the same seed, trained alone.",
+        ),
+        Section("Losses", (*_method_curves(study, colours), *_study_tasks(study, colours)), ragged=True),
+        Section(
+            "Who learns from whom",
+            tuple(graphs),
+            f"Graphs after the last round, seed {first[0].seed}; clients are ordered by label." if first else "",
+        ),
+        Section("What merging does", tuple(disagreement_figures(first, colours))),
+        Section("What it costs", tuple(_study_costs(study))),
+    ]
+
+
+def _with_graph(runs: Sequence[RunRecord]) -> list[RunRecord]:
+    """The runs that have a graph, those that learned it first: they are what a reader looks for."""
+    return sorted((run for run in runs if run.graph), key=lambda run: run.graph is None or run.graph.name != "gram")
+
+
+def _method_curves(study: StudyRecord, colours: Mapping[str, str]) -> Iterable[Figure]:
+    faint, bold = [], []
+    for method in study.methods:
+        curves = [curve for run in study.of(method) if (curve := run.mean_validation_losses())]
+        if not curves:
+            continue
+        faint += [charts.Line(method, curve, colours[method], bold=False) for curve in curves if len(curves) > 1]
+        values: dict[int, list[float]] = {}
+        for curve in curves:
+            for round_, loss in curve:
+                values.setdefault(round_, []).append(loss)
+        # a round that some seeds have not reached yet would make the mean jump
+        average = [(r, mean(v) or 0.0) for r, v in sorted(values.items()) if len(v) == len(curves)]
+        bold.append(charts.Line(method, average, colours[method]))
+    if bold:
+        yield Figure(
+            heading="Validation loss of each method",
+            drawing=Markup(charts.line_chart([*faint, *bold], "Mean validation loss of each method over rounds")),
+            caption=(
+                "Nats per answer token, mean over clients"
+                + (", and over seeds; the faint lines are single seeds." if faint else ".")
+            ),
+        )
+
+
+def _seed_by_seed(study: StudyRecord, colours: Mapping[str, str]) -> Iterable[Figure]:
+    rows = []
+    for method in study.methods:
+        dots = []
+        for run in study.of(method):
+            reference = study.reference(run.seed)
+            if reference is None or method == REFERENCE_METHOD or not run.records:
+                continue
+            mine = mean(loss for record in run.records if (loss := record.loss.value) is not None)
+            alone = mean(loss for record in reference.records if (loss := record.loss.value) is not None)
+            if mine is not None and alone is not None:
+                dots.append((f"seed {run.seed}", mine - alone))
+        if dots:
+            rows.append((method, dots, colours[method]))
+    if rows:
+        yield Figure(
+            heading="Difference to training alone, seed by seed",
+            drawing=Markup(charts.paired_dots(rows, "Difference of the mean test loss to local training, per seed")),
+            caption=(
+                "Mean test loss minus that of local_only on the same draw, nats per answer token; one dot per seed, "
+                "a bar at their mean. Left of zero is better than training alone."
+            ),
+        )
+
+
+def _changes(study: StudyRecord) -> Iterable[Figure]:
+    found: dict[str, list[tuple[str, float]]] = {}
+    several = len(study.seeds) > 1
+    for method in study.methods:
+        for run in study.of(method):
+            reference = study.reference(run.seed)
+            if reference is None or method == REFERENCE_METHOD or not run.records:
+                continue
+            for name, change in relative_changes(run.records, reference.records).items():
+                label = f"{name}, seed {run.seed}" if several else name
+                found.setdefault(method, []).append((label, change))
+    finite = [change for changes in found.values() for _, change in changes if math.isfinite(change)]
+    low, high = min(finite, default=0.0), max(finite, default=0.0)
+    for method, changes in found.items():
+        harmed = sum(change > HARM_TOLERANCE for _, change in changes)
+        helped = sum(change < -HARM_TOLERANCE for _, change in changes)
+        drawing = charts.change_bars(
+            changes,
+            f"Change of each client's test loss under {method} compared with local training",
+            low=low,
+            high=high,
+            tolerance=HARM_TOLERANCE,
+        )
+        yield Figure(
+            heading=f"{method}: {helped} helped, {harmed} harmed",
+            drawing=Markup(drawing),
+            caption=(
+                f"Change of test loss against training alone, one bar per client{' and seed' if several else ''}, "
+                f"sorted; down is better. {format_share(harmed / len(changes))} are more than 1 % worse, "
+                f"{len(changes) - harmed - helped} within 1 %."
+            ),
+            legend=(("helped", "better"), ("within 1 %", "level"), ("harmed", "worse")),
+        )
+
+
+def _study_tasks(study: StudyRecord, colours: Mapping[str, str]) -> Iterable[Figure]:
+    losses: dict[str, dict[str, list[float]]] = {}
+    for run in study.runs:
+        for task, pooled in losses_by_task(run.records).items():
+            if pooled.value is not None:
+                losses.setdefault(task, {}).setdefault(run.method, []).append(pooled.value)
+    groups = [
+        (
+            task or "no task label",
+            [
+                charts.Bar(method, mean(by_method[method]) or 0.0, colours[method])
+                for method in study.methods
+                if method in by_method
+            ],
+        )
+        for task, by_method in losses.items()
+    ]
+    if groups:
+        legend = tuple((method, colours[method]) for method in study.methods if study.of(method))
+        yield task_figure(groups, ", mean over seeds" if len(study.seeds) > 1 else "", legend)
+
+
+def _study_costs(study: StudyRecord) -> Iterable[Figure]:
+    runs = {method: found for method in study.methods if (found := [run for run in study.of(method) if run.rounds])}
+    if not runs:
+        return
+    over = ", mean over seeds" if len(study.seeds) > 1 else ""
+    sent = [
+        (
+            method,
+            [
+                charts.Bar("upload", mean(run.upload_bytes for run in found) or 0.0, BYTE_PARTS[0][1]),
+                charts.Bar("download", mean(run.download_bytes for run in found) or 0.0, BYTE_PARTS[1][1]),
+            ],
+        )
+        for method, found in runs.items()
+    ]
+    yield Figure(
+        heading="Bytes of a whole run",
+        drawing=Markup(charts.stacked_bars(sent, "Bytes sent by each method", format_bytes)),
+        caption=f"Counted where they cross between server and clients, all clients and rounds{over}.",
+        legend=BYTE_PARTS,
+    )
+    spent = [
+        (
+            method,
+            [charts.Bar(kind, mean(seconds_spent(run, kind) for run in found) or 0.0, css) for kind, css in TIME_PARTS],
+        )
+        for method, found in runs.items()
+    ]
+    yield Figure(
+        heading="Seconds of a whole run",
+        drawing=Markup(charts.stacked_bars(spent, "Seconds of each method", format_seconds)),
+        caption=f"All clients trained on one machine{over}; loading is not counted.",
+        legend=TIME_PARTS,
+    )

@@ -1,0 +1,159 @@
+"""Says in words what a study or a run found, no more than its numbers carry. Ties are called ties.
+
+Knows nothing about HTML; the sentences may hold names as they are, so whoever shows them escapes them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from fedmira.report.formats import format_loss, format_share
+from fedmira.report.reading import REFERENCE_METHOD, RunRecord, StudyRecord
+from fedmira.report.summary import summary_of_run
+from fedmira.report.table import Row, Spread, rows_of, spread, summary_of
+
+TIE = 0.0005
+"""Losses closer than this, in nats per token, look equal at the three decimals that are shown."""
+
+
+def headline(record: RunRecord | StudyRecord) -> list[str]:
+    """One to four sentences, the most important first."""
+    return _run_headline(record) if isinstance(record, RunRecord) else _study_headline(record)
+
+
+def _study_headline(study: StudyRecord) -> list[str]:
+    rows = sorted(
+        (row for row in rows_of(study) if row.mean_loss is not None and math.isfinite(row.mean_loss.mean)),
+        key=_mean_loss,
+    )
+    if not rows:
+        return ["No run of this study has finished with test numbers yet."]
+    losses = _losses_by_seed(study)
+    whole = {seed: found for seed, found in losses.items() if all(row.method in found for row in rows)}
+    if len(rows) == 1:
+        sentences = [f"{rows[0].method} reaches a mean test loss of {format_loss(_mean_loss(rows[0]))} nats per token."]
+    elif not whole:
+        sentences = ["No seed has been finished by all methods, so the methods cannot be compared yet."]
+    else:
+        sentences = _compare(rows, whole)
+    best = sentences and rows[0]
+    if best and best.share_harmed is not None and whole:
+        sentences.append(_against_local(best))
+    if any(row.num_unfinished for row in rows) or len(rows) < len(study.methods):
+        sentences.append("Some runs have no test numbers yet; the comparison is not complete.")
+    return sentences
+
+
+def _compare(rows: Sequence[Row], whole: dict[int, dict[str, float]]) -> list[str]:
+    """The sentences about who is lowest, from the seeds that every method finished."""
+    averages = {row.method: spread(found[row.method] for found in whole.values()) for row in rows}
+    order = sorted((row.method for row in rows), key=lambda method: _value(averages[method]))
+    best, second = order[0], order[1]
+    lowest = _value(averages[best])
+    tied = [method for method in order if _value(averages[method]) - lowest < TIE]
+    seeds = len(whole)
+    if len(tied) > 1:
+        return [f"{_list(tied)} tie for the lowest mean test loss: {format_loss(lowest)} nats per token{_over(seeds)}."]
+    wins = sum(found[best] - min(found.values()) < TIE for found in whole.values())
+    shared = sum(sum(loss - min(found.values()) < TIE for loss in found.values()) > 1 for found in whole.values())
+    sentences = [
+        f"{best} has the lowest mean test loss"
+        + (f" on {wins} of {seeds} seeds" if seeds > 1 else "")
+        + f": {format_loss(lowest)} nats per token{' on average' if seeds > 1 else ''}"
+        + f"; next is {second} with {format_loss(_value(averages[second]))}."
+    ]
+    if shared:
+        sentences[0] = sentences[0][:-1] + f" (tied on {shared} seed{'s' if shared > 1 else ''})."
+    gaps = [found[second] - found[best] for found in whole.values()]
+    gap = spread(gaps)
+    if seeds == 1:
+        sentences.append("This is one seed: how far another draw would move these numbers is not known.")
+    elif gap is not None and not is_clear(gaps):
+        deviation = format_loss(gap.deviation)
+        sentences.append(
+            f"The gap of {format_loss(gap.mean)} to {second} is not clear of its spread over the seeds ({deviation}): "
+            "read it as a tie."
+        )
+    return sentences
+
+
+def is_clear(differences: Sequence[float]) -> bool:
+    """Whether paired differences all point one way and their mean exceeds their standard deviation.
+
+    A rule of thumb for wording, not a test of significance.
+
+    >>> is_clear([0.2, 0.3, 0.25]), is_clear([0.2, -0.1, 0.3]), is_clear([0.3])
+    (True, False, False)
+    """
+    found = spread(differences)
+    if found is None or found.deviation is None:
+        return False
+    one_way = all(value > 0 for value in differences) or all(value < 0 for value in differences)
+    return one_way and abs(found.mean) > found.deviation
+
+
+def _against_local(row: Row) -> str:
+    assert row.share_harmed is not None
+    harmed = row.share_harmed.mean
+    share = "No client is" if harmed == 0 else f"{format_share(harmed)} of its clients are"
+    sentence = f"{share} harmed (more than 1 % worse than training alone)"
+    if row.difference is not None:
+        change = row.difference.mean
+        if abs(change) < TIE:
+            sentence = f"On average {row.method} equals training alone. {sentence}"
+        else:
+            side = "below" if change < 0 else "above"
+            gap = format_loss(abs(change))
+            sentence = f"On average {row.method} lies {gap} {side} training alone. {sentence}"
+    return sentence + "."
+
+
+def _run_headline(run: RunRecord) -> list[str]:
+    summary = summary_of_run(run)
+    rounds = f"{summary.num_rounds} round{'' if summary.num_rounds == 1 else 's'}"
+    if summary.numbers is None:
+        if summary.validation_loss is None:
+            return [f"{run.method}, {rounds} so far; nothing has been evaluated yet."]
+        loss = format_loss(summary.validation_loss)
+        return [
+            f"{run.method} is at a mean validation loss of {loss} nats per token after {rounds}; no test numbers yet."
+        ]
+    numbers = summary.numbers
+    sentences = [
+        f"{run.method} ends at a mean test loss of {format_loss(numbers.mean_loss)} nats per token over "
+        f"{numbers.num_clients} clients after {rounds}; the worst tenth is at {format_loss(numbers.worst_tenth_loss)}."
+    ]
+    if run.method != REFERENCE_METHOD:
+        sentences.append(
+            "One run alone cannot say whether sharing helped: fedmira compare also trains the same clients alone."
+        )
+    failures = sum(len(event.get("failures", ())) for event in run.rounds)
+    if failures:
+        sentences.append(f"{failures} client result{'s' if failures > 1 else ''} went missing on the way.")
+    return sentences
+
+
+def _losses_by_seed(study: StudyRecord) -> dict[int, dict[str, float]]:
+    found: dict[int, dict[str, float]] = {}
+    for run in study.runs:
+        loss = summary_of(run).mean_loss if run.records else None
+        if loss is not None and math.isfinite(loss):
+            found.setdefault(run.seed, {})[run.method] = loss
+    return found
+
+
+def _mean_loss(row: Row) -> float:
+    return _value(row.mean_loss)
+
+
+def _value(found: Spread | None) -> float:
+    return math.inf if found is None else found.mean
+
+
+def _over(seeds: int) -> str:
+    return f" over {seeds} seeds" if seeds > 1 else ""
+
+
+def _list(names: Sequence[str]) -> str:
+    return f"{', '.join(names[:-1])} and {names[-1]}"
