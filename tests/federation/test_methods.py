@@ -58,7 +58,7 @@ def test_fedit_is_the_mean_weighted_by_training_examples_for_everybody() -> None
     values_SP, state = one_round(method, (0, 3, 4))
     weights = [clients().num_examples_K[k] for k in (0, 3, 4)]
     expected = mixing_twin.weighted_mean(list(values_SP), weights)
-    assert torch.allclose(state.adapters.values_KP, expected.expand(6, -1), atol=1e-14)
+    assert torch.allclose(state.adapters.values_KP, expected.expand(6, -1), rtol=0, atol=1e-14)
     assert all(same_bytes(row, state.adapters.values_KP[0]) for row in state.adapters.values_KP)
 
 
@@ -77,14 +77,14 @@ def test_published_step_is_equation_eight_among_the_returned_and_nine_for_the_re
     values_SP, state = one_round(method, (0, 2, 3, 5))
     adjacency = known.random(6, 0).adjacency_KK[np.ix_((0, 2, 3, 5), (0, 2, 3, 5))]
     expected = mixing_twin.explicit_step(values_SP.numpy(), adjacency, tau=0.15)
-    assert np.allclose(state.adapters.values_KP[[0, 2, 3, 5]], expected, atol=1e-12)
+    assert np.allclose(state.adapters.values_KP[[0, 2, 3, 5]], expected, rtol=0, atol=1e-12)
     assert same_bytes(state.adapters.values_KP[[1, 4]], initial(dtype=torch.float64).values_KP[[1, 4]])
 
 
 def test_published_step_on_the_complete_graph_is_the_mean() -> None:
     method = build_method(published("uniform", strength=1.0, server_lr=1 / 6), clients())
     values_SP, state = one_round(method, EVERYBODY.ids)
-    assert torch.allclose(state.adapters.values_KP, values_SP.mean(dim=0).expand(6, -1), atol=1e-14)
+    assert torch.allclose(state.adapters.values_KP, values_SP.mean(dim=0).expand(6, -1), rtol=0, atol=1e-14)
 
 
 def test_disagreement_of_the_published_step_falls_by_the_predicted_factor() -> None:
@@ -169,7 +169,7 @@ def test_confidence_is_size_over_mean_size_times_decay_per_round_since() -> None
     confidence = size * np.array([1, decay, 1, 1, decay, 1])
     matrix = implicit_matrix(known.random(6, 0), 0.8, confidence.tolist())
     expected = matrix @ state.memory["uploads"].numpy()
-    assert np.allclose(state.adapters.values_KP, expected, atol=1e-12)
+    assert np.allclose(state.adapters.values_KP, expected, rtol=0, atol=1e-12)
 
 
 def test_stored_uploads_stay_as_sent_so_that_nobody_is_mixed_twice() -> None:
@@ -185,7 +185,7 @@ def test_stored_uploads_stay_as_sent_so_that_nobody_is_mixed_twice() -> None:
     empty = trained(method.plan(state, nobody), who.names, failed={4})
     again, _ = method.merge(state, nobody, empty)
     stale = implicit_matrix(known.uniform(6), 0.7, [0.7 * c for c in _confidence_after_first_round()])
-    assert np.allclose(again.adapters.values_KP, stale @ sent.numpy(), atol=1e-12)
+    assert np.allclose(again.adapters.values_KP, stale @ sent.numpy(), rtol=0, atol=1e-12)
 
 
 def _confidence_after_first_round() -> list[float]:
@@ -198,7 +198,7 @@ def test_a_client_never_seen_starts_from_its_neighbours_or_else_from_its_initial
     untouched = initial(dtype=torch.float64).values_KP
     # client 4 shares the task of 0 and 2: with equal weights it lies midway between their mixed adapters
     midway = (state.adapters.values_KP[0] + state.adapters.values_KP[2]) / 2
-    assert torch.allclose(state.adapters.values_KP[4], midway, atol=1e-12)
+    assert torch.allclose(state.adapters.values_KP[4], midway, rtol=0, atol=1e-12)
     assert not torch.allclose(state.adapters.values_KP[4], untouched[4], atol=1e-3)
     assert same_bytes(state.adapters.values_KP[[1, 3, 5]], untouched[[1, 3, 5]])
     assert values_SP.shape[0] == 2

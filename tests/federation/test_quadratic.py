@@ -15,14 +15,14 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
+from tests.federation.builders import FEDIT, LOCAL, initial, layout, mira, published
 
 from fedmira.config import FederationConfig, MethodConfig
 from fedmira.federation.graph import Graph, disagreement, weight_inside
 from fedmira.federation.methods import build_method
 from fedmira.federation.participation import draw
 from fedmira.randomness import torch_generator
-from fedmira.types import Arena, Clients, Results
-from tests.federation.builders import FEDIT, LOCAL, initial, layout, mira, published
+from fedmira.types import Clients, Results
 
 FAMILIES, SIZE, ROUNDS, DRAWS = 4, 4, 12, 3
 K = FAMILIES * SIZE

@@ -195,6 +195,7 @@ def disagreement(graph: Graph, values_KP: torch.Tensor) -> float:
     total = 0.0
     for block in torch.split(values_KP, max(1, _BLOCK_ELEMENTS // len(values_KP)), dim=1):
         # L ignores what all rows share; without it small differences of large numbers keep their digits
-        block = block.double() - block.double().mean(dim=0)
+        block = block.double()
+        block = block - block.mean(dim=0)
         total += float(((laplacian_KK @ block) * block).sum())
     return max(total, 0.0)

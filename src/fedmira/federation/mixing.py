@@ -123,7 +123,8 @@ def implicit_matrix(graph: Graph, tau: float, confidence_K: Sequence[float]) -> 
         coupling = laplacian_KK[block]
         factor = min(tau, _LARGEST_CONDITION / (2 * coupling.max()) * highest) / highest
         lower = torch.linalg.cholesky(torch.from_numpy(np.diag(relative) + factor * coupling))
-        solved = np.maximum(torch.cholesky_solve(torch.from_numpy(np.diag(relative)), lower).numpy(), 0.0)
+        # the factor has no positive weight off its diagonal, so substitution adds and never subtracts: no sign is lost
+        solved = torch.cholesky_solve(torch.from_numpy(np.diag(relative)), lower).numpy()
         matrix_KK[block] = solved / solved.sum(axis=1, keepdims=True)
     return matrix_KK
 
