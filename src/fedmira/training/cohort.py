@@ -24,7 +24,7 @@ from fedmira.model.lora import Dropout, attached
 from fedmira.randomness import torch_generator
 from fedmira.training import progress as progress_
 from fedmira.training.objective import pull_gradient, sum_of_client_means, sums_per_client, token_losses
-from fedmira.training.optimizers import clip_rows, fresh_moments, schedule_factor, update
+from fedmira.training.optimizers import clip_factor, fresh_moments, schedule_factor, update_
 from fedmira.training.progress import Cohort, Progress, Standing, StopRequested, Tally
 from fedmira.types import Arena, ClientReport, Job, Layout
 
@@ -153,8 +153,10 @@ def _prepare(
 
 
 def _new_cohort(work: _Work, first: int, size: int) -> Cohort:
-    start_CP = work.job.start_SP[first : first + size].to(work.base.device)
-    return Cohort(first, start_CP, fresh_moments(work.training, start_CP), [Tally() for _ in range(len(start_CP))])
+    # a copy: the cohort is trained in place, the start belongs to the caller
+    values_CP = work.job.start_SP[first : first + size].to(work.base.device, copy=True)
+    moments = fresh_moments(work.training, values_CP)
+    return Cohort(first, values_CP, torch.zeros_like(values_CP), moments, [Tally() for _ in range(len(values_CP))])
 
 
 def _active(work: _Work, cohort: Cohort) -> list[int]:
@@ -179,8 +181,8 @@ def _step(work: _Work, cohort: Cohort) -> None:
     """One update of every active client of the cohort, in place."""
     while active := _active(work, cohort):
         batch = pack([_examples(work, cohort, row) if row in active else [] for row in range(len(cohort.tallies))])
-        gradient_CP, losses_C = _gradients(work, cohort, batch)
-        norm_C = torch.linalg.vector_norm(gradient_CP, dim=1)
+        losses_C = _gradients(work, cohort, batch)
+        norm_C = torch.linalg.vector_norm(cohort.gradient_CP, dim=1)
         # the only synchronisation of a step
         losses, norms = torch.stack([losses_C, norm_C.to(losses_C.dtype)]).tolist()
         failed = [row for row in active if not (math.isfinite(losses[row]) and math.isfinite(norms[row]))]
@@ -188,7 +190,7 @@ def _step(work: _Work, cohort: Cohort) -> None:
             what = "loss" if not math.isfinite(losses[row]) else "gradient norm"
             cohort.tallies[row].failure = _describe_failure(work, cohort, row, what)
         if not failed:
-            _apply(work, cohort, active, gradient_CP, norm_C)
+            _apply(work, cohort, active, norms)
             for row in active:
                 tally = cohort.tallies[row]
                 tally.num_steps += 1
@@ -204,17 +206,17 @@ def _examples(work: _Work, cohort: Cohort, row: int) -> list[TokenizedExample]:
     return [work.participants[participant].train[i] for i in work.batches[participant][cohort.step]]
 
 
-def _gradients(work: _Work, cohort: Cohort, batch: PackedBatch) -> tuple[torch.Tensor, torch.Tensor]:
-    """The gradient of every client's mean loss and pull (C, P), and the loss sums (C,) in nats."""
+def _gradients(work: _Work, cohort: Cohort, batch: PackedBatch) -> torch.Tensor:
+    """Fill `cohort.gradient_CP` with the gradients of every client's mean loss and pull; the loss sums (C,) in nats."""
     arena = Arena(work.layout, cohort.values_CP)
-    gradient_CP = torch.zeros_like(cohort.values_CP)
+    cohort.gradient_CP.zero_()
     with (
         torch.enable_grad(),
         attached(
             work.base,
             arena,
             batch.rows_per_client,
-            gradient_CP=gradient_CP,
+            gradient_CP=cohort.gradient_CP,
             trainable=work.job.trainable,
             dropout=_dropout(work, cohort),
         ),
@@ -225,8 +227,8 @@ def _gradients(work: _Work, cohort: Cohort, batch: PackedBatch) -> tuple[torch.T
     pull = work.job.pull
     if pull is not None:
         target_CP = pull.target_SP[cohort.first : cohort.first + len(cohort.tallies)].to(cohort.values_CP)
-        gradient_CP += pull_gradient(cohort.values_CP, target_CP, pull.strength, work.trainable_P)
-    return gradient_CP, sums_per_client(losses_M, batch.supervised_per_client)
+        cohort.gradient_CP += pull_gradient(cohort.values_CP, target_CP, pull.strength, work.trainable_P)
+    return sums_per_client(losses_M, batch.supervised_per_client)
 
 
 def _dropout(work: _Work, cohort: Cohort) -> Dropout | None:
@@ -241,21 +243,19 @@ def _dropout(work: _Work, cohort: Cohort) -> Dropout | None:
     return Dropout(work.dropout, generator)
 
 
-def _apply(work: _Work, cohort: Cohort, active: list[int], gradient_CP: torch.Tensor, norm_C: torch.Tensor) -> None:
+def _apply(work: _Work, cohort: Cohort, active: list[int], norms: list[float]) -> None:
+    """Clip and update the active clients, in place."""
     training, job = work.training, work.job
-    if training.clip_norm is not None:
-        gradient_CP = clip_rows(gradient_CP, norm_C, training.clip_norm)
-    rates = [
-        training.learning_rate
-        * schedule_factor(job.round, cohort.step, len(work.batches[cohort.first + row]), work.total_rounds, training)
-        if row in active
-        else 0.0
-        for row in range(len(cohort.tallies))
-    ]
-    is_active = [row in active for row in range(len(cohort.tallies))]
-    cohort.values_CP, cohort.moments = update(
-        cohort.values_CP, gradient_CP, cohort.moments, training, rates, is_active, work.trainable_P
-    )
+    factors = [clip_factor(norms[row], training.clip_norm) if row in active else 1.0 for row in range(len(norms))]
+    if min(factors) < 1.0:
+        cohort.gradient_CP *= torch.tensor(factors, dtype=cohort.gradient_CP.dtype).to(work.base.device)[:, None]
+    rates = [0.0] * len(norms)
+    for row in active:
+        steps = len(work.batches[cohort.first + row])
+        factor = schedule_factor(job.round, cohort.step, steps, work.total_rounds, training)
+        rates[row] = training.learning_rate * factor
+    is_active = [row in active for row in range(len(norms))]
+    update_(cohort.values_CP, cohort.gradient_CP, cohort.moments, training, rates, is_active, work.trainable_P)
 
 
 def _finish(work: _Work, standing: Standing, cohort: Cohort) -> None:

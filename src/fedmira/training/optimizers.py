@@ -1,6 +1,7 @@
 """AdamW, Adam and SGD on the rows of an arena: per-client steps, learning rates, clipping and schedules.
 
-Pure functions that agree with torch.optim row by row. Knows nothing about models, batches or losses.
+Agrees with torch.optim row by row. Updates happen in place, in memory that the
+caller owns. Knows nothing about models, batches or losses.
 
 Axes: C clients, P parameters of one adapter.
 """
@@ -17,6 +18,8 @@ from fedmira.config import TrainingConfig
 
 _CLIP_EPSILON = 1e-6
 """torch's clip_grad_norm_ divides by norm + 1e-6."""
+_BLOCK_BYTES = 2**20
+"""On a CPU, rows are updated in blocks of about this size, which stay in the cache from one operation to the next."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,12 +55,16 @@ def fresh_moments(training: TrainingConfig, values_CP: torch.Tensor) -> Moments:
     )
 
 
-def clip_rows(gradient_CP: torch.Tensor, norm_C: torch.Tensor, clip_norm: float) -> torch.Tensor:
-    """Scale each row down to norm `clip_norm` as torch's clip_grad_norm_ does for one client, (C, P)."""
-    return gradient_CP * (clip_norm / (norm_C + _CLIP_EPSILON)).clamp(max=1.0)[:, None]
+def clip_factor(norm: float, clip_norm: float | None) -> float:
+    """What a gradient of norm `norm` is multiplied with, as torch's clip_grad_norm_ does; 1 without clipping.
+
+    >>> clip_factor(4.0, 1.0) < 0.25, clip_factor(0.5, 1.0), clip_factor(9.0, None)
+    (True, 1.0, 1.0)
+    """
+    return 1.0 if clip_norm is None else min(1.0, clip_norm / (norm + _CLIP_EPSILON))
 
 
-def update(
+def update_(
     values_CP: torch.Tensor,
     gradient_CP: torch.Tensor,
     moments: Moments,
@@ -65,53 +72,84 @@ def update(
     learning_rates: Sequence[float],
     active: Sequence[bool],
     trainable_P: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, Moments]:
-    """One optimizer update of every active client; returns new values (C, P) and new moments.
+) -> None:
+    """One optimizer update of every active client, in place on values and moments.
 
-    Equal to torch.optim.AdamW, Adam (weight decay as L2) or SGD on each row.
+    Equal to torch.optim.AdamW, Adam (weight decay as L2) or SGD on each row. Rows that are not active are not touched.
 
     Args:
         values_CP: the adapters.
-        gradient_CP: their (clipped) gradients.
-        moments: from `fresh_moments` or the update before.
+        gradient_CP: their (clipped) gradients; zero in columns that are not trainable. Used as a scratchpad.
+        moments: from `fresh_moments`, and the updates before.
         training: optimizer and its constants.
         learning_rates: of this update, per client.
-        active: clients that are not active keep values and moments bit for bit, whatever their gradient.
+        active: which clients move.
         trainable_P: bool; columns that are not trainable never move. None: all are.
     """
-    steps_C = moments.steps_C + torch.tensor(active, dtype=moments.steps_C.dtype)
-    rate_C = torch.tensor(learning_rates, dtype=torch.float64)
+    moments.steps_C.add_(torch.tensor(active, dtype=moments.steps_C.dtype))
+    decay: float | torch.Tensor = training.weight_decay
+    if trainable_P is not None and decay:
+        decay = trainable_P.to(values_CP.dtype) * decay
+    for start, stop in _blocks(values_CP, active):
+        rates_C = torch.tensor(learning_rates[start:stop], dtype=torch.float64)
+        block = Moments(moments.first_CP[start:stop], moments.second_CP[start:stop], moments.steps_C[start:stop])
+        step = _sgd_ if training.optimizer == "sgd" else _adam_
+        step(values_CP[start:stop], gradient_CP[start:stop], block, training, rates_C, decay)
 
-    def column(numbers_C: torch.Tensor) -> torch.Tensor:
-        return numbers_C.to(device=values_CP.device, dtype=values_CP.dtype)[:, None]
 
-    first_CP, second_CP = moments.first_CP, moments.second_CP
-    new_CP = values_CP
-    if training.optimizer == "adamw":
-        new_CP = values_CP * column(1.0 - rate_C * training.weight_decay)
+def _adam_(
+    values_CP: torch.Tensor,
+    gradient_CP: torch.Tensor,
+    moments: Moments,
+    training: TrainingConfig,
+    rates_C: torch.Tensor,
+    decay: float | torch.Tensor,
+) -> None:
+    if training.weight_decay and training.optimizer == "adamw":
+        values_CP.mul_(1.0 - _column(rates_C, values_CP) * decay)
     elif training.weight_decay:
-        gradient_CP = gradient_CP + training.weight_decay * values_CP
-    if training.optimizer == "sgd":
-        if training.momentum:
-            # torch starts the buffer at the first gradient, which is momentum * 0 + gradient
-            first_CP = first_CP * training.momentum + gradient_CP
-        new_CP = new_CP - (first_CP if training.momentum else gradient_CP) * column(rate_C)
-    else:
-        first_CP = torch.lerp(first_CP, gradient_CP, 1.0 - training.beta1)
-        second_CP = (second_CP * training.beta2).addcmul_(gradient_CP, gradient_CP, value=1.0 - training.beta2)
-        # a row that was never active has made no step: 1 avoids dividing by zero in numbers that are thrown away
-        count_C = steps_C.clamp(min=1.0)
-        root_C = (1.0 - training.beta2**count_C).sqrt()
-        denominator_CP = second_CP.sqrt().div_(column(root_C)).add_(training.epsilon)
-        new_CP = new_CP - (first_CP / denominator_CP).mul_(column(rate_C / (1.0 - training.beta1**count_C)))
-    if trainable_P is not None:
-        new_CP = torch.where(trainable_P, new_CP, values_CP)
-    if not all(active):
-        active_C1 = torch.tensor(active, device=values_CP.device)[:, None]
-        new_CP = torch.where(active_C1, new_CP, values_CP)
-        first_CP = torch.where(active_C1, first_CP, moments.first_CP)
-        second_CP = torch.where(active_C1, second_CP, moments.second_CP)
-    return new_CP, Moments(first_CP, second_CP, steps_C)
+        gradient_CP.add_(values_CP * decay)
+    moments.first_CP.lerp_(gradient_CP, 1.0 - training.beta1)
+    moments.second_CP.mul_(training.beta2).addcmul_(gradient_CP, gradient_CP, value=1.0 - training.beta2)
+    root_C = (1.0 - training.beta2**moments.steps_C).sqrt()
+    size_C = rates_C / (1.0 - training.beta1**moments.steps_C)
+    step_CP = moments.second_CP.sqrt().div_(_column(root_C, values_CP)).add_(training.epsilon)
+    torch.div(moments.first_CP, step_CP, out=step_CP)
+    values_CP.sub_(step_CP.mul_(_column(size_C, values_CP)))
+
+
+def _sgd_(
+    values_CP: torch.Tensor,
+    gradient_CP: torch.Tensor,
+    moments: Moments,
+    training: TrainingConfig,
+    rates_C: torch.Tensor,
+    decay: float | torch.Tensor,
+) -> None:
+    if training.weight_decay:
+        gradient_CP.add_(values_CP * decay)
+    if training.momentum:
+        # torch starts the buffer at the first gradient, which is momentum * 0 + gradient
+        gradient_CP = moments.first_CP.mul_(training.momentum).add_(gradient_CP)
+    values_CP.sub_(gradient_CP * _column(rates_C, values_CP))
+
+
+def _column(numbers_C: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    return numbers_C.to(device=like.device, dtype=like.dtype)[:, None]
+
+
+def _blocks(values_CP: torch.Tensor, active: Sequence[bool]) -> list[tuple[int, int]]:
+    """Runs of consecutive active rows, on a CPU no longer than what stays in the cache."""
+    rows = len(active)
+    if values_CP.device.type == "cpu":
+        rows = max(1, _BLOCK_BYTES // max(1, values_CP.shape[1] * values_CP.element_size()))
+    blocks: list[tuple[int, int]] = []
+    for row, is_active in enumerate(active):
+        if is_active and blocks and blocks[-1][1] == row and row - blocks[-1][0] < rows:
+            blocks[-1] = (blocks[-1][0], row + 1)
+        elif is_active:
+            blocks.append((row, row + 1))
+    return blocks
 
 
 def schedule_factor(round_: int, step: int, steps_in_round: int, total_rounds: int, training: TrainingConfig) -> float:

@@ -49,6 +49,8 @@ class Cohort:
 
     first: int
     values_CP: torch.Tensor
+    gradient_CP: torch.Tensor
+    """Written anew in every step; kept only to spare the allocation."""
     moments: Moments
     tallies: list[Tally]
     step: int = 0
@@ -100,14 +102,21 @@ def restore(progress: Progress, job: Job, device: torch.device) -> Standing:
             f"the saved progress is of round {facts['round']} with participants {facts['ids']}, but round {job.round} "
             f"with {list(job.ids)} is to be continued; resume from the checkpoint this progress was saved with"
         )
-    moments = Moments(tensors["first_CP"].to(device), tensors["second_CP"].to(device), tensors["steps_C"].cpu())
+    # copies: training goes on in place, and the progress may be used again
+    values_CP = tensors["values_CP"].to(device, copy=True)
+    moments = Moments(
+        tensors["first_CP"].to(device, copy=True),
+        tensors["second_CP"].to(device, copy=True),
+        tensors["steps_C"].clone(),
+    )
     return Standing(
         cohort_size=facts["cohort_size"],
         finished_FP=[row_P[None] for row_P in tensors["finished_FP"].to(job.start_SP.device)],
         reports=[ClientReport(*values) for values in facts["reports"]],
         cohort=Cohort(
             first=facts["first"],
-            values_CP=tensors["values_CP"].to(device),
+            values_CP=values_CP,
+            gradient_CP=torch.zeros_like(values_CP),
             moments=moments,
             tallies=[Tally(**values) for values in facts["tallies"]],
             step=facts["step"],
