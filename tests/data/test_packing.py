@@ -1,0 +1,117 @@
+"""Packing loses nothing, and local batches are fair, fresh every round and independent of other clients."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedmira.data.packing import PackedBatch, local_batches, pack
+from fedmira.data.tokenization import TokenizedExample
+from fedmira.errors import DataError, UsageError
+
+
+@st.composite
+def examples(draw: st.DrawFn) -> TokenizedExample:
+    tokens = draw(st.lists(st.integers(0, 99), min_size=2, max_size=12))
+    return TokenizedExample(np.array(tokens, dtype=np.int32), draw(st.integers(1, len(tokens) - 1)), "e")
+
+
+def unpack(batch: PackedBatch) -> list[tuple[list[int], int]]:
+    """Slow twin of `pack`, backwards: the tokens and the prompt length of every sequence."""
+    labels = dict(zip(batch.supervised_rows_M.tolist(), batch.labels_M.tolist(), strict=True))
+    sequences, row = [], 0
+    for length in batch.sequence_lengths:
+        rows = range(row, row + length)
+        assert [int(batch.positions_N[r]) for r in rows] == list(range(length))
+        supervised = [r for r in rows if r in labels]
+        assert supervised == list(range(rows.stop - len(supervised), rows.stop))
+        # where a row and the one before it are supervised, the label before is this row's token
+        assert all(labels[r - 1] == int(batch.tokens_N[r]) for r in supervised[1:])
+        tokens = [int(batch.tokens_N[r]) for r in rows] + [labels[rows.stop - 1]]
+        sequences.append((tokens, len(tokens) - len(supervised)))
+        row += length
+    assert row == len(batch.tokens_N)
+    return sequences
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.lists(examples(), max_size=4), max_size=5))
+def test_packing_round_trips(clients: list[list[TokenizedExample]]) -> None:
+    batch = pack(clients)
+    assert unpack(batch) == [(e.tokens.tolist(), e.prompt_length) for client in clients for e in client]
+    assert batch.rows_per_client == tuple(sum(len(e.tokens) - 1 for e in client) for client in clients)
+    assert sum(batch.supervised_per_client) == len(batch.labels_M) == len(batch.supervised_rows_M)
+    # rows and supervised rows are sorted by client
+    bounds = np.cumsum([0, *batch.rows_per_client])
+    owners = np.searchsorted(bounds, batch.supervised_rows_M.numpy(), side="right") - 1
+    counts = Counter(owners.tolist())
+    assert batch.supervised_per_client == tuple(counts[c] for c in range(len(clients)))
+    for tensor in (batch.tokens_N, batch.positions_N, batch.supervised_rows_M, batch.labels_M):
+        assert tensor.dtype == torch.int64
+
+
+def test_nothing_packs_to_nothing() -> None:
+    batch = pack([[], []])
+    assert batch.tokens_N.shape == batch.labels_M.shape == (0,)
+    assert batch.rows_per_client == batch.supervised_per_client == (0, 0)
+
+
+sizes = st.integers(1, 20)
+
+
+@settings(max_examples=100, deadline=None)
+@given(sizes, sizes, st.integers(0, 12), st.integers(0, 3))
+def test_steps_use_examples_equally_often_and_never_twice_in_a_batch(
+    num_examples: int, batch_size: int, steps: int, seed: int
+) -> None:
+    batches = local_batches(num_examples, batch_size, steps, None, seed, "c", 1)
+    assert len(batches) == steps
+    for batch in batches:
+        assert len(batch) == min(batch_size, num_examples)
+        assert len(set(batch)) == len(batch)
+    uses = Counter(index for batch in batches for index in batch)
+    counts = [uses[index] for index in range(num_examples)]
+    assert sum(uses.values()) == sum(counts)
+    assert max(counts) - min(counts) <= 1
+
+
+@settings(max_examples=60, deadline=None)
+@given(sizes, sizes, st.integers(1, 4))
+def test_an_epoch_is_one_pass(num_examples: int, batch_size: int, epochs: int) -> None:
+    batches = local_batches(num_examples, batch_size, None, epochs, 0, "c", 1)
+    per_epoch = -(-num_examples // batch_size)
+    assert len(batches) == epochs * per_epoch
+    for start in range(0, len(batches), per_epoch):
+        one_pass = [index for batch in batches[start : start + per_epoch] for index in batch]
+        assert sorted(one_pass) == list(range(num_examples))
+        assert all(len(batch) == batch_size for batch in batches[start : start + per_epoch - 1])
+
+
+def test_rounds_clients_and_seeds_have_orders_of_their_own() -> None:
+    def order(seed: int = 0, client: str = "c", round_: int = 1) -> list[tuple[int, ...]]:
+        return local_batches(30, 5, 6, None, seed, client, round_)
+
+    assert order() == order()
+    assert order() != order(round_=2)
+    assert order() != order(client="d")
+    assert order() != order(seed=1)
+
+
+def test_fewer_steps_are_the_beginning_of_more() -> None:
+    assert local_batches(7, 3, 10, None, 0, "c", 1)[:4] == local_batches(7, 3, 4, None, 0, "c", 1)
+
+
+@pytest.mark.parametrize(("steps", "epochs"), [(None, None), (3, 2)])
+def test_steps_and_epochs_exclude_each_other(steps: int | None, epochs: int | None) -> None:
+    with pytest.raises(UsageError, match="exactly one of steps and epochs"):
+        local_batches(5, 2, steps, epochs, 0, "c", 1)
+
+
+def test_a_client_without_examples_is_named() -> None:
+    with pytest.raises(DataError, match="client 'ward-7' has no training examples"):
+        local_batches(0, 2, 3, None, 0, "ward-7", 1)
