@@ -1,0 +1,64 @@
+"""The first signal raises a flag, the second SIGINT interrupts, and handlers are put back."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+
+import pytest
+
+from fedmira.runs.signals import stop_on_signals
+
+
+def send(number: int) -> None:
+    os.kill(os.getpid(), number)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_first_signal_raises_the_flag(number: int) -> None:
+    with stop_on_signals() as stop:
+        assert not stop()
+        assert stop.signal_number == 0
+        send(number)
+        assert stop()
+        assert stop.signal_number == number
+
+
+def test_a_second_sigint_interrupts_at_once() -> None:
+    with stop_on_signals() as stop:
+        send(signal.SIGINT)
+        assert stop()
+        with pytest.raises(KeyboardInterrupt):
+            send(signal.SIGINT)
+
+
+def test_after_sigterm_a_sigint_interrupts_and_a_sigterm_does_not() -> None:
+    with stop_on_signals() as stop:
+        send(signal.SIGTERM)
+        send(signal.SIGTERM)
+        assert stop.signal_number == signal.SIGTERM
+        with pytest.raises(KeyboardInterrupt):
+            send(signal.SIGINT)
+        assert stop.signal_number == signal.SIGTERM
+
+
+def test_handlers_are_put_back_even_after_an_error() -> None:
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    with pytest.raises(KeyError), stop_on_signals():
+        {}[signal.getsignal(signal.SIGINT) not in before]
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def test_another_thread_gets_a_flag_that_stays_down() -> None:
+    before = signal.getsignal(signal.SIGINT)
+    seen: list[bool] = []
+
+    def work() -> None:
+        with stop_on_signals() as stop:
+            seen.extend([stop(), signal.getsignal(signal.SIGINT) is before])
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert seen == [False, True]
