@@ -56,6 +56,8 @@ class LiveDisplay:
         self._console = Console(file=stream, highlight=False)
         self._progress: Progress | None = None
         self._task: TaskID | None = None
+        self._title = ""
+        self._last_line = ""
         self._total_rounds = 0
         self._last_refresh = 0.0
 
@@ -80,7 +82,7 @@ class LiveDisplay:
         bar = self._bar()
         if self._task is not None:
             bar.remove_task(self._task)
-        self._total_rounds = total_rounds
+        self._title, self._last_line, self._total_rounds = title, "", total_rounds
         self._task = bar.add_task(printable(title), total=total_rounds, state="starting")
 
     def step(self, round_: int, done: int, total: int) -> None:
@@ -96,6 +98,7 @@ class LiveDisplay:
         )
 
     def round(self, round_: int, line: str) -> None:
+        self._last_line = line
         if self._task is not None:
             state = f"round {round_}/{self._total_rounds}, {printable(line)}"
             self._bar().update(self._task, completed=round_, state=state)
@@ -107,7 +110,9 @@ class LiveDisplay:
         if self._task is not None:
             self._bar().remove_task(self._task)
             self._task = None
-        self.message(line)
+        # the numbers of the last round say more than where the run lies, which the closing lines repeat
+        self.message(f"{self._title}: {self._last_line}" if self._last_line else line)
+        self._last_line = ""
 
     def close(self) -> None:
         if self._progress is not None:

@@ -24,7 +24,7 @@ def export(session: Session, run: Path, client: str | None, all_clients: bool, o
         raise UsageError("give either --client NAME or --all")
     from fedmira.export.clients import export_clients
 
-    folders = export_clients(run, None if client is None else [client], out, with_base=with_base)
+    folders = export_clients(run, client, out, with_base=with_base)
     session.result(
         {"folders": {name: str(folder) for name, folder in folders.items()}},
         "\n".join(f"{name}: {folder}" for name, folder in folders.items()),

@@ -32,4 +32,7 @@ def run(session: Session, config: Path, overrides: tuple[str, ...], dry_run: boo
     from fedmira.report.summary import summarise_run
 
     summary = summarise_run(path)
-    session.result({"run": str(path), **summary.facts()}, "\n".join([*summary.lines(), f"Next: fedmira report {path}"]))
+    session.result(
+        {"run": str(path), **summary.facts()},
+        "\n".join([f"Run: {path}", *summary.lines(), f"Next: fedmira report {path}"]),
+    )

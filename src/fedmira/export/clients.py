@@ -6,7 +6,6 @@ Needs the run directory and the base model; the clients' data is never read.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -34,7 +33,7 @@ class Trained(NamedTuple):
     rounds: int
     """Rounds that are behind these adapters."""
 
-    def index(self, client: str) -> int:
+    def row(self, client: str) -> int:
         """The row of `client`; raises UsageError with the nearest right names if there is no such client."""
         if client not in self.names:
             shown = ", ".join(self.names[:12]) + (f", ... ({len(self.names)} in all)" if len(self.names) > 12 else "")
@@ -68,12 +67,12 @@ def load_trained(run: Path) -> Trained:
     return Trained(store.config, names, adapters, base, int(checkpoint.facts["completed_rounds"]))
 
 
-def export_clients(run: Path, clients: Sequence[str] | None, out: Path, *, with_base: bool = False) -> dict[str, Path]:
-    """Write the adapters of `clients` of a run as PEFT folders; return the folder of each.
+def export_clients(run: Path, client: str | None, out: Path, *, with_base: bool = False) -> dict[str, Path]:
+    """Write the adapter of one client of a run, or of each, as PEFT folders; return the folder of each name.
 
     Args:
         run: The run directory.
-        clients: One name, whose folder is `out`; or None for every client, each in `out`/NAME.
+        client: One name, whose folder is `out`; or None for every client, each in `out`/NAME.
         out: New or empty folder.
         with_base: Put a copy of the embedded base model beside the adapters, as `out`/base.
 
@@ -87,9 +86,9 @@ def export_clients(run: Path, clients: Sequence[str] | None, out: Path, *, with_
         raise UsageError(
             f"--with-base copies the embedded model only; this run's base is {trained.config.model.path}, load that"
         )
-    everyone = clients is None
-    chosen = trained.names if clients is None else tuple(clients)
-    rows = [trained.index(name) for name in chosen]
+    everyone = client is None
+    chosen = trained.names if client is None else (client,)
+    rows = [trained.row(name) for name in chosen]
     # a run directory may have been made elsewhere: its names become folders here, so they are checked again
     check_names((*chosen, BASE_FOLDER) if everyone and with_base else chosen)
     base_path = trained.config.model.path
@@ -101,7 +100,7 @@ def export_clients(run: Path, clients: Sequence[str] | None, out: Path, *, with_
         for name, row in zip(chosen, rows, strict=True):
             target = folder / name if everyone else folder
             target.mkdir(exist_ok=True)
-            write_files(target, _files(trained, row, base_path, run.name))
+            write_files(target, _files(trained, row, base_path, run.resolve().name))
     return {name: out / name if everyone else out for name in chosen}
 
 
@@ -144,7 +143,7 @@ def answer(run: Path, client: str, instruction: str, context: str = "") -> str:
     from fedmira.evaluation.generation import generate
 
     trained = load_trained(run)
-    row = trained.index(client)
+    row = trained.row(client)
     config, base = trained.config, trained.base
     prompt = prompt_tokens(
         Example(instruction=instruction, output="", input=context),
