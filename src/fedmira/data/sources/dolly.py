@@ -5,6 +5,7 @@ The category is the task: MIRA's 80 clients are 10 of each. Knows nothing about 
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from typing import Any
 
@@ -27,7 +28,7 @@ def load(config: DollyConfig, seed: int) -> Source:
         SetupError: the path is a Hugging Face id and the `datasets` package is missing.
     """
     path = home_expanded(config.path)
-    if path.is_file():
+    if os.path.isfile(path):
         read = read_records(path)
         examples, bad = usable_examples(path.name, read.records, read.bad, FIELDS)
         provenance: dict[str, Any] = {
@@ -35,7 +36,7 @@ def load(config: DollyConfig, seed: int) -> Source:
             "files": [file_provenance(path, read.sha256, len(examples), bad)],
         }
         return Source(_labelled(examples, config.path), provenance)
-    if path.is_dir() or config.path.endswith(FILE_ENDINGS) or path.is_absolute() or config.path.startswith("."):
+    if os.path.isdir(path) or config.path.endswith(FILE_ENDINGS) or path.is_absolute() or config.path.startswith("."):
         raise DataError(
             f"data.path = {config.path!r} is not a file. Give a JSON Lines file with instruction, context, response "
             "and category, or a Hugging Face id such as databricks/databricks-dolly-15k."

@@ -48,9 +48,10 @@ def find_files(path: str) -> list[Path]:
         DataError: there are none.
     """
     expanded = home_expanded(path)
-    if expanded.is_file():
+    # os.path answers False where pathlib raises for paths the system cannot even look up
+    if os.path.isfile(expanded):
         return [expanded]
-    if expanded.is_dir():
+    if os.path.isdir(expanded):
         candidates = sorted(expanded.iterdir())
         what = f"the folder {path!r} holds no file"
     else:

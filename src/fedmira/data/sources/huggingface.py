@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 from typing import Any
@@ -52,14 +53,15 @@ def rows(path: str, name: str | None, split: str) -> tuple[Iterator[Mapping[str,
             f"loading the data set {path!r} needs the `datasets` package. Run: pip install 'fedmira[huggingface]'"
         ) from error
     folder = home_expanded(path)
-    saved = folder.is_dir() and ((folder / "state.json").exists() or (folder / "dataset_dict.json").exists())
+    local = os.path.isdir(folder)
+    saved = local and ((folder / "state.json").exists() or (folder / "dataset_dict.json").exists())
     try:
         if saved:
             loaded = datasets.load_from_disk(str(folder))
             if isinstance(loaded, datasets.DatasetDict):
                 loaded = loaded[split]
         else:
-            loaded = datasets.load_dataset(str(folder) if folder.exists() else path, name, split=split)
+            loaded = datasets.load_dataset(str(folder) if local else path, name, split=split)
     except (OSError, ValueError, KeyError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise DataError(

@@ -6,6 +6,7 @@ Knows nothing about how examples become clients.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ def load(config: NaturalInstructionsConfig, seed: int) -> Source:
 
 def _task_files(config: NaturalInstructionsConfig) -> list[Path]:
     folder = home_expanded(config.path)
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise DataError(
             f"data.path = {config.path!r} is not a folder. Give the folder that holds the task files (task*.json)."
         )

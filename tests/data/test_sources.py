@@ -1,0 +1,386 @@
+"""Files in the shapes people publish become examples; what is unusable is counted or refused with file and reason."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedmira.config import DollyConfig, HuggingFaceConfig, JsonlConfig, NaturalInstructionsConfig, PartitionConfig
+from fedmira.data.partition import build_federation
+from fedmira.data.sources import load_examples
+from fedmira.errors import DataError, SetupError
+from fedmira.types import Example
+
+
+def jsonl(path: Path | str, **options: Any) -> JsonlConfig:
+    return JsonlConfig(source="jsonl", path=str(path), **options)
+
+
+def write_lines(path: Path, *records: Any) -> Path:
+    lines = [record if isinstance(record, str) else json.dumps(record) for record in records]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def alpaca(number: int, **more: Any) -> dict[str, Any]:
+    return {"instruction": f"question {number}", "output": f"answer {number}", **more}
+
+
+def load_one(tmp_path: Path, record: Any) -> Example:
+    [example] = load_examples(jsonl(write_lines(tmp_path / "one.jsonl", record)), 0).examples
+    return example
+
+
+# --------------------------------------------------------------------------------------------------------------- shapes
+
+
+@pytest.mark.parametrize(
+    ("record", "expected"),
+    [
+        (
+            {"instruction": "Translate.", "input": "cat", "output": "chat"},
+            {"instruction": "Translate.", "input": "cat", "output": "chat"},
+        ),
+        (
+            {"instruction": "Why?", "context": "c", "response": "r", "task": "qa", "category": 3, "client": "w"},
+            {"instruction": "Why?", "input": "c", "output": "r", "task": "qa", "category": "3", "client": "w"},
+        ),
+        (
+            {"instruction": "Any of", "output": ["a", "b"]},
+            {"instruction": "Any of", "output": "a", "references": ("a", "b")},
+        ),
+        ({"prompt": "2+2=", "completion": "4"}, {"instruction": "2+2=", "output": "4"}),
+        (
+            {"prompt": [{"role": "user", "content": "q"}], "completion": [{"role": "assistant", "content": "a"}]},
+            {"instruction": "q", "output": "a"},
+        ),
+        (
+            {
+                "messages": [
+                    {"role": "system", "content": "s"},
+                    {"role": "user", "content": "q1"},
+                    {"role": "assistant", "content": "a1"},
+                    {"role": "user", "content": [{"type": "text", "text": "q"}, {"type": "text", "text": "2"}]},
+                    {"role": "assistant", "content": "a2"},
+                    {"role": "user", "content": "never answered"},
+                ]
+            },
+            {
+                "instruction": "q2",
+                "output": "a2",
+                "turns": (("system", "s"), ("user", "q1"), ("assistant", "a1")),
+            },
+        ),
+        (
+            {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
+            {"instruction": "q", "output": "a"},
+        ),
+    ],
+)
+def test_known_shapes(tmp_path: Path, record: dict[str, Any], expected: dict[str, Any]) -> None:
+    assert load_one(tmp_path, record) == Example(**expected, id="one.jsonl:1")
+
+
+@pytest.mark.parametrize(
+    ("record", "reason"),
+    [
+        ("{not json", "not JSON"),
+        ("[" * 100_000, "not JSON"),
+        ([1, 2], "must be an object with fields, not list"),
+        ({"text": "t"}, "no known shape; its fields are text"),
+        ({"instruction": "q"}, "the field response is missing"),
+        ({"instruction": "q", "output": " "}, "the field output is empty"),
+        ({"instruction": "", "output": "a"}, "the field instruction is empty"),
+        ({"instruction": "q", "output": 7}, "the field output is int, not text"),
+        ({"instruction": "q", "output": []}, "output must be text or a list of texts"),
+        ({"instruction": "q", "input": ["x"], "output": "a"}, "the field input is list, not text"),
+        ({"instruction": "q", "output": "a", "task": {"x": 1}}, "the field task is dict; a label must be text"),
+        ({"instruction": "q \ud83d", "output": "a"}, "half a character"),
+        ({"prompt": ["x"], "completion": ["y"]}, r"prompt \+ completion must be a list of turns"),
+        ({"messages": "hello"}, "messages must be a list of turns"),
+        ({"messages": []}, "no assistant turn that answers a user turn"),
+        ({"messages": [{"role": "user", "content": "q"}]}, "no assistant turn that answers a user turn"),
+        ({"messages": [{"role": "wizard", "content": "q"}]}, "unknown role 'wizard'"),
+        ({"messages": [{"role": "user", "content": 5}]}, "content of a turn in messages is int, not text"),
+    ],
+)
+def test_unusable_records_say_why(tmp_path: Path, record: Any, reason: str) -> None:
+    with pytest.raises(
+        DataError, match=rf"(?s)'one\.jsonl' has 1 unusable and 0 usable records \(record 1: .*{reason}"
+    ):
+        load_one(tmp_path, record)
+
+
+# ---------------------------------------------------------------------------------------------------------------- jsonl
+
+
+def test_unusable_records_are_counted_and_the_first_three_named(tmp_path: Path) -> None:
+    records = ["{", *(alpaca(i) for i in range(6)), "", {"x": 1}, "nonsense", {"y": 2}]
+    path = write_lines(tmp_path / "a.jsonl", *records)
+    source = load_examples(jsonl(path), 0)
+    assert len(source.examples) == 6
+    [file] = source.provenance["files"]
+    assert file["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert (file["examples"], file["unusable_records"]) == (6, 4)
+    assert [line for line, _ in file["first_unusable"]] == [1, 9, 10]
+    json.dumps(source.provenance)
+
+
+def test_compressed_files_and_lists_read_the_same(tmp_path: Path) -> None:
+    records = [alpaca(i) for i in range(3)]
+    text = "\n".join(map(json.dumps, records))
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(text.encode()))
+    (tmp_path / "a.json").write_text(json.dumps(records))
+    (tmp_path / "b.json").write_text(text)
+    (tmp_path / "bom.jsonl").write_text("\ufeff" + text.replace("\n", "\r\n"), encoding="utf-8")
+    outputs = [
+        [e.output for e in load_examples(jsonl(tmp_path / name), 0).examples]
+        for name in ("a.jsonl.gz", "a.json", "b.json", "bom.jsonl")
+    ]
+    assert outputs == [["answer 0", "answer 1", "answer 2"]] * 4
+
+
+def test_a_line_separator_within_a_text_does_not_end_a_record(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps(alpaca(1, input="one\u2028two\x85three"), ensure_ascii=False), encoding="utf-8")
+    [example] = load_examples(jsonl(path), 0).examples
+    assert example.input == "one\u2028two\x85three"
+
+
+def test_one_client_per_file(tmp_path: Path) -> None:
+    for name in ("ward-b", "ward-a"):
+        write_lines(tmp_path / f"{name}.jsonl", *(alpaca(i, input=name) for i in range(8)))
+    (tmp_path / "notes.txt").write_text("not data")
+    by_field = PartitionConfig(by="field")
+    assert build_federation(jsonl(tmp_path, partition=by_field), 0).names == ("ward-a", "ward-b")
+    assert build_federation(jsonl(tmp_path / "*-b.jsonl", partition=by_field), 0).names == ("ward-b",)
+
+
+def test_a_client_field_wins_over_the_file(tmp_path: Path) -> None:
+    write_lines(tmp_path / "f.jsonl", *(alpaca(i, client="xy"[i % 2], site="s") for i in range(16)))
+    by_field = PartitionConfig(by="field")
+    assert build_federation(jsonl(tmp_path, partition=by_field), 0).names == ("x", "y")
+    assert build_federation(jsonl(tmp_path, partition=by_field, client_field="site"), 0).names == ("s",)
+
+
+def test_two_files_of_one_name_are_not_merged_silently(tmp_path: Path) -> None:
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        write_lines(tmp_path / folder / "same.jsonl", *(alpaca(i) for i in range(8)))
+    with pytest.raises(DataError, match=r"would both be the client 'same'"):
+        load_examples(jsonl(tmp_path / "*/same.jsonl", partition=PartitionConfig(by="field")), 0)
+    assert len(load_examples(jsonl(tmp_path / "*/same.jsonl"), 0).examples) == 16
+
+
+def test_a_client_field_that_no_record_has_is_refused(tmp_path: Path) -> None:
+    write_lines(tmp_path / "f.jsonl", alpaca(1))
+    with pytest.raises(DataError, match="client_field = 'hospital', but no record"):
+        load_examples(jsonl(tmp_path, client_field="hospital"), 0)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda path: path, r"there is no file, folder or match for '.*gone\.jsonl'.*Correct data\.path"),
+        (lambda path: path.mkdir(), r"the folder '.*gone\.jsonl' holds no file ending in"),
+        (lambda path: path.write_bytes(b""), r"'gone\.jsonl' holds no records"),
+        (lambda path: path.write_bytes(b"\n \n"), r"'gone\.jsonl' holds no records"),
+        (lambda path: path.write_bytes(b'{"a": 1}\n\xff'), r"not UTF-8 text: invalid start byte in line 2"),
+    ],
+)
+def test_files_that_cannot_be_used(tmp_path: Path, make: Callable[[Path], Any], message: str) -> None:
+    path = tmp_path / "gone.jsonl"
+    make(path)
+    with pytest.raises(DataError, match=message):
+        load_examples(jsonl(path), 0)
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda packed: packed[:-9], lambda packed: b"plain text", lambda packed: packed[:4]]
+)
+def test_a_damaged_archive_is_refused(tmp_path: Path, damage: Callable[[bytes], bytes]) -> None:
+    path = tmp_path / "a.jsonl.gz"
+    path.write_bytes(damage(gzip.compress(json.dumps(alpaca(1)).encode() * 50)))
+    with pytest.raises(DataError, match=r"a\.jsonl\.gz' cannot be read"):
+        load_examples(jsonl(path), 0)
+
+
+@pytest.mark.parametrize("path", ["~nobody-by-this-name/x.jsonl", "nul\0byte.jsonl", "[", "x" * 5000])
+def test_odd_paths_are_refused_in_words(path: str) -> None:
+    with pytest.raises(DataError, match=r"Correct data\.path"):
+        load_examples(jsonl(path), 0)
+
+
+# ------------------------------------------------------------------------------------------------- natural instructions
+
+
+def natural(path: Path, **options: Any) -> NaturalInstructionsConfig:
+    return NaturalInstructionsConfig(source="natural_instructions", path=str(path), **options)
+
+
+def task_content(**changes: Any) -> dict[str, Any]:
+    instances = [{"id": f"i{n}", "input": f"in {n}", "output": [f"out {n}", "or this"]} for n in range(8)]
+    return {"Definition": ["Do it.", "Other"], "Categories": ["Doing", "B"], "Instances": instances, **changes}
+
+
+def write_task(folder: Path, name: str, **changes: Any) -> Path:
+    path = folder / f"{name}.json"
+    path.write_text(json.dumps(task_content(**changes)))
+    return path
+
+
+def test_the_official_schema(tmp_path: Path) -> None:
+    write_task(tmp_path, "task2_b")
+    write_task(tmp_path, "task1_a", Definition="As text.")
+    source = load_examples(natural(tmp_path), 0)
+    assert [e.task for e in source.examples] == ["task1_a"] * 8 + ["task2_b"] * 8
+    assert source.examples[8] == Example(
+        instruction="Do it.",
+        input="in 0",
+        output="out 0",
+        references=("out 0", "or this"),
+        task="task2_b",
+        category="Doing",
+        id="i0",
+    )
+    assert source.examples[0].instruction == "As text."
+    assert [len(file["sha256"]) for file in source.provenance["files"]] == [64, 64]
+
+
+def test_chosen_tasks_in_the_given_order(tmp_path: Path) -> None:
+    for name in ("task1", "task2", "task3"):
+        write_task(tmp_path, name)
+    federation = build_federation(natural(tmp_path, tasks=("task3", "task1.json")), 0)
+    assert federation.names == ("task3", "task1")
+
+
+def test_unusable_instances_are_counted(tmp_path: Path) -> None:
+    good = task_content()["Instances"]
+    bad = [{"input": 3, "output": ["x"]}, {"input": "x", "output": []}, {"input": "x\ud800", "output": ["y"]}, 5]
+    write_task(tmp_path, "task1", Instances=[*bad, *good])
+    source = load_examples(natural(tmp_path), 0)
+    assert len(source.examples) == 8
+    assert source.provenance["files"][0]["unusable_records"] == 4
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"Definition": []}, r"task1\.json.*schema: Definition is missing"),
+        ({"Categories": None}, r"task1\.json.*schema: Categories is missing"),
+        ({"Instances": {"a": 1}}, r"task1\.json.*schema: Instances is missing or not a list"),
+        ({"Instances": []}, r"task1\.json' holds no records"),
+        ({"Instances": [{"input": "a"}]}, r"task1\.json' has 1 unusable and 0 usable"),
+    ],
+)
+def test_files_off_the_schema_are_named(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    write_task(tmp_path, "task1", **changes)
+    with pytest.raises(DataError, match=message):
+        load_examples(natural(tmp_path), 0)
+
+
+@pytest.mark.parametrize(("text", "message"), [("{", "is not JSON"), ("[1]", "it holds a list, not an object")])
+def test_task_files_that_are_no_tasks(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "task1.json").write_text(text)
+    with pytest.raises(DataError, match=message):
+        load_examples(natural(tmp_path), 0)
+
+
+def test_missing_folder_and_misspelt_task(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="is not a folder"):
+        load_examples(natural(tmp_path / "gone"), 0)
+    with pytest.raises(DataError, match=r"holds no \.json file"):
+        load_examples(natural(tmp_path), 0)
+    write_task(tmp_path, "task033_winogrande")
+    with pytest.raises(DataError, match=r"'task33_winogrande'.*did you mean 'task033_winogrande'\?"):
+        load_examples(natural(tmp_path, tasks=("task33_winogrande",)), 0)
+
+
+# ---------------------------------------------------------------------------------------------------------------- dolly
+
+
+def dolly(path: Path | str) -> DollyConfig:
+    return DollyConfig(source="dolly", path=str(path))
+
+
+def test_dolly_takes_the_category_as_task(tmp_path: Path) -> None:
+    record = {"instruction": "q", "context": "c", "response": "r", "category": "open_qa"}
+    [example] = load_examples(dolly(write_lines(tmp_path / "d.jsonl", record)), 0).examples
+    assert example == Example(
+        instruction="q", input="c", output="r", task="open_qa", category="open_qa", id="d.jsonl:1"
+    )
+
+
+def test_dolly_needs_a_category_and_a_file(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "d.jsonl", {"instruction": "q", "response": "r"})
+    with pytest.raises(DataError, match=r"d\.jsonl:1 .* has no category"):
+        load_examples(dolly(path), 0)
+    for missing in (tmp_path / "gone.jsonl", "./gone", "data/gone.jsonl.gz"):
+        with pytest.raises(DataError, match="is not a file"):
+            load_examples(dolly(missing), 0)
+
+
+# --------------------------------------------------------------------------------------------------------- hugging face
+
+
+def hub(path: Path | str, **options: Any) -> HuggingFaceConfig:
+    return HuggingFaceConfig(source="huggingface", path=str(path), **options)
+
+
+@pytest.fixture
+def datasets(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """The `datasets` package, with its cache in a folder of the test and without the hub."""
+    module = pytest.importorskip("datasets", reason="the extra `huggingface` is not installed")
+    monkeypatch.setattr(module.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(module.config, "HF_HUB_OFFLINE", True)
+    module.disable_progress_bars()
+    return module
+
+
+def test_a_local_folder_of_data_files(tmp_path: Path, datasets: Any) -> None:
+    folder = tmp_path / "set"
+    folder.mkdir()
+    write_lines(folder / "train.jsonl", *(alpaca(i, task="t", site=f"s{i % 2}") for i in range(20)))
+    config = hub(folder, client_field="site", partition=PartitionConfig(by="field"))
+    federation = build_federation(config, 0)
+    assert federation.names == ("s0", "s1")
+    assert federation.clients[0].task == "t"
+    provenance = federation.provenance["dataset"]
+    assert provenance["examples"] == 20
+    assert len(provenance["examples_sha256"]) == 64
+    json.dumps(federation.provenance)
+
+
+@pytest.mark.parametrize("as_dictionary", [False, True])
+def test_a_saved_data_set(tmp_path: Path, datasets: Any, as_dictionary: bool) -> None:
+    made = datasets.Dataset.from_list([alpaca(i) for i in range(5)])
+    (datasets.DatasetDict({"train": made}) if as_dictionary else made).save_to_disk(str(tmp_path / "saved"))
+    outputs = [e.output for e in load_examples(hub(tmp_path / "saved"), 0).examples]
+    assert outputs == [f"answer {i}" for i in range(5)]
+
+
+def test_what_cannot_be_loaded_is_named(tmp_path: Path, datasets: Any) -> None:
+    folder = tmp_path / "set"
+    folder.mkdir()
+    write_lines(folder / "train.jsonl", alpaca(1))
+    with pytest.raises(DataError, match=r"split 'training'\) cannot be loaded: .*Check data\.path"):
+        load_examples(hub(folder, split="training"), 0)
+    with pytest.raises(DataError, match=r"'someone/gone' .*cannot be loaded"):
+        load_examples(hub("someone/gone"), 0)
+    with pytest.raises(DataError, match=r"'someone/dolly-of-sorts' .*cannot be loaded"):
+        load_examples(dolly("someone/dolly-of-sorts"), 0)
+    with pytest.raises(DataError, match=r"client_field = 'ward', but no record"):
+        load_examples(hub(folder, client_field="ward"), 0)
+
+
+def test_without_the_package_the_message_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(SetupError, match=r"pip install 'fedmira\[huggingface\]'"):
+        load_examples(hub("someone/something"), 0)
