@@ -73,9 +73,7 @@ def rotary_table(length: int, head_width: int, device: str) -> tuple[torch.Tenso
     return doubled.cos(), doubled.sin()
 
 
-def next_token_loss(
-    parameters: dict[str, torch.Tensor], config: LlamaConfig, tokens_BT: torch.Tensor
-) -> torch.Tensor:
+def next_token_loss(parameters: dict[str, torch.Tensor], config: LlamaConfig, tokens_BT: torch.Tensor) -> torch.Tensor:
     """Mean cross entropy, nats, of each token given those before it in its row; matrices run in bfloat16."""
     inputs, targets = tokens_BT[:, :-1], tokens_BT[:, 1:]
     batch, length = inputs.shape

@@ -25,6 +25,7 @@ HELD_OUT_ONE_IN = 50
 TEMPLATE_SHARES = {"alpaca": 0.45, "plain": 0.35, "chat": 0.20}
 PIECE_CHARACTERS = 40
 BOILERPLATE_RECORDS = 60
+SMALLEST_VOCABULARY = 100
 
 
 class Corpus(NamedTuple):
@@ -126,7 +127,9 @@ def made_up_word(random: Random) -> str:
 def code(random: Random) -> str:
     """A short code of letters and digits."""
     letters = "abcdefghijklmnopqrstuvwxyz"
-    return "".join(random.choice(letters if random.random() < 0.5 else "0123456789") for _ in range(random.randint(2, 4)))
+    return "".join(
+        random.choice(letters if random.random() < 0.5 else "0123456789") for _ in range(random.randint(2, 4))
+    )
 
 
 def distinct(count: int, draw: Callable[[Random], str], random: Random) -> list[str]:
@@ -138,10 +141,12 @@ def distinct(count: int, draw: Callable[[Random], str], random: Random) -> list[
 
 
 def puzzle(random: Random, vocabulary: list[str]) -> Example:
-    """One generated puzzle; `vocabulary` lends real words as keys and values of some of them."""
+    """One generated puzzle; a `vocabulary` of 100 words or more lends real words to some of them."""
     kind = random.choices(PUZZLES, weights=PUZZLE_WEIGHTS)[0]
-    draw = random.choice([made_up_word, made_up_word, code, lambda r: r.choice(vocabulary)])
-    return kind(random, draw)
+    draws: list[Draw] = [made_up_word, made_up_word, code]
+    if len(vocabulary) >= SMALLEST_VOCABULARY:
+        draws.append(lambda r: r.choice(vocabulary))
+    return kind(random, random.choice(draws))
 
 
 Draw = Callable[[Random], str]
@@ -157,7 +162,9 @@ def _lookup(random: Random, draw: Draw) -> Example:
     listed = separator.join(key + arrow.format(value) for key, value in zip(keys, values, strict=True))
     asked = random.sample(range(count), min(count, random.randint(1, 4)))
     question = random.choice(["What is {}?", "{}?", "Look up {}.", "{}", "Which entry belongs to {}?"])
-    instruction = random.choice(["Use the list to answer.", "Look up each word in the list.", "Answer from the list.", ""])
+    instruction = random.choice(
+        ["Use the list to answer.", "Look up each word in the list.", "Answer from the list.", ""]
+    )
     joiner = random.choice([" ", ", ", "\n"])
     wanted = joiner.join(keys[i] for i in asked)
     answer = joiner.join(values[i] for i in asked)

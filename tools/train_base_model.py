@@ -5,7 +5,7 @@
 Writes a Hugging Face folder (Llama, safetensors, own tokenizer) to --out/model, a copy of the running average
 of the weights to --out/snapshot every few minutes, and a checkpoint without pickle to --out/checkpoint from which
 --resume continues. Learning-rate schedule: warm-up, constant, and a decay over the last part of the time budget,
-so that every budget ends well. `base_text` makes the text, `base_network` the network.
+so that every budget ends well. `base_text` makes the text, `base_network` the network, `base_folder` the folder.
 """
 
 from __future__ import annotations
@@ -23,77 +23,16 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from base_network import initial_parameters, llama_config, next_token_loss
-from base_text import Corpus, common_words, puzzle, read_corpus, shard_documents
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GenerationConfig,
-    LlamaConfig,
-    PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
-)
+from transformers import AutoTokenizer, LlamaConfig, PreTrainedTokenizerBase
 
+from base_folder import clip_to_context, export, held_out_texts, score, train_tokenizer
+from base_network import initial_parameters, llama_config, next_token_loss
+from base_text import common_words, read_corpus, shard_documents
 from fedmira.types import Example
 
-PAD, BOS, EOS = "<pad>", "<bos>", "<eos>"
-ROLES = ("<|system|>", "<|user|>", "<|assistant|>")
-CHAT_TEMPLATE = (
-    "{{- bos_token }}{%- for message in messages %}"
-    "{%- if message['role'] not in ['system', 'user', 'assistant'] %}"
-    "{{- raise_exception('roles: system, user, assistant; got ' + message['role']) }}{%- endif %}"
-    "{{- '<|' + message['role'] + '|>' }}"
-    "{%- if message['role'] == 'assistant' %}"
-    "{% generation %}{{- message['content'] + eos_token }}{% endgeneration %}"
-    "{%- else %}{{- message['content'] }}{%- endif %}"
-    "{%- endfor %}{%- if add_generation_prompt %}{{- '<|assistant|>' }}{%- endif %}"
-)
-EVALUATED_CHARACTERS = 700
-EVALUATED_TOKENS = 512
 SHARE_WITHOUT_BOS = 0.1
-
-
-# --------------------------------------------------------------------------------------------------------- tokenizer
-
-
-def train_tokenizer(corpus: Corpus, vocabulary: list[str], vocab_size: int, seed: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE on the training split and some puzzles; digits stand alone, text starts with <bos>."""
-    random = Random(f"{seed}/tokenizer")
-    texts = sorted({example.instruction for example in corpus.train})
-    texts += [f"{example.input}\n{example.output}" for example in corpus.train]
-    texts += [f"{e.instruction}\n{e.input}\n{e.output}" for e in (puzzle(random, vocabulary) for _ in range(3000))]
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex(r"\d"), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    special = [PAD, BOS, EOS, *ROLES]
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=special,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{BOS} $A", pair=f"{BOS} $A $B", special_tokens=[(BOS, tokenizer.token_to_id(BOS))]
-    )
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token=PAD,
-        bos_token=BOS,
-        eos_token=EOS,
-        model_max_length=2048,
-        clean_up_tokenization_spaces=False,
-    )
-    fast.chat_template = CHAT_TEMPLATE
-    return fast
-
-
-# -------------------------------------------------------------------------------------------------------------- data
 
 
 @dataclass(frozen=True)
@@ -109,8 +48,8 @@ class Stream:
         """`(n, window + 1)` token ids: the shard's documents end to end, cut, in random order."""
         documents = list(shard_documents(self.train, self.vocabulary, self.tokenizer, self.seed, shard))
         # Prompt and answer are encoded apart because fine-tuning encodes them so.
-        prompts = self.tokenizer([d.prompt for d in documents], add_special_tokens=False)["input_ids"]
-        answers = self.tokenizer([d.answer for d in documents], add_special_tokens=False)["input_ids"]
+        prompts = self.tokenizer([d.prompt for d in documents], add_special_tokens=False, verbose=False)["input_ids"]
+        answers = self.tokenizer([d.answer for d in documents], add_special_tokens=False, verbose=False)["input_ids"]
         bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
         random = Random(f"{self.seed}/windows/{shard}")
         ids: list[int] = []
@@ -126,71 +65,6 @@ class Stream:
         return rows[order]
 
 
-# -------------------------------------------------------------------------------------------------------- evaluation
-
-
-def held_out_texts(corpus: Corpus, limit: int | None = None) -> list[str]:
-    """Input and answer of each held-out record, clipped; instructions are left out because training saw them."""
-    texts = [f"{e.input}\n{e.output}".strip()[:EVALUATED_CHARACTERS] for e in corpus.held_out]
-    texts = [text for text in texts if len(text) >= 20]
-    return texts if limit is None else texts[:: max(1, len(texts) // limit)]
-
-
-def clip_to_context(texts: list[str], tokenizers: list[PreTrainedTokenizerBase]) -> list[str]:
-    """Shorten each text until every tokenizer fits it into 512 tokens, so that all models score the same characters."""
-    clipped = []
-    for original in texts:
-        text = original
-        while (longest := max(len(t(text)["input_ids"]) for t in tokenizers)) > EVALUATED_TOKENS:
-            text = text[: min(len(text) - 1, len(text) * EVALUATED_TOKENS // longest)]
-        clipped.append(text)
-    return clipped
-
-
-@torch.inference_mode()
-def score(folder: Path, texts: list[str]) -> dict[str, float]:
-    """Nats per character and perplexity per token of the model in `folder`; every token after <bos> counts."""
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder).eval()
-    nats, tokens, characters = 0.0, 0, 0
-    for text in texts:
-        ids = torch.tensor([tokenizer(text)["input_ids"]])
-        if ids[0, 0] != tokenizer.bos_token_id:
-            ids = torch.cat([torch.tensor([[tokenizer.bos_token_id]]), ids], dim=1)
-        logits = model(ids).logits[0, :-1]
-        nats += F.cross_entropy(logits.float(), ids[0, 1:], reduction="sum").item()
-        tokens += ids.shape[1] - 1
-        characters += len(text)
-    return {
-        "nats_per_character": nats / characters,
-        "perplexity_per_token": math.exp(nats / tokens),
-        "characters": characters,
-        "tokens": tokens,
-        "texts": len(texts),
-    }
-
-
-# ------------------------------------------------------------------------------------------------------------ export
-
-
-def export(folder: Path, weights: dict[str, torch.Tensor], config: LlamaConfig, tokenizer: Any) -> None:
-    """Write the Hugging Face folder; weights are rounded to bfloat16 on disk and load as float32."""
-    folder.mkdir(parents=True, exist_ok=True)
-    rounded = {name: value.detach().cpu().to(torch.bfloat16).contiguous() for name, value in weights.items()}
-    save_file(rounded, folder / "model.safetensors", metadata={"format": "pt"})
-    config.save_pretrained(folder)
-    GenerationConfig(
-        bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id
-    ).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    # The class name that every transformers release with fast tokenizers knows.
-    path = folder / "tokenizer_config.json"
-    settings = json.loads(path.read_text(encoding="utf-8"))
-    settings = {k: v for k, v in settings.items() if k not in ("backend", "is_local", "local_files_only")}
-    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
-    path.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
 def save_checkpoint(folder: Path, state: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
     """Weights, optimizer moments and counters; written beside the old one and renamed over it."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -200,9 +74,6 @@ def save_checkpoint(folder: Path, state: dict[str, Any], tensors: dict[str, torc
         metadata={"state": json.dumps(state)},
     )
     os.replace(folder / "tensors.safetensors.new", folder / "tensors.safetensors")
-
-
-# ---------------------------------------------------------------------------------------------------------- training
 
 
 def learning_rate_factor(step: int, progress: float, decay_start: float) -> float:
@@ -274,7 +145,7 @@ class Trainer:
 
     def spent(self, started: float) -> float:
         """Share of this call's time budget that is over."""
-        return (time.monotonic() - started) / (60 * self.options.minutes)
+        return (time.monotonic() - started) / (60 * float(self.options.minutes))
 
     def run(self, at_snapshot: Callable[[], None]) -> None:
         """Train until the budget is spent; snapshot and checkpoint at the set intervals."""
@@ -307,7 +178,7 @@ class Trainer:
     def step(self, tokens_BT: torch.Tensor, factor: float) -> torch.Tensor:
         """One update; returns the loss before it."""
         loss = self.loss(self.parameters, self.config, tokens_BT)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(list(self.parameters.values()), 1.0)
         for optimizer in self.optimizers.values():
             for group in optimizer.param_groups:
@@ -318,9 +189,7 @@ class Trainer:
         weight = min(0.997, 1 - 1 / (self.progress.step + 1))
         names = list(self.average)
         with torch.no_grad():
-            torch._foreach_lerp_(
-                [self.average[n] for n in names], [self.parameters[n] for n in names], 1 - weight
-            )
+            torch._foreach_lerp_([self.average[n] for n in names], [self.parameters[n] for n in names], 1 - weight)
         return loss.detach()
 
     def checkpoint(self) -> None:
@@ -336,8 +205,6 @@ class Trainer:
 
     def restore(self, folder: Path) -> None:
         """Continue from `folder/checkpoint` at the beginning of its shard."""
-        from safetensors import safe_open
-
         path = folder / "checkpoint" / "tensors.safetensors"
         tensors = load_file(path, device=self.options.device)
         with safe_open(path, framework="pt") as file:
@@ -400,7 +267,8 @@ def main() -> None:
     def at_snapshot() -> None:
         export(options.out / "snapshot", trainer.average, config, tokenizer)
         result = score(options.out / "snapshot", quick)
-        trainer.curve[-1]["held_out_nats_per_character"] = result["nats_per_character"]
+        if trainer.curve:
+            trainer.curve[-1]["held_out_nats_per_character"] = result["nats_per_character"]
         print(f"snapshot: held-out {result['nats_per_character']:.4f} nats per character", flush=True)
 
     trainer.run(at_snapshot)
