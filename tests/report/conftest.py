@@ -43,7 +43,7 @@ def write_run(
     final_losses: dict[str, float] | None = None,
 ) -> Path:
     """Write the run directory of one method; losses fall from 3.6 towards the method's floor with noise by seed."""
-    stream = random.Random(f"{method} {seed}")
+    stream = random.Random(ascii(method) + str(seed))
     shared = random.Random(seed)
     path.mkdir(parents=True)
     labels = [family for family in range(families) for _ in range(clients_per_family)]

@@ -19,8 +19,8 @@ MAXIMUM_NODES = 120
 """More clients than this are not drawn on a circle."""
 MAXIMUM_EDGES = 200
 """Only the heaviest edges are drawn."""
-MAXIMUM_TIPS = 500
-"""Cells that name their two clients when pointed at."""
+MAXIMUM_TIPS = 300
+"""Cells or edges that name their two clients when pointed at; where there are more, none does."""
 TIP_LENGTH = 24
 """Characters of a client's name in such a tip."""
 LEVELS = 8
@@ -202,7 +202,7 @@ def _cells(filled: Sequence[tuple[int, int, float]], names: Sequence[str], heavi
     squares = (
         tag(
             "rect",
-            title(f"{shorten(names[row], TIP_LENGTH)} - {shorten(names[column], TIP_LENGTH)}: {weight:.3g}"),
+            _tip(names, row, column, weight),
             x=column,
             y=row,
             class_=f"h{_level(weight, heaviest)}",
@@ -216,10 +216,14 @@ def _strokes(filled: Sequence[tuple[int, int, float]], heaviest: float) -> str:
     """Many cells in few bytes: one path per shade, a short horizontal stroke per cell."""
     by_level: dict[int, list[str]] = {}
     for row, column, weight in filled:
-        by_level.setdefault(_level(weight, heaviest), []).append(f"M{column} {row}.5h1")
-    return "".join(
-        tag("path", d="".join(strokes), class_=f"strokes h{level}") for level, strokes in sorted(by_level.items())
-    )
+        by_level.setdefault(_level(weight, heaviest), []).append(f"M{column} {row}h1")
+    paths = (tag("path", d="".join(strokes), class_=f"strokes h{level}") for level, strokes in sorted(by_level.items()))
+    # a stroke runs along the middle of its row
+    return tag("g", "".join(paths), transform="translate(0 .5)")
+
+
+def _tip(names: Sequence[str], one: int, other: int, weight: float) -> str:
+    return title(f"{shorten(names[one], TIP_LENGTH)} - {shorten(names[other], TIP_LENGTH)}: {weight:.3g}")
 
 
 def _level(weight: float, heaviest: float) -> int:

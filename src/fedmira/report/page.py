@@ -45,6 +45,7 @@ def render(record: RunRecord | StudyRecord) -> str:
     run = record if isinstance(record, RunRecord) else (record.runs[0] if record.runs else None)
     sections = run_sections(record) if isinstance(record, RunRecord) else study_sections(record)
     sentences = headline(record)
+    table = _table(rows_of(record))
     return (
         _environment()
         .get_template("page.html.jinja")
@@ -55,7 +56,8 @@ def render(record: RunRecord | StudyRecord) -> str:
             lead=sentences[0],
             remarks=sentences[1:],
             facts=_facts(record, run),
-            rows=_table(rows_of(record)),
+            headings=[cell["heading"] for cell in table[0]["cells"]] if table else [],
+            rows=table,
             several_seeds=isinstance(record, StudyRecord) and len(record.seeds) > 1,
             compared=isinstance(record, StudyRecord),
             sections=[section for section in sections if section.figures],

@@ -1,0 +1,334 @@
+"""Claims: the report is one file that loads nothing, shows what was recorded, escapes what is hostile, and a real
+browser draws it without overflow on a phone, legibly in light and dark mode."""
+
+from __future__ import annotations
+
+import html
+import json
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedmira.errors import IntegrityError, UsageError
+from fedmira.report.page import render, write_report
+from fedmira.report.reading import read
+
+Make = Callable[..., Path]
+
+HOSTILE = '<script>window.pwned=1</script><img src=x onerror="window.pwned=1">"\'&{{7*7}}\x1b[31m\n\u202e\ud800'
+
+
+class Outline(HTMLParser):
+    """What a page is made of: tags in order, attributes, text by enclosing tag."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str | None]] = []
+        self.headings: list[str] = []
+        self.open = ""
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += attrs
+        self.open = tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open in ("h1", "h2", "h3") and data.strip():
+            self.headings.append(data.strip())
+
+
+def hostile_study(make_study: Make) -> Path:
+    return make_study(
+        methods=("local_only", "mira", HOSTILE),
+        seeds=(0,),
+        rounds=2,
+        name_of=lambda family, k: f"{HOSTILE}{family}-{k}",
+        task_of=lambda family: f"{HOSTILE}{family}",
+    )
+
+
+def test_a_study_shows_every_part(make_study: Make) -> None:
+    study = make_study()
+    page = write_report(study)
+    assert page == study / "report" / "index.html"
+    outline = Outline(page.read_text(encoding="utf-8"))
+    assert outline.headings[0].startswith("mira has the lowest mean test loss on 3 of 3 seeds")
+    assert [heading for heading in outline.headings if heading in SECTIONS] == list(SECTIONS)
+    figures = [
+        "Difference to training alone, seed by seed",
+        "Validation loss of each method",
+        "Test loss of each task",
+        "mira, graph gram",
+        "mira, drawn",
+        "The true graph",
+        "mira: disagreement energy",
+        "Bytes of a whole run",
+        "Seconds of a whole run",
+    ]
+    assert set(figures) <= set(outline.headings)
+    assert sum(heading.endswith("harmed") for heading in outline.headings) >= 3
+    assert outline.tags.count("svg") == outline.tags.count("figure")
+
+
+SECTIONS = (
+    "The numbers",
+    "Who gains, who is harmed",
+    "Losses",
+    "Who learns from whom",
+    "What merging does",
+    "What it costs",
+    "Learning rates tried",
+    "How it was made",
+)
+
+
+def test_a_run_shows_its_clients_config_and_versions(make_run: Make) -> None:
+    run = make_run(families=2, clients_per_family=2)
+    page = write_report(run).read_text(encoding="utf-8")
+    outline = Outline(page)
+    expected = ["Validation loss of every client", "Test loss of each task", "The true graph", "Bytes per round"]
+    assert set(expected) <= set(outline.headings)
+    for text in ("family1-client1", "24 / 6 / 10", "learning_rate: 0.002", "2.13.0", "fedmira", "30.2 MiB"):
+        assert text in page
+    # a run alone compares with nothing
+    assert "vs local" not in page
+
+
+def test_graphs_can_be_missing_and_runs_unfinished(make_run: Make, make_study: Make) -> None:
+    local = Outline(render(read(make_run(method="local_only", finished=False))))
+    assert "Who learns from whom" not in local.headings
+    assert "Bytes per round" not in local.headings
+    assert "The true graph" not in render(read(make_run(true_graph=False)))
+    unfinished = render(read(make_study(methods=("local_only", "mira"), seeds=(0,), finished=False, tuned=False)))
+    assert "No run of this study has finished" in unfinished
+    assert "Learning rates tried" not in unfinished
+    empty = make_study(methods=(), seeds=())
+    assert "No run of this study has finished" in render(read(empty))
+
+
+def test_the_best_of_a_column_is_marked_and_the_edge_of_a_grid_is_told(make_study: Make) -> None:
+    study = make_study(methods=("local_only", "mira"))
+    assert "edge of the grid" not in render(read(study))
+    content = json.loads((study / "study.json").read_text())
+    for entry in content["runs"]:
+        entry["learning_rate"] = 5e-3 if entry["method"] == "mira" else 2e-3
+    (study / "study.json").write_text(json.dumps(content))
+    page = render(read(study))
+    assert "edge of the grid for mira:" in page
+    row = page[page.index('class="swatch s0"') : page.index("</tbody>")]
+    assert row.count('<td class="best">') >= 4
+
+
+def test_one_file_that_loads_nothing(make_study: Make) -> None:
+    page = render(read(make_study()))
+    outline = Outline(page)
+    assert not set(outline.tags) & {"script", "link", "img", "iframe", "object", "embed", "image", "use", "a"}
+    loading = {"src", "href", "xlink:href", "srcset", "action", "data", "poster", "background"}
+    assert not [(name, value) for name, value in outline.attributes if name in loading]
+    assert not re.search(r"https?:|url\(|@import|@font-face", page)
+    assert not [name for name, _ in outline.attributes if name.startswith("on")]
+    assert "default-src 'none'" in page
+    assert len(page) < 300_000
+
+
+def test_hostile_names_are_text(make_study: Make) -> None:
+    page = write_report(hostile_study(make_study)).read_text(encoding="utf-8")
+    outline = Outline(page)
+    assert not set(outline.tags) & {"script", "img"}
+    assert not [name for name, _ in outline.attributes if name.startswith("on")]
+    assert "&lt;script&gt;" in page
+    assert not [c for c in page if not c.isprintable() and c not in "\n\xa0"]
+    assert "{{7*7}}" in page
+    assert ">49" not in page
+
+
+def test_hostile_contents_of_config_and_manifest_are_text(make_run: Make) -> None:
+    run = make_run()
+    manifest = json.loads((run / "manifest.json").read_text())
+    manifest |= {"versions": {HOSTILE: HOSTILE}, "data": {HOSTILE: [HOSTILE] * 9}, "created": HOSTILE}
+    (run / "manifest.json").write_text(json.dumps(manifest))
+    config = run / "config.resolved.yaml"
+    config.write_text(config.read_text() + "note: '</pre><script>window.pwned=1</script>'\n")
+    page = render(read(run))
+    assert "script" not in Outline(page).tags
+    page.encode("utf-8")
+
+
+def test_equal_records_give_equal_pages_and_writing_again_replaces(make_study: Make) -> None:
+    study = make_study(seeds=(0,))
+    first = write_report(study).read_bytes()
+    assert write_report(study).read_bytes() == first
+    assert [entry.name for entry in (study / "report").iterdir()] == ["index.html"]
+
+
+def test_nothing_is_written_for_other_or_damaged_folders(tmp_path: Path, make_run: Make) -> None:
+    with pytest.raises(UsageError):
+        write_report(tmp_path)
+    run = make_run()
+    (run / "metrics.jsonl").write_text("{\n{}\n")
+    with pytest.raises(IntegrityError):
+        write_report(run)
+    assert not (run / "report").exists()
+    assert not (tmp_path / "report").exists()
+
+
+def test_a_page_of_eighty_clients_stays_small(make_study: Make) -> None:
+    study = make_study(
+        seeds=(0,),
+        families=16,
+        clients_per_family=5,
+        rounds=60,
+        name_of=lambda family, k: f"task{family:04d}_question_answering_generation-{k}",
+        task_of=lambda family: f"task{family:04d}_question_answering_generation",
+    )
+    assert write_report(study).stat().st_size < 300_000
+
+
+# ----------------------------------------------------------------------------------------------------------- a browser
+
+PROBE = """
+<!doctype html><html><head><style>:root {{ color-scheme: light dark; }}</style></head><body>{frames}
+<pre id="result"></pre>
+<script>
+const channels = (colour) => colour.match(/[0-9.]+/g).slice(0, 3).map(Number);
+const luminance = (colour) => channels(colour)
+  .map((c) => c / 255).map((c) => (c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4))
+  .reduce((sum, c, i) => sum + c * [0.2126, 0.7152, 0.0722][i], 0);
+const contrast = (a, b) => {{
+  const [low, high] = [luminance(a), luminance(b)].sort((x, y) => x - y);
+  return (high + 0.05) / (low + 0.05);
+}};
+const paper = (element, view) => {{
+  for (let e = element; e; e = e.parentElement) {{
+    const colour = view.getComputedStyle(e).backgroundColor;
+    if (channels(colour).length === 3 && !/, 0\\)$/.test(colour)) return colour;
+  }}
+}};
+const look = (frame) => {{
+  const page = frame.contentDocument, view = frame.contentWindow, root = page.documentElement;
+  const colours = {{}};
+  for (const theme of ["", "light", "dark"]) {{
+    if (theme) root.dataset.theme = theme; else delete root.dataset.theme;
+    const worst = (found, of) => Math.min(...[...found].map((e) => contrast(of(e), paper(e, view))));
+    colours[theme || "preferred"] = {{
+      background: view.getComputedStyle(page.body).backgroundColor,
+      text: worst(page.querySelectorAll("h1,h2,h3,p,li,td,th,figcaption,dt,dd,small,summary"),
+        (e) => view.getComputedStyle(e).color),
+      letters: worst(page.querySelectorAll("svg text"), (e) => view.getComputedStyle(e).fill),
+      shapes: Math.min(...[...page.querySelectorAll(".swatch")].map(
+        (e) => contrast(view.getComputedStyle(e).backgroundColor, paper(e.parentElement, view)))),
+    }};
+  }}
+  const texts = [...page.querySelectorAll("svg text")].filter((e) => e.getClientRects().length);
+  const outside = [...page.querySelectorAll("svg text")].filter((e) => {{
+    const box = e.getBoundingClientRect();
+    return box.width && (box.left < -1 || box.right > view.innerWidth + 1);
+  }});
+  return {{
+    width: view.innerWidth, scrollWidth: root.scrollWidth, charts: page.querySelectorAll("svg.chart").length,
+    drawn: [...page.querySelectorAll("svg.chart")].filter((e) => e.getBoundingClientRect().height > 20).length,
+    folded: page.querySelectorAll("details:not([open]) svg.chart").length,
+    smallest: Math.min(...texts.map((e) => {{
+      const turned = e.getScreenCTM();
+      return parseFloat(view.getComputedStyle(e).fontSize) * Math.hypot(turned.a, turned.b);
+    }})),
+    outside: outside.map((e) => e.textContent), requests: view.performance.getEntriesByType("resource").length,
+    pwned: view.pwned === undefined ? null : view.pwned, heading: page.querySelector("h1").textContent, colours,
+  }};
+}};
+window.onload = () => {{
+  document.getElementById("result").textContent = JSON.stringify([...document.querySelectorAll("iframe")].map(look));
+}};
+</script></body></html>
+"""
+"""Holds the untouched page in frames as wide as a phone and a desk and writes down what the browser makes of it."""
+
+
+@pytest.fixture
+def browser(tmp_path: Path) -> Callable[..., str]:
+    """`browser(path, *options)` opens a file in headless Chromium and returns the DOM; skips where there is none."""
+    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+    program = next((found for name in names if (found := shutil.which(name))), None)
+    if program is None:
+        pytest.skip(f"no browser found (looked for {', '.join(names)}); Debian's package is `chromium`")
+
+    def open_(path: Path, *options: str) -> str:
+        profile = tmp_path / "profile"
+        command = [program, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={profile}"]
+        command += ["--disable-background-networking", "--no-first-run", "--disable-sync", "--disable-component-update"]
+        command += ["--disable-dev-shm-usage", "--virtual-time-budget=4000", *options, "--dump-dom", path.as_uri()]
+        # a home of its own: the browser must neither read nor leave anything in the user's
+        environment = {**os.environ, "HOME": str(tmp_path), "XDG_CONFIG_HOME": str(tmp_path)}
+        done = subprocess.run(command, capture_output=True, timeout=120, check=True, env=environment)
+        shutil.rmtree(profile, ignore_errors=True)
+        return done.stdout.decode("utf-8")
+
+    return open_
+
+
+@pytest.fixture
+def looked_at(browser: Callable[..., str], tmp_path: Path) -> Callable[..., list[dict[str, Any]]]:
+    """`looked_at(page, dark)` returns what a browser sees of a page at the width of a phone and of a desk."""
+
+    def look(page: Path, *, dark: bool) -> list[dict[str, Any]]:
+        source = html.escape(page.read_text(encoding="utf-8"), quote=True)
+        frames = "".join(f'<iframe width="{w}" height="800" srcdoc="{source}"></iframe>' for w in (390, 1200))
+        probe = tmp_path / "probe.html"
+        probe.write_text(PROBE.format(frames=frames), encoding="utf-8")
+        dom = browser(probe, f"--blink-settings=preferredColorScheme={0 if dark else 1}")
+        found = re.search(r'<pre id="result">(.*?)</pre>', dom, re.DOTALL)
+        assert found, dom[-2000:]
+        return json.loads(html.unescape(found[1]))
+
+    return look
+
+
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+def test_a_browser_draws_a_study_on_phone_and_desk(make_study: Make, looked_at: Any, dark: bool) -> None:
+    phone, desk = looked_at(write_report(make_study(families=6, clients_per_family=3)), dark=dark)
+    assert (phone["width"], desk["width"]) == (390, 1200)
+    for view in (phone, desk):
+        assert view["charts"] == view["drawn"] >= 12
+        assert view["scrollWidth"] <= view["width"]
+        assert view["outside"] == []
+        assert view["requests"] == 0
+        assert view["heading"].startswith("mira has the lowest mean test loss")
+        light_background, dark_background = (view["colours"][theme]["background"] for theme in ("light", "dark"))
+        assert light_background != dark_background
+        assert view["colours"]["preferred"]["background"] == (dark_background if dark else light_background)
+        for theme in ("light", "dark"):
+            seen = view["colours"][theme]
+            # WCAG 2.2: 4.5 for text, 3 for parts of a drawing that carry meaning
+            assert seen["text"] >= 4.5, (theme, seen)
+            assert seen["letters"] >= 4.5, (theme, seen)
+            assert seen["shapes"] >= 3.0, (theme, seen)
+    assert phone["smallest"] >= 8.5
+
+
+def test_a_browser_runs_nothing_that_a_name_smuggles_in(make_study: Make, looked_at: Any) -> None:
+    for view in looked_at(write_report(hostile_study(make_study)), dark=False):
+        assert view["pwned"] is None
+        assert view["requests"] == 0
+        assert view["scrollWidth"] <= view["width"]
+        assert view["charts"] == view["drawn"] >= 8
+
+
+def test_a_browser_draws_a_run_of_long_names(make_run: Make, looked_at: Any) -> None:
+    run = make_run(
+        families=12,
+        name_of=lambda family, k: f"{'long' * 12}{family}-{k}",
+        task_of=lambda family: f"{'word' * 12}{family}",
+    )
+    for view in looked_at(write_report(run), dark=False):
+        assert view["scrollWidth"] <= view["width"]
+        assert view["outside"] == []
+        assert view["charts"] == view["drawn"] >= 6
