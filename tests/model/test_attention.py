@@ -1,0 +1,87 @@
+"""Packed rows give what each sequence gives alone, in every family, and no row sees another sequence."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tests.reference.tiny_models import FAMILIES, random_examples, tiny_base
+
+from fedmira.data.packing import PackedBatch, pack
+from fedmira.model.attention import PACKED, plan_packing
+from fedmira.model.base import BaseModel
+
+# longer than the sliding windows, and ragged enough for several buckets
+BATCH = pack([random_examples(6, seed=1, longest=9), random_examples(3, seed=2, longest=40)])
+
+
+def stock_hidden(base: BaseModel, batch: PackedBatch) -> torch.Tensor:
+    """The final hidden states of each sequence alone under the stock model, one after the other."""
+    parts = torch.split(batch.tokens_N, list(batch.sequence_lengths))
+    return torch.cat(
+        [base.model.base_model(input_ids=part[None], use_cache=False).last_hidden_state[0] for part in parts]
+    )
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_packed_rows_equal_sequences_alone(family: str) -> None:
+    base = tiny_base(family)
+    with torch.no_grad():
+        packed_ND, alone_ND = base.hidden(BATCH), stock_hidden(base, BATCH)
+    # Gemma 2 rounds its attention weights to float32 inside: equal inputs up to 1e-16 may round apart
+    tolerance = 1e-5 if family == "gemma2" else 1e-9
+    torch.testing.assert_close(packed_ND, alone_ND, rtol=0, atol=tolerance)
+    assert base.model.config._attn_implementation != PACKED, "the stock attention must be back in place"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_one_sequence_gets_the_bits_of_the_stock_model(family: str) -> None:
+    base = tiny_base(family, torch.float32)
+    batch = pack([random_examples(1, seed=5, longest=30)])
+    with torch.no_grad():
+        stock = base.model(input_ids=batch.tokens_N[None], use_cache=False).logits[0]
+        assert torch.equal(base.logits(base.hidden(batch)), stock)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_row_sees_another_sequence_or_its_own_future(family: str) -> None:
+    base = tiny_base(family)
+    starts = torch.tensor([0, *BATCH.sequence_lengths]).cumsum(0)
+    changed = 2
+    middle = int(starts[changed]) + BATCH.sequence_lengths[changed] // 2
+    tokens_N = BATCH.tokens_N.clone()
+    tokens_N[middle] = (tokens_N[middle] + 1) % 90 + 3
+    with torch.no_grad():
+        before_ND, after_ND = base.hidden(BATCH), base.hidden(BATCH._replace(tokens_N=tokens_N))
+    differs_N = (before_ND != after_ND).any(dim=1)
+    assert differs_N[middle]
+    assert not differs_N[:middle].any()
+    assert not differs_N[starts[changed + 1] :].any()
+
+
+def test_gradients_of_packed_rows_equal_those_of_sequences_alone() -> None:
+    base = tiny_base("llama")
+    embedding = base.model.get_input_embeddings().weight
+    weights_N = torch.randn(len(BATCH.tokens_N), dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    gradients = []
+    for forward in (base.hidden, lambda batch: stock_hidden(base, batch)):
+        embedding.requires_grad_(True)
+        (forward(BATCH).square().sum(dim=1) * weights_N).sum().backward()
+        gradients.append(embedding.grad.clone())
+        embedding.grad = None
+        embedding.requires_grad_(False)
+    assert gradients[1].abs().max() > 1e-3
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("lengths", [(4,), (4, 4, 4), (3, 20, 4), (30, 1, 30, 29), (5, 4, 3, 2, 1)])
+def test_a_plan_places_every_row_once(lengths: tuple[int, ...]) -> None:
+    plan = plan_packing(lengths, torch.device("cpu"))
+    rows_N = torch.arange(sum(lengths))
+    read = [rows_N if bucket.rows_N is None else bucket.rows_N for bucket in plan.buckets]
+    restored = torch.cat(read) if plan.restore_N is None else torch.cat(read)[plan.restore_N]
+    assert torch.equal(restored, rows_N)
+    for bucket, rows in zip(plan.buckets, read, strict=True):
+        slots = torch.arange(len(rows)) if bucket.slots_N is None else bucket.slots_N
+        assert len(slots.unique()) == len(rows)
+        assert int(slots.max()) < bucket.num_sequences * bucket.length
+    assert sum(bucket.num_sequences for bucket in plan.buckets) == len(lengths)

@@ -1,0 +1,133 @@
+"""Loading a base model: what works, and what is refused with which message."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.reference.tiny_models import LLAMA_LIKE, VOCABULARY, random_examples, tiny_base, tiny_model
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, GraniteConfig, PreTrainedTokenizerFast
+
+from fedmira.config import ModelConfig
+from fedmira.data.packing import pack
+from fedmira.errors import DataError, SetupError
+from fedmira.model.base import freeze, load_base, resolve_device
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A model folder as save_pretrained leaves it."""
+    words = {"<pad>": 0, "<s>": 1, "</s>": 2} | {f"w{i}": i for i in range(3, VOCABULARY)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", pad_token="<pad>").save_pretrained(tmp_path)
+    tiny_model("llama", torch.float32).save_pretrained(tmp_path)
+    return tmp_path
+
+
+def edit_config(folder: Path, **changes: Any) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_a_local_folder_loads_frozen_in_the_dtype_asked_for(folder: Path) -> None:
+    base = load_base(ModelConfig(path=str(folder), device="cpu", dtype="float64"))
+    assert base.dtype == base.adapter_dtype == torch.float64
+    assert not base.model.training
+    assert not any(parameter.requires_grad for parameter in base.model.parameters())
+    assert base.tokenizer.eos_token_id == 2
+    assert base.max_length == 128
+    facts = base.facts()
+    assert json.loads(json.dumps(facts)) == facts
+    assert set(facts["weights_sha256"]) == {"model.safetensors"}
+
+
+def test_the_embedded_base_loads_and_writes() -> None:
+    base = load_base(ModelConfig(device="cpu"))
+    assert base.dtype == base.adapter_dtype == torch.float32
+    with torch.no_grad():
+        hidden_ND = base.hidden(pack([random_examples(2, seed=0)]))
+        assert torch.isfinite(base.logits(hidden_ND)).all()
+
+
+def test_a_missing_folder_is_named() -> None:
+    with pytest.raises(SetupError, match=r"\./no-such-folder is not a folder.*safetensors"):
+        load_base(ModelConfig(path="./no-such-folder"))
+
+
+def test_an_unknown_hub_id_says_what_to_do_offline() -> None:
+    with pytest.raises(SetupError, match=r"nobody/no-such-model.*HF_HUB_OFFLINE.*HF_TOKEN"):
+        load_base(ModelConfig(path="nobody/no-such-model"))
+
+
+def test_a_folder_without_config_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(SetupError, match=r"no config\.json"):
+        load_base(ModelConfig(path=str(tmp_path)))
+
+
+def test_pickled_weights_are_refused(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(SetupError, match=r"only \.bin weights.*save_pretrained"):
+        load_base(ModelConfig(path=str(folder)))
+
+
+def test_code_of_its_own_is_refused(folder: Path) -> None:
+    edit_config(folder, auto_map={"AutoModelForCausalLM": "modeling_x.X"})
+    with pytest.raises(SetupError, match=r"auto_map.*never runs"):
+        load_base(ModelConfig(path=str(folder)))
+
+
+def test_an_attention_of_its_own_is_refused(folder: Path) -> None:
+    edit_config(folder, _attn_implementation_internal="someone/kernel")
+    with pytest.raises(SetupError, match="attention implementation of its own"):
+        load_base(ModelConfig(path=str(folder)))
+
+
+@pytest.mark.parametrize("model_type", ["no-such-type", "t5", None])
+def test_an_unknown_architecture_is_refused(folder: Path, model_type: str | None) -> None:
+    edit_config(folder, model_type=model_type)
+    with pytest.raises(SetupError, match=r"no causal language model.*GPT-2, Llama"):
+        load_base(ModelConfig(path=str(folder)))
+
+
+def test_damaged_weights_are_refused(folder: Path) -> None:
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(SetupError, match=r"damaged|cannot be loaded"):
+        load_base(ModelConfig(path=str(folder)))
+
+
+def test_missing_weights_are_refused(folder: Path) -> None:
+    edit_config(folder, num_hidden_layers=3)
+    with pytest.raises(SetupError, match=r"lack 9 tensors of its architecture, such as model\.layers\.2"):
+        load_base(ModelConfig(path=str(folder)))
+
+
+def test_a_missing_tokenizer_is_refused(folder: Path) -> None:
+    for path in folder.glob("tokenizer*"):
+        path.unlink()
+    with pytest.raises(SetupError, match="tokenizer"):
+        load_base(ModelConfig(path=str(folder)))
+
+
+@pytest.mark.parametrize("name", ["cuda:99", "gpu", "meta:x"])
+def test_a_device_that_is_not_there_is_refused(name: str) -> None:
+    with pytest.raises(SetupError, match=r"model\.device = .*allowed: auto, cpu, cuda"):
+        resolve_device(name)
+
+
+def test_a_family_that_scales_its_logits_is_refused() -> None:
+    model = AutoModelForCausalLM.from_config(GraniteConfig(**LLAMA_LIKE, logits_scaling=7.0))
+    with pytest.raises(SetupError, match=r"family 'granite'.*logits differ"):
+        freeze(model, tokenizer=None, name="scaled")
+
+
+def test_a_sequence_beyond_the_context_is_refused() -> None:
+    base = tiny_base("gpt2")
+    batch = pack([[random_examples(1, seed=0)[0]._replace(tokens=torch.arange(3, 140).numpy() % 90, prompt_length=1)]])
+    with pytest.raises(DataError, match=r"136 tokens.*at most 128.*data\.max_length"):
+        base.hidden(batch)

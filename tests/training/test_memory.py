@@ -1,0 +1,82 @@
+"""Cohort sizes fit the memory, and the estimates grow with what needs memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from tests.reference.tiny_models import client_of, ragged_clients, random_arena, random_examples, tiny_base, tiny_layout
+
+from fedmira.config import TrainingConfig
+from fedmira.training import memory
+
+TRAINING = TrainingConfig(batch_size=2)
+
+
+def test_bytes_per_client_count_the_moments() -> None:
+    layout = tiny_layout(tiny_base("llama"), "llama")
+    row = layout.num_parameters * 4
+    adam, sgd = memory.bytes_per_client(layout, "adamw"), memory.bytes_per_client(layout, "sgd")
+    assert adam - sgd == 2 * row
+    assert memory.bytes_per_client(layout, "sgd", momentum=0.9) - sgd == row
+    assert memory.bytes_per_client(layout, "adam", element_bytes=8) == 2 * adam
+
+
+def test_activations_are_measured_per_token() -> None:
+    base = tiny_base("llama", torch.float32)
+    layout = tiny_layout(base, "llama")
+    single = memory.activation_bytes_per_token(base, layout)
+    # 2 layers of width 32: the inputs of the four adapted projections alone are 2 * 2 * 32 * 4 bytes
+    assert 2 * 2 * 32 * 4 < single < 100_000
+    double = tiny_base("llama", torch.float64)
+    assert 1.4 * single < memory.activation_bytes_per_token(double, tiny_layout(double, "llama")) < 2.2 * single
+
+
+def test_the_largest_cohort_that_fits_is_chosen() -> None:
+    base = tiny_base("llama", torch.float32)
+    layout = tiny_layout(base, "llama")
+    clients = ragged_clients((5, 1, 7, 3, 4))
+    needs = [memory.estimate(base, layout, clients, TRAINING, size) for size in range(1, 6)]
+    totals = [need.total_bytes for need in needs]
+    assert totals == sorted(set(totals))
+    for size, need in enumerate(needs, start=1):
+        enough = int((need.total_bytes - need.base_bytes) / 0.8) + 1
+        assert memory.choose_cohort_size(base, layout, clients, TRAINING, enough) == size
+    assert memory.choose_cohort_size(base, layout, clients, TRAINING, 0) == 1
+    assert memory.estimate_memory(base, layout, clients, TRAINING, 5) == totals[-1]
+
+
+def test_on_a_cpu_a_cohort_stops_growing_at_4096_tokens() -> None:
+    base = tiny_base("llama", torch.float32)
+    layout = tiny_layout(base, "llama")
+    long = tuple(random_examples(1, seed=k, longest=120)[0] for k in range(40))
+    example = max(long, key=lambda e: len(e.tokens))
+    clients = [client_of(f"client-{k}", (example,) * 16) for k in range(20)]
+    training = TrainingConfig(batch_size=16)
+    size = memory.choose_cohort_size(base, layout, clients, training, 2**40)
+    assert size == round(4096 / (16 * (len(example.tokens) - 1)))
+    assert 1 <= size < 20
+
+
+def test_free_memory_is_what_the_system_says(tmp_path: Path) -> None:
+    available = memory.available_bytes(torch.device("cpu"))
+    assert 0 < available < 2**50
+    (tmp_path / "meminfo").write_text("MemTotal: 20 kB\nMemAvailable: 12 kB\n")
+    assert memory._meminfo_available(tmp_path / "meminfo") == 12 * 1024
+    assert memory._meminfo_available(tmp_path / "none") is None
+    (tmp_path / "memory.current").write_text("100\n")
+    (tmp_path / "memory.max").write_text("max\n")
+    assert memory._cgroup_available(tmp_path) is None
+    (tmp_path / "memory.max").write_text("150\n")
+    assert memory._cgroup_available(tmp_path) == 50
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_measuring_leaves_the_base_as_it_was(family: str) -> None:
+    base = tiny_base(family)
+    layout = tiny_layout(base, family)
+    before = {name: tensor.clone() for name, tensor in base.model.state_dict().items()}
+    memory.activation_bytes_per_token(base, layout)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in base.model.state_dict().items())
+    assert random_arena(layout, 1).values_KP.shape == (1, layout.num_parameters)
