@@ -128,3 +128,7 @@ def test_the_picture_is_valid_and_self_contained() -> None:
 def test_prose_is_ascii() -> None:
     for page in (*DOCS.glob("*.md"), *REPOSITORY.glob("*.md"), *(REPOSITORY / "recipes").glob("*.yaml")):
         assert page.read_text(encoding="utf-8").isascii(), page.name
+
+
+def test_every_key_of_a_config_is_described() -> None:
+    assert "|  |\n" not in (DOCS / "configuration.md").read_text(encoding="utf-8")

@@ -49,6 +49,7 @@ class ModelConfig(_Section):
     device: str = "auto"
     """`auto`, `cpu`, `cuda`, `cuda:1`, `mps`."""
     adapter: AdapterConfig = AdapterConfig()
+    """What is trained on top of the base."""
 
 
 # ---------------------------------------------------------------------------------------------------------------- data
@@ -94,18 +95,21 @@ class _Source(_Section):
     max_length: Annotated[int, Field(ge=8)] = 512
     """Tokens of prompt and answer together. A longer prompt loses its beginning; answers are never cut."""
     partition: PartitionConfig = PartitionConfig()
+    """How examples become clients, and which of them are held out."""
 
 
 class PlantedConfig(_Source):
     """Tasks made by fedmira with a known graph: private codebooks that members of a family mostly share."""
 
     source: Literal["planted"] = "planted"
+    """Which source this section describes; the other keys follow from it."""
     template: Literal["alpaca", "plain", "chat"] = "plain"
     max_length: Annotated[int, Field(ge=8)] = 64
     partition: PartitionConfig = PartitionConfig(by="field", validation=0.15, test=0.25)
     families: PositiveInt = 4
     """Groups of related clients; families conflict."""
     clients_per_family: PositiveInt = 4
+    """Clients of each family."""
     words: Annotated[int, Field(ge=4)] = 24
     """Size of the vocabulary that the codebooks map."""
     codes: Annotated[int, Field(ge=2)] = 12
@@ -115,10 +119,12 @@ class PlantedConfig(_Source):
     examples: Annotated[int, Field(ge=4)] = 40
     """Examples per client before the split."""
     words_per_example: PositiveInt = 2
+    """Words to encode in one example."""
 
 
 class NaturalInstructionsConfig(_Source):
     source: Literal["natural_instructions"]
+    """Which source this section describes; the other keys follow from it."""
     path: str
     """Folder with task files in the official Super-NaturalInstructions schema."""
     tasks: tuple[str, ...] | None = None
@@ -127,30 +133,39 @@ class NaturalInstructionsConfig(_Source):
 
 class DollyConfig(_Source):
     source: Literal["dolly"]
+    """Which source this section describes; the other keys follow from it."""
     path: str
     """A JSON Lines file (may end in .gz) with instruction, context, response, category; or a Hugging Face id."""
 
 
 class JsonlConfig(_Source):
     source: Literal["jsonl"]
+    """Which source this section describes; the other keys follow from it."""
     path: str
     """A JSON Lines file (may end in .gz), or a folder or glob of such files."""
     client_field: str | None = None
     """Field that names the client (`partition.by: field`); by default `client`, else one client per file."""
     task_field: str = "task"
+    """Field that names the task of an example."""
     category_field: str = "category"
+    """Field with a coarser label than the task."""
 
 
 class HuggingFaceConfig(_Source):
     source: Literal["huggingface"]
+    """Which source this section describes; the other keys follow from it."""
     path: str
     """Hugging Face data set id or local folder, loaded by the `datasets` package."""
     name: str | None = None
     """Configuration of the data set."""
     split: str = "train"
+    """Split of the data set that is partitioned; held-out examples are taken from it."""
     client_field: str | None = None
+    """Field that names the client (`partition.by: field`); by default `client`."""
     task_field: str = "task"
+    """Field that names the task of an example."""
     category_field: str = "category"
+    """Field with a coarser label than the task."""
 
 
 DataConfig = Annotated[
@@ -172,12 +187,15 @@ class TrainingConfig(_Section):
     optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
     """`adam` couples weight decay with the gradient (L2), as the paper's code does."""
     learning_rate: FinitePositiveFloat = 2e-3
+    """Of the optimizer at full height; `schedule` and `warmup_rounds` scale it. The paper's code: 3e-5 to 3e-4."""
     weight_decay: NonNegativeFloat = 0.0
+    """Pull towards 0 per step. The paper's code: 0.01."""
     beta1: Share = 0.9
     """First-moment decay of adam and adamw."""
     beta2: Share = 0.999
     """Second-moment decay of adam and adamw."""
     epsilon: FinitePositiveFloat = 1e-8
+    """Added to the denominator of adam and adamw."""
     momentum: Share = 0.0
     """Of sgd."""
     clip_norm: FinitePositiveFloat | None = 1.0
@@ -237,19 +255,23 @@ class LocalOnlyConfig(_Section):
     """Each client trains alone; nothing is exchanged."""
 
     name: Literal["local_only"]
+    """Which method this section describes; the other keys follow from it."""
 
 
 class FedITConfig(_Section):
     """FedAvg over LoRA factors: one global adapter, weighted by training examples."""
 
     name: Literal["fedit"]
+    """Which method this section describes; the other keys follow from it."""
 
 
 class MiraPublishedConfig(_Section):
     """Eq. (8) and (9) of the paper as printed: an explicit Laplacian step over the sampled clients."""
 
     name: Literal["mira_published"]
+    """Which method this section describes; the other keys follow from it."""
     graph: GraphConfig = GraphConfig(kind="random")
+    """Who is related to whom."""
     strength: NonNegativeFloat = 0.5
     """lambda of the paper. Its published configs use 0.01 to 1."""
     server_lr: FinitePositiveFloat = 0.0015
@@ -260,7 +282,9 @@ class MiraConfig(_Section):
     """Implicit, confidence-weighted Laplacian step over all clients with stored adapters."""
 
     name: Literal["mira"] = "mira"
+    """Which method this section describes; the other keys follow from it."""
     graph: GraphConfig = GraphConfig()
+    """Who is related to whom."""
     strength: NonNegativeFloat = 1.0
     """tau: how hard related clients are pulled together; any value is stable."""
     staleness_decay: Fraction = 0.7
@@ -309,6 +333,7 @@ class EvaluationConfig(_Section):
     batch_tokens: PositiveInt = 4096
     """Tokens judged together."""
     generation: GenerationConfig = GenerationConfig()
+    """Answers to test prompts."""
 
 
 class OutputConfig(_Section):
@@ -317,6 +342,7 @@ class OutputConfig(_Section):
     checkpoint_every: PositiveInt = 1
     """Rounds between two checkpoints; the last round is always saved."""
     keep_checkpoints: PositiveInt = 2
+    """How many of the newest checkpoints stay on disk."""
 
 
 class CompareConfig(_Section):
@@ -340,6 +366,7 @@ class RunConfig(_Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")] = "run"
     """Prefix of the run directory: letters, digits, dot, dash, underscore."""
     seed: NonNegativeInt = 0
+    """Decides every draw: partition, initial adapters, batches, participation, dropout, random graphs."""
     model: ModelConfig = ModelConfig()
     data: DataConfig = PlantedConfig()
     training: TrainingConfig = TrainingConfig()
