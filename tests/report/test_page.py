@@ -230,8 +230,8 @@ const look = (frame) => {{
   }}
   const texts = [...page.querySelectorAll("svg text")].filter((e) => e.getClientRects().length);
   const outside = [...page.querySelectorAll("svg text")].filter((e) => {{
-    const box = e.getBoundingClientRect();
-    return box.width && (box.left < -1 || box.right > view.innerWidth + 1);
+    const box = e.getBoundingClientRect(), card = e.closest("figure").getBoundingClientRect();
+    return box.width && (box.left < card.left + 1 || box.right > card.right - 1);
   }});
   return {{
     width: view.innerWidth, scrollWidth: root.scrollWidth, charts: page.querySelectorAll("svg.chart").length,

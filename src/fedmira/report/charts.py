@@ -90,7 +90,7 @@ def grouped_bars(groups: Sequence[tuple[str, Sequence[Bar]]], description: str, 
     x = Scale(0.0, highest or 1.0, 4.0, WIDTH - 56.0)
     parts, y = [], 4.0
     for label, bars in groups:
-        parts.append(text(4, y + 13, shorten(label, 52), class_="label"))
+        parts.append(text(4, y + 13, shorten(label, 42), class_="label"))
         y += head
         for one in bars:
             finite = math.isfinite(one.value)
