@@ -136,6 +136,19 @@ def test_a_cap_cuts_a_large_group_of_duplicates() -> None:
     assert_no_text_in_two_splits(federation.clients)
 
 
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("cap", [None, 20])
+def test_one_large_group_of_duplicates_leaves_every_split_something(seed: int, cap: int | None) -> None:
+    examples = [example(i, prompt="the same") for i in range(30)] + [example(i) for i in range(8)]
+    federation = build(examples, seed, by="iid", num_clients=3, examples_per_client=cap)
+    assert_no_text_in_two_splits(federation.clients)
+    for client in federation.clients:
+        assert client.train
+        assert client.validation
+        assert client.test
+        assert cap is None or len(held(client)) <= cap
+
+
 def test_small_alpha_means_one_label_and_large_alpha_means_all() -> None:
     examples = [example(i, task) for task in "abcd" for i in range(200)]
 

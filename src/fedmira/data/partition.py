@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -18,7 +18,7 @@ import numpy as np
 from fedmira.config import DataConfig, PartitionConfig
 from fedmira.data.sources import load_examples
 from fedmira.data.sources.source import Source
-from fedmira.data.splits import Group, grouped, shuffled, split_client
+from fedmira.data.splits import Group, grouped, needed_splits, shuffled, split_client
 from fedmira.errors import DataError
 from fedmira.randomness import generator
 from fedmira.types import Client, Example, Federation
@@ -140,13 +140,10 @@ def _by_task(examples: Sequence[Example], config: PartitionConfig, seed: int) ->
         )
     holdings = []
     for task, members in tasks.items():
-        pool = deque(shuffled(grouped(members), seed, "partition", "deal", task))
-        remaining = len(members)
+        pool = _Pool({"": shuffled(grouped(members), seed, "partition", "deal", task)})
         for number in range(config.clients_per_task):
             name = task if config.clients_per_task == 1 else f"{task}-{number}"
-            groups, removed = _take(pool, _fair_size(remaining, config.clients_per_task - number, config), config)
-            remaining -= removed
-            holdings.append(_Holding(name, groups))
+            holdings.append(_Holding(name, _deal(pool, config.clients_per_task - number, config)))
     return holdings
 
 
@@ -162,59 +159,54 @@ def _by_field(examples: Sequence[Example], config: PartitionConfig, seed: int) -
         )
     holdings = []
     for name, members in clients.items():
-        pool = deque(shuffled(grouped(members), seed, "partition", "deal", name))
-        groups, _ = _take(pool, _fair_size(len(members), 1, config), config)
-        holdings.append(_Holding(name, groups))
+        pool = _Pool({"": shuffled(grouped(members), seed, "partition", "deal", name)})
+        holdings.append(_Holding(name, _deal(pool, 1, config)))
     return holdings
 
 
 def _iid(examples: Sequence[Example], config: PartitionConfig, seed: int) -> list[_Holding]:
     num_clients = config.num_clients or 1
-    pool = deque(shuffled(grouped(examples), seed, "partition", "deal"))
-    remaining = len(examples)
-    holdings = []
-    for number in range(num_clients):
-        groups, removed = _take(pool, _fair_size(remaining, num_clients - number, config), config)
-        remaining -= removed
-        holdings.append(_Holding(f"client-{number:03d}", groups))
-    return holdings
+    pool = _Pool({"": shuffled(grouped(examples), seed, "partition", "deal")})
+    return [
+        _Holding(f"client-{number:03d}", _deal(pool, num_clients - number, config)) for number in range(num_clients)
+    ]
 
 
 def _by_dirichlet(examples: Sequence[Example], config: PartitionConfig, seed: int) -> list[_Holding]:
-    """Each client's label shares are drawn from Dirichlet(alpha), its examples from the labels' pools.
+    """Each client's label shares are drawn from Dirichlet(alpha), its examples from the labels' groups.
 
-    A label whose pool is empty drops out and the other shares are scaled up (Hsu et al. 2019, arXiv 1909.06335).
+    A label without groups drops out and the other shares are scaled up (Hsu et al. 2019, arXiv 1909.06335).
     """
     num_clients = config.num_clients or 1
-    pools: dict[str, deque[Group]] = {}
+    groups: dict[str, list[Group]] = {}
     for group in shuffled(grouped(examples), seed, "partition", "deal"):
-        label = group.examples[0].task or group.examples[0].category
-        pools.setdefault(label, deque()).append(group)
-    if "" in pools:
+        groups.setdefault(group.examples[0].task or group.examples[0].category, []).append(group)
+    if "" in groups:
         raise DataError(
             f"data.partition.by = dirichlet, but some examples have no label (first: "
-            f"{pools[''][0].examples[0].id or 'unnamed'}). Set data.task_field or data.category_field to the field "
+            f"{groups[''][0].examples[0].id or 'unnamed'}). Set data.task_field or data.category_field to the field "
             "that names it, or data.partition.by to iid."
         )
-    remaining = len(examples)
+    pool = _Pool(groups)
     holdings = []
     for number in range(num_clients):
         name = f"client-{number:03d}"
-        rng = generator(seed, "partition", "dirichlet", name)
-        log_shares = {label: _log_gamma_draw(config.alpha, seed, name, label) for label in pools}
-        missing = _fair_size(remaining, num_clients - number, config)
-        groups: list[Group] = []
-        while missing > 0 and any(pools.values()):
-            labels = [label for label, pool in pools.items() if pool]
-            logs = np.array([log_shares[label] for label in labels])
-            shares = np.exp(logs - logs.max())
-            label = labels[int(rng.choice(len(labels), p=shares / shares.sum()))]
-            taken, removed = _take(pools[label], 1, config, at_most=missing)
-            groups += taken
-            remaining -= removed
-            missing -= sum(len(group.examples) for group in taken)
-        holdings.append(_Holding(name, groups))
+        pick = _label_picker(name, list(groups), config.alpha, seed)
+        holdings.append(_Holding(name, _deal(pool, num_clients - number, config, pick)))
     return holdings
+
+
+def _label_picker(name: str, labels: Sequence[str], alpha: float, seed: int) -> Callable[[Sequence[str]], str]:
+    """Draw a client's label shares; return what draws one of the labels that are left by them."""
+    rng = generator(seed, "partition", "dirichlet", name)
+    log_shares = {label: _log_gamma_draw(alpha, seed, name, label) for label in labels}
+
+    def pick(left: Sequence[str]) -> str:
+        logs = np.array([log_shares[label] for label in left])
+        shares = np.exp(logs - logs.max())
+        return left[int(rng.choice(len(left), p=shares / shares.sum()))]
+
+    return pick
 
 
 def _log_gamma_draw(alpha: float, seed: int, name: str, label: str) -> float:
@@ -226,28 +218,51 @@ def _log_gamma_draw(alpha: float, seed: int, name: str, label: str) -> float:
     return float(np.log(rng.gamma(alpha + 1.0)) + np.log1p(-rng.random()) / alpha)
 
 
-def _fair_size(remaining: int, num_clients: int, config: PartitionConfig) -> int:
-    """What the next of `num_clients` clients may take of `remaining` examples: an equal part, at most the cap."""
-    fair = -(-remaining // num_clients)
-    return fair if config.examples_per_client is None else min(fair, config.examples_per_client)
+# -------------------------------------------------------------------------------------------------------------- dealing
 
 
-def _take(
-    pool: deque[Group], size: int, config: PartitionConfig, at_most: int | None = None
-) -> tuple[list[Group], int]:
-    """Take groups from the left of `pool` until there are `size` examples; also return how many left the pool.
+class _Pool:
+    """Groups not yet dealt, by label, each label's in order."""
 
-    With a cap on examples per client the last group is cut to `at_most` (default: `size`) examples; the rest of it is
-    left out, as no other client may hold the same text. Without a cap it stays whole.
+    def __init__(self, groups: Mapping[str, Iterable[Group]]) -> None:
+        self._groups = {label: deque(members) for label, members in groups.items()}
+        self.num_groups = sum(len(members) for members in self._groups.values())
+        self.num_examples = sum(len(group.examples) for members in self._groups.values() for group in members)
+
+    def draw(self, pick: Callable[[Sequence[str]], str]) -> Group:
+        """Remove and return the next group of the label that `pick` chooses among those that have one."""
+        group = self._groups[pick([label for label, members in self._groups.items() if members])].popleft()
+        self.num_groups -= 1
+        self.num_examples -= len(group.examples)
+        return group
+
+
+def _first(labels: Sequence[str]) -> str:
+    return labels[0]
+
+
+def _deal(
+    pool: _Pool, num_clients: int, config: PartitionConfig, pick: Callable[[Sequence[str]], str] = _first
+) -> list[Group]:
+    """Deal groups to the first of `num_clients` clients: an equal part of the examples that are left, at most the cap.
+
+    Every client gets as many groups as there are splits to fill, while there are enough. With a cap, a group that
+    is too large is cut; the rest of it is left out, as no other client may hold the same text.
     """
-    room = size if at_most is None else at_most
-    taken: list[Group] = []
-    held = removed = 0
-    while pool and held < size:
-        group = pool.popleft()
-        removed += len(group.examples)
-        if config.examples_per_client is not None:
-            group = Group(group.key, group.examples[: room - held])
-        taken.append(group)
+    size, cap = -(-pool.num_examples // num_clients), config.examples_per_client
+    if cap is not None:
+        size = min(size, cap)
+    fewest = len(needed_splits(config))
+    reserved = fewest * (num_clients - 1)
+    dealt: list[Group] = []
+    held = 0
+    while pool.num_groups and (len(dealt) < fewest or (held < size and pool.num_groups > reserved)):
+        if cap is not None and held >= cap:
+            break
+        group = pool.draw(pick)
+        if cap is not None:
+            still_needed = max(0, fewest - len(dealt) - 1)
+            group = Group(group.key, group.examples[: max(1, cap - held - still_needed)])
+        dealt.append(group)
         held += len(group.examples)
-    return taken, removed
+    return dealt

@@ -73,6 +73,11 @@ def split_sizes(num_examples: int, partition: PartitionConfig) -> SplitSizes:
     return SplitSizes(num_examples - validation - test, validation, test)
 
 
+def needed_splits(partition: PartitionConfig) -> tuple[str, ...]:
+    """Return the splits that must not be empty at any client."""
+    return SPLITS if partition.validation else ("train", "test")
+
+
 def split_client(
     name: str,
     groups: Sequence[Group],
@@ -95,29 +100,34 @@ def split_client(
     """
     wanted = dict(zip(SPLITS, split_sizes(sum(len(group.examples) for group in groups), partition), strict=True))
     chosen: dict[str, list[Group]] = {split: [] for split in SPLITS}
-    free = []
+    free: list[Group] = []
+    num_placed = sum(group.key in placed for group in groups)
     for group in shuffled(groups, seed, "partition", "split", name):
         if group.key in placed:
             chosen[placed[group.key]].append(group)
         else:
             free.append(group)
-    # test and validation take the groups that fit; a group too large for what is missing goes on to train
-    for split in ("test", "validation"):
-        rest = []
+    for split, later in (("test", ("validation", "train")), ("validation", ("train",))):
+        if not wanted[split]:
+            continue
+        # every later split that is still empty must find a group, however few and however large the groups are
+        spare = len(free) - sum(bool(wanted[other] and not chosen[other]) for other in later)
         missing = wanted[split] - _num_examples(chosen[split])
+        rest = []
         for group in free:
-            if len(group.examples) <= missing:
+            if spare > 0 and len(group.examples) <= missing:
                 chosen[split].append(group)
                 missing -= len(group.examples)
+                spare -= 1
             else:
                 rest.append(group)
         free = rest
-        if wanted[split] and not chosen[split] and free:
+        if free and not chosen[split]:
             smallest = min(free, key=lambda group: len(group.examples))
             chosen[split].append(smallest)
             free.remove(smallest)
     chosen["train"].extend(free)
-    _refuse_empty(name, groups, chosen, partition)
+    _refuse_empty(name, groups, chosen, partition, num_placed)
     for split, members in chosen.items():
         for group in members:
             placed.setdefault(group.key, split)
@@ -129,9 +139,13 @@ def _num_examples(groups: Iterable[Group]) -> int:
 
 
 def _refuse_empty(
-    name: str, groups: Sequence[Group], chosen: Mapping[str, Sequence[Group]], partition: PartitionConfig
+    name: str,
+    groups: Sequence[Group],
+    chosen: Mapping[str, Sequence[Group]],
+    partition: PartitionConfig,
+    num_placed: int,
 ) -> None:
-    needed = ("train", "validation", "test") if partition.validation else ("train", "test")
+    needed = needed_splits(partition)
     empty = [split for split in needed if not chosen[split]]
     if not empty:
         return
@@ -146,9 +160,9 @@ def _refuse_empty(
         )
     raise DataError(
         f"client {name!r} has no example left for {' and '.join(empty)}: it holds {_num_examples(groups)} examples "
-        f"with {len(groups)} different prompts, and one prompt never falls into two splits, here or at other clients. "
-        f"It needs at least {len(needed)} different prompts, one each for {', '.join(needed)}. Give it more examples, "
-        "ask for fewer clients, remove it, or set data.partition.validation to 0."
+        f"with {len(groups)} different prompts, {num_placed} of them in the split that another client gave them, and "
+        f"one prompt never falls into two splits. It needs prompts for each of {', '.join(needed)}. Give it more "
+        "examples, ask for fewer clients, remove it, or set data.partition.validation to 0."
         f"{_cap_hint(partition)}"
     )
 
