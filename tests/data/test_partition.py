@@ -79,13 +79,15 @@ def test_the_same_seed_gives_the_same_splits_and_another_seed_others() -> None:
     assert split_ids(first.clients[0])["test"] != split_ids(other.clients[0])["test"]
 
 
-@pytest.mark.parametrize("by", ["task", "field"])
-def test_another_task_or_client_leaves_the_others_as_they_are(by: str) -> None:
+@pytest.mark.parametrize(
+    "options", [{"by": "task"}, {"by": "task", "clients_per_task": 2}, {"by": "field", "examples_per_client": 12}]
+)
+def test_another_task_or_client_leaves_the_others_as_they_are(options: dict[str, Any]) -> None:
     few = [example(i, task, client=task) for task in ("b", "c") for i in range(30)]
     more = [example(i, "a", client="a") for i in range(30)] + few + [example(i, "d", client="d") for i in range(30)]
-    before = {c.name: c for c in build(few, by=by).clients}
-    after = {c.name: c for c in build(more, by=by).clients}
-    assert set(after) == {"a", "b", "c", "d"}
+    before = {c.name: c for c in build(few, **options).clients}
+    after = {c.name: c for c in build(more, **options).clients}
+    assert len(after) == 2 * len(before)
     assert {name: after[name] for name in before} == before
 
 
