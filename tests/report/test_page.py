@@ -108,6 +108,11 @@ def test_graphs_can_be_missing_and_runs_unfinished(make_run: Make, make_study: M
     assert "Who learns from whom" not in local.headings
     assert "Bytes per round" not in local.headings
     assert "The true graph" not in render(read(make_run(true_graph=False)))
+    run = make_run()
+    graph = json.loads((run / "graph.json").read_text())
+    graph["adjacency"] = [[0.0] * 16 for _ in range(16)]
+    (run / "graph.json").write_text(json.dumps(graph))
+    assert "No edges: nobody was related" in render(read(run))
     unfinished = render(read(make_study(methods=("local_only", "mira"), seeds=(0,), finished=False, tuned=False)))
     assert "No run of this study has finished" in unfinished
     assert "Learning rates tried" not in unfinished

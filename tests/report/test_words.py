@@ -43,14 +43,14 @@ def test_a_clear_winner(say) -> None:
         "next is local_only with 2.600."
     )
     assert "read it as a tie" not in words
-    assert "mira lies 0.500 below training alone. No client is harmed" in words
+    assert "mira lies 0.500 below training alone. Under mira no client is harmed" in words
 
 
 def test_a_gap_within_the_spread_is_called_a_tie(say) -> None:
     words = say({"local_only": [2.5, 2.5], "mira": [2.0, 2.6]})
     assert "on 1 of 2 seeds" in words
     assert "not clear of its spread over the seeds (0.424): read it as a tie" in words
-    assert "50.0 % of its clients are harmed" in words
+    assert "Under mira 50.0 % of the clients are harmed" in words
 
 
 def test_equal_losses_tie(say) -> None:

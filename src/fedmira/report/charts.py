@@ -158,7 +158,7 @@ def paired_dots(rows: Sequence[tuple[str, Sequence[tuple[str, float]], str]], de
         # zero gets air too: dots on it must not be cut
         air = (x.high - x.low) * 0.08
         x = x._replace(low=x.low - (air if x.low == 0 else 0), high=x.high + (air if x.high == 0 else 0))
-    parts = [x_axis(x, head, bottom, lambda value: format_change(value) if value else "0", 4)]
+    parts = [x_axis(x, head, bottom, lambda value: f"{value:+.3g}" if value else "0", 4)]
     for position, (label, dots, colour) in enumerate(rows):
         y = head + position * row_height + 32.0
         parts.append(text(14, y - 15, shorten(label, 40), class_=f"label halo {colour}"))
@@ -260,12 +260,8 @@ def merge_steps(steps: Sequence[Step], description: str, colour: str, *, height:
     y = Scale(low, high, bottom, TOP)
     rounds = [step.round for step in steps] or [1]
     x = Scale(min(rounds), max(max(rounds), min(rounds) + 1), left + 12, WIDTH - 14.0)
-    parts = [
-        y_axis(y, left, WIDTH - 4, lambda value: compact(10**value) if logarithmic else compact(value), 4)
-        if not logarithmic
-        else _decades(y, left),
-        round_axis(x, bottom, min(rounds), max(rounds)),
-    ]
+    axis = _decades(y, left) if logarithmic else y_axis(y, left, WIDTH - 4, compact, 4)
+    parts = [axis, round_axis(x, bottom, min(rounds), max(rounds))]
     if len(steps) > 1:
         path = "M" + "L".join(f"{x(step.round):.1f} {y(transform(step.after)):.1f}" for step in steps)
         parts.append(tag("path", d=path, class_=f"line thin {colour}"))

@@ -105,18 +105,21 @@ def graph_figures(run: RunRecord, *, truth: bool = True) -> Iterable[Figure]:
     )
     linked = graph_charts.node_link(graph, f"The graph of {run.method} drawn on a circle")
     if linked is not None:
-        drawn, edges = len(graph_charts.drawn_edges(graph)), _num_edges(graph)
         yield Figure(
             heading=f"{run.method}, drawn",
             drawing=Markup(linked),
-            caption=(
-                (f"The {drawn} heaviest of {edges} edges" if drawn < edges else f"{edges} edges")
-                + "; a thicker line is a heavier edge, grey ones join different labels."
-            ),
+            caption=_edges_in_words(len(graph_charts.drawn_edges(graph)), _num_edges(graph)),
             square=True,
         )
     if truth:
         yield from truth_figures(run)
+
+
+def _edges_in_words(drawn: int, edges: int) -> str:
+    if not edges:
+        return "No edges: nobody was related closely enough, so every client kept its own adapter in that round."
+    counted = f"The {drawn} heaviest of {edges} edges" if drawn < edges else f"{edges} edge{'s' if edges > 1 else ''}"
+    return f"{counted}; a thicker line is a heavier edge, grey ones join different labels."
 
 
 def truth_figures(run: RunRecord) -> Iterable[Figure]:

@@ -8,13 +8,13 @@ NOTHING = "-"
 """Stands where nothing was measured."""
 
 
-def printable(text: str) -> str:
-    """`text` on one line, with control characters written out.
+def printable(text: str, keep: str = "") -> str:
+    """`text` with control characters written out, except those in `keep`.
 
     >>> printable("red\\x1b[31m\\n")
     'red\\\\x1b[31m\\\\n'
     """
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+    return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
 def format_loss(value: float | None) -> str:

@@ -106,7 +106,9 @@ def node_link(graph: Ordered, description: str) -> str | None:
     if size > MAXIMUM_NODES:
         return None
     radial = len(_runs(graph.groups)) > UPRIGHT_LABELS
-    centre, radius = SIZE / 2, SIZE / 2 - (92.0 if radial else 52.0)
+    longest = max(map(len, graph.groups), default=0)
+    margin = 92.0 if radial else min(92.0, max(52.0, 24.0 + 7.2 * longest))
+    centre, radius = SIZE / 2, SIZE / 2 - margin
     angles = [2 * math.pi * (index + 0.5) / max(1, size) - math.pi / 2 for index in range(size)]
     places = [(centre + radius * math.cos(angle), centre + radius * math.sin(angle)) for angle in angles]
     edges = drawn_edges(graph)

@@ -17,7 +17,15 @@ import jinja2
 from markupsafe import Markup, escape
 
 from fedmira.report.figures import colours_of
-from fedmira.report.formats import NOTHING, format_bytes, format_change, format_loss, format_seconds, format_share
+from fedmira.report.formats import (
+    NOTHING,
+    format_bytes,
+    format_change,
+    format_loss,
+    format_seconds,
+    format_share,
+    printable,
+)
 from fedmira.report.reading import RunRecord, StudyRecord, read
 from fedmira.report.run_sections import run_sections
 from fedmira.report.study_sections import study_sections
@@ -91,9 +99,7 @@ def _resource(name: str) -> str:
 def _visible(value: Any) -> Any:
     """Write out control characters of any text that is not markup yet; line ends stay."""
     if isinstance(value, str) and not isinstance(value, Markup):
-        return "".join(
-            c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode("ascii") for c in value
-        )
+        return printable(value, keep="\n\t")
     return value
 
 

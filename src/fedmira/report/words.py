@@ -96,8 +96,8 @@ def is_clear(differences: Sequence[float]) -> bool:
 def _against_local(row: Row) -> str:
     assert row.share_harmed is not None
     harmed = row.share_harmed.mean
-    share = "No client is" if harmed == 0 else f"{format_share(harmed)} of its clients are"
-    sentence = f"{share} harmed (more than 1 % worse than training alone)"
+    share = "no client is" if harmed == 0 else f"{format_share(harmed)} of the clients are"
+    sentence = f"Under {row.method} {share} harmed (more than 1 % worse than training alone)"
     if row.difference is not None:
         change = row.difference.mean
         if abs(change) < TIE:
