@@ -193,8 +193,17 @@ class RunStore:
         self._write_json(MANIFEST, {"schema": SCHEMA, "config_hash": config_hash(self.config), **facts})
 
     def manifest(self) -> dict[str, Any]:
-        """Return the content of manifest.json; {} if none was written yet."""
-        return self._read_json(MANIFEST)
+        """Return the content of manifest.json; {} if none was written yet.
+
+        Raises:
+            IntegrityError: it is damaged, or lost: it is written before the first checkpoint.
+        """
+        manifest = self._read_json(MANIFEST)
+        if not manifest and has_checkpoints(self.path):
+            raise IntegrityError(
+                f"{self.path / MANIFEST} was lost; put it back, or remove the run directory and start again"
+            )
+        return manifest
 
     def write_graph(self, graph: Mapping[str, Any]) -> None:
         """Replace graph.json."""
