@@ -65,6 +65,8 @@ def model_card(record: dict[str, Any], manifest: list[dict[str, Any]], vocab_siz
         if compared
         else ""
     )
+    earlier = progress["minutes"] - options["minutes"]
+    resumed = f" (the last {options['minutes']:g} in a call with --resume)" if earlier > 1 else ""
     return f"""---
 license: apache-2.0
 language: en
@@ -91,13 +93,14 @@ are not part of the package.
 
 ## Training
 
-    python tools/train_base_model.py --corpus corpus.jsonl.gz --out build/base --minutes {options["minutes"]:g}
+    python tools/train_base_model.py --corpus corpus.jsonl.gz --out build/base
 
 On one CPU core: {progress["step"]:,} steps and {progress["tokens"]:,} tokens (prompt and answer alike) in
-{progress["minutes"]:.0f} minutes, {options["batch_tokens"]:,} tokens a step in windows of {options["window"]}, later
-{options["long_window"]}; seed {record["seed"]}. Muon for the matrices (learning rate {options["muon_lr"]:g}), AdamW for
-embedding and norms ({options["lr"]:g}); warm-up, constant, decay over the last {1 - options["decay_start"]:.0%} of the
-time. Held-out values along the way are those of a running average of the weights on a sixth of the held-out texts.
+{progress["minutes"]:.0f} minutes{resumed}, {options["batch_tokens"]:,} tokens a step in windows of
+{options["window"]}, later {options["long_window"]}; seed {record["seed"]}. Muon for the matrices (learning rate
+{options["muon_lr"]:g}), AdamW for embedding and norms ({options["lr"]:g}); warm-up, constant, decay over the last
+{(1 - options["decay_start"]) * options["minutes"]:.0f} minutes. Held-out values along the way are those of a running
+average of the weights on a sixth of the held-out texts.
 
 {curve_table(record["curve"])}
 
