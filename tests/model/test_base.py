@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM, GraniteConfig, PreTrainedTokenize
 from fedmira.config import ModelConfig
 from fedmira.data.packing import pack
 from fedmira.errors import DataError, SetupError
-from fedmira.model.base import freeze, load_base, resolve_device
+from fedmira.model.base import freeze, load_base
+from fedmira.model.source import resolve_device
 
 
 @pytest.fixture

@@ -129,17 +129,19 @@ def _make_hook(
 ) -> Callable[[torch.nn.Module, tuple[Any, ...], torch.Tensor], torch.Tensor]:
     def hook(_module: torch.nn.Module, inputs: tuple[Any, ...], result: torch.Tensor) -> torch.Tensor:
         x_NI = inputs[0].reshape(-1, inputs[0].shape[-1])
-        result_NO = result.reshape(-1, result.shape[-1])
         rows_per_unit, remainder = divmod(x_NI.shape[0], total_units)
         if remainder:
             raise RuntimeError(f"{x_NI.shape[0]} rows reached {site.layer}, but the batch has {total_units} units")
         rows = tuple(Segment(s.client, s.start * rows_per_unit, s.stop * rows_per_unit) for s in segments)
         masks = None if dropout is None else _masks(dropout, site, rows, x_NI)
+        # nobody else holds what a layer just returned: adding in place spares a matrix of the layer's size. Views
+        # (Conv1D returns one) are copied, because autograd would copy them anyway
+        result = result.clone() if result._is_view() else result
         if anchor is None:
-            output_NO, _ = _forward(site, rows, x_NI, result_NO, masks)
-        else:
-            output_NO = _LowRank.apply(anchor, x_NI, result_NO, site, rows, masks)  # type: ignore[no-untyped-call]
-        return output_NO.reshape(result.shape)
+            _add_low_rank_(site, rows, x_NI, result, masks)
+            return result
+        adapted: torch.Tensor = _LowRank.apply(anchor, x_NI, result, site, rows, masks)  # type: ignore[no-untyped-call]
+        return adapted
 
     return hook
 
@@ -158,16 +160,16 @@ def _masks(
     )
 
 
-def _forward(
+def _add_low_rank_(
     site: _Site,
     segments: tuple[Segment, ...],
     x_NI: torch.Tensor,
-    result_NO: torch.Tensor,
+    result: torch.Tensor,
     masks: tuple[torch.Tensor, ...] | None,
-) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """The adapted output (N, O) and the low-rank activations (n, R) of each segment."""
+) -> list[torch.Tensor]:
+    """Add the low-rank branch to `result` (..., O) in place; the low-rank activations (n, R) of each segment."""
+    result_NO = result.view(-1, result.shape[-1])
     dtype = site.a_CRI.dtype
-    output_NO = torch.empty_like(result_NO)
     low_rank = []
     for index, (client, start, stop) in enumerate(segments):
         x_nI = x_NI[start:stop].to(dtype)
@@ -175,12 +177,12 @@ def _forward(
             x_nI = x_nI * masks[index]
         h_nR = F.linear(x_nI, site.a_CRI[client])
         delta_nO = F.linear(h_nR, site.b_COR[client]).mul_(site.scaling)
-        if dtype == result_NO.dtype:
-            torch.add(result_NO[start:stop], delta_nO, out=output_NO[start:stop])
+        if dtype == result.dtype:
+            result_NO[start:stop].add_(delta_nO)
         else:
-            output_NO[start:stop] = result_NO[start:stop] + delta_nO
+            result_NO[start:stop] = result_NO[start:stop] + delta_nO
         low_rank.append(h_nR)
-    return output_NO, low_rank
+    return low_rank
 
 
 class _LowRank(torch.autograd.Function):
@@ -195,36 +197,41 @@ class _LowRank(torch.autograd.Function):
         ctx: Any,
         _anchor: torch.Tensor,
         x_NI: torch.Tensor,
-        result_NO: torch.Tensor,
+        result: torch.Tensor,
         site: _Site,
         segments: tuple[Segment, ...],
         masks: tuple[torch.Tensor, ...] | None,
     ) -> torch.Tensor:
-        output_NO, low_rank = _forward(site, segments, x_NI, result_NO, masks)
+        low_rank = _add_low_rank_(site, segments, x_NI, result, masks)
+        ctx.mark_dirty(result)
         ctx.save_for_backward(x_NI, *low_rank)
         ctx.site, ctx.segments, ctx.masks = site, segments, masks
-        return output_NO
+        return result
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
-        (grad_NO,) = gradients
+        (grad,) = gradients
+        grad_NO = grad.reshape(-1, grad.shape[-1])
         x_NI, *low_rank = ctx.saved_tensors
         site: _Site = ctx.site
         dtype = site.a_CRI.dtype
-        wants_x = ctx.needs_input_grad[1]
-        grad_x_NI = torch.empty_like(x_NI) if wants_x else None
+        grad_x_NI = torch.empty_like(x_NI) if ctx.needs_input_grad[1] else None
         for index, (client, start, stop) in enumerate(ctx.segments):
-            grad_delta_nO = grad_NO[start:stop].to(dtype) * site.scaling
+            grad_nO = grad_NO[start:stop].to(dtype)
             if site.grad_b_COR is not None:
-                site.grad_b_COR[client].addmm_(grad_delta_nO.T, low_rank[index])
+                site.grad_b_COR[client].addmm_(grad_nO.T, low_rank[index], alpha=site.scaling)
             if site.grad_a_CRI is None and grad_x_NI is None:
                 continue
-            grad_h_nR = grad_delta_nO @ site.b_COR[client]
+            grad_h_nR = (grad_nO @ site.b_COR[client]).mul_(site.scaling)
             mask_nI = None if ctx.masks is None else ctx.masks[index]
             if site.grad_a_CRI is not None:
                 x_nI = x_NI[start:stop].to(dtype)
                 site.grad_a_CRI[client].addmm_(grad_h_nR.T, x_nI if mask_nI is None else x_nI * mask_nI)
-            if grad_x_NI is not None:
+            if grad_x_NI is None:
+                continue
+            if mask_nI is None and dtype == grad_x_NI.dtype:
+                torch.mm(grad_h_nR, site.a_CRI[client], out=grad_x_NI[start:stop])
+            else:
                 grad_x_nI = grad_h_nR @ site.a_CRI[client]
                 grad_x_NI[start:stop] = grad_x_nI if mask_nI is None else grad_x_nI.mul_(mask_nI)
-        return None, grad_x_NI, grad_NO if ctx.needs_input_grad[2] else None, None, None, None
+        return None, grad_x_NI, grad if ctx.needs_input_grad[2] else None, None, None, None

@@ -1,0 +1,135 @@
+"""Where a base model comes from: folders, Hugging Face ids, devices and dtypes, and what is refused before loading.
+
+Knows nothing about what a loaded model computes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from fedmira.config import ModelConfig
+from fedmira.errors import SetupError
+
+EMBEDDED = "embedded"
+
+
+def resolve_device(name: str) -> torch.device:
+    """Turn `auto`, `cpu`, `cuda`, `cuda:1` or `mps` into a device that is there.
+
+    Raises:
+        SetupError: the name is unknown or this machine has no such device.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise SetupError(
+            f"model.device = {name} cannot be used here ({reason}); allowed: auto, cpu, cuda, cuda:N, mps. "
+            "Use auto to take a GPU where there is one"
+        ) from error
+    return device
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """Turn a config's dtype into torch's; `auto` is bfloat16 on a GPU that supports it and float32 elsewhere."""
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
+
+
+def locate(config: ModelConfig) -> tuple[str, str | None]:
+    """The folder or Hugging Face id to load from, and the revision of the latter."""
+    if config.path == EMBEDDED:
+        folder = Path(__file__).resolve().parent.parent / "assets" / "base"
+        if not (folder / "config.json").is_file():
+            raise SetupError(
+                "the embedded base model is missing from this installation of fedmira; reinstall the package, "
+                "or set model.path to a folder or Hugging Face id of a causal language model"
+            )
+        return str(folder), None
+    folder = Path(config.path).expanduser()
+    if folder.is_dir():
+        return str(folder), None
+    looks_local = config.path.startswith((".", "/", "~")) or config.path.count("/") > 1 or "\\" in config.path
+    if looks_local or folder.exists():
+        raise SetupError(
+            f"model.path = {config.path} is not a folder; give `embedded`, a folder with config.json, "
+            "*.safetensors and a tokenizer, or a Hugging Face id such as openai-community/gpt2"
+        )
+    return config.path, config.revision
+
+
+def refuse_unusable(source: str, revision: str | None, name: str) -> None:
+    """Refuse what must not or cannot be loaded, before any weight is read."""
+    from transformers import PreTrainedConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    folder = Path(source)
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise SetupError(f"model.path = {name} has no config.json; give a folder saved by save_pretrained")
+        if not any(folder.glob("*.safetensors")):
+            found = "only .bin weights, which can run code when read" if any(folder.glob("*.bin")) else "no weights"
+            raise SetupError(
+                f"model.path = {name} has {found}; fedmira reads *.safetensors: "
+                "load the model with transformers and save it again with save_pretrained"
+            )
+    with translated_errors(name):
+        raw, _ = PreTrainedConfig.get_config_dict(source, revision=revision)
+    if "auto_map" in raw:
+        raise SetupError(
+            f"the config of {name} asks for code of its own (auto_map), which fedmira never runs; if transformers "
+            f"knows the architecture ({raw.get('model_type')}), remove auto_map from config.json in a local copy"
+        )
+    if any(key.startswith("_attn_implementation") for key in raw):
+        raise SetupError(
+            f"the config of {name} selects an attention implementation of its own, which fedmira never loads; "
+            "remove the key that starts with _attn_implementation from config.json in a local copy"
+        )
+    model_type = raw.get("model_type")
+    if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise SetupError(
+            f"the architecture of {name} (model_type {model_type!r}) is no causal language model that this version of "
+            "transformers knows; use a GPT-2, Llama, Qwen, Mistral or Gemma model, or a newer transformers"
+        )
+
+
+@contextlib.contextmanager
+def translated_errors(name: str) -> Iterator[None]:
+    """Turn what transformers, huggingface_hub and safetensors raise into one message that says what to do."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except SafetensorError as error:
+        raise SetupError(f"the weights of {name} are damaged ({error}); download or save them again") from error
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        reason = lines[0] if lines else type(error).__name__
+        raise SetupError(
+            f"the base model {name} cannot be loaded ({reason}). A Hugging Face id needs a network connection or a "
+            "filled cache (HF_HOME; HF_HUB_OFFLINE=1 forbids the network) and, if it is gated, HF_TOKEN; "
+            "a local folder needs config.json, *.safetensors and a tokenizer"
+        ) from error
+
+
+@contextlib.contextmanager
+def no_progress_bars() -> Iterator[None]:
+    """Keep transformers' own progress bars off the terminal while loading."""
+    from transformers.utils import logging
+
+    were_on = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if were_on:
+            logging.enable_progress_bar()
