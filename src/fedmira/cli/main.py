@@ -61,6 +61,8 @@ def _fail(session: Session, message: str, exit_code: int) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code. `arguments`: without the program's name; None for sys.argv."""
+    # threads that spin while they wait make torch many times slower where cores are shared; read when torch is imported
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     session = Session()
     try:
         outcome = cli.main(
