@@ -95,3 +95,20 @@ def test_exit_codes_are_those_of_the_errors() -> None:
     }.items():
         assert getattr(errors, name).exit_code == code
         assert re.search(rf"\b{code} \w+", README)
+
+
+def test_the_python_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my.yaml").write_text(
+        "data: {source: planted, families: 2, clients_per_family: 1, examples: 12}\n"
+        "model: {adapter: {rank: 2, targets: [q_proj]}}\n"
+        "training: {local_steps: 1}\n"
+        "federation: {rounds: 1}\n"
+        "evaluation: {generation: {enabled: false}}\n",
+        encoding="utf-8",
+    )
+    [block] = [b for b in re.findall(r"^```python\n(.*?)^```", README, re.M | re.S) if "import fedmira" in b]
+    exec(block, {})
+    assert sorted(path.name for path in Path("adapters").iterdir()) == ["family-0-client-0", "family-1-client-0"]
+    [page] = Path("runs").glob("run-fedit-seed1-*/report/index.html")
+    assert page.stat().st_size > 1000

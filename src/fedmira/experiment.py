@@ -274,7 +274,7 @@ class _Run:
         name = {2: "SIGINT", 15: "SIGTERM"}.get(self.stop.signal_number, "a signal")
         raise Interrupted(
             f"stopped by {name} in round {round_}; everything is saved in {self.store.path}. "
-            "The same command with --resume continues",
+            "Start it again to continue; `fedmira run` needs --resume for that",
             self.stop.signal_number,
         )
 
