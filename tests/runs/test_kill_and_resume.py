@@ -43,6 +43,8 @@ CONFIG: dict[str, Any] = {
     "training": {"local_steps": 30, "batch_size": 2, "schedule": "cosine"},
     "federation": {"rounds": 12, "participation": 0.75},
     "method": {"name": "mira", "graph": {"kind": "gram", "memory": 0.5, "neighbours": 2}},
+    # events between two checkpoints are written again after a kill
+    "output": {"checkpoint_every": 2},
     "evaluation": {"generation": {"max_new_tokens": 3, "examples_per_client": 1}},
 }
 
@@ -244,7 +246,7 @@ def files(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_a_damaged_newest_checkpoint_costs_a_round_and_nothing_else(
+def test_a_damaged_newest_checkpoint_costs_time_and_nothing_else(
     work: Work, uninterrupted: Finished, tmp_path: Path
 ) -> None:
     path = copy_of(uninterrupted, tmp_path)
