@@ -110,9 +110,9 @@ class PlantedConfig(_Source):
     """Groups of related clients; families conflict."""
     clients_per_family: PositiveInt = 4
     """Clients of each family."""
-    words: Annotated[int, Field(ge=4)] = 24
+    words: Annotated[int, Field(ge=4)] = 16
     """Size of the vocabulary that the codebooks map."""
-    codes: Annotated[int, Field(ge=2)] = 12
+    codes: Annotated[int, Field(ge=2)] = 8
     """Number of different codes."""
     shared: Annotated[float, Field(ge=0, le=1)] = 0.9
     """Share of codebook entries that a client has in common with its family; the others are its own."""

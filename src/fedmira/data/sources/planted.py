@@ -2,7 +2,7 @@
 
 Every client encodes made-up words with a codebook of its own. Members of a family share a given part of their entries,
 families are drawn independently and so contradict each other on the very same prompts: one global model cannot be
-right. A client's training examples show only half of the words, at other members of the family other halves, while
+right. A client's training examples show only three quarters of the words, another draw at every client, while
 validation and test ask for all of them: local data is not enough. No prompt is ever in two splits, at any client.
 
 Knows nothing about models, tokens or how examples become clients.
@@ -23,9 +23,8 @@ from fedmira.errors import ConfigError
 from fedmira.randomness import generator, stream_seed
 from fedmira.types import Example
 
-SEEN_SHARE = 0.5
+SEEN_SHARE = 0.75
 """Share of the words that one client's training examples show."""
-GOLDEN_RATIO = (5**0.5 - 1) / 2
 CONSONANTS = "bdfgklmnprstvz"
 VOWELS = "aeiou"
 NUM_SYLLABLES = len(CONSONANTS) * len(VOWELS)
@@ -51,8 +50,8 @@ def load(config: PlantedConfig, seed: int) -> Source:
     examples: list[Example] = []
     splits: dict[str, str] = {}
     for name, book in books.items():
-        family, member = _family(name), int(name.rsplit("-", 1)[1])
-        seen = seen_words(words, seed, family, member)
+        family = _family(name)
+        seen = seen_words(words, seed, name)
         for split, size in sizes.items():
             rng = generator(seed, "planted", "examples", name, split)
             prompts = _prompts(config, seed, split, seen if split == "train" else words, size, rng, name)
@@ -121,15 +120,13 @@ def made_up_codes(seed: int, count: int) -> tuple[str, ...]:
     return _syllables(seed, "codes", count, shortest=1)
 
 
-def seen_words(words: Sequence[str], seed: int, family: str, member: int) -> tuple[str, ...]:
-    """Return the words that the training examples of one member of a family show.
+def seen_words(words: Sequence[str], seed: int, name: str) -> tuple[str, ...]:
+    """Return the words that the training examples of client `name` show.
 
-    A window on the family's own order of the words. Successive members start a golden ratio of the circle further on,
-    which covers all words with few members, and never depends on how many there are.
+    Drawn independently of the family, so that which words two clients know says nothing about whose code they share.
     """
-    order = generator(seed, "planted", "windows", family).permutation(len(words))
-    start = int(len(words) * (member * GOLDEN_RATIO % 1.0))
-    return tuple(words[order[(start + offset) % len(words)]] for offset in range(_num_seen(len(words))))
+    order = generator(seed, "planted", "seen", name).permutation(len(words))
+    return tuple(words[index] for index in sorted(order[: _num_seen(len(words))]))
 
 
 def _num_seen(num_words: int) -> int:
@@ -146,7 +143,7 @@ def _check(config: PlantedConfig) -> None:
     if not 2 <= config.words_per_example <= largest:
         raise ConfigError(
             f"data.words_per_example = {config.words_per_example} is not possible with data.words = {config.words}; "
-            f"allowed: 2 to {largest}, half of the words (with 1, a prompt kept from training would be a word kept "
+            f"allowed: 2 to {largest}, three quarters of the words (with 1, a prompt kept from training would be a word kept "
             "from everyone). Change one of the two."
         )
 
