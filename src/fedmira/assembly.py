@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import json
 import platform
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +19,7 @@ from fedmira import __version__
 from fedmira.config import GraphConfig, ModelConfig, RunConfig
 from fedmira.data.partition import build_federation
 from fedmira.data.tokenization import TokenizationReport, TokenizedClient, tokenize_federation
-from fedmira.errors import DataError
+from fedmira.errors import DataError, IntegrityError
 from fedmira.evaluation.costs import adapter_bytes, model_bytes, optimizer_bytes
 from fedmira.exchange.in_process import InProcess
 from fedmira.federation.graph import from_matrix
@@ -159,6 +160,26 @@ def read_graph(config: GraphConfig, names: tuple[str, ...]) -> np.ndarray | None
             f"method.graph.path: {path} is no graph: {error}. Allowed: JSON with `adjacency` (a square list of "
             "lists) and optionally `names`, a .npy matrix, or a .csv matrix in client order"
         ) from error
+
+
+def refuse_other_base(run: Path, recorded: Mapping[str, Any], base: BaseModel) -> None:
+    """Refuse adapters that were trained over other weights than those of `base`: they would be silently wrong.
+
+    Args:
+        run: the run directory, for the message.
+        recorded: what the manifest of the run says about its model.
+        base: what the config of the run loads now.
+
+    Raises:
+        IntegrityError: the weights differ.
+    """
+    now = base.facts()
+    changed = [key for key in ("commit", "weights_sha256") if recorded.get(key) != now[key]]
+    if changed:
+        raise IntegrityError(
+            f"the base model {base.name} is not the one that {run} was trained over ({' and '.join(changed)} differ); "
+            "adapters fit only the weights they were trained over. Restore those, or remove the run to start it again"
+        )
 
 
 def versions() -> dict[str, str]:

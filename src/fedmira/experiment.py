@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import torch
 
-from fedmira.assembly import Assembly, assemble
+from fedmira.assembly import Assembly, assemble, refuse_other_base
 from fedmira.config import RunConfig
 from fedmira.config_file import config_hash
 from fedmira.errors import FedmiraError, IntegrityError, Interrupted, UsageError
@@ -91,6 +91,7 @@ class _Run:
         self.parts: Assembly = assemble(self.config, cohort_size=manifest.get("cohort_size"))
         if self.checkpoint:
             _refuse_other_data(manifest, self.parts)
+            refuse_other_base(store.path, manifest["model"], self.parts.base)
         else:
             store.write_manifest({**self.parts.manifest(), "created": datetime.now(UTC).isoformat(timespec="seconds")})
 

@@ -192,6 +192,28 @@ def test_a_client_name_with_path_tricks_is_refused(fedmira, place: Path, run_pat
     assert not list(place.parent.rglob("escaped"))
 
 
+@pytest.mark.parametrize("command", ["run", "export"])
+def test_another_base_model_than_the_run_was_trained_over_is_refused(
+    fedmira, place: Path, run_path: Path, command: str
+) -> None:
+    """The embedded base of another version of fedmira, or a folder that was trained further."""
+    manifest_path = run_path / "manifest.json"
+    honest = manifest_path.read_text(encoding="utf-8")
+    manifest = json.loads(honest)
+    manifest["model"]["weights_sha256"] = {"model.safetensors": "0" * 64}
+    manifest_path.write_text(json.dumps(manifest), encoding="utf-8")
+    try:
+        if command == "run":
+            outcome = fedmira("run", "c.yaml", "--resume")
+        else:
+            outcome = fedmira("export", run_path, "--client", CLIENT, "--out", "other-base")
+    finally:
+        manifest_path.write_text(honest, encoding="utf-8")
+    assert outcome.code == 5
+    assert "weights_sha256 differ" in outcome.err
+    assert not Path("other-base").exists()
+
+
 def test_compare_ends_with_a_table_and_a_report_and_goes_on_where_it_stopped(fedmira, place: Path) -> None:
     outcome = fedmira("compare", "c.yaml", "--methods", "local_only, mira", "--out", "study")
     assert outcome.code == 0, outcome.err

@@ -46,9 +46,10 @@ def load_trained(run: Path) -> Trained:
 
     Raises:
         UsageError: `run` is no run directory, or no round of it is finished.
-        IntegrityError: its files are damaged.
+        IntegrityError: its files are damaged, or the base model is not the one it was trained over.
         SetupError: the base model cannot be loaded.
     """
+    from fedmira.assembly import refuse_other_base
     from fedmira.config_file import config_hash
     from fedmira.model.arena import lora_layout
     from fedmira.model.base import load_base
@@ -59,8 +60,10 @@ def load_trained(run: Path) -> Trained:
     checkpoint = load_latest(run, config_hash=config_hash(store.config))
     if checkpoint is None or checkpoint.facts["completed_rounds"] == 0:
         raise UsageError(f"{run} has no finished round yet; continue it with `fedmira run CONFIG --resume`")
-    names = tuple(client["name"] for client in store.manifest()["clients"])
+    manifest = store.manifest()
+    names = tuple(client["name"] for client in manifest["clients"])
     base = load_base(store.config.model)
+    refuse_other_base(run, manifest["model"], base)
     layout = lora_layout(base, store.config.model.adapter)
     values_KP = checkpoint.tensors.get("personalised", checkpoint.tensors["state.adapters"])
     adapters = Arena(layout, values_KP.to(base.device))
