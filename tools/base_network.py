@@ -86,7 +86,7 @@ def next_token_loss(parameters: dict[str, torch.Tensor], config: LlamaConfig, to
         normed = _rms_norm(hidden, parameters[prefix + "input_layernorm.weight"], config.rms_norm_eps)
         fused = torch.cat([half[f"{prefix}self_attn.{n}_proj.weight"] for n in ("q", "k", "v")])
         heads_BHTE = F.linear(normed, fused).view(batch, length, heads + 2 * groups, head).transpose(1, 2)
-        query, key, value = heads_BHTE.split([heads, groups, groups], dim=1)
+        query, key, value = torch.split(heads_BHTE, [heads, groups, groups], dim=1)
         query = (query * cosines + _rotate_half(query) * sines) * head**-0.5
         key = key * cosines + _rotate_half(key) * sines
         attended = _causal_attention(query, key, value).transpose(1, 2).reshape(batch, length, heads * head)

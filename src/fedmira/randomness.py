@@ -24,7 +24,9 @@ def stream_seed(seed: int, *purpose: str | int) -> int:
     >>> stream_seed(0, "a", "b") == stream_seed(0, "ab")
     False
     """
-    digest = hashlib.blake2b(repr((seed, *purpose)).encode(), digest_size=8).digest()
+    # a numpy integer has another repr than the same int, which would silently name another stream
+    words = tuple(part if isinstance(part, str) else int(part) for part in purpose)
+    digest = hashlib.blake2b(repr((int(seed), *words)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
 
 

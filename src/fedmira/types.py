@@ -134,7 +134,7 @@ class Arena:
     def view(self, spec: TensorSpec) -> torch.Tensor:
         """The tensor `spec` of all clients, `(K, *spec.shape)`, sharing memory with the arena."""
         rows = self.values_KP[:, spec.offset : spec.offset + spec.size]
-        return rows.unflatten(1, spec.shape)
+        return rows.view(self.num_clients, *spec.shape)
 
     def replace(self, values_KP: torch.Tensor) -> Arena:
         """The same layout over other values."""
