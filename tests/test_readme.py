@@ -37,6 +37,19 @@ def test_the_first_screen_has_the_two_commands() -> None:
         assert re.search(rf"^{target}:", makefile, re.MULTILINE)
 
 
+def test_the_table_of_the_first_screen_is_the_one_that_quickstart_prints() -> None:
+    """Its columns and methods; the numbers are those of the run that the README was written from."""
+    from fedmira.cli.recipes import recipe_path
+    from fedmira.config_file import load_config
+    from fedmira.report.table import COLUMNS
+
+    block = README.split("<!-- quickstart-output -->\n```\n")[1].split("```")[0]
+    header, rule, *rows = block.splitlines()
+    assert re.split(r"\s{2,}", header) == [heading for heading, _ in COLUMNS]
+    assert set(rule) == {"-", " "}
+    assert [row.split()[0] for row in rows] == list(load_config(recipe_path("quickstart")).compare.methods)
+
+
 def test_the_commands_table_is_the_command_line() -> None:
     table = {m["name"]: m["usage"] for m in re.finditer(r"^\| `fedmira (?P<name>\w+)(?P<usage>[^`]*)`", README, re.M)}
     assert list(table) == [
