@@ -6,11 +6,15 @@ Knows nothing about rounds: `experiment` turns what is assembled here into a run
 from __future__ import annotations
 
 import functools
+import glob
+import hashlib
 import json
 import platform
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -18,6 +22,7 @@ import torch
 from fedmira import __version__
 from fedmira.config import GraphConfig, ModelConfig, RunConfig
 from fedmira.data.partition import build_federation
+from fedmira.data.sources.files import home_expanded
 from fedmira.data.tokenization import TokenizationReport, TokenizedClient, tokenize_federation
 from fedmira.errors import DataError, IntegrityError
 from fedmira.evaluation.costs import adapter_bytes, model_bytes, optimizer_bytes
@@ -44,6 +49,8 @@ class Assembly(NamedTuple):
     method: Method
     cohort_size: int
     exchange: InProcess
+    given_graph: np.ndarray | None = None
+    """With `method.graph.kind: given`, the matrix (K, K) of the file in client order."""
 
     def initial_adapters(self) -> Arena:
         """The arena every run of this config starts from."""
@@ -78,7 +85,18 @@ class Assembly(NamedTuple):
                 "optimizer_bytes": optimizer_bytes(self.layout, training.optimizer, dtype, momentum=training.momentum),
             },
             "cohort_size": self.cohort_size,
+            "graph": self._graph_facts(),
         }
+
+    def _graph_facts(self) -> dict[str, Any]:
+        """Which graph the method asks for, and the hash of a given one, so that a changed file is noticed."""
+        section = getattr(self.config.method, "graph", None)
+        if section is None:
+            return {}
+        facts = {"kind": section.kind}
+        if self.given_graph is not None:
+            facts["sha256"] = hashlib.sha256(np.ascontiguousarray(self.given_graph).tobytes()).hexdigest()
+        return facts
 
 
 def assemble(config: RunConfig, *, cohort_size: int | None = None) -> Assembly:
@@ -122,7 +140,9 @@ def assemble(config: RunConfig, *, cohort_size: int | None = None) -> Assembly:
         seed=config.seed,
         cohort_size=cohort_size,
     )
-    return Assembly(config, federation, tokenized, tokenization, base, layout, clients, method, cohort_size, exchange)
+    return Assembly(
+        config, federation, tokenized, tokenization, base, layout, clients, method, cohort_size, exchange, given
+    )
 
 
 def _counts(report: TokenizationReport) -> dict[str, Any]:
@@ -145,21 +165,49 @@ def read_graph(config: GraphConfig, names: tuple[str, ...]) -> np.ndarray | None
     """
     if config.path is None:
         return None
-    path = Path(config.path)
+    path = home_expanded(config.path)
     try:
-        if path.suffix == ".npy":
-            return from_matrix(np.load(path, allow_pickle=False), None, names)
-        if path.suffix == ".csv":
-            return from_matrix(np.loadtxt(path, delimiter=",", ndmin=2), None, names)
-        content = json.loads(path.read_text(encoding="utf-8"))
-        return from_matrix(np.asarray(content["adjacency"], dtype=np.float64), content.get("names"), names)
+        matrix, labels = _GRAPH_READERS.get(path.suffix, _json_graph)(path)
+        return from_matrix(matrix, labels, names)
     except OSError as error:
         raise DataError(f"method.graph.path: cannot read {path}: {error.strerror or error}") from error
-    except (ValueError, KeyError, TypeError) as error:
+    # damaged files: zipfile, EOF and overflow errors come from inside numpy
+    except (ValueError, KeyError, TypeError, EOFError, OverflowError, RecursionError, BadZipFile) as error:
         raise DataError(
             f"method.graph.path: {path} is no graph: {error}. Allowed: JSON with `adjacency` (a square list of "
             "lists) and optionally `names`, a .npy matrix, or a .csv matrix in client order"
         ) from error
+
+
+def _npy_graph(path: Path) -> tuple[np.ndarray, None]:
+    with path.open("rb") as file:
+        matrix = np.load(file, allow_pickle=False)
+    if not isinstance(matrix, np.ndarray) or matrix.dtype.kind not in "biuf":
+        raise ValueError(f"it holds {getattr(matrix, 'dtype', 'an archive')}, not one matrix of real numbers")
+    return matrix, None
+
+
+def _csv_graph(path: Path) -> tuple[np.ndarray, None]:
+    text = path.read_text(encoding="utf-8-sig")
+    if not text.strip():
+        raise ValueError("it is empty")
+    return np.loadtxt(text.splitlines(), delimiter=",", ndmin=2), None
+
+
+def _json_graph(path: Path) -> tuple[np.ndarray, list[str] | None]:
+    content = json.loads(path.read_text(encoding="utf-8-sig"))
+    if not isinstance(content, dict) or "adjacency" not in content:
+        raise ValueError("it has no `adjacency`")
+    names = content.get("names")
+    if not (names is None or (isinstance(names, list) and all(isinstance(name, str) for name in names))):
+        raise ValueError("`names` is not a list of client names")
+    return np.asarray(content["adjacency"], dtype=np.float64), names
+
+
+_GRAPH_READERS: Mapping[str, Callable[[Path], tuple[np.ndarray, list[str] | None]]] = {
+    ".npy": _npy_graph,
+    ".csv": _csv_graph,
+}
 
 
 def refuse_other_base(run: Path, recorded: Mapping[str, Any], base: BaseModel) -> None:
@@ -198,17 +246,33 @@ def versions() -> dict[str, str]:
     }
 
 
-@functools.lru_cache(maxsize=1)
 def cached_base(config: ModelConfig) -> BaseModel:
     """The frozen base model; a comparison's runs share it."""
-    return load_base(config)
-
-
-@functools.lru_cache(maxsize=4)
-def _federation(data_json: str, seed: int) -> Federation:
-    return build_federation(RunConfig.model_validate({"data": json.loads(data_json)}).data, seed)
+    return _base(config, _stamp(config.path))
 
 
 def cached_federation(config: RunConfig) -> Federation:
     """The clients of `config`; runs that differ only in method or training share them."""
-    return _federation(config.data.model_dump_json(), config.seed)
+    return _federation(config.data.model_dump_json(), config.seed, _stamp(getattr(config.data, "path", "")))
+
+
+Stamp: TypeAlias = tuple[tuple[str, int, int], ...]
+
+
+@functools.lru_cache(maxsize=1)
+def _base(config: ModelConfig, stamp: Stamp) -> BaseModel:
+    return load_base(config)
+
+
+@functools.lru_cache(maxsize=4)
+def _federation(data_json: str, seed: int, stamp: Stamp) -> Federation:
+    return build_federation(RunConfig.model_validate({"data": json.loads(data_json)}).data, seed)
+
+
+def _stamp(path: str) -> Stamp:
+    """Another value once a file that `path` names, matches or holds was written: what was cached is stale then."""
+    found = [Path(match) for match in glob.glob(str(home_expanded(path)))] if path else []
+    files = sorted({file for place in found for file in (place.iterdir() if place.is_dir() else [place])})
+    with suppress(OSError):
+        return tuple((str(file), file.stat().st_mtime_ns, file.stat().st_size) for file in files)
+    return ()

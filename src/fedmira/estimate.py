@@ -1,6 +1,7 @@
 """What a run will need, before it is started: memory, bytes per round, seconds. Writes nothing and keeps nothing.
 
-The time is measured: one client trains a few steps on a throwaway copy, and the rest is proportion.
+Memory and time are measured: one cohort trains, the server mixes made-up results, the clients are judged once, all on
+throwaway copies; the rest is proportion.
 """
 
 from __future__ import annotations
@@ -8,14 +9,18 @@ from __future__ import annotations
 import time
 from typing import NamedTuple
 
+import torch
+
 from fedmira.assembly import Assembly, assemble
 from fedmira.config import RunConfig
 from fedmira.data.packing import local_batches
+from fedmira.evaluation.costs import PeakMemory
 from fedmira.evaluation.judge import validation_losses
 from fedmira.exchange.in_process import crossing_bytes
 from fedmira.federation import participation
+from fedmira.randomness import torch_generator
 from fedmira.training.memory import estimate_memory
-from fedmira.types import Job
+from fedmira.types import Job, Results
 
 
 class Estimate(NamedTuple):
@@ -26,6 +31,7 @@ class Estimate(NamedTuple):
     cohort_size: int
     adapter_parameters: int
     memory_bytes: int
+    """Peak of the process, or of torch on a GPU."""
     upload_bytes_per_round: int
     download_bytes_per_round: int
     rounds: int
@@ -58,20 +64,35 @@ def dry_run(config: RunConfig) -> Estimate:
     results = parts.exchange.run(trial)
     seconds_per_token = (time.perf_counter() - started) / sum(report.num_tokens for report in results.reports)
     tokens = sum(_round_tokens(parts, id_) for id_ in participants.ids)
-    started = time.perf_counter()
-    validation_losses(parts.base, state.adapters, parts.tokenized, config.evaluation)
-    evaluation_seconds = time.perf_counter() - started
+    with PeakMemory(parts.base.device) as peak:
+        started = time.perf_counter()
+        state, _ = parts.method.merge(state, participants, _made_up_results(job, config.seed))
+        merge_seconds = time.perf_counter() - started
+        started = time.perf_counter()
+        validation_losses(parts.base, parts.method.personalise(state), parts.tokenized, config.evaluation)
+        evaluation_seconds = time.perf_counter() - started
+    cohort_bytes = estimate_memory(parts.base, parts.layout, parts.tokenized, config.training, parts.cohort_size)
     rounds = config.federation.rounds
     return Estimate(
         clients=len(parts.clients.names),
         clients_per_round=len(participants.ids),
         cohort_size=parts.cohort_size,
         adapter_parameters=parts.layout.num_parameters,
-        memory_bytes=estimate_memory(parts.base, parts.layout, parts.tokenized, config.training, parts.cohort_size),
+        memory_bytes=max(cohort_bytes, results.peak_memory_bytes, peak.peak_bytes),
         upload_bytes_per_round=crossing_bytes(parts.layout, job.start_SP, job.upload),
         download_bytes_per_round=crossing_bytes(parts.layout, job.start_SP, job.download),
         rounds=rounds,
-        seconds=rounds * tokens * seconds_per_token + (rounds // config.evaluation.every + 1) * evaluation_seconds,
+        seconds=rounds * (tokens * seconds_per_token + merge_seconds)
+        + (rounds // config.evaluation.every + 1) * evaluation_seconds,
+    )
+
+
+def _made_up_results(job: Job, seed: int) -> Results:
+    """What the server would get if every participant moved a little: the price of mixing does not depend on where."""
+    noise = torch.randn(job.start_SP.shape, generator=torch_generator(seed, "estimate"))
+    moved_SP = job.start_SP + 1e-3 * noise.to(job.start_SP)
+    return Results(
+        job.ids, moved_SP, reports=(), upload_bytes=0, download_bytes=0, train_seconds=0, peak_memory_bytes=0
     )
 
 

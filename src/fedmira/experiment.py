@@ -300,13 +300,15 @@ def _under(prefix: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.
 
 
 def _refuse_other_data(manifest: Mapping[str, Any], parts: Assembly) -> None:
-    before, now = manifest["data"], json.loads(json.dumps(parts.manifest()["data"]))
-    if before != now:
-        changed = [key for key in {**before, **now} if before.get(key) != now.get(key)]
-        raise IntegrityError(
-            f"the data changed since the run was started ({', '.join(sorted(changed))} differ); "
-            "restore the files, or start a new run"
-        )
+    now = json.loads(json.dumps(parts.manifest()))
+    for what in ("data", "graph"):
+        before, after = manifest.get(what, now[what]), now[what]
+        if before != after:
+            changed = [key for key in {**before, **after} if before.get(key) != after.get(key)]
+            raise IntegrityError(
+                f"the {what} changed since the run was started ({', '.join(sorted(changed))} differ); "
+                "restore the files, or start a new run"
+            )
 
 
 def _train_loss(results: Results) -> float:

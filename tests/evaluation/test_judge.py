@@ -1,0 +1,146 @@
+"""What is recorded of a client: its own loss, its own answers against its own references, as sums and counts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from tests.reference.tiny_models import random_arena, random_examples, tiny_layout, tiny_model
+
+from fedmira.config import EvaluationConfig
+from fedmira.data.tokenization import TokenizedClient
+from fedmira.evaluation import judge
+from fedmira.evaluation.judge import final_records, validation_losses
+from fedmira.evaluation.loss import evaluate_loss
+from fedmira.model.base import BaseModel, freeze
+from fedmira.types import Arena, Client, Example
+
+COUNTS = (3, 2, 4)
+
+
+class Words:
+    """A tokenizer whose tokens are numbers."""
+
+    eos_token_id = 2
+    pad_token_id = 0
+
+    def decode(self, tokens: list[int], **_: Any) -> str:
+        return " ".join(str(token) for token in tokens)
+
+
+def base() -> BaseModel:
+    return freeze(tiny_model("llama", torch.float64), Words(), "tiny-llama")
+
+
+def client(k: int, test: tuple[Example, ...]) -> TokenizedClient:
+    """A client whose validation and test splits differ in their tokens."""
+    return TokenizedClient(
+        f"client-{k}",
+        (),
+        random_examples(2, seed=50 + k),
+        random_examples(COUNTS[k], seed=k),
+        Client(f"client-{k}", (), (), test, task=f"task-{k % 2}", category="all"),
+    )
+
+
+@pytest.fixture
+def clients() -> list[TokenizedClient]:
+    return [
+        client(k, tuple(Example("ask", f"right {k} {n}", id=f"{k}-{n}") for n in range(count)))
+        for k, count in enumerate(COUNTS)
+    ]
+
+
+def settings(**generation: Any) -> EvaluationConfig:
+    return EvaluationConfig.model_validate({"generation": {"max_new_tokens": 3, **generation}})
+
+
+def arena_for(model: BaseModel) -> Arena:
+    return random_arena(tiny_layout(model, "llama"), len(COUNTS))
+
+
+def answering(monkeypatch: pytest.MonkeyPatch, answers: list[list[str]]) -> list[Any]:
+    """Let the clients answer as told; returns what generation is asked."""
+    asked: list[Any] = []
+
+    def generate(base: BaseModel, arena: Arena, prompts: Any, max_new_tokens: int) -> list[list[str]]:
+        asked.append((arena, prompts, max_new_tokens))
+        return answers
+
+    monkeypatch.setattr(judge, "generate", generate)
+    return asked
+
+
+def test_validation_judges_the_validation_split_and_final_the_test_split(clients: list[TokenizedClient]) -> None:
+    model = base()
+    arena = arena_for(model)
+    validation = validation_losses(model, arena, clients, settings())
+    assert validation == evaluate_loss(model, arena, [client.validation for client in clients], 4096)
+    test = evaluate_loss(model, arena, [client.test for client in clients], 4096)
+    records = final_records(model, arena, clients, settings(enabled=False))
+    assert [(record.loss_sum, record.tokens) for record in records] == test
+    assert test != validation
+
+
+def test_each_client_is_judged_with_its_own_row(clients: list[TokenizedClient]) -> None:
+    model = base()
+    arena = arena_for(model)
+    before = final_records(model, arena, clients, settings(enabled=False))
+    swapped = final_records(model, arena.replace(arena.values_KP[[1, 0, 2]]), clients, settings(enabled=False))
+    changed = [abs(b.loss_sum - a.loss_sum) > 1e-6 for b, a in zip(before, swapped, strict=True)]
+    assert changed == [True, True, False]
+
+
+def test_answers_meet_the_references_of_the_same_client_and_example(
+    clients: list[TokenizedClient], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers = [["right 0 0", "right 0 2", "right 0 2"], ["wrong", "right 1 1"], [" right 2 0 ", "", "x", "y"]]
+    answering(monkeypatch, answers)
+    model = base()
+    records = final_records(model, arena_for(model), clients, settings(examples_per_client=None))
+    assert [record.exact_match_sum for record in records] == [2.0, 1.0, 1.0]
+    # "right 0 2" shares two of three words with "right 0 1"
+    assert [record.rouge_l_sum for record in records] == pytest.approx([1 + 2 / 3 + 1, 0 + 1, 1.0])
+    assert [record.generated for record in records] == [3, 2, 4]
+    assert [record.name for record in records] == [client.name for client in clients]
+    assert [record.task for record in records] == ["task-0", "task-1", "task-0"]
+    assert {record.category for record in records} == {"all"}
+
+
+def test_the_best_of_several_references_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    ask = Example("ask", "one", references=("one", "two or three"))
+    clients = [client(k, (ask,) * count) for k, count in enumerate(COUNTS)]
+    answering(monkeypatch, [["two or three"] * count for count in COUNTS])
+    model = base()
+    records = final_records(model, arena_for(model), clients, settings(examples_per_client=None))
+    assert [record.exact_match_sum for record in records] == [3.0, 2.0, 4.0]
+
+
+def test_generation_is_asked_the_prompts_alone_and_no_more_than_the_cap(
+    clients: list[TokenizedClient], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = answering(monkeypatch, [["a", "b"]] * 3)
+    model = base()
+    arena = arena_for(model)
+    records = final_records(model, arena, clients, settings(examples_per_client=2))
+    [(judged, prompts, max_new_tokens)] = asked
+    assert torch.equal(judged.values_KP, arena.values_KP)
+    assert max_new_tokens == 3
+    for client, client_prompts in zip(clients, prompts, strict=True):
+        wanted = [example.tokens[: example.prompt_length].tolist() for example in client.test[:2]]
+        assert [prompt.tolist() for prompt in client_prompts] == wanted
+    assert [record.generated for record in records] == [2, 2, 2]
+    # the loss is still that of all test examples
+    everything = evaluate_loss(model, arena, [client.test for client in clients], 4096)
+    assert [(record.loss_sum, record.tokens) for record in records] == everything
+
+
+def test_without_generation_nothing_is_answered(
+    clients: list[TokenizedClient], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = answering(monkeypatch, [])
+    model = base()
+    records = final_records(model, arena_for(model), clients, settings(enabled=False))
+    assert asked == []
+    assert {(record.generated, record.rouge_l_sum, record.exact_match_sum) for record in records} == {(0, 0.0, 0.0)}

@@ -1,0 +1,192 @@
+"""What a run is put together from: graphs of every kind of file, and caches that notice when a file was written."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fedmira.assembly import assemble, cached_federation, read_graph
+from fedmira.config import GraphConfig, RunConfig
+from fedmira.errors import ConfigError, DataError
+
+NAMES = ("anna", "ben", "cleo")
+MATRIX = np.array([[0.0, 2.0, 0.5], [2.0, 0.0, 0.0], [0.5, 0.0, 0.0]])
+CSV = "0,2,0.5\n2,0,0\n0.5,0,0\n"
+
+
+def given(path: Path) -> GraphConfig:
+    return GraphConfig(kind="given", path=str(path))
+
+
+def as_json(**content: Any) -> bytes:
+    return json.dumps(content).encode()
+
+
+def test_a_graph_that_is_not_given_needs_no_file() -> None:
+    assert read_graph(GraphConfig(kind="uniform"), NAMES) is None
+
+
+@pytest.mark.parametrize("name", ["g.json", "g.npy", "g.csv", "from-excel.csv"])
+def test_json_npy_and_csv_say_the_same(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    if name == "g.npy":
+        np.save(path, MATRIX)
+    elif name == "g.json":
+        path.write_bytes(as_json(adjacency=MATRIX.tolist()))
+    else:
+        path.write_text(CSV, encoding="utf-8-sig" if "excel" in name else "utf-8")
+    read = read_graph(given(path), NAMES)
+    assert read is not None
+    assert np.array_equal(read, MATRIX)
+
+
+def test_names_say_whose_row_is_which(tmp_path: Path) -> None:
+    path = tmp_path / "g.json"
+    order = [2, 0, 1]
+    shuffled = MATRIX[np.ix_(order, order)]
+    path.write_bytes(as_json(names=[NAMES[k] for k in order], adjacency=shuffled.tolist()))
+    assert not np.array_equal(shuffled, MATRIX)
+    read = read_graph(given(path), NAMES)
+    assert read is not None
+    assert np.array_equal(read, MATRIX)
+
+
+def test_the_home_folder_may_be_a_tilde(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "g.csv").write_text(CSV)
+    assert read_graph(GraphConfig(kind="given", path="~/g.csv"), NAMES) is not None
+
+
+def npy(values: Any) -> Callable[[Path], object]:
+    return lambda path: np.save(path, np.array(values))
+
+
+def archive(path: Path) -> None:
+    with path.open("wb") as file:
+        np.savez(file, MATRIX)
+
+
+def content(data: bytes) -> Callable[[Path], object]:
+    return lambda path: path.write_bytes(data)
+
+
+UNUSABLE: dict[str, tuple[str, Callable[[Path], object], str]] = {
+    "missing": ("g.json", lambda path: None, "No such file"),
+    "a folder": ("g.json", Path.mkdir, "Is a directory"),
+    "not JSON": ("g.json", content(b"{"), "is no graph"),
+    "nested too deep": ("g.json", content(b"[" * 100_000), "is no graph"),
+    "no adjacency": ("g.json", content(b"[[0, 1], [1, 0]]"), "it has no `adjacency`"),
+    "ragged": ("g.json", content(as_json(adjacency=[[0, 1], [1]])), "is no graph"),
+    "a number beyond all floats": ("g.json", content(b'{"adjacency": [[' + b"9" * 400 + b"]]}"), "is no graph"),
+    "names that are one word": ("g.json", content(as_json(names="abc", adjacency=[])), "`names` is not a list"),
+    "a wrong size": ("g.csv", content(b"0,1\n1,0\n"), r"shape is \(2, 2\); expected 3 x 3"),
+    "an empty file": ("g.csv", content(b"\n"), "it is empty"),
+    "words": ("g.csv", content(b"anna,ben\n0,1\n1,0\n"), "is no graph"),
+    "bytes that are no text": ("g.csv", content(b"\xff\xfe\x00"), "is no graph"),
+    "NaN": ("g.csv", content(b"0,nan,0\nnan,0,0\n0,0,0\n"), "is nan: not finite"),
+    "infinite": ("g.csv", content(b"0,inf,0\ninf,0,0\n0,0,0\n"), "is inf: not finite"),
+    "negative": ("g.csv", content(b"0,-1,0\n-1,0,0\n0,0,0\n"), "is -1: negative"),
+    "directed": ("g.csv", content(b"0,1,0\n2,0,0\n0,0,0\n"), "not symmetric"),
+    "nothing in it": ("g.npy", content(b""), "is no graph"),
+    "cut short": ("g.npy", content(b"\x93NUMPY\x01\x00v\x00{'descr'"), "is no graph"),
+    "an archive": ("g.npy", archive, "an archive, not one matrix"),
+    "half an archive": ("g.npy", content(b"PK\x03\x04 and so on"), "is no graph"),
+    "pickled objects": ("g.npy", npy([[None, 1], [1, None]]), "allow_pickle=False"),
+    "complex numbers": ("g.npy", npy(MATRIX * 1j), "complex128, not one matrix of real numbers"),
+    "a cube": ("g.npy", npy(np.zeros((3, 3, 3))), r"shape is \(3, 3, 3\)"),
+}
+
+
+@pytest.mark.parametrize("case", UNUSABLE)
+def test_an_unusable_graph_file_is_a_data_error(tmp_path: Path, case: str) -> None:
+    name, write, words = UNUSABLE[case]
+    write(tmp_path / name)
+    with pytest.raises(DataError, match=words) as raised:
+        read_graph(given(tmp_path / name), NAMES)
+    assert raised.value.exit_code == 3
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        (["anna", "ben", "cloe"], r"unknown \['cloe'\]; did you mean 'cleo'\?, missing \['cleo'\]"),
+        (["anna", "ben"], r"missing \['cleo'\]"),
+        (["anna", "ben", "ben"], r"\['ben'\] appear more than once"),
+    ],
+)
+def test_the_names_must_be_those_of_the_clients(tmp_path: Path, names: list[str], words: str) -> None:
+    path = tmp_path / "g.json"
+    path.write_bytes(as_json(names=names, adjacency=MATRIX.tolist()))
+    with pytest.raises(DataError, match=words):
+        read_graph(given(path), NAMES)
+
+
+# ------------------------------------------------------------------------------------------------------------- caches
+
+
+def records(answer: str) -> str:
+    return "".join(json.dumps({"instruction": f"say {n}", "output": answer}) + "\n" for n in range(12))
+
+
+@pytest.mark.parametrize("where", ["a.jsonl", ".", "*.jsonl"])
+def test_a_data_file_that_was_written_is_read_again(tmp_path: Path, where: str) -> None:
+    """A long-lived Python process must not go on with the data of this morning."""
+    file = tmp_path / "a.jsonl"
+    file.write_text(records("yes"))
+    config = RunConfig.model_validate(
+        {"data": {"source": "jsonl", "path": str(tmp_path / where), "partition": {"by": "field"}}}
+    )
+    first = cached_federation(config)
+    assert cached_federation(config) is first
+    file.write_text(records("no"))
+    # a second within the clock's resolution would look like the first
+    os.utime(file, ns=(1, 1))
+    assert {example.output for example in cached_federation(config).clients[0].train} == {"no"}
+
+
+# ---------------------------------------------------------------------------------------------------- settings and data
+
+
+def tiny(**sections: Any) -> RunConfig:
+    return RunConfig.model_validate(
+        {
+            "data": {"source": "planted", "families": 2, "clients_per_family": 2, "examples": 12},
+            "model": {"adapter": {"rank": 2, "targets": ["q_proj"]}, "dtype": "float32", "device": "cpu"},
+            "training": {"cohort_size": 4},
+            **sections,
+        }
+    )
+
+
+def test_strength_beyond_the_stable_bound_is_a_config_error_with_the_numbers() -> None:
+    """Four clients in a complete unit graph: the largest eigenvalue is 4, so tau may be 0.5 at most."""
+    method = {"name": "mira_published", "graph": {"kind": "uniform"}, "server_lr": 1.0}
+    assert assemble(tiny(method={**method, "strength": 0.5})).cohort_size == 4
+    with pytest.raises(ConfigError, match=r"0\.5") as raised:
+        assemble(tiny(method={**method, "strength": 0.51}))
+    assert raised.value.exit_code == 2
+
+
+def test_every_kind_of_graph_is_in_the_manifest(tmp_path: Path) -> None:
+    path = tmp_path / "g.npy"
+    np.save(path, np.ones((4, 4)) - np.eye(4))
+    facts = {}
+    for graph in ({"kind": "gram"}, {"kind": "given", "path": str(path)}):
+        facts[graph["kind"]] = assemble(tiny(method={"name": "mira", "graph": graph})).manifest()["graph"]
+    assert facts["gram"] == {"kind": "gram"}
+    assert facts["given"]["kind"] == "given"
+    assert len(facts["given"]["sha256"]) == 64
+    assert assemble(tiny(method={"name": "local_only"})).manifest()["graph"] == {}
+
+
+def test_the_server_counts_the_examples_that_are_trained_on() -> None:
+    parts = assemble(tiny())
+    assert parts.clients.names == parts.federation.names
+    assert parts.clients.num_examples_K == tuple(len(client.train) for client in parts.tokenized)
+    assert parts.clients.tasks == ("family-0", "family-0", "family-1", "family-1")
