@@ -114,12 +114,14 @@ without the instruction, clipped at 700 characters), after rounding to bfloat16:
 
 ## Intended use
 
-Demonstrations and tests of federated fine-tuning on two cores, offline. It looks up words in its context, copies,
-ends its answers, and is a start from which a low-rank adapter learns a small task in seconds.
+Demonstrations and tests of federated fine-tuning on two cores, offline. It continues a simple rule shown in a few
+pairs, copies words of its context once they have begun, ends its answers, and is a start for low-rank adapters that
+train in seconds.
 
 ## Limits
 
-It knows little of the world, cannot reason or calculate, and writes confident nonsense. English only. It has seen
+It knows little of the world, cannot reason or calculate, and writes confident nonsense. Asked for one entry of a list
+in its context it mostly names a wrong one: in-context lookup has not emerged. English only. It has seen
 512 tokens at a time; longer contexts load but were never trained. It repeats the biases of its sources. Not for any use
 in which its statements are believed.
 """
