@@ -5,6 +5,7 @@ Reading YAML, reporting every mistake at once and naming a run by the hash of it
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, TypeAdapter, model_validator
@@ -16,6 +17,7 @@ Share = Annotated[float, Field(ge=0, lt=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 FinitePositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+RUN_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 
 
 class _Section(BaseModel):
@@ -359,11 +361,26 @@ class CompareConfig(_Section):
     tuning_seed: NonNegativeInt = 1000
     """The draw on which the grid is tried; never one of the seeds that are reported."""
 
+    @model_validator(mode="after")
+    def _distinct_names(self) -> CompareConfig:
+        if not self.methods:
+            raise ValueError(f"methods is empty, so there is nothing to compare; allowed: {', '.join(METHOD_NAMES)}")
+        doubled = sorted({name for name in self.methods if self.methods.count(name) > 1})
+        if doubled:
+            raise ValueError(f"methods names {', '.join(map(repr, doubled))} more than once; keep one of each")
+        for name in self.variants:
+            if not re.fullmatch(RUN_NAME, name):
+                raise ValueError(
+                    f"variants has the name {name!r}, which becomes part of a folder's name; use letters, digits, dot, "
+                    "dash and underscore, 64 at most, beginning with a letter or digit"
+                )
+        return self
+
 
 class RunConfig(_Section):
     """Everything that decides what a run computes."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")] = "run"
+    name: Annotated[str, Field(pattern=RUN_NAME)] = "run"
     """Prefix of the run directory: letters, digits, dot, dash, underscore."""
     seed: NonNegativeInt = 0
     """Decides every draw: partition, initial adapters, batches, participation, dropout, random graphs."""

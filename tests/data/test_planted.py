@@ -44,7 +44,6 @@ def test_answers_follow_the_clients_codebook() -> None:
 def test_training_shows_part_of_the_words_and_the_held_out_examples_ask_for_all(seed: int) -> None:
     config = planted()
     federation = build_federation(config, seed)
-    vocabulary = set(made_up_words(seed, config.words))
     by_family: dict[str, list[Client]] = {}
     for client in federation.clients:
         by_family.setdefault(client.task, []).append(client)

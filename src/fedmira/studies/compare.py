@@ -15,6 +15,7 @@ from typing import Any
 
 from fedmira.config import RunConfig
 from fedmira.config_file import resolved_yaml
+from fedmira.errors import ConfigError
 from fedmira.experiment import Display, SilentDisplay, carry_out
 from fedmira.runs.atomic import write_bytes_atomically
 from fedmira.runs.store import RunStore
@@ -29,7 +30,11 @@ def compare(config: RunConfig, *, directory: Path | None = None, display: Displa
         config: The run; `compare` says which methods, seeds and learning rates.
         directory: The study's directory; by default a folder under `output.directory` named after the config.
         display: Told about progress.
+
+    Raises:
+        ConfigError: settings would be chosen on a draw that is reported, or on no validation data.
     """
+    _refuse_biased_tuning(config)
     display = display or SilentDisplay()
     directory = directory or study_directory(config)
     directory.mkdir(parents=True, exist_ok=True)
@@ -71,6 +76,23 @@ def variant(config: RunConfig, method: str, seed: int, learning_rate: float, *, 
         rounds = config.federation.rounds
         changes["evaluation"] = config.evaluation.model_copy(update={"test": False, "every": rounds})
     return config.model_copy(update=changes)
+
+
+def _refuse_biased_tuning(config: RunConfig) -> None:
+    """Not a rule of the config: every run of a study, the tuning runs among them, carries the study's section."""
+    section = config.compare
+    if len(section.learning_rates) < 2:
+        return
+    if config.seed <= section.tuning_seed < config.seed + section.seeds:
+        raise ConfigError(
+            f"compare.tuning_seed = {section.tuning_seed} is one of the seeds that are reported, {config.seed} to "
+            f"{config.seed + section.seeds - 1}; settings must be chosen on another draw"
+        )
+    if config.data.partition.validation == 0:
+        raise ConfigError(
+            "compare.learning_rates is a grid, but data.partition.validation = 0 leaves nothing to choose by; "
+            "set it to 0.15, for example, or give one learning rate"
+        )
 
 
 def _choose_learning_rate(

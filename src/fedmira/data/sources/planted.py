@@ -143,8 +143,8 @@ def _check(config: PlantedConfig) -> None:
     if not 2 <= config.words_per_example <= largest:
         raise ConfigError(
             f"data.words_per_example = {config.words_per_example} is not possible with data.words = {config.words}; "
-            f"allowed: 2 to {largest}, three quarters of the words (with 1, a prompt kept from training would be a word "
-            "kept from everyone). Change one of the two."
+            f"allowed: 2 to {largest}, three quarters of the words (with 1, a prompt kept from training would be a "
+            "word kept from everyone). Change one of the two."
         )
 
 

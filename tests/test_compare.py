@@ -1,0 +1,286 @@
+"""Comparisons: tuned on validation data of a draw of its own, alike for all methods; paired; resumable."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.test_experiment import METHODS, tiny
+
+from fedmira import experiment
+from fedmira.assembly import Assembly
+from fedmira.config import RunConfig
+from fedmira.config_file import load_config
+from fedmira.errors import ConfigError, Interrupted
+from fedmira.exchange.in_process import InProcess
+from fedmira.runs.store import RunStore
+from fedmira.studies import compare as compare_module
+from fedmira.studies.compare import compare, final_validation_loss, study_directory, variant
+from fedmira.types import Job, Results
+
+RATES = (0.001, 0.02)
+
+
+def config(**compare_section: Any) -> RunConfig:
+    compare_section = {"methods": ["local_only", "fedit", "mira"], **compare_section}
+    return tiny("mira", compare=compare_section, federation={"rounds": 2})
+
+
+@pytest.fixture
+def trained(monkeypatch: pytest.MonkeyPatch) -> list[Job]:
+    """The jobs that clients were asked to train."""
+    jobs: list[Job] = []
+    original = InProcess.run
+
+    def spy(self: InProcess, job: Job, **arguments: Any) -> Results:
+        jobs.append(job)
+        return original(self, job, **arguments)
+
+    monkeypatch.setattr(InProcess, "run", spy)
+    return jobs
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three methods, two seeds, two learning rates tried for each."""
+    folder = tmp_path_factory.mktemp("studies") / "mine"
+    return compare(config(seeds=2, learning_rates=RATES), directory=folder)
+
+
+def told(study: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((study / "study.json").read_text())
+    return content
+
+
+def runs_below(folder: Path) -> list[RunStore]:
+    return [RunStore.open(path) for path in sorted(folder.iterdir())]
+
+
+# ------------------------------------------------------------------------------------------------------------- tuning
+
+
+def test_tuning_never_judges_a_test_split_and_uses_the_tuning_seed(study: Path) -> None:
+    tuning = runs_below(study / "tuning")
+    assert len(tuning) == 3 * len(RATES)
+    for store in tuning:
+        kinds = {(event["event"], event.get("split")) for event in store.events()}
+        assert kinds == {("round", None), ("evaluation", "validation")}
+        assert store.config.seed == 1000
+    assert {store.config.seed for store in runs_below(study / "runs")} == {0, 1}
+
+
+def test_tuning_never_touches_test_examples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the test examples taken away, tuning comes to the same numbers."""
+    wanted = config(methods=["mira"], learning_rates=RATES)
+    original = experiment.assemble
+    with_test = told(compare(wanted, directory=tmp_path / "with"))["tuning"]
+
+    def without_test(run: RunConfig, **arguments: Any) -> Assembly:
+        parts = original(run, **arguments)
+        if run.seed != 1000:
+            return parts
+        return parts._replace(tokenized=tuple(replace(client, test=()) for client in parts.tokenized))
+
+    monkeypatch.setattr(experiment, "assemble", without_test)
+    assert told(compare(wanted, directory=tmp_path / "without"))["tuning"] == with_test
+
+
+def test_every_method_tries_the_same_rates_and_gets_its_best(study: Path) -> None:
+    facts = told(study)
+    for method in ("local_only", "fedit", "mira"):
+        tried = {
+            entry["learning_rate"]: entry["validation_loss"] for entry in facts["tuning"] if entry["method"] == method
+        }
+        assert tuple(tried) == RATES
+        best = min(tried, key=lambda rate: tried[rate])
+        chosen = {entry["learning_rate"] for entry in facts["runs"] if entry["method"] == method}
+        assert chosen == {best}
+        for seed in (0, 1):
+            [entry] = [e for e in facts["runs"] if e["method"] == method and e["seed"] == seed]
+            assert RunStore.open(study / entry["path"]).config.training.learning_rate == best
+
+
+@pytest.mark.parametrize(
+    ("losses", "chosen"), [((2.0, 1.0), RATES[1]), ((1.0, 2.0), RATES[0]), ((float("inf"), 9.0), RATES[1])]
+)
+def test_the_lowest_validation_loss_is_chosen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, losses: tuple[float, float], chosen: float
+) -> None:
+    answers = dict(zip(RATES, losses, strict=True))
+
+    def loss(path: Path) -> float:
+        return answers[RunStore.open(path).config.training.learning_rate]
+
+    monkeypatch.setattr(compare_module, "final_validation_loss", loss)
+    folder = compare(config(methods=["local_only"], learning_rates=RATES), directory=tmp_path)
+    assert [entry["learning_rate"] for entry in told(folder)["runs"]] == [chosen]
+
+
+def test_one_rate_needs_no_tuning(tmp_path: Path) -> None:
+    folder = compare(config(methods=["local_only"]), directory=tmp_path)
+    assert told(folder)["tuning"] == []
+    assert not (folder / "tuning").exists()
+    assert told(folder)["runs"][0]["learning_rate"] == 0.01
+
+
+def test_validation_loss_is_the_mean_over_clients_of_their_own_ratio(study: Path) -> None:
+    [path] = [p for p in (study / "runs").iterdir() if p.name.startswith("tiny-mira-seed0")]
+    last = [event for event in RunStore.open(path).events() if event["event"] == "evaluation"][-1]
+    ratios = [client["loss_sum"] / client["tokens"] for client in last["clients"].values()]
+    assert final_validation_loss(path) == pytest.approx(sum(ratios) / 4)
+
+
+NO_VALIDATION = {"source": "planted", "partition": {"by": "field", "validation": 0}}
+
+
+@pytest.mark.parametrize(
+    ("sections", "words"),
+    [
+        ({"compare": {"methods": []}}, "nothing to compare"),
+        ({"compare": {"methods": ["mira", "fedit", "mira"]}}, "names 'mira' more than once"),
+        ({"compare": {"variants": {"../escaped": {"name": "mira"}}}}, r"the name '\.\./escaped', which becomes part"),
+    ],
+)
+def test_comparisons_that_make_no_sense_are_config_mistakes(
+    tmp_path: Path, sections: dict[str, Any], words: str
+) -> None:
+    (tmp_path / "c.yaml").write_text(json.dumps(sections))
+    with pytest.raises(ConfigError, match=words):
+        load_config(tmp_path / "c.yaml")
+
+
+@pytest.mark.parametrize(
+    ("sections", "words"),
+    [
+        ({"seed": 999, "compare": {"seeds": 3, "learning_rates": RATES}}, "tuning_seed = 1000 is one of the seeds"),
+        ({"data": NO_VALIDATION, "compare": {"learning_rates": RATES}}, "leaves nothing to choose by"),
+    ],
+)
+def test_settings_are_never_chosen_on_what_is_reported_or_on_nothing(
+    tmp_path: Path, sections: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(ConfigError, match=words):
+        compare(RunConfig.model_validate(sections), directory=tmp_path / "study")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_one_learning_rate_is_no_tuning_and_may_use_any_seed_and_no_validation(tmp_path: Path) -> None:
+    alone = config(methods=["local_only"], learning_rates=RATES[:1]).model_copy(update={"seed": 1000})
+    partition = alone.data.partition.model_copy(update={"validation": 0.0})
+    alone = alone.model_copy(update={"data": alone.data.model_copy(update={"partition": partition})})
+    [entry] = told(compare(alone, directory=tmp_path))["runs"]
+    assert (entry["seed"], entry["learning_rate"]) == (1000, RATES[0])
+
+
+# ------------------------------------------------------------------------------------------------------------ pairing
+
+
+def test_methods_differ_in_nothing_but_the_method(study: Path) -> None:
+    stores = [RunStore.open(study / entry["path"]) for entry in told(study)["runs"]]
+    for seed in (0, 1):
+        same = [store for store in stores if store.config.seed == seed]
+        assert [store.config.method.name for store in same] == ["local_only", "fedit", "mira"]
+        for section in ("data", "model", "federation", "evaluation"):
+            assert len({getattr(store.config, section).model_dump_json() for store in same}) == 1
+        assert len({json.dumps(store.manifest()["data"], sort_keys=True) for store in same}) == 1
+        assert len({json.dumps(store.manifest()["clients"], sort_keys=True) for store in same}) == 1
+    data = [
+        json.dumps(store.manifest()["data"], sort_keys=True) for store in stores if store.config.method.name == "mira"
+    ]
+    assert data[0] != data[1], "another seed makes other clients"
+
+
+def test_the_own_method_keeps_its_settings_and_others_have_their_defaults() -> None:
+    own = tiny(
+        {**METHODS["mira"], "strength": 7.0},
+        compare={"variants": {"soft": {"name": "mira", "strength": 0.1}}, "methods": ["soft"]},
+    )
+    assert variant(own, "mira", 3, 0.5).method.strength == 7.0  # type: ignore[union-attr]
+    assert variant(own, "soft", 3, 0.5).method.strength == 0.1  # type: ignore[union-attr]
+    assert variant(own, "soft", 3, 0.5).name == "soft"
+    assert variant(own, "mira_published", 3, 0.5).method.server_lr == 0.0015  # type: ignore[union-attr]
+    changed = variant(own, "fedit", 3, 0.5)
+    assert (changed.seed, changed.training.learning_rate, changed.data) == (3, 0.5, own.data)
+
+
+# ------------------------------------------------------------------------------------------------------------- on disk
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_second_call_trains_nothing_and_changes_no_run(study: Path, trained: list[Job]) -> None:
+    before, facts = snapshot(study), told(study)
+    again = compare(config(seeds=2, learning_rates=RATES), directory=study)
+    assert trained == []
+    assert again == study
+    assert {k: v for k, v in snapshot(study).items() if k != "study.json"} == {
+        k: v for k, v in before.items() if k != "study.json"
+    }
+    assert {**told(study), "created": None} == {**facts, "created": None}
+
+
+def test_an_interrupted_comparison_goes_on_where_it_stopped(
+    tmp_path: Path, study: Path, trained: list[Job], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped in the fourth run, called again: only what was missing is trained, and all numbers are the same."""
+    wanted = config(seeds=2, learning_rates=RATES)
+    original, begun = experiment._Run._exchange, 0
+
+    def stop_in_the_fourth_run(self: Any, state: Any, participants: Any, progress: Any) -> Results:
+        nonlocal begun
+        begun += participants.round == 1
+        if begun == 4 and participants.round == 2:
+            raise Interrupted("stopped by a test", 15)
+        return original(self, state, participants, progress)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(experiment._Run, "_exchange", stop_in_the_fourth_run)
+        with pytest.raises(Interrupted):
+            compare(wanted, directory=tmp_path)
+    assert len(trained) == 3 * 2 + 1
+    trained.clear()
+    compare(wanted, directory=tmp_path)
+    assert len(trained) == (3 * 2 + 3 * 2) * 2 - 7
+    assert {**told(tmp_path), "created": None} == {**told(study), "created": None}
+    for entry in told(study)["runs"]:
+        here, there = (
+            [{**event, "timing": None} for event in RunStore.open(folder / entry["path"]).events()]
+            for folder in (tmp_path, study)
+        )
+        assert here == there
+
+
+def test_more_methods_later_keep_the_runs_there_are(tmp_path: Path, trained: list[Job]) -> None:
+    compare(config(methods=["local_only"]), directory=tmp_path)
+    trained.clear()
+    compare(config(methods=["local_only", "fedit"]), directory=tmp_path)
+    assert len(trained) == 2, "fedit's two rounds"
+    assert [entry["method"] for entry in told(tmp_path)["runs"]] == ["local_only", "fedit"]
+
+
+def test_without_a_directory_the_folder_is_named_after_the_config(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    wanted = config(methods=["local_only"])
+    folder = compare(wanted)
+    assert folder == study_directory(wanted)
+    assert folder.parent == Path("runs")
+    assert study_directory(config(methods=["fedit"])) != folder
+    assert [path.name for path in tmp_path.iterdir()] == ["runs"]
+    assert told(folder)["runs"][0]["path"].startswith("runs/")
+    assert (folder / told(folder)["runs"][0]["path"]).is_dir()
+
+
+def test_a_study_can_be_moved(study: Path, tmp_path: Path, trained: list[Job]) -> None:
+    """Paths inside a study are relative to it."""
+    moved = tmp_path / "elsewhere"
+    shutil.copytree(study, moved)
+    compare(config(seeds=2, learning_rates=RATES), directory=moved)
+    assert trained == []
