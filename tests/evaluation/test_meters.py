@@ -10,10 +10,13 @@ from fedmira.errors import DataError
 from fedmira.evaluation.meters import (
     ClientRecord,
     Mean,
+    Scores,
     losses_by_task,
     mean,
     perplexity,
     relative_changes,
+    scores,
+    scores_by_task,
     share_harmed,
     summarise,
     worst_tenth,
@@ -124,3 +127,18 @@ def test_the_order_of_clients_changes_nothing(losses: list[float], random: objec
     assert (one.mean_loss, one.worst_tenth_loss) == (other.mean_loss, other.worst_tenth_loss)
     assert min(losses) <= (mean(losses) or 0.0) * (1 + 1e-12)
     assert (one.mean_loss or 0.0) <= (one.worst_tenth_loss or 0.0) * (1 + 1e-12)
+
+
+def test_scores_of_a_task_pool_its_tokens_and_answers() -> None:
+    """(2 + 6) / (1 + 3) tokens, not the mean of 2 and 2; answers alike; a task nobody answered has no Rouge-L."""
+    records = [
+        ClientRecord("a", "t", loss_sum=2.0, tokens=1, rouge_l_sum=1.0, exact_match_sum=1.0, generated=1),
+        ClientRecord("b", "t", loss_sum=10.0, tokens=3, rouge_l_sum=0.5, exact_match_sum=0.0, generated=3),
+        ClientRecord("c", "u", loss_sum=5.0, tokens=10),
+    ]
+    task = scores_by_task(records)
+    assert list(task) == ["t", "u"]
+    assert task["t"] == Scores(3.0, pytest.approx(math.exp(3.0)), 1.5 / 4, 1 / 4)
+    assert task["u"] == Scores(0.5, pytest.approx(math.exp(0.5)), None, None)
+    assert scores(records[:1]) == Scores(2.0, pytest.approx(math.exp(2.0)), 1.0, 1.0)
+    assert scores([]) == Scores(None, None, None, None)

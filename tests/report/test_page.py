@@ -99,6 +99,12 @@ def test_a_run_shows_its_clients_config_and_versions(make_run: Make) -> None:
     assert set(expected) <= set(outline.headings)
     for text in ("family1-client1", "24 / 6 / 10", "learning_rate: 0.002", "2.13.0", "fedmira", "30.2 MiB"):
         assert text in page
+    # per client and per task: loss, perplexity, Rouge-L, exact match
+    for summary, first in (("4 clients", "client"), ("2 tasks", "task")):
+        table = page.split(f"<summary>{summary}</summary>")[1].split("</table>")[0]
+        heads = re.findall(r'scope="col">([^<]*)', table)
+        assert (heads[0], heads[-4:]) == (first, ["test loss", "perplexity", "Rouge-L", "exact"])
+        assert table.count('scope="row"') == int(summary[0])
     # a run alone compares with nothing
     assert "vs local" not in page
 

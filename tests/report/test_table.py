@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -176,12 +177,25 @@ def test_study_keeps_methods_in_its_order_and_finds_its_reference(make_study: Ma
 
 
 def test_summary_of_a_run_for_the_command_line(make_run: Make) -> None:
-    summary = summarise_run(make_run(rounds=4))
+    path = make_run(rounds=4)
+    summary = summarise_run(path)
     facts = summary.facts()
     json.dumps(facts, allow_nan=False)
     assert facts["rounds"] == 4
     assert facts["num_clients"] == 16
     assert any(line.startswith("test loss") for line in summary.lines())
+    assert len(facts["clients"]) == 16
+    assert len(facts["tasks"]) == 4
+    for one in (*facts["clients"].values(), *facts["tasks"].values()):
+        assert set(one) == {"loss", "perplexity", "rouge_l", "exact_match"}
+        assert one["perplexity"] == pytest.approx(math.exp(one["loss"]))
+    mean = statistics.fmean(one["loss"] for one in facts["clients"].values())
+    assert facts["mean_loss"] == pytest.approx(mean)
+    events = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    rounds = [event for event in events if event["event"] == "round"]
+    seconds = sum(event["timing"]["train_seconds"] for event in rounds)
+    assert facts["tokens_per_second"] == pytest.approx(sum(event["tokens"] for event in rounds) / seconds)
+    assert any("tokens per second" in line for line in summary.lines())
     unjudged = summarise_run(make_run(finished=False))
     assert unjudged.numbers is None
     assert "mean_loss" not in unjudged.facts()

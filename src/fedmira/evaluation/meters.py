@@ -81,6 +81,20 @@ class ClientRecord:
 
 
 @dataclass(frozen=True, slots=True)
+class Scores:
+    """The numbers of one client or one task, pooled over its tokens and answers. None where nothing was measured."""
+
+    loss: float | None
+    """Test loss per supervised token, nats."""
+    perplexity: float | None
+    """exp(loss)."""
+    rouge_l: float | None
+    """Mean Rouge-L F-measure, 0 to 1."""
+    exact_match: float | None
+    """Share of exact answers, 0 to 1."""
+
+
+@dataclass(frozen=True, slots=True)
 class Summary:
     """The numbers of one run. A field is None where nothing was measured."""
 
@@ -154,6 +168,22 @@ def mean(values: Iterable[float]) -> float | None:
         # fsum refuses inf - inf; a plain sum gives the inf or nan that should be seen
         return sum(collected) / len(collected)
     return math.fsum(collected) / len(collected) if collected else None
+
+
+def scores(records: Iterable[ClientRecord]) -> Scores:
+    """Pool `records` (those of one client, or of one task): sums add first, ratios are taken once."""
+    loss, rouge_l, exact_match = Mean(), Mean(), Mean()
+    for record in records:
+        loss, rouge_l, exact_match = loss + record.loss, rouge_l + record.rouge_l, exact_match + record.exact_match
+    return Scores(loss.value, perplexity(loss.value), rouge_l.value, exact_match.value)
+
+
+def scores_by_task(records: Iterable[ClientRecord]) -> dict[str, Scores]:
+    """The pooled numbers of each task, in order of first appearance; clients without a task label are one task."""
+    members: dict[str, list[ClientRecord]] = {}
+    for record in records:
+        members.setdefault(record.task, []).append(record)
+    return {task: scores(group) for task, group in members.items()}
 
 
 def losses_by_task(records: Iterable[ClientRecord]) -> dict[str, Mean]:

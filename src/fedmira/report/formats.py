@@ -26,6 +26,15 @@ def format_loss(value: float | None) -> str:
     return NOTHING if value is None else f"{value:.3f}"
 
 
+def format_perplexity(value: float | None) -> str:
+    """Two decimals.
+
+    >>> format_perplexity(11.0386), format_perplexity(None)
+    ('11.04', '-')
+    """
+    return NOTHING if value is None else f"{value:.2f}"
+
+
 def format_share(value: float | None) -> str:
     """A share in percent.
 

@@ -16,12 +16,14 @@ from typing import Any
 import jinja2
 from markupsafe import Markup, escape
 
+from fedmira.evaluation.meters import Scores, scores, scores_by_task
 from fedmira.report.figures import colours_of
 from fedmira.report.formats import (
     NOTHING,
     format_bytes,
     format_change,
     format_loss,
+    format_perplexity,
     format_seconds,
     format_share,
     printable,
@@ -70,6 +72,7 @@ def render(record: RunRecord | StudyRecord) -> str:
             compared=isinstance(record, StudyRecord),
             sections=[section for section in sections if section.figures],
             tuning=_tuning(record),
+            tasks=_tasks(record),
             clients=_clients(record),
             memory=_memory(run),
             config=run.config_text if run else "",
@@ -143,7 +146,7 @@ def _table(rows: Sequence[Row]) -> list[dict[str, Any]]:
         ("task_mean_loss", "task mean", format_loss, -1),
         ("worst_tenth_loss", "worst tenth", format_loss, -1),
         ("share_harmed", "harmed", format_share, -1),
-        ("perplexity", "perplexity", lambda value: f"{value:.2f}", -1),
+        ("perplexity", "perplexity", format_perplexity, -1),
         ("rouge_l", "Rouge-L", format_loss, 1),
         ("exact_match", "exact", format_share, 1),
     )
@@ -221,12 +224,29 @@ def _clients(record: RunRecord | StudyRecord) -> list[dict[str, str]]:
                 "name": str(client["name"]),
                 "task": str(client.get("task") or ""),
                 "examples": " / ".join(str(client.get(split, NOTHING)) for split in ("train", "validation", "test")),
-                "loss": format_loss(one.loss.value if one else None),
-                "rouge_l": format_loss(one.rouge_l.value if one else None),
-                "exact": format_share(one.exact_match.value if one else None),
+                **_score_cells(scores([one] if one else [])),
             }
         )
     return clients
+
+
+def _tasks(record: RunRecord | StudyRecord) -> list[dict[str, str]]:
+    """The tasks of a judged run, one line each."""
+    if not isinstance(record, RunRecord):
+        return []
+    return [
+        {"name": task or "no task label", **_score_cells(found)}
+        for task, found in scores_by_task(record.records).items()
+    ]
+
+
+def _score_cells(found: Scores) -> dict[str, str]:
+    return {
+        "loss": format_loss(found.loss),
+        "perplexity": format_perplexity(found.perplexity),
+        "rouge_l": format_loss(found.rouge_l),
+        "exact": format_share(found.exact_match),
+    }
 
 
 def _memory(run: RunRecord | None) -> list[tuple[str, str]]:

@@ -97,6 +97,13 @@ class RunRecord:
         return math.fsum(seconds_of(event, kind) for event in self.events for kind in ("train", "merge", "evaluate"))
 
     @property
+    def tokens_per_second(self) -> float | None:
+        """Tokens read while training, over the seconds of training; None before the first round."""
+        tokens = sum(int(event.get("tokens", 0)) for event in self.rounds)
+        seconds = math.fsum(seconds_of(event, "train") for event in self.rounds)
+        return tokens / seconds if tokens and seconds else None
+
+    @property
     def peak_memory_bytes(self) -> int:
         return max((int(event.get("timing", {}).get("peak_memory_bytes") or 0) for event in self.rounds), default=0)
 

@@ -15,7 +15,6 @@ from fedmira.report.figures import (
     Section,
     disagreement_figures,
     graph_figures,
-    seconds_spent,
     task_figure,
 )
 from fedmira.report.formats import byte_unit, format_bytes, format_loss, format_seconds
@@ -91,6 +90,4 @@ def _run_costs(run: RunRecord) -> Iterable[Figure]:
 
 
 def _throughput(run: RunRecord) -> str:
-    tokens = sum(int(event.get("tokens", 0)) for event in run.rounds)
-    seconds = seconds_spent(run, "train")
-    return f" Training reads {tokens / seconds:,.0f} tokens per second." if tokens and seconds else ""
+    return f" Training reads {run.tokens_per_second:,.0f} tokens per second." if run.tokens_per_second else ""

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fedmira.evaluation.meters import Summary
+from fedmira.evaluation.meters import Scores, Summary, scores, scores_by_task
 from fedmira.report.formats import format_bytes, format_loss, format_seconds, format_share
 from fedmira.report.reading import RunRecord, read_run
 from fedmira.report.table import summary_of
@@ -23,22 +25,29 @@ class RunSummary(NamedTuple):
     """After the last evaluated round, unweighted over clients."""
     seconds: float
     peak_memory_bytes: int
+    tokens_per_second: float | None
+    """Tokens read while training, over the seconds of training; None before the first round."""
+    clients: Mapping[str, Scores]
+    tasks: Mapping[str, Scores]
+    """Clients without a task label are one task, named by the empty text."""
 
     def facts(self) -> dict[str, Any]:
-        """As flat JSON; null for what is unknown or not finite."""
+        """As JSON, flat but for `clients` and `tasks`; null for what is unknown or not finite."""
         flat: dict[str, Any] = {
             "method": self.method,
             "rounds": self.num_rounds,
             "validation_loss": self.validation_loss,
             "seconds": self.seconds,
             "peak_memory_bytes": self.peak_memory_bytes,
+            "tokens_per_second": self.tokens_per_second,
         }
         if self.numbers is not None:
             flat |= {name: getattr(self.numbers, name) for name in Summary.__slots__}
-        return {
-            name: None if isinstance(value, float) and not math.isfinite(value) else value
-            for name, value in flat.items()
-        }
+        flat = _finite(flat)
+        if self.numbers is not None:
+            flat["clients"] = {name: _finite(asdict(scores)) for name, scores in self.clients.items()}
+            flat["tasks"] = {name: _finite(asdict(scores)) for name, scores in self.tasks.items()}
+        return flat
 
     def lines(self) -> list[str]:
         """As text, one number a line."""
@@ -54,6 +63,8 @@ class RunSummary(NamedTuple):
             sent = f"{format_bytes(self.numbers.upload_bytes)} up, {format_bytes(self.numbers.download_bytes)} down"
             found.append(("sent", sent))
         found.append(("time", f"{format_seconds(self.seconds)} for {self.num_rounds} rounds"))
+        if self.tokens_per_second:
+            found.append(("training reads", f"{self.tokens_per_second:,.0f} tokens per second"))
         if self.peak_memory_bytes:
             found.append(("peak memory", format_bytes(self.peak_memory_bytes)))
         width = max(len(label) for label, _ in found)
@@ -79,4 +90,13 @@ def summary_of_run(run: RunRecord) -> RunSummary:
         validation_loss=curve[-1][1] if curve else None,
         seconds=run.seconds,
         peak_memory_bytes=run.peak_memory_bytes,
+        tokens_per_second=run.tokens_per_second,
+        clients={record.name: scores([record]) for record in run.records},
+        tasks=scores_by_task(run.records),
     )
+
+
+def _finite(flat: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in flat.items()
+    }
