@@ -93,3 +93,47 @@ def test_bad_input(fedmira, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cas
     for path in after.keys() - before.keys():
         assert path.relative_to(place).parts[0] == "runs"
         assert path.relative_to(place).parts[1].startswith("bad-")
+
+
+@pytest.mark.parametrize(
+    ("breakage", "code", "words"),
+    [
+        ("the data file is gone", 3, "clients"),
+        ("the data file is damaged", 3, "a.jsonl"),
+        ("the data file lost an example", 5, "the data changed since the run was started"),
+        ("the graph is gone", 3, "g.csv"),
+        ("the graph has NaN", 3, "nan"),
+        ("the graph is another", 5, "the graph changed since the run was started"),
+    ],
+)
+def test_bad_input_takes_nothing_from_a_run_that_is_there(
+    fedmira, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, breakage: str, code: int, words: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    data, graph = Path("clients/a.jsonl"), Path("g.csv")
+    data.parent.mkdir()
+    data.write_text(lines(8), encoding="utf-8")
+    Path("clients/b.jsonl").write_text(lines(8, "no"), encoding="utf-8")
+    graph.write_text("0,1\n1,0\n")
+    Path("c.yaml").write_text(BASE + JSONL, encoding="utf-8")
+    assert fedmira("run", "c.yaml", *GRAPH).code == 0
+    before = {path: path.read_bytes() for path in Path("runs").rglob("*") if path.is_file()}
+    match breakage:
+        case "the data file is gone":
+            data.unlink()
+            Path("clients/b.jsonl").unlink()
+        case "the data file is damaged":
+            data.write_bytes(b"\xff\xfe\x00")
+        case "the data file lost an example":
+            data.write_text(lines(7), encoding="utf-8")
+        case "the graph is gone":
+            graph.unlink()
+        case "the graph has NaN":
+            graph.write_text("0,nan\nnan,0\n")
+        case "the graph is another":
+            graph.write_text("0,2\n2,0\n")
+    outcome = fedmira("run", "c.yaml", "--resume", *GRAPH)
+    assert outcome.code == code, outcome.err
+    assert words in outcome.err
+    assert "Traceback" not in outcome.err
+    assert {path: path.read_bytes() for path in Path("runs").rglob("*") if path.is_file()} == before

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 
 from fedmira.cli.main import main
+from fedmira.cli.recipes import recipe_path
 from fedmira.runs.store import RunStore
 
 CONFIG = """
@@ -232,3 +235,33 @@ def test_compare_with_a_misspelt_method(fedmira, place: Path) -> None:
     outcome = fedmira("compare", "c.yaml", "--methods", "local_only,fedti")
     assert outcome.code == 2
     assert "did you mean 'fedit'?" in outcome.err
+
+
+def test_quickstart_needs_no_network_and_ends_with_a_table_and_a_report(
+    fedmira, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The command itself, on a recipe cut down to seconds; opening any connection would fail the test."""
+
+    def no_network(*arguments: object, **_: object) -> None:
+        raise AssertionError(f"a connection was opened: {arguments}")
+
+    for name in ("getaddrinfo", "create_connection"):
+        monkeypatch.setattr(socket, name, no_network)
+    recipe = yaml.safe_load(recipe_path("quickstart").read_text(encoding="utf-8"))
+    recipe["data"] |= {"families": 2, "clients_per_family": 2, "examples": 16}
+    recipe["training"] |= {"local_steps": 1, "batch_size": 2}
+    recipe["federation"] |= {"rounds": 2}
+    recipe["evaluation"]["generation"] |= {"max_new_tokens": 2, "examples_per_client": 1}
+    Path("small.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    monkeypatch.setattr("fedmira.cli.compare.recipe_path", lambda name: Path("small.yaml"))
+    outcome = fedmira("quickstart", "--out", "quick")
+    assert outcome.code == 0, outcome.err
+    header, _, *rows = outcome.out[outcome.out.index("\nmethod ") + 1 :].splitlines()
+    assert header.split()[:3] == ["method", "mean", "loss"]
+    for column in ("worst tenth", "harmed", "Rouge-L", "up + down"):
+        assert column in header
+    assert [row.split()[0] for row in rows[:4]] == ["local_only", "fedit", "mira_published", "mira"]
+    assert outcome.out.count("  round ") == 4 * 2, "progress: a line per round"
+    assert outcome.out.splitlines()[-1] == f"Report: {Path('quick/report/index.html')}"
+    page = Path("quick/report/index.html").read_text(encoding="utf-8")
+    assert "The true graph" in page
