@@ -11,9 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from fedmira import assembly
 from fedmira.assembly import assemble, cached_federation, read_graph
 from fedmira.config import GraphConfig, RunConfig
 from fedmira.errors import ConfigError, DataError
+from fedmira.experiment import personalised_adapters, run
 
 NAMES = ("anna", "ben", "cleo")
 MATRIX = np.array([[0.0, 2.0, 0.5], [2.0, 0.0, 0.0], [0.5, 0.0, 0.0]])
@@ -190,3 +192,30 @@ def test_the_server_counts_the_examples_that_are_trained_on() -> None:
     assert parts.clients.names == parts.federation.names
     assert parts.clients.num_examples_K == tuple(len(client.train) for client in parts.tokenized)
     assert parts.clients.tasks == ("family-0", "family-0", "family-1", "family-1")
+
+
+# -------------------------------------------------------------------------------------------------------- cohort size
+
+
+def test_an_automatic_cohort_fits_the_memory_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    automatic = tiny(training={"cohort_size": "auto"})
+    monkeypatch.setattr(assembly, "available_bytes", lambda device: 0)
+    assert assemble(automatic).cohort_size == 1
+    monkeypatch.setattr(assembly, "available_bytes", lambda device: 2**40)
+    assert assemble(automatic).cohort_size == 4
+    assert assemble(tiny(training={"cohort_size": 3})).cohort_size == 3
+
+
+def test_a_resumed_run_keeps_its_cohorts_whatever_memory_there_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another cohort size would change the last bits of the sums."""
+    config = tiny(training={"cohort_size": "auto", "local_steps": 1, "batch_size": 1}, federation={"rounds": 1})
+    monkeypatch.setattr(assembly, "available_bytes", lambda device: 0)
+    path = run(config, directory=tmp_path)
+    monkeypatch.setattr(assembly, "available_bytes", lambda device: 2**40)
+    assert assemble(config).cohort_size == 4
+    _, parts = personalised_adapters(path)
+    assert parts.cohort_size == 1
+    assert run(config, directory=tmp_path, resume=True) == path
+    assert json.loads((path / "manifest.json").read_text())["cohort_size"] == 1

@@ -62,8 +62,7 @@ def render(example: Example, template: str, tokenizer: PreTrainedTokenizerBase |
     if template == "chat":
         return Rendered(_chat_prompt(example, tokenizer), example.output)
     raise ConfigError(
-        f"unknown prompt template {template!r}; allowed: {', '.join(TEMPLATES)}. "
-        "Set data.template to one of them."
+        f"unknown prompt template {template!r}; allowed: {', '.join(TEMPLATES)}. Set data.template to one of them."
     )
 
 
