@@ -238,8 +238,8 @@ class GraphConfig(_Section):
     neighbours: PositiveInt = 5
     """With `gram`: mutual nearest neighbours kept per client."""
     power: FinitePositiveFloat = 1.0
-    """With `gram`: exponent on the positive part of the centred cosine."""
-    memory: Share = 0.0
+    """With `gram`: exponent on the similarity, which is relative to that of the nearest neighbours."""
+    memory: Share = 0.5
     """With `gram`: weight of the past in the moving average of the similarities over rounds."""
     warmup_rounds: NonNegativeInt = 0
     """With `gram`: rounds without mixing before the graph is trusted."""

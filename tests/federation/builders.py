@@ -99,7 +99,13 @@ def trained(job: Job, names: tuple[str, ...], failed: Collection[int] = ()) -> R
 
 
 def step(name: str, round_: int, like: torch.Tensor) -> torch.Tensor:
-    return torch.randn(len(like), generator=torch_generator(2, name, round_), dtype=torch.float64).to(like.dtype)
+    """Half from the client's own data, and as much again as the clients of its pair (0 and 1, 2 and 3, ...) see."""
+    pair = int("".join(filter(str.isdigit, name))) // 2
+
+    def draw(*purpose: str | int) -> torch.Tensor:
+        return torch.randn(len(like), generator=torch_generator(2, *purpose), dtype=torch.float64)
+
+    return ((draw(name, round_) + draw("pair", pair, round_)) / 2**0.5).to(like.dtype)
 
 
 def play(method: Method, state: State, names: tuple[str, ...], rounds: list[tuple[int, ...]], first: int = 1) -> State:

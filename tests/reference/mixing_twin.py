@@ -49,38 +49,47 @@ def disagreement(values_KP: np.ndarray, adjacency_KK: np.ndarray) -> float:
     return total
 
 
-def dense_updates(arena: Arena) -> list[np.ndarray]:
-    """Per client all products s B A, flattened and joined: what the adapter really adds to the base model."""
+def dense_by_layer(arena: Arena) -> list[list[np.ndarray]]:
+    """Per layer and client the product s B A, flattened: what the adapter really adds to the base model."""
     tensors = {spec.name: arena.view(spec).double() for spec in arena.layout.specs}
-    layers = dict.fromkeys(spec.layer for spec in arena.layout.specs)
     return [
-        np.concatenate(
-            [
-                (arena.layout.scaling * tensors[f"{layer}.lora_b"][k] @ tensors[f"{layer}.lora_a"][k]).flatten().numpy()
-                for layer in layers
-            ]
-        )
-        for k in range(arena.num_clients)
+        [
+            (arena.layout.scaling * tensors[f"{layer}.lora_b"][k] @ tensors[f"{layer}.lora_a"][k]).flatten().numpy()
+            for k in range(arena.num_clients)
+        ]
+        for layer in dict.fromkeys(spec.layer for spec in arena.layout.specs)
     ]
 
 
-def product_gram(arena: Arena) -> np.ndarray:
-    """Inner products of the dense updates."""
-    updates = dense_updates(arena)
-    return np.array([[one @ other for other in updates] for one in updates])
+def similarity(after: Arena, before: Arena) -> np.ndarray:
+    """Mean over layers of the centred cosines of 2 after - before."""
+    headings = [
+        [2 * new - old for new, old in zip(*layer, strict=True)]
+        for layer in zip(dense_by_layer(after), dense_by_layer(before), strict=True)
+    ]
+    return np.mean([centred_cosine(updates) for updates in headings], axis=0)
 
 
-def centred_cosine(arena: Arena) -> np.ndarray:
-    """Cosines of the dense updates after subtracting their mean."""
-    updates = np.stack(dense_updates(arena))
-    centred = updates - updates.mean(axis=0)
+def layer_grams(arena: Arena) -> list[np.ndarray]:
+    """Per layer the inner products of the dense updates."""
+    return [np.array([[one @ other for other in updates] for one in updates]) for updates in dense_by_layer(arena)]
+
+
+def centred_cosine(updates: list[np.ndarray]) -> np.ndarray:
+    """Cosines of vectors after subtracting their mean."""
+    stacked = np.stack(updates)
+    centred = stacked - stacked.mean(axis=0)
     unit = centred / np.linalg.norm(centred, axis=1, keepdims=True)
     return unit @ unit.T
 
 
 def mutual_neighbours(similarity_KK: np.ndarray, neighbours: int, power: float) -> np.ndarray:
-    """Clients that list each other among their `neighbours` most similar ones, weighted by similarity^power."""
+    """Clients that list each other among their `neighbours` most similar ones.
+
+    The weight is the similarity over the geometric mean of the two clients' largest, to the power.
+    """
     num_clients = len(similarity_KK)
+    largest = [max(similarity_KK[k, j] for j in range(num_clients) if j != k) for k in range(num_clients)]
     lists = []
     for k in range(num_clients):
         others = sorted(
@@ -91,7 +100,8 @@ def mutual_neighbours(similarity_KK: np.ndarray, neighbours: int, power: float) 
     for k in range(num_clients):
         for other in lists[k]:
             if k in lists[other]:
-                adjacency[k, other] = similarity_KK[k, other] ** power
+                scale = np.sqrt(largest[k]) * np.sqrt(largest[other])
+                adjacency[k, other] = (similarity_KK[k, other] / scale) ** power
     return adjacency
 
 

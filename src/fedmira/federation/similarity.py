@@ -1,7 +1,8 @@
-"""Which clients are alike, seen from their adapters: the gauge-free Gram matrix of low-rank products, and its graph.
+"""Which clients are alike, seen from their adapters: gauge-free Gram matrices of low-rank products, and their graph.
 
 (B M, M^-1 A) is the same update as (B, A), so factors must not be compared with each other; products can be, without
-ever being formed. Knows nothing about how the adapters were trained. The Gram matrix is linear algebra over an arena;
+ever being formed. Adapters look alike wherever they were mixed, right or wrong, and a wrong edge would confirm itself;
+so what is compared is where each client was heading. Knows nothing about how the adapters were trained. The Gram matrix is linear algebra over an arena;
 `tests/reference/mixing_twin.py` forms the products.
 
 Axes: K clients, C those compared, R rank, I and O in and out features.
@@ -42,31 +43,48 @@ def low_rank_pairs(layout: Layout) -> tuple[tuple[TensorSpec, TensorSpec], ...]:
     return pairs
 
 
-def product_gram(arena: Arena, ids: Sequence[int] | None = None) -> Matrix:
-    """Return G_kl = <dW_k, dW_l> = sum over layers of s^2 tr((B_k^T B_l)(A_l A_k^T)), (C, C) in float64.
+def heading(after: Arena, before: Arena) -> Arena:
+    """Return where each client was heading, 2 B A - B0 A0, as one pair of twice the rank per layer.
+
+    Mixing has moved a client from its own optimum towards its neighbours' before it trains; one local update beyond
+    what it sent undoes about as much. 2 B A - B0 A0 = [2 B, -B0] [A; A0]; both arenas have the same layout.
+    """
+    specs: list[TensorSpec] = []
+    columns: list[torch.Tensor] = []
+    for spec_a, spec_b in low_rank_pairs(after.layout):
+        stacked_a = torch.cat([after.view(spec_a), before.view(spec_a)], dim=1)
+        stacked_b = torch.cat([2 * after.view(spec_b), -before.view(spec_b)], dim=2)
+        for spec, stacked in ((spec_a, stacked_a), (spec_b, stacked_b)):
+            offset = sum(column.shape[1] for column in columns)
+            specs.append(TensorSpec(spec.name, spec.group, spec.layer, tuple(stacked.shape[1:]), offset))
+            columns.append(stacked.flatten(1))
+    return Arena(Layout(tuple(specs), after.layout.scaling), torch.cat(columns, dim=1))
+
+
+def layer_grams(arena: Arena) -> tuple[Matrix, ...]:
+    """Return per layer G_kl = <dW_k, dW_l> = s^2 tr((B_k^T B_l)(A_l A_k^T)), (C, C) in float64.
 
     Cost C^2 R^2 (I + O) per layer, without forming any product; equals the inner products of the dense updates and
     does not change when a client's factors are turned by any invertible M.
 
     Args:
-        arena: lora_a of shape (R, I) and lora_b of shape (O, R) per layer.
-        ids: the clients to compare, all K if left out.
+        arena: the C clients to compare, with lora_a of shape (R, I) and lora_b of shape (O, R) per layer.
     """
-    rows = list(range(arena.num_clients)) if ids is None else list(ids)
-    num_rows = len(rows)
-    gram_CC = torch.zeros(num_rows, num_rows, dtype=torch.float64, device=arena.values_KP.device)
+    num_clients = arena.num_clients
+    grams = []
     for spec_a, spec_b in low_rank_pairs(arena.layout):
         rank = spec_a.shape[0]
-        lora_a_CRI = arena.view(spec_a)[rows].double()
-        lora_b_CRO = arena.view(spec_b)[rows].double().transpose(1, 2)
-        stacked_a, stacked_b = lora_a_CRI.flatten(0, 1), lora_b_CRO.flatten(0, 1)
-        step = max(1, _BLOCK_ELEMENTS // max(1, num_rows * rank * rank))
-        for start in range(0, num_rows, step):
+        stacked_a = arena.view(spec_a).double().flatten(0, 1)
+        stacked_b = arena.view(spec_b).double().transpose(1, 2).flatten(0, 1)
+        gram_CC = torch.empty(num_clients, num_clients, dtype=torch.float64, device=arena.values_KP.device)
+        step = max(1, _BLOCK_ELEMENTS // max(1, num_clients * rank * rank))
+        for start in range(0, num_clients, step):
             some = slice(start * rank, (start + step) * rank)
             paired = (stacked_b[some] @ stacked_b.T) * (stacked_a[some] @ stacked_a.T)
-            gram_CC[start : start + step] += paired.view(-1, rank, num_rows, rank).sum((1, 3))
-    gram = np.asarray(gram_CC.cpu().numpy()) * arena.layout.scaling**2
-    return np.asarray((gram + gram.T) / 2)
+            gram_CC[start : start + step] = paired.view(-1, rank, num_clients, rank).sum((1, 3))
+        gram = gram_CC.cpu().numpy() * arena.layout.scaling**2
+        grams.append(np.asarray((gram + gram.T) / 2))
+    return tuple(grams)
 
 
 def centred_cosine(gram_CC: Matrix) -> Matrix:
@@ -86,33 +104,54 @@ def centred_cosine(gram_CC: Matrix) -> Matrix:
     return np.asarray((cosine_CC + cosine_CC.T) / 2)
 
 
-def observe(previous_KK: Matrix, arena: Arena, ids: Sequence[int], memory: float) -> Matrix:
-    """Return the similarities after comparing the clients `ids`, (K, K); pairs not among them stay as they were.
+def similarity(arena: Arena) -> Matrix:
+    """Return the mean over layers of the centred cosines, (C, C): every layer counts the same, however far it moved."""
+    return np.asarray(np.mean([centred_cosine(gram_CC) for gram_CC in layer_grams(arena)], axis=0))
 
-    A pair seen before moves to `memory * previous + (1 - memory) * now`; a new pair takes what is seen now. 0 means
-    never compared.
+
+def observe(
+    previous_KK: Matrix, after: Arena, before: Arena, seen: Sequence[int], returned: Sequence[int], memory: float
+) -> Matrix:
+    """Return the similarities after a round, (K, K); 0 means never compared.
+
+    A pair with a client that returned moves to `memory * previous + (1 - memory) * now`; a pair compared for the first
+    time takes what is seen now; all others stay as they were.
+
+    Args:
+        previous_KK: the similarities before.
+        after: (K, P), the last upload of every client.
+        before: (K, P), what each client started from when it made that upload.
+        seen: the clients that ever returned; only they are compared.
+        returned: those of them that returned this round.
+        memory: weight of the past, 0 to 1.
     """
-    rows = list(ids)
-    if len(rows) < MINIMUM_CLIENTS:
+    rows = list(seen)
+    if len(rows) < MINIMUM_CLIENTS or not returned:
         return previous_KK
-    now_CC = centred_cosine(product_gram(arena, rows))
+    now_CC = similarity(heading(after.replace(after.values_KP[rows]), before.replace(before.values_KP[rows])))
     before_CC = previous_KK[np.ix_(rows, rows)]
+    moved_CC = np.where(before_CC != 0, memory * before_CC + (1 - memory) * now_CC, now_CC)
+    new_C = np.isin(rows, list(returned))
     updated_KK = previous_KK.copy()
-    updated_KK[np.ix_(rows, rows)] = np.where(before_CC != 0, memory * before_CC + (1 - memory) * now_CC, now_CC)
+    updated_KK[np.ix_(rows, rows)] = np.where(new_C[:, None] | new_C[None, :], moved_CC, before_CC)
     return np.asarray(updated_KK)
 
 
 def mutual_neighbours(similarity_KK: Matrix, neighbours: int, power: float) -> Matrix:
-    """Return the adjacency max(0, similarity)^power between clients that are among each other's nearest `neighbours`.
+    """Return a_kl = (s_kl / sqrt(t_k t_l))^power between clients among each other's nearest `neighbours`, s_kl > 0.
 
-    Clients tied with the last neighbour count as well, so that the result does not depend on their order.
+    t_k is the similarity of client k to its nearest client (local scaling, Zelnik-Manor and Perona 2004): cosines of
+    updates are small where much of an update is noise, and strength should not depend on that. Clients tied with the
+    last neighbour count as well, so that the result does not depend on their order.
     """
     positive_KK = np.maximum(similarity_KK, 0.0)
     np.fill_diagonal(positive_KK, 0.0)
+    nearest_K = positive_KK.max(axis=1, initial=0.0)
+    scale_K = np.sqrt(np.where(nearest_K > 0, nearest_K, 1.0))
     count = min(neighbours, max(len(positive_KK) - 1, 1))
     least_K = np.partition(positive_KK, -count, axis=1)[:, -count]
     near_KK = (positive_KK > 0) & (positive_KK >= least_K[:, None])
-    return np.where(near_KK & near_KK.T, positive_KK**power, 0.0)
+    return np.where(near_KK & near_KK.T, (positive_KK / scale_K[:, None] / scale_K[None, :]) ** power, 0.0)
 
 
 def gram_graph(similarity_KK: Matrix, config: GraphConfig, round_: int) -> Graph:

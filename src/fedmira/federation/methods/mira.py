@@ -33,6 +33,7 @@ def build(config: MiraConfig, clients: Clients, graph: Graph | None) -> Method:
         memory = {"uploads": initial.values_KP.clone()}
         if graph is None:
             low_rank_pairs(initial.layout)
+            memory["starts"] = initial.values_KP.clone()
             memory["similarity"] = torch.zeros(len(clients.names), len(clients.names), dtype=torch.float64)
         return State(state.adapters, state.last_round_K, memory)
 
@@ -43,8 +44,11 @@ def build(config: MiraConfig, clients: Clients, graph: Graph | None) -> Method:
         related = graph
         if related is None:
             seen = [k for k, last in enumerate(last_round_K) if last > 0]
-            similarity_KK = observe(memory["similarity"].numpy(), uploads, seen, config.graph.memory)
-            memory["similarity"] = torch.from_numpy(np.array(similarity_KK))
+            starts = state.adapters.replace(memory["starts"].clone())
+            starts.values_KP[list(results.ids)] = state.adapters.values_KP[list(results.ids)]
+            before_KK = memory["similarity"].cpu().numpy()
+            similarity_KK = observe(before_KK, uploads, starts, seen, results.ids, config.graph.memory)
+            memory |= {"starts": starts.values_KP, "similarity": torch.from_numpy(np.array(similarity_KK))}
             related = gram_graph(similarity_KK, config.graph, participants.round)
         confidence_K = [
             num_examples / mean_examples * config.staleness_decay ** (participants.round - last) if last else 0.0

@@ -51,7 +51,8 @@ def build(
         trained, last_round_K = received(state.adapters, state, participants, results)
         whole, memory = graph, dict(state.memory)
         if whole is None:
-            similarity_KK = observe(memory["similarity"].numpy(), trained, results.ids, config.graph.memory)
+            before_KK = memory["similarity"].cpu().numpy()
+            similarity_KK = observe(before_KK, trained, state.adapters, results.ids, results.ids, config.graph.memory)
             memory["similarity"] = torch.from_numpy(np.array(similarity_KK))
             whole = gram_graph(similarity_KK, config.graph, participants.round)
         if not results.ids:
