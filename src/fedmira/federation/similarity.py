@@ -2,8 +2,8 @@
 
 (B M, M^-1 A) is the same update as (B, A), so factors must not be compared with each other; products can be, without
 ever being formed. Adapters look alike wherever they were mixed, right or wrong, and a wrong edge would confirm itself;
-so what is compared is where each client was heading. Knows nothing about how the adapters were trained. The Gram matrix is linear algebra over an arena;
-`tests/reference/mixing_twin.py` forms the products.
+so what is compared is where each client was heading. Knows nothing about how the adapters were trained. The Gram
+matrices are linear algebra over an arena; `tests/reference/mixing_twin.py` forms the products.
 
 Axes: K clients, C those compared, R rank, I and O in and out features.
 """
