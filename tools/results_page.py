@@ -1,0 +1,54 @@
+"""Print the Markdown sections of a results page from study directories: words, table, learning rates, data.
+
+    python tools/results_page.py "Title=runs/STUDY" ... > sections.md
+
+Everything printed comes from the studies; the words around it are written by hand.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from fedmira.report.reading import StudyRecord, read
+from fedmira.report.table import render_table, rows_of
+from fedmira.report.words import headline
+
+
+def section(title: str, path: Path) -> str:
+    """One section: what came out in words, the table, the rates that were tried, and what the data was."""
+    study = read(path)
+    if not isinstance(study, StudyRecord):
+        raise SystemExit(f"{path} is a single run; give a study that `fedmira compare` made")
+    rows = rows_of(study)
+    parts = [f"## {title}", " ".join(headline(study)), render_table(rows, markdown=True)]
+    if study.tuning:
+        parts.append(_rates(study))
+    return "\n\n".join(parts)
+
+
+def _rates(study: StudyRecord) -> str:
+    """Validation loss of every method at every learning rate tried; the chosen one in bold."""
+    losses = {(entry["method"], entry["learning_rate"]): entry["validation_loss"] for entry in study.tuning}
+    methods = list(dict.fromkeys(method for method, _ in losses))
+    rates = sorted({rate for _, rate in losses})
+    lines = [
+        "| validation loss on the tuning draw at learning rate | " + " | ".join(f"{rate:g}" for rate in rates) + " |",
+        "|---|" + "---:|" * len(rates),
+    ]
+    for method in methods:
+        tried = {rate: losses[method, rate] for rate in rates if (method, rate) in losses}
+        best = min(tried, key=tried.__getitem__)
+        cells = [f"**{tried[r]:.3f}**" if r == best else f"{tried[r]:.3f}" if r in tried else "" for r in rates]
+        lines.append(f"| {method} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    for argument in sys.argv[1:]:
+        title, _, path = argument.partition("=")
+        print(section(title, Path(path)) + "\n")
+
+
+if __name__ == "__main__":
+    main()
