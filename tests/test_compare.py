@@ -15,7 +15,7 @@ from fedmira import experiment
 from fedmira.assembly import Assembly
 from fedmira.config import RunConfig
 from fedmira.config_file import load_config
-from fedmira.errors import ConfigError, Interrupted
+from fedmira.errors import ConfigError, DivergedError, Interrupted
 from fedmira.exchange.in_process import InProcess
 from fedmira.runs.store import RunStore
 from fedmira.studies import compare as compare_module
@@ -118,6 +118,18 @@ def test_the_lowest_validation_loss_is_chosen(
     monkeypatch.setattr(compare_module, "final_validation_loss", loss)
     folder = compare(config(methods=["local_only"], learning_rates=RATES), directory=tmp_path)
     assert [entry["learning_rate"] for entry in told(folder)["runs"]] == [chosen]
+
+
+def test_a_rate_that_diverges_loses_and_does_not_end_the_comparison(tmp_path: Path) -> None:
+    folder = compare(config(methods=["local_only"], learning_rates=(0.001, 1e38)), directory=tmp_path)
+    facts = json.loads((folder / "study.json").read_text(), parse_constant=lambda name: pytest.fail(name))
+    assert [entry["validation_loss"] is None for entry in facts["tuning"]] == [False, True]
+    assert [entry["learning_rate"] for entry in facts["runs"]] == [0.001]
+
+
+def test_a_grid_that_diverges_altogether_says_so(tmp_path: Path) -> None:
+    with pytest.raises(DivergedError, match=r"local_only diverges at every learning rate .*\(1e\+38, 2e\+38\)"):
+        compare(config(methods=["local_only"], learning_rates=(1e38, 2e38)), directory=tmp_path)
 
 
 def test_one_rate_needs_no_tuning(tmp_path: Path) -> None:

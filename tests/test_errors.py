@@ -11,6 +11,7 @@ from fedmira import errors
     ("kind", "exit_code"),
     [
         (errors.FedmiraError, 1),
+        (errors.DivergedError, 1),
         (errors.UsageError, 2),
         (errors.ConfigError, 2),
         (errors.DataError, 3),
@@ -34,8 +35,8 @@ def test_every_error_is_listed_here() -> None:
     """A new kind of error needs an exit code, and a row above."""
     kinds = {item for item in vars(errors).values() if isinstance(item, type) and issubclass(item, Exception)}
     assert {kind.__name__ for kind in kinds} == {
-        "FedmiraError", "UsageError", "ConfigError", "DataError", "SetupError", "IntegrityError", "ParticipationError",
-        "Interrupted",
+        "FedmiraError", "DivergedError", "UsageError", "ConfigError", "DataError", "SetupError", "IntegrityError",
+        "ParticipationError", "Interrupted",
     }  # fmt: skip
 
 

@@ -21,7 +21,7 @@ from fedmira.assembly import Assembly, assemble
 from fedmira.config import RunConfig
 from fedmira.config_file import config_hash
 from fedmira.data.tokenization import TokenizedClient
-from fedmira.errors import FedmiraError, IntegrityError, UsageError
+from fedmira.errors import DivergedError, IntegrityError, UsageError
 from fedmira.evaluation.judge import final_records, validation_losses
 from fedmira.exchange.in_process import InProcess
 from fedmira.experiment import personalised_adapters, run
@@ -297,7 +297,7 @@ def test_the_others_are_untouched_by_a_failure(tmp_path: Path, poisoned: set[str
 
 def test_a_run_in_which_all_clients_fail_stops_with_the_reason(tmp_path: Path, poisoned: set[str]) -> None:
     poisoned.update(CLIENTS)
-    with pytest.raises(FedmiraError, match="round 1: no client returned a result") as raised:
+    with pytest.raises(DivergedError, match="round 1: no client returned a result") as raised:
         run(tiny(), directory=tmp_path)
     assert raised.value.exit_code == 1
     assert f"the loss of client {CLIENTS[0]} is not finite in round 1, step 1" in str(raised.value)
@@ -317,7 +317,7 @@ def test_a_run_whose_clients_fail_late_can_go_on_once_they_are_well(
 
     with monkeypatch.context() as patch:
         patch.setattr(experiment._Run, "_exchange", ill_in_round_2)
-        with pytest.raises(FedmiraError, match="round 2: no client returned"):
+        with pytest.raises(DivergedError, match="round 2: no client returned"):
             run(tiny(), directory=tmp_path)
     poisoned.clear()
     path = run(tiny(), directory=tmp_path, resume=True)
@@ -349,6 +349,20 @@ def test_validation_is_recorded_every_so_many_rounds_and_after_the_last(tmp_path
     assert [event["round"] for event in events(path, "evaluation")] == [2, 4, 5]
 
 
+def test_without_validation_examples_no_validation_loss_is_claimed(tmp_path: Path) -> None:
+    data = {
+        "source": "planted",
+        "families": 2,
+        "clients_per_family": 2,
+        "examples": 12,
+        "partition": {"by": "field", "validation": 0},
+    }
+    path = run(tiny(data=data), directory=tmp_path)
+    assert "validation loss" not in (path / "run.log").read_text()
+    assert {client["tokens"] for client in events(path, "evaluation")[-1]["clients"].values()} == {0}
+    assert len(per_token(events(path, "final")[0])) == 4
+
+
 def test_data_or_graph_that_changed_since_the_start_is_refused_on_resume(tmp_path: Path) -> None:
     graph, data = tmp_path / "g.csv", tmp_path / "a.jsonl"
     data.write_text("".join(json.dumps({"instruction": f"say {n}", "output": "yes"}) + "\n" for n in range(12)))
@@ -373,7 +387,7 @@ def test_data_or_graph_that_changed_since_the_start_is_refused_on_resume(tmp_pat
 
 def test_an_unfinished_run_has_no_adapters_to_give(tmp_path: Path, poisoned: set[str]) -> None:
     poisoned.update(CLIENTS)
-    with pytest.raises(FedmiraError):
+    with pytest.raises(DivergedError):
         run(tiny(), directory=tmp_path)
     [path] = tmp_path.iterdir()
     with pytest.raises(UsageError, match="no finished round yet"):

@@ -1,6 +1,7 @@
 """The exceptions of fedmira, grouped by what the person who meets one can do about it.
 
 FedmiraError                     exit code 1   something failed while running
+|-- DivergedError                1             training left no finite number: lower the learning rate
 |-- UsageError                   2             the command or the config is wrong: change it
 |   `-- ConfigError              2             one or more keys of the config are wrong: each is listed
 |-- DataError                    3             a data file, a client or an example is unusable
@@ -23,6 +24,10 @@ class FedmiraError(Exception):
     """Base of all errors that fedmira raises on purpose; `exit_code` is what the command line returns."""
 
     exit_code = 1
+
+
+class DivergedError(FedmiraError):
+    """Training left no client with finite numbers; a comparison counts such a setting as the worst of its grid."""
 
 
 class UsageError(FedmiraError):

@@ -18,7 +18,7 @@ import torch
 from fedmira.assembly import Assembly, assemble, refuse_other_base
 from fedmira.config import RunConfig
 from fedmira.config_file import config_hash
-from fedmira.errors import FedmiraError, IntegrityError, Interrupted, UsageError
+from fedmira.errors import DivergedError, IntegrityError, Interrupted, UsageError
 from fedmira.evaluation.judge import final_records, validation_losses
 from fedmira.federation import participation
 from fedmira.federation.method import Info, State
@@ -69,6 +69,7 @@ def run(
     Raises:
         Interrupted: SIGINT or SIGTERM; everything is saved, `resume=True` continues bit for bit.
         IntegrityError: the directory belongs to another config, or no checkpoint in it is valid.
+        DivergedError: no client of a round came to finite numbers.
     """
     make = RunStore.resume if resume else RunStore.create
     return carry_out(make(config, source_text, directory), display)
@@ -113,7 +114,7 @@ class _Run:
             last = round_ == config.federation.rounds
             line = f"train loss {_train_loss(results):.4f}"
             if last or round_ % config.evaluation.every == 0:
-                line += f", validation loss {self._evaluate(round_, method.personalise(state)):.4f}"
+                line += self._evaluate(round_, method.personalise(state))
             if last and config.evaluation.test:
                 line += f", test loss {self._judge(round_, method.personalise(state)):.4f}"
             self.display.round(round_, line)
@@ -144,7 +145,7 @@ class _Run:
             if report.failure:
                 self._tell(f"round {round_}: {self.parts.clients.names[report.id]} was left out: {report.failure}")
         if not results.ids:
-            raise FedmiraError(
+            raise DivergedError(
                 f"round {round_}: no client returned a result. First failure: {results.reports[0].failure}. "
                 "Lower training.learning_rate or set training.clip_norm"
             )
@@ -184,8 +185,8 @@ class _Run:
                 }
             )
 
-    def _evaluate(self, round_: int, adapters: Arena) -> float:
-        """Record the validation loss of every client; return the unweighted mean over clients."""
+    def _evaluate(self, round_: int, adapters: Arena) -> str:
+        """Record the validation loss of every client; say the unweighted mean over those that hold such examples."""
         started = time.perf_counter()
         losses = validation_losses(self.parts.base, adapters, self.parts.tokenized, self.config.evaluation)
         self.store.append(
@@ -201,7 +202,7 @@ class _Run:
             }
         )
         per_client = [loss_sum / tokens for loss_sum, tokens in losses if tokens]
-        return sum(per_client) / len(per_client) if per_client else float("nan")
+        return f", validation loss {sum(per_client) / len(per_client):.4f}" if per_client else ""
 
     def _judge(self, round_: int, adapters: Arena) -> float:
         """Record the final numbers of every client on its test split; return the unweighted mean loss."""

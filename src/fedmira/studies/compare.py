@@ -15,7 +15,7 @@ from typing import Any
 
 from fedmira.config import RunConfig
 from fedmira.config_file import resolved_yaml
-from fedmira.errors import ConfigError
+from fedmira.errors import ConfigError, DivergedError
 from fedmira.experiment import Display, SilentDisplay, carry_out
 from fedmira.runs.atomic import write_bytes_atomically
 from fedmira.runs.store import RunStore
@@ -33,6 +33,7 @@ def compare(config: RunConfig, *, directory: Path | None = None, display: Displa
 
     Raises:
         ConfigError: settings would be chosen on a draw that is reported, or on no validation data.
+        DivergedError: a method has no learning rate at which it trains.
     """
     _refuse_biased_tuning(config)
     display = display or SilentDisplay()
@@ -105,10 +106,19 @@ def _choose_learning_rate(
     losses = {}
     for rate in grid:
         trial = variant(config, method, config.compare.tuning_seed, rate, tuning=True)
-        path = _run(trial, directory / "tuning", display)
-        losses[rate] = final_validation_loss(path)
-        study["tuning"].append({"method": method, "learning_rate": rate, "validation_loss": losses[rate]})
+        try:
+            losses[rate] = final_validation_loss(_run(trial, directory / "tuning", display))
+        except DivergedError as error:
+            losses[rate] = math.inf
+            display.message(f"{method} at learning rate {rate:g}: {error}")
+        known = losses[rate] if math.isfinite(losses[rate]) else None
+        study["tuning"].append({"method": method, "learning_rate": rate, "validation_loss": known})
         _write(directory, study)
+    if not any(map(math.isfinite, losses.values())):
+        raise DivergedError(
+            f"{method} diverges at every learning rate of compare.learning_rates "
+            f"({', '.join(f'{rate:g}' for rate in grid)}); add lower ones"
+        )
     return min(grid, key=lambda rate: losses[rate])
 
 
@@ -117,7 +127,7 @@ def _run(config: RunConfig, directory: Path, display: Display) -> Path:
 
 
 def final_validation_loss(path: Path) -> float:
-    """Mean over clients of the last recorded validation loss per supervised token; infinite if it is not a number."""
+    """Mean over clients of the last recorded validation loss per supervised token; infinite if it is not finite."""
     with RunStore.open(path) as store:
         last = [event for event in store.events() if event["event"] == "evaluation"][-1]
     losses = [
