@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedmira import assembly
-from fedmira.assembly import assemble, cached_federation, read_graph
+from fedmira import assembly, experiment
+from fedmira.assembly import Assembly, assemble, cached_federation, read_graph
 from fedmira.config import GraphConfig, RunConfig
 from fedmira.errors import ConfigError, DataError
 from fedmira.experiment import personalised_adapters, run
@@ -217,5 +217,12 @@ def test_a_resumed_run_keeps_its_cohorts_whatever_memory_there_is(
     assert assemble(config).cohort_size == 4
     _, parts = personalised_adapters(path)
     assert parts.cohort_size == 1
+    built: list[Assembly] = []
+
+    def spy(wanted: RunConfig, **arguments: Any) -> Assembly:
+        built.append(assemble(wanted, **arguments))
+        return built[-1]
+
+    monkeypatch.setattr(experiment, "assemble", spy)
     assert run(config, directory=tmp_path, resume=True) == path
-    assert json.loads((path / "manifest.json").read_text())["cohort_size"] == 1
+    assert [one.cohort_size for one in built] == [1]
