@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 import pytest
 
-from fedmira.cli.main import JOURNEY, main
+from fedmira.cli.main import JOURNEY, cli, main
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
@@ -75,8 +75,10 @@ def test_commands_in_code_blocks_parse() -> None:
     assert lines
     for name, rest in lines:
         words = rest.partition("#")[0].split()
-        commands[name].make_context(name, words, resilient_parsing=True)
-        with click.Context(commands[name]) as context:
+        # below the group: a command remembers the help options of the first context it meets
+        group = click.Context(cli, **cli.context_settings)
+        commands[name].make_context(name, words, parent=group, resilient_parsing=True)
+        with click.Context(commands[name], parent=group) as context:
             known = {option for parameter in commands[name].get_params(context) for option in parameter.opts}
         assert {word for word in words if word.startswith("--")} <= known, (name, rest)
 
