@@ -24,7 +24,8 @@ from fedmira.data.tokenization import TokenizedClient
 from fedmira.errors import DivergedError, IntegrityError, UsageError
 from fedmira.evaluation.judge import final_records, validation_losses
 from fedmira.exchange.in_process import InProcess
-from fedmira.experiment import personalised_adapters, run
+from fedmira.experiment import run
+from fedmira.export.clients import load_trained
 from fedmira.runs.checkpoint import FOLDER, TENSORS, load_latest
 from fedmira.runs.store import RunStore
 from fedmira.types import Arena, Job, Results
@@ -93,6 +94,12 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 # ------------------------------------------------------------------------------------------------------ own adapters
+
+
+def personalised_adapters(path: Path) -> tuple[Arena, Assembly]:
+    """What the clients of the run in `path` get to keep, and the parts of the run."""
+    trained = load_trained(path)
+    return trained.adapters, assemble(trained.config)
 
 
 @pytest.fixture(scope="module")

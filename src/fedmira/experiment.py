@@ -18,7 +18,7 @@ import torch
 from fedmira.assembly import Assembly, assemble, refuse_other_base
 from fedmira.config import RunConfig
 from fedmira.config_file import config_hash
-from fedmira.errors import DivergedError, IntegrityError, Interrupted, UsageError
+from fedmira.errors import DivergedError, IntegrityError, Interrupted
 from fedmira.evaluation.judge import final_records, validation_losses
 from fedmira.federation import participation
 from fedmira.federation.method import Info, State
@@ -279,21 +279,6 @@ class _Run:
             "Start it again to continue; `fedmira run` needs --resume for that",
             self.stop.signal_number,
         )
-
-
-def personalised_adapters(path: Path) -> tuple[Arena, Assembly]:
-    """What the clients of the run in `path` get to keep, and the parts of the run.
-
-    Raises:
-        UsageError: the run has no finished round yet.
-    """
-    store = RunStore.open(path)
-    checkpoint = load_latest(path, config_hash=config_hash(store.config))
-    if checkpoint is None or checkpoint.round == 0:
-        raise UsageError(f"{path} has no finished round yet; continue it with `fedmira run ... --resume`")
-    parts = assemble(store.config, cohort_size=store.manifest()["cohort_size"])
-    values_KP = checkpoint.tensors.get("personalised", checkpoint.tensors["state.adapters"])
-    return Arena(parts.layout, values_KP.to(parts.base.device)), parts
 
 
 def _under(prefix: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
