@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import pytest
 
 import fedmira
 from fedmira.data.describe import describe, marked, token_pieces
@@ -78,8 +77,6 @@ def test_the_pieces_of_the_shipped_tokenizer_join_to_the_text() -> None:
     from transformers import AutoTokenizer
 
     folder = Path(fedmira.__file__).parent / "assets" / "base"
-    if not (folder / "tokenizer.json").exists():
-        pytest.skip("the embedded base model is not built yet")
     shipped = AutoTokenizer.from_pretrained(folder)
     train = (example("caf\u00e9 \U0001f600 \u6f22\u5b57\n\n  two", "na\u00efve \U0001f680\u00e9", "odd"),)
     federation = Federation((Client("one", train, (), train),))
