@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-
 import fedmira
 from fedmira.data.describe import describe, marked, token_pieces
 from fedmira.data.tokenization import tokenize_federation
