@@ -7,9 +7,9 @@ Axes: K clients, S participants of a round, P parameters of one adapter, T token
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 if TYPE_CHECKING:
     import numpy as np
@@ -74,6 +74,10 @@ class Federation:
 
 # ------------------------------------------------------------------------------------------------------------ adapters
 
+PAIRS = (("lora_a", "lora_b"), ("second_a", "second_b"))
+"""Groups of the pairs of factors that a layer may have, A (R, I) and B (O, R); their products add up. Methods that keep
+a shared and an own adapter at each client (FedDPA, FedALT) use the second."""
+
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
@@ -115,6 +119,16 @@ class Layout:
         """The distinct groups, in order of first appearance."""
         return tuple(dict.fromkeys(spec.group for spec in self.specs))
 
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """The distinct adapted layers, in order of first appearance."""
+        return tuple(dict.fromkeys(spec.layer for spec in self.specs))
+
+    @property
+    def num_virtual_tokens(self) -> int:
+        """Rows that the adapter puts before every sequence; 0 unless it is a soft prompt."""
+        return sum(spec.shape[0] for spec in self.specs if spec.group == "prompt")
+
     def slices(self, group: str) -> tuple[slice, ...]:
         """The ranges of a row that belong to `group`."""
         return tuple(slice(s.offset, s.offset + s.size) for s in self.specs if s.group == group)
@@ -126,6 +140,9 @@ class Arena:
 
     layout: Layout
     values_KP: torch.Tensor
+    shift_W: torch.Tensor | None = None
+    """Added to the weights of the adapted layers, for all clients alike: (O, I) of each layer, flat, in the order of
+    `layout.layers`; None adds nothing. What methods merge into the base ends up here."""
 
     @property
     def num_clients(self) -> int:
@@ -137,7 +154,7 @@ class Arena:
         return rows.view(self.num_clients, *spec.shape)
 
     def replace(self, values_KP: torch.Tensor) -> Arena:
-        """The same layout over other values."""
+        """The same layout and shift over other values."""
         return replace(self, values_KP=values_KP)
 
 
@@ -155,6 +172,8 @@ class Clients(NamedTuple):
     seed: int
     """Seed of the run, for methods that draw."""
     true_adjacency_KK: np.ndarray | None = None
+    ranks_K: tuple[int, ...] | None = None
+    """Rank of each client's adapter, at most that of the arena; None means that of the arena for all."""
 
 
 class Participants(NamedTuple):
@@ -167,19 +186,22 @@ class Participants(NamedTuple):
 
 
 class Pull(NamedTuple):
-    """A proximal term `strength / 2 * ||theta - target||^2` added to each participant's objective."""
+    """A proximal term `strength_s / 2 * ||theta_s - target_s||^2` added to the objective of each row."""
 
     target_SP: torch.Tensor
-    strength: float
+    strength_S: tuple[float, ...]
 
 
 class Job(NamedTuple):
-    """What the server asks the participants of one round to do. Row s belongs to participant `ids[s]`."""
+    """What the server asks the participants of one round to do. Row s belongs to client `ids[s]`.
+
+    A client may have several rows, each of which it trains on its own (Ditto's global and personal adapter).
+    """
 
     round: int
     ids: tuple[int, ...]
     start_SP: torch.Tensor
-    """Where each participant starts."""
+    """Where each row starts."""
     download: frozenset[str]
     """Groups of tensors the server sends; the others are already at the client."""
     trainable: frozenset[str]
@@ -187,6 +209,52 @@ class Job(NamedTuple):
     upload: frozenset[str]
     """Groups that come back to the server."""
     pull: Pull | None = None
+    work: float = 1.0
+    """Share of the configured local steps or epochs that each row is trained for, in (0, 1]."""
+    shift_W: torch.Tensor | None = None
+    """Added to the weights of the adapted layers while this job is done; see `Arena.shift_W`."""
+    shift_bytes: int = 0
+    """Bytes that bring one participant what changed in the shift since the round before."""
+    local_rows: int = 0
+    """The last rows of the job that never cross: their clients hold them and keep them."""
+    pooled: bool = False
+    """All participants' examples form one data set, on which the rows, which start alike, are trained as one for the
+    steps of all of them together. For references only: examples would have to leave their clients."""
+
+    @property
+    def num_crossing(self) -> int:
+        """Rows of the job that are sent and come back."""
+        return len(self.ids) - self.local_rows
+
+
+class Trial(NamedTuple):
+    """Adapters that clients are asked to judge by the loss on examples of their own."""
+
+    ids: tuple[int, ...]
+    """Who is asked; ascending."""
+    num_candidates: int
+    candidate: Callable[[int], torch.Tensor]
+    """Number of a candidate -> (S, P), what each client judges; made when needed, as all together may not fit."""
+    sent: int
+    """Adapters that cross for each client; it makes the others from these and its own."""
+    split: Literal["train", "validation"] = "validation"
+    compare_SP: torch.Tensor | None = None
+    """Adapters of those asked whose predictions on the server's own texts are to be compared; the server does it by
+    itself, so nothing crosses for it."""
+
+
+class Losses(NamedTuple):
+    """What clients answer to a trial."""
+
+    mean_SQ: torch.Tensor
+    """Cross entropy in nats per supervised token, float64 on the CPU; nan where a client has no such example."""
+    tokens_S: tuple[int, ...]
+    """Supervised tokens behind each mean."""
+    upload_bytes: int
+    download_bytes: int
+    agreement_SS: torch.Tensor | None = None
+    """With `Trial.compare_SP`: mean over the tokens of the server's texts of sum_v sqrt(p_s(v) p_t(v)), 0 .. 1, p the
+    predictions of two adapters; float64 on the CPU."""
 
 
 class ClientReport(NamedTuple):
@@ -208,7 +276,7 @@ class Results(NamedTuple):
     """What comes back from a job: rows of the participants that succeeded, reports of all."""
 
     ids: tuple[int, ...]
-    """Rows of the arena that came back, ascending; a subset of the job's ids."""
+    """Clients whose rows came back, in the order of the job's rows."""
     values_SP: torch.Tensor
     """Their locally trained rows, in the order of `ids`."""
     reports: tuple[ClientReport, ...]
@@ -216,3 +284,7 @@ class Results(NamedTuple):
     download_bytes: int
     train_seconds: float
     peak_memory_bytes: int
+    uncompressed_bytes: int = 0
+    """Upload and download together, had the tensors crossed as they are; 0 where nothing is compressed."""
+    epsilon: tuple[tuple[int, float], ...] = ()
+    """(client, epsilon of all its uploads so far) of each participant; empty without `exchange.privacy`."""

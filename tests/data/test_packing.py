@@ -17,7 +17,8 @@ from fedmira.errors import DataError, UsageError
 
 @st.composite
 def examples(draw: st.DrawFn) -> TokenizedExample:
-    tokens = draw(st.lists(st.integers(0, 99), min_size=2, max_size=12))
+    common = draw(st.sampled_from([0, 0, 7, 20]))
+    tokens = [5] * common + draw(st.lists(st.integers(0, 99), min_size=2, max_size=12))
     return TokenizedExample(np.array(tokens, dtype=np.int32), draw(st.integers(1, len(tokens) - 1)), "e")
 
 
@@ -25,14 +26,15 @@ def unpack(batch: PackedBatch) -> list[tuple[list[int], int]]:
     """Slow twin of `pack`, backwards: the tokens and the prompt length of every sequence."""
     labels = dict(zip(batch.supervised_rows_M.tolist(), batch.labels_M.tolist(), strict=True))
     sequences, row = [], 0
-    for length in batch.sequence_lengths:
-        rows = range(row, row + length)
-        assert [int(batch.positions_N[r]) for r in rows] == list(range(length))
-        supervised = [r for r in rows if r in labels]
-        assert supervised == list(range(rows.stop - len(supervised), rows.stop))
+    for length, prefix in zip(batch.sequence_lengths, batch.prefixes, strict=True):
+        own = range(row, row + length)
+        rows = [*range(prefix.start, prefix.start + prefix.length), *own]
+        assert [int(batch.positions_N[r]) for r in rows] == list(range(len(rows)))
+        supervised = [r for r in own if r in labels]
+        assert supervised == list(range(own.stop - len(supervised), own.stop))
         # where a row and the one before it are supervised, the label before is this row's token
         assert all(labels[r - 1] == int(batch.tokens_N[r]) for r in supervised[1:])
-        tokens = [int(batch.tokens_N[r]) for r in rows] + [labels[rows.stop - 1]]
+        tokens = [int(batch.tokens_N[r]) for r in rows] + [labels[own.stop - 1]]
         sequences.append((tokens, len(tokens) - len(supervised)))
         row += length
     assert row == len(batch.tokens_N)
@@ -44,7 +46,9 @@ def unpack(batch: PackedBatch) -> list[tuple[list[int], int]]:
 def test_packing_round_trips(clients: list[list[TokenizedExample]]) -> None:
     batch = pack(clients)
     assert unpack(batch) == [(e.tokens.tolist(), e.prompt_length) for client in clients for e in client]
-    assert batch.rows_per_client == tuple(sum(len(e.tokens) - 1 for e in client) for client in clients)
+    tokens = tuple(sum(len(e.tokens) - 1 for e in client) for client in clients)
+    assert batch.tokens_per_client == pack(clients, share_prefixes=False).rows_per_client == tokens
+    assert len(batch.tokens_N) + sum(prefix.length for prefix in batch.prefixes) == sum(tokens)
     assert sum(batch.supervised_per_client) == len(batch.labels_M) == len(batch.supervised_rows_M)
     # rows and supervised rows are sorted by client
     bounds = np.cumsum([0, *batch.rows_per_client])
@@ -53,6 +57,22 @@ def test_packing_round_trips(clients: list[list[TokenizedExample]]) -> None:
     assert batch.supervised_per_client == tuple(counts[c] for c in range(len(clients)))
     for tensor in (batch.tokens_N, batch.positions_N, batch.supervised_rows_M, batch.labels_M):
         assert tensor.dtype == torch.int64
+
+
+def test_what_a_clients_examples_begin_with_is_there_once() -> None:
+    def example(*tail: int, prompt_length: int = 12) -> TokenizedExample:
+        return TokenizedExample(np.array([*range(10), *tail], dtype=np.int32), prompt_length, "e")
+
+    clients = [[example(20, 21, 22), example(20, 31, 32, 33)], [example(20, 21, 22)]]
+    batch = pack(clients)
+    # the eleventh token is common too
+    assert batch.prefixes == ((0, 0), (0, 11), (14, 0))
+    assert batch.sequence_lengths == (12, 2, 12)
+    assert batch.rows_per_client == (14, 12)
+    # a row that predicts a supervised token is never shared, however alike the answers are
+    early = [example(20, 21, prompt_length=9), example(20, 21, prompt_length=9)]
+    assert pack([early]).prefixes == ((0, 0), (0, 8))
+    assert pack([[example(20, prompt_length=5)] * 2]).prefixes == ((0, 0), (0, 0))
 
 
 def test_nothing_packs_to_nothing() -> None:

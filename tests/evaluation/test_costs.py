@@ -9,6 +9,7 @@ from fedmira.evaluation.costs import (
     adapter_bytes,
     communication_cost,
     element_bytes,
+    highest_memory_bytes,
     model_bytes,
     optimizer_bytes,
 )
@@ -115,3 +116,15 @@ def test_peak_memory_falls_back_to_the_life_of_the_process(monkeypatch: pytest.M
         pass
     assert memory.source == "resident set since start of process"
     assert memory.peak_bytes > MEBIBYTE
+
+
+def test_the_highest_memory_survives_blocks_that_begin_anew() -> None:
+    before = highest_memory_bytes()
+    with PeakMemory():
+        block = b"x" * (64 * MEBIBYTE)
+        del block
+    reached = highest_memory_bytes()
+    with PeakMemory() as later:
+        pass
+    assert reached >= before
+    assert highest_memory_bytes() >= reached > later.peak_bytes

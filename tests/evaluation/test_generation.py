@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
+from dataclasses import replace
 from itertools import takewhile
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from tests.reference.engine_twin import peft_model
-from tests.reference.tiny_models import random_arena, tiny_layout, tiny_model
+from tests.reference.generation_twin import client_by_client, one_by_one
+from tests.reference.tiny_models import FAMILIES, layout_of_kind, random_arena, tiny_layout, tiny_model
 from transformers import GenerationConfig
 
 from fedmira.config import AdapterConfig, ModelConfig
+from fedmira.evaluation import generation
 from fedmira.evaluation.generation import generate
+from fedmira.model import cache
 from fedmira.model.arena import lora_layout
 from fedmira.model.base import BaseModel, freeze, load_base
-from fedmira.types import Arena
+from fedmira.model.kinds import initial_adapters
 
 END = 2
 
@@ -47,43 +50,60 @@ def random_prompts(counts: tuple[int, ...], seed: int = 0) -> list[list[np.ndarr
     ]
 
 
-def one_by_one(base: BaseModel, arena: Arena, prompts: list[list[np.ndarray]], max_new_tokens: int) -> list[list[str]]:
-    """Stock PEFT, one prompt at a time, the most likely token at each step."""
-    answers = []
-    for client, client_prompts in enumerate(prompts):
-        model: Any = peft_model(base, arena.layout, arena.values_KP[client])
-        answers.append([])
-        for prompt in client_prompts:
-            tokens = torch.from_numpy(prompt).long()[None]
-            new: list[int] = []
-            while len(new) < max_new_tokens:
-                with torch.no_grad():
-                    new.append(int(model(input_ids=tokens, use_cache=False).logits[0, -1].argmax()))
-                if new[-1] == END:
-                    new.pop()
-                    break
-                tokens = torch.cat([tokens, torch.tensor([[new[-1]]])], dim=1)
-            answers[-1].append(" ".join(str(token) for token in new))
-    return answers
-
-
-@pytest.mark.parametrize("family", ["gpt2", "llama", "qwen3", "gemma2", "gemma3"])
+@pytest.mark.parametrize("family", sorted(FAMILIES))
 @pytest.mark.parametrize("batch_sequences", [1, 4, 64])
 def test_batches_answer_as_peft_does_one_by_one(family: str, batch_sequences: int) -> None:
     base = base_of(family)
     arena = random_arena(tiny_layout(base, family), 4, base.dtype)
     prompts = random_prompts((3, 0, 4, 2))
-    expected = one_by_one(base, arena, prompts, 12)
+    expected = one_by_one(base, arena, prompts, 12, END)
     answers = generate(base, arena, prompts, 12, batch_sequences=batch_sequences)
     assert answers == expected
     assert len({answer for client in answers for answer in client}) > 2, "the prompts must matter"
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "qwen3", "gemma2"])
+@pytest.mark.parametrize("kind", ["prompt", "p_tuning", "full"])
+def test_other_kinds_of_adapters_answer_one_by_one(family: str, kind: str) -> None:
+    base = base_of(family)
+    arena = initial_adapters(base, layout_of_kind(base, kind), 4, seed=3)
+    noise = torch.randn(arena.values_KP.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    arena = arena.replace(arena.values_KP + 0.1 * noise.to(arena.values_KP))
+    prompts = random_prompts((3, 0, 4, 2))
+    expected = one_by_one(base, arena, prompts, 12, END)
+    for batch_sequences in (2, 64):
+        assert generate(base, arena, prompts, 12, batch_sequences=batch_sequences) == expected
+    others = arena.replace(arena.values_KP[[2, 1, 0, 3]])
+    assert generate(base, others, prompts, 12) != expected, "the adapters must matter"
+
+
+def test_virtual_tokens_take_room_in_the_context() -> None:
+    """A prompt loses its beginning so that virtual tokens, what is left of it and the answer fit together."""
+    base = base_of("llama")
+    arena = initial_adapters(base, layout_of_kind(base, "prompt"), 1, seed=3)
+    long = np.arange(200, dtype=np.int32) % 90 + 3
+    room = base.max_length - arena.layout.num_virtual_tokens - 6
+    assert generate(base, arena, [[long]], 6) == one_by_one(base, arena, [[long[-room:]]], 6, END)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "mistral", "qwen2"])
+def test_the_body_written_out_answers_as_the_stock_model_does(family: str) -> None:
+    base = base_of(family)
+    assert base.body is not None
+    arena = random_arena(tiny_layout(base, family), 3, base.dtype)
+    prompts = random_prompts((3, 1, 4))
+    start = np.arange(3, 20, dtype=np.int32)
+    prompts[2] = [np.concatenate([start, prompt]) for prompt in prompts[2]]
+    expected = generate(replace(base, body=None), arena, prompts, 12)
+    assert generate(base, arena, prompts, 12) == expected
+    assert one_by_one(base, arena, prompts, 12, END) == expected
 
 
 def test_an_answer_ends_at_the_end_token() -> None:
     base = base_of("llama")
     arena = random_arena(tiny_layout(base, "llama"), 1)
     prompts = random_prompts((12,), seed=4)
-    full = one_by_one(base, arena, prompts, 12)
+    full = one_by_one(base, arena, prompts, 12, END)
     stop = int(full[0][0].split()[3])
     base.model.generation_config.eos_token_id = [END, stop]
     (answers,) = generate(base, arena, prompts, 12)
@@ -116,7 +136,73 @@ def test_a_prompt_that_fills_the_context_loses_its_beginning() -> None:
     arena = random_arena(tiny_layout(base, "gpt2"), 1)
     prompt = np.random.default_rng(0).integers(3, 97, size=140).astype(np.int32)
     answers = generate(base, arena, [[prompt]], 10)
-    assert answers == one_by_one(base, arena, [[prompt[-118:]]], 10)
+    assert answers == one_by_one(base, arena, [[prompt[-118:]]], 10, END)
+
+
+def test_prompts_of_very_different_lengths_and_numbers_do_not_disturb_each_other(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # one bucket for each length, so that sequences of different lengths are arranged anew as others leave
+    monkeypatch.setattr(cache, "_CPU_BUCKET_BYTES", 1.0)
+    base = base_of("mistral")
+    arena = random_arena(tiny_layout(base, "mistral"), 3, base.dtype)
+    draw = np.random.default_rng(5)
+    lengths = ([100, 1, 1, 40, 3, 7, 99], [2], [60, 61])
+    prompts = [[draw.integers(3, 97, size=length).astype(np.int32) for length in client] for client in lengths]
+    base.model.generation_config.eos_token_id = list(range(50, 60))
+    answers = generate(base, arena, prompts, 20, batch_sequences=5)
+    full = one_by_one(base, arena, prompts, 20, END)
+    ended = [[" ".join(takewhile(lambda word: int(word) not in range(50, 60), a.split())) for a in c] for c in full]
+    assert answers == ended
+    assert len({len(answer.split()) for client in answers for answer in client}) > 3, (
+        "answers must end at different steps"
+    )
+
+
+@pytest.mark.parametrize("family", ["gpt2", "qwen3"])
+def test_rare_looks_change_no_answer(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = base_of(family)
+    arena = random_arena(tiny_layout(base, family), 3, base.dtype)
+    prompts = random_prompts((4, 1, 3))
+    base.model.generation_config.eos_token_id = list(range(50, 60))
+    expected = generate(base, arena, prompts, 20, batch_sequences=5)
+    # as on a GPU
+    monkeypatch.setattr(generation, "_CPU_STEPS_BETWEEN_LOOKS", 8)
+    monkeypatch.setattr(cache, "_CPU_BUCKET_BYTES", 1e8)
+    assert generate(base, arena, prompts, 20, batch_sequences=5) == expected
+    assert len({len(answer.split()) for client in expected for answer in client}) > 2, "answers must differ in length"
+
+
+def test_without_memory_answers_are_written_one_after_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    base = base_of("llama")
+    arena = random_arena(tiny_layout(base, "llama"), 2)
+    prompts = random_prompts((3, 2))
+    expected = generate(base, arena, prompts, 6)
+    monkeypatch.setattr(generation, "available_bytes", lambda device: 0)
+    held: list[int] = []
+    rows = cache.KeyValueCache.rows
+
+    def counting(
+        self: cache.KeyValueCache, names_B: list[int | None], clients: list[int]
+    ) -> AbstractContextManager[None]:
+        held.append(len(names_B))
+        return rows(self, names_B, clients)
+
+    monkeypatch.setattr(cache.KeyValueCache, "rows", counting)
+    assert generate(base, arena, prompts, 6) == expected
+    assert max(held) == 1
+
+
+def test_a_client_that_diverged_leaves_the_others_alone() -> None:
+    base = base_of("llama")
+    arena = random_arena(tiny_layout(base, "llama"), 3, base.dtype)
+    prompts = random_prompts((3, 2, 3))
+    expected = generate(base, arena, prompts, 12)
+    diverged = arena.values_KP.clone()
+    diverged[1] = torch.nan
+    answers = generate(base, arena.replace(diverged), prompts, 12)
+    assert (answers[0], answers[2]) == (expected[0], expected[2])
+    assert len(answers[1]) == 2
 
 
 def test_no_prompts_no_answers() -> None:
@@ -124,12 +210,21 @@ def test_no_prompts_no_answers() -> None:
     assert generate(base, random_arena(tiny_layout(base, "llama"), 2), [[], []], 5) == [[], []]
     with pytest.raises(ValueError, match="2 adapters cannot answer for 1"):
         generate(base, random_arena(tiny_layout(base, "llama"), 2), [[]], 5)
+    with pytest.raises(ValueError, match="prompt 1 of client 0 is empty"):
+        generate(base, random_arena(tiny_layout(base, "llama"), 1), [[np.array([3]), np.array([])]], 5)
 
 
-def test_the_embedded_base_answers_in_text() -> None:
+def test_the_embedded_base_answers_as_transformers_does_client_by_client() -> None:
     base = load_base(ModelConfig(device="cpu"))
-    arena = random_arena(lora_layout(base, AdapterConfig()), 2, torch.float32)
+    arena = random_arena(lora_layout(base, AdapterConfig()), 3, torch.float32)
     arena = arena.replace(0.1 * arena.values_KP)
-    prompts = [[np.asarray(base.tokenizer.encode("Name a colour.\n"), dtype=np.int32)] for _ in range(2)]
-    answers = generate(base, arena, prompts, 8)
-    assert all(isinstance(answer, str) and base.tokenizer.eos_token not in answer for (answer,) in answers)
+    words = [
+        "Name a colour.",
+        "Copy the word lamp, then the word door.",
+        "How many legs has a dog? Answer with a number.",
+    ]
+    tokens = [np.asarray(base.tokenizer.encode(f"{text}\n"), dtype=np.int32) for text in words]
+    prompts = [tokens, tokens[::-1], tokens[:2]]
+    answers = generate(base, arena, prompts, 24)
+    assert answers == client_by_client(base, arena, prompts, 24, base.tokenizer.eos_token_id)
+    assert len({answer for client in answers for answer in client}) > 3, "adapters and prompts must matter"

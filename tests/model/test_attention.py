@@ -7,7 +7,8 @@ import torch
 from tests.reference.tiny_models import FAMILIES, random_examples, tiny_base
 
 from fedmira.data.packing import PackedBatch, pack
-from fedmira.model.attention import PACKED, plan_packing
+from fedmira.model import attention
+from fedmira.model.attention import PACKED, Alone, plan_packing
 from fedmira.model.base import BaseModel
 
 # longer than the sliding windows, and ragged enough for several buckets
@@ -74,14 +75,47 @@ def test_gradients_of_packed_rows_equal_those_of_sequences_alone() -> None:
 
 
 @pytest.mark.parametrize("lengths", [(4,), (4, 4, 4), (3, 20, 4), (30, 1, 30, 29), (5, 4, 3, 2, 1)])
-def test_a_plan_places_every_row_once(lengths: tuple[int, ...]) -> None:
+def test_a_plan_computes_every_row_in_one_slot(lengths: tuple[int, ...]) -> None:
     plan = plan_packing(lengths, torch.device("cpu"))
     rows_N = torch.arange(sum(lengths))
-    read = [rows_N if bucket.rows_N is None else bucket.rows_N for bucket in plan.buckets]
-    restored = torch.cat(read) if plan.restore_N is None else torch.cat(read)[plan.restore_N]
-    assert torch.equal(restored, rows_N)
-    for bucket, rows in zip(plan.buckets, read, strict=True):
-        slots = torch.arange(len(rows)) if bucket.slots_N is None else bucket.slots_N
-        assert len(slots.unique()) == len(rows)
-        assert int(slots.max()) < bucket.num_sequences * bucket.length
+    slots = torch.cat([rows_N if bucket.rows is None else bucket.rows for bucket in plan.buckets])
+    assert torch.equal(slots if plan.slots_n is None else slots[plan.slots_n], rows_N)
+    assert len(slots) == sum(bucket.num_sequences * bucket.length for bucket in plan.buckets)
     assert sum(bucket.num_sequences for bucket in plan.buckets) == len(lengths)
+    assert plan.repeated_rows is None
+
+
+def test_a_shared_prefix_fills_slots_in_every_sequence_that_begins_with_it() -> None:
+    # rows 0..4 are a whole sequence; rows 5..6 and 7 follow its first 3 rows
+    plan = plan_packing((5, 2, 1), torch.device("cpu"), prefixes=((0, 0), (0, 3), (0, 3)))
+    (bucket,) = plan.buckets
+    assert bucket.rows is not None
+    assert plan.slots_n is not None
+    assert bucket.rows.view(3, 5).tolist() == [[0, 1, 2, 3, 4], [0, 1, 2, 5, 6], [0, 1, 2, 7, 7]]
+    assert plan.slots_n.tolist() == [0, 1, 2, 3, 4, 8, 9, 13]
+    assert plan.repeated_rows is not None
+    assert plan.repeated_rows.tolist() == [0, 1, 2, 0, 1, 2]
+    assert plan.repeated_slots is not None
+    assert plan.repeated_slots.tolist() == [5, 6, 7, 10, 11, 12]
+
+
+def test_long_sequences_stand_alone_where_they_may(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "_LEAST_ALONE", 12)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    # rows 0..4 are a whole sequence; rows 5..6, 7..10 and 11 follow its first 3 rows; rows 12..14 share nothing
+    lengths, prefixes = (5, 2, 4, 1, 3), ((0, 0), (0, 3), (0, 3), (0, 3), (12, 0))
+    plan = plan_packing(lengths, torch.device("cpu"), prefixes, stand_alone=True)
+    assert plan.alone == (Alone(slice(0, 5), slice(0, 0)), Alone(slice(7, 11), slice(0, 3)))
+    assert plan.longest == 7
+    (bucket,) = plan.buckets
+    assert bucket.rows is not None
+    assert bucket.rows.view(3, 5).tolist() == [[0, 1, 2, 5, 6], [0, 1, 2, 11, 11], [12, 13, 14, 12, 12]]
+    assert plan.rows_n is not None
+    assert plan.rows_n.tolist() == [5, 6, 11, 12, 13, 14]
+    assert plan.slots_n is not None
+    assert plan.slots_n.tolist() == [3, 4, 8, 10, 11, 12]
+    assert not plan_packing(lengths, torch.device("cpu"), prefixes).alone
+    assert not plan_packing(lengths, torch.device("meta"), prefixes, stand_alone=True).alone
+    monkeypatch.setattr(attention, "_LEAST_ALONE", 0)
+    everything = plan_packing(lengths, torch.device("cpu"), prefixes, stand_alone=True)
+    assert (len(everything.alone), everything.buckets, everything.slots_n) == (5, (), None)

@@ -1,15 +1,19 @@
 """The slow twin of the engine: one client after another, stock PEFT, padded batches, torch.optim, one plain loop.
 
-The loss is computed here in float64 and not by transformers, which lowers logits to float32 first.
+Where every weight is tuned there is no PEFT: the model itself is trained, as in traditional fine-tuning.
+
+The loss is computed here in float64 and not by transformers, which lowers logits to float32 first; so are RMS norms
+where the engine has a fused body, because transformers' rounding to float32 would hide every error below 1e-7.
 """
 
 from __future__ import annotations
 
 import copy
+import functools
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PromptEncoderConfig, PromptTuningConfig, get_peft_model
 from tests.reference.tiny_models import TARGETS
 
 from fedmira.config import TrainingConfig
@@ -20,18 +24,15 @@ from fedmira.types import Job, Layout
 
 
 def peft_model(base: BaseModel, layout: Layout, row_P: torch.Tensor) -> Any:
-    """A copy of the base with PEFT's LoRA layers that hold the adapter `row_P`."""
-    family = base.model.config.model_type
-    modules = sorted({spec.layer for spec in layout.specs})
-    rank = layout.specs[0].shape[0]
-    config = LoraConfig(
-        r=rank,
-        lora_alpha=layout.scaling * rank,
-        target_modules=modules,
-        fan_in_fan_out=family in TARGETS,
-        lora_dropout=0.0,
-    )
-    model = get_peft_model(copy.deepcopy(base.model), config, autocast_adapter_dtype=False)
+    """A copy of the base with PEFT's layers or virtual tokens that hold the adapter `row_P`."""
+    stock = copy.deepcopy(base.model)
+    if layout.groups == ("full",):
+        row_P = row_P + frozen_row(base, layout)
+        model = stock
+    else:
+        if base.body is not None:
+            exact_norms(stock)
+        model = get_peft_model(stock, _peft_config(base, layout), autocast_adapter_dtype=False)
     model.to(base.dtype).eval()
     with torch.no_grad():
         for spec, parameter in zip(layout.specs, peft_parameters(model, layout), strict=True):
@@ -39,8 +40,46 @@ def peft_model(base: BaseModel, layout: Layout, row_P: torch.Tensor) -> Any:
     return model
 
 
+def _peft_config(base: BaseModel, layout: Layout) -> Any:
+    if layout.num_virtual_tokens:
+        tokens = {"task_type": "CAUSAL_LM", "num_virtual_tokens": layout.num_virtual_tokens}
+        if "encoder" in layout.groups:
+            return PromptEncoderConfig(**tokens, encoder_hidden_size=layout.specs[1].shape[0])
+        return PromptTuningConfig(**tokens)
+    rank = layout.specs[0].shape[0]
+    return LoraConfig(
+        r=rank,
+        lora_alpha=layout.scaling * rank,
+        target_modules=sorted({spec.layer for spec in layout.specs}),
+        fan_in_fan_out=base.model.config.model_type in TARGETS,
+        lora_dropout=0.0,
+    )
+
+
+def frozen_row(base: BaseModel, layout: Layout) -> torch.Tensor:
+    """The base's own weights as a row (P,) of a layout of all weights."""
+    return torch.cat([base.model.get_parameter(spec.name).detach().flatten() for spec in layout.specs])
+
+
+def exact_norms(model: torch.nn.Module) -> None:
+    """Make every RMS norm of a transformers model compute in the dtype of its input."""
+    for module in model.modules():
+        if type(module).__name__.endswith("RMSNorm"):
+            module.forward = functools.partial(_exact_rms_norm, module)  # type: ignore[method-assign]
+
+
+def _exact_rms_norm(module: Any, x: torch.Tensor) -> torch.Tensor:
+    normalised: torch.Tensor = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + module.variance_epsilon)
+    return module.weight * normalised
+
+
 def peft_parameters(model: Any, layout: Layout) -> list[torch.nn.Parameter]:
-    """The LoRA weights of a PEFT model in the order of the layout."""
+    """The tuned weights in the order of the layout."""
+    if layout.groups == ("full",):
+        return [model.get_parameter(spec.name) for spec in layout.specs]
+    if layout.num_virtual_tokens:
+        # PEFT registers the prompt before the layers of its encoder
+        return list(model.prompt_encoder.parameters())
     names = {"lora_a": "lora_A", "lora_b": "lora_B"}
     return [
         model.base_model.model.get_submodule(f"{spec.layer}.{names[spec.group]}.default").weight
@@ -60,6 +99,8 @@ def mean_loss(model: Any, examples: list[TokenizedExample]) -> torch.Tensor:
         mask_BT[row, :length] = 1
         labels_BT[row, example.prompt_length : length] = tokens_BT[row, example.prompt_length : length]
     logits_BTV = model(input_ids=tokens_BT, attention_mask=mask_BT, use_cache=False).logits
+    # virtual tokens have logits too
+    logits_BTV = logits_BTV[:, -longest:]
     return torch.nn.functional.cross_entropy(logits_BTV[:, :-1].flatten(0, 1), labels_BT[:, 1:].flatten())
 
 
@@ -113,12 +154,13 @@ def train_one_by_one(
             if job.pull is not None:
                 for spec, parameter in zip(layout.specs, parameters, strict=True):
                     target = job.pull.target_SP[index, spec.offset : spec.offset + spec.size].view(spec.shape)
-                    loss = loss + job.pull.strength / 2 * (parameter - target).square().sum()
+                    loss = loss + job.pull.strength_S[index] / 2 * (parameter - target).square().sum()
             optimizer.zero_grad()
             loss.backward()
             if training.clip_norm is not None:
                 torch.nn.utils.clip_grad_norm_(trained, training.clip_norm)
             optimizer.step()
-        rows.append(torch.cat([parameter.detach().flatten() for parameter in parameters]))
+        row_P = torch.cat([parameter.detach().flatten() for parameter in parameters])
+        rows.append(row_P - frozen_row(base, layout) if layout.groups == ("full",) else row_P)
         loss_sums.append(loss_sum)
     return torch.stack(rows), loss_sums

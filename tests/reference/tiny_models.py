@@ -13,6 +13,7 @@ from fedmira.config import AdapterConfig
 from fedmira.data.tokenization import TokenizedClient, TokenizedExample
 from fedmira.model.arena import initial_arena, lora_layout
 from fedmira.model.base import BaseModel, freeze
+from fedmira.model.kinds import adapter_layout
 from fedmira.types import Arena, Client, Layout
 
 VOCABULARY = 97
@@ -87,6 +88,16 @@ def tiny_base(family: str, dtype: torch.dtype = torch.float64) -> BaseModel:
 def tiny_layout(base: BaseModel, family: str, rank: int = 3) -> Layout:
     targets = TARGETS.get(family, ("q_proj", "k_proj", "v_proj", "o_proj"))
     return lora_layout(base, AdapterConfig(rank=rank, alpha=6.0, targets=targets))
+
+
+def layout_of_kind(base: BaseModel, kind: str) -> Layout:
+    """A layout of a kind of adapter other than LoRA, with sizes that differ from each other."""
+    settings: dict[str, dict[str, Any]] = {
+        "prompt": {"num_virtual_tokens": 5},
+        "p_tuning": {"num_virtual_tokens": 5, "encoder_hidden_size": 7},
+        "full": {},
+    }
+    return adapter_layout(base, AdapterConfig.model_validate({"kind": kind, **settings[kind]}))
 
 
 def random_arena(layout: Layout, num_clients: int, dtype: torch.dtype = torch.float64, seed: int = 3) -> Arena:

@@ -64,7 +64,7 @@ def test_pull_and_frozen_groups_equal_peft(trainable: frozenset[str]) -> None:
     layout = tiny_layout(base, "llama")
     clients = ragged_clients()
     start_SP = random_arena(layout, 5).values_KP
-    pull = Pull(random_arena(layout, 5, seed=11).values_KP, strength=0.3)
+    pull = Pull(random_arena(layout, 5, seed=11).values_KP, strength_S=(0.3,) * 5)
     job = Job(1, (0, 1, 2, 3, 4), start_SP, BOTH, frozenset(trainable), BOTH, pull)
 
     # the twin adds the pull of frozen groups too, as a constant without a gradient

@@ -9,6 +9,7 @@ import torch
 from tests.reference.tiny_models import client_of, ragged_clients, random_arena, random_examples, tiny_base, tiny_layout
 
 from fedmira.config import TrainingConfig
+from fedmira.data.packing import pack
 from fedmira.training import memory
 
 TRAINING = TrainingConfig(batch_size=2)
@@ -47,15 +48,17 @@ def test_the_largest_cohort_that_fits_is_chosen() -> None:
     assert memory.estimate_memory(base, layout, clients, TRAINING, 5) == totals[-1]
 
 
-def test_on_a_cpu_a_cohort_stops_growing_at_4096_tokens() -> None:
+def test_on_a_cpu_a_cohort_stops_growing_at_2048_rows() -> None:
     base = tiny_base("llama", torch.float32)
     layout = tiny_layout(base, "llama")
     long = tuple(random_examples(1, seed=k, longest=120)[0] for k in range(40))
-    example = max(long, key=lambda e: len(e.tokens))
+    example = max(long, key=lambda e: len(e.tokens))._replace(prompt_length=60)
     clients = [client_of(f"client-{k}", (example,) * 16) for k in range(20)]
     training = TrainingConfig(batch_size=16)
     size = memory.choose_cohort_size(base, layout, clients, training, 2**40)
-    assert size == round(4096 / (16 * (len(example.tokens) - 1)))
+    rows = len(pack([[example] * 16]).tokens_N)
+    assert rows < 16 * (len(example.tokens) - 1), "their prompts are alike"
+    assert size == round(2048 / rows)
     assert 1 <= size < 20
 
 

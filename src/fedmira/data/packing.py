@@ -1,8 +1,11 @@
 """Batches: which examples a client trains on in each step, and many clients' sequences as one run of rows.
 
 A packed batch has no padding: the rows of all sequences of all clients lie behind one another. Its inputs lack every
-sequence's last token (the end token): nothing follows it, so its row would be computed for nothing. Knows nothing about
-models, losses or optimizers.
+sequence's last token (the end token): nothing follows it, so its row would be computed for nothing. What all examples
+of a client begin with (the definition of its task, the template's opening) is there once: causal attention gives its
+rows the same values in every example. The virtual tokens of a soft prompt are such a beginning: rows whose tokens mean
+nothing, because whoever runs the model puts the client's own embeddings there. Knows nothing about models, losses or
+optimizers.
 
 Axes: N rows (input tokens of all sequences), M supervised rows, C clients of the batch, T tokens of a sequence.
 """
@@ -10,7 +13,6 @@ Axes: N rows (input tokens of all sequences), M supervised rows, C clients of th
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate
 from typing import NamedTuple
 
 import numpy as np
@@ -20,6 +22,16 @@ from fedmira.data.tokenization import TokenizedExample
 from fedmira.errors import DataError, UsageError
 from fedmira.randomness import generator
 
+_SHORTEST_PREFIX = 8
+"""Fewer common tokens are not worth the bookkeeping."""
+
+
+class Prefix(NamedTuple):
+    """Rows of an earlier sequence that a sequence begins with."""
+
+    start: int
+    length: int
+
 
 class PackedBatch(NamedTuple):
     """Sequences of C clients as rows, sorted by client; the segments follow one another without gaps."""
@@ -27,24 +39,32 @@ class PackedBatch(NamedTuple):
     tokens_N: torch.Tensor
     """int64; input tokens."""
     positions_N: torch.Tensor
-    """int64; 0 at the first row of every sequence."""
+    """int64; 0 at the first token of every sequence."""
     sequence_lengths: tuple[int, ...]
-    """Rows of each sequence: its tokens less one."""
+    """Rows that each sequence adds: its tokens less one, less its prefix."""
+    prefixes: tuple[Prefix, ...]
+    """What each sequence begins with, of length 0 if it shares nothing."""
     rows_per_client: tuple[int, ...]
-    """Length C, zero allowed."""
+    """Length C, zero allowed. The first rows of a client that has any are its virtual tokens."""
     supervised_rows_M: torch.Tensor
     """int64, ascending; the rows whose next token is supervised."""
     labels_M: torch.Tensor
     """int64; the next token of each of those rows."""
     supervised_per_client: tuple[int, ...]
     """Length C, zero allowed; sums to M."""
+    tokens_per_client: tuple[int, ...]
+    """Length C; input tokens, counting a shared prefix in every example and virtual tokens in none."""
 
 
-def pack(examples_per_client: Sequence[Sequence[TokenizedExample]]) -> PackedBatch:
+def pack(
+    examples_per_client: Sequence[Sequence[TokenizedExample]], share_prefixes: bool = True, virtual_tokens: int = 0
+) -> PackedBatch:
     """Pack the examples of C clients.
 
     Args:
         examples_per_client: for each client its examples, in order; a client may have none.
+        share_prefixes: whether a client's common beginning is there once.
+        virtual_tokens: rows of token 0 that every sequence begins with, in front of its own; there once per client.
 
     >>> example = TokenizedExample(np.array([5, 6, 7, 8], dtype=np.int32), prompt_length=2, id="a")
     >>> batch = pack([[example], []])
@@ -53,27 +73,53 @@ def pack(examples_per_client: Sequence[Sequence[TokenizedExample]]) -> PackedBat
     >>> batch.rows_per_client, batch.supervised_per_client
     ((3, 0), (2, 0))
     """
-    examples = [example for client in examples_per_client for example in client]
-    lengths = [len(example.tokens) - 1 for example in examples]
-    starts = [0, *accumulate(lengths)][: len(lengths)]
-    tokens = [example.tokens[:-1] for example in examples]
-    positions = [np.arange(length) for length in lengths]
-    supervised = [
-        start + np.arange(example.prompt_length - 1, length)
-        for example, start, length in zip(examples, starts, lengths, strict=True)
-    ]
-    labels = [example.tokens[example.prompt_length :] for example in examples]
+    tokens, positions, supervised, labels = [], [], [], []
+    lengths: list[int] = []
+    prefixes: list[Prefix] = []
+    rows_per_client = []
+    num_rows = 0
+    for examples in examples_per_client:
+        first = num_rows
+        shared = common_prefix(examples) if share_prefixes else 0
+        if examples and virtual_tokens:
+            tokens.append(np.zeros(virtual_tokens, dtype=np.int64))
+        for index, example in enumerate(examples):
+            skipped = virtual_tokens + shared if index else 0
+            length = virtual_tokens + len(example.tokens) - 1
+            tokens.append(example.tokens[shared if index else 0 : -1])
+            positions.append(np.arange(skipped, length))
+            supervised.append(num_rows - skipped + np.arange(virtual_tokens + example.prompt_length - 1, length))
+            labels.append(example.tokens[example.prompt_length :])
+            prefixes.append(Prefix(first, skipped))
+            lengths.append(length - skipped)
+            num_rows += length - skipped
+        rows_per_client.append(num_rows - first)
     return PackedBatch(
         tokens_N=_joined(tokens),
         positions_N=_joined(positions),
         sequence_lengths=tuple(lengths),
-        rows_per_client=tuple(sum(len(e.tokens) - 1 for e in client) for client in examples_per_client),
+        prefixes=tuple(prefixes),
+        rows_per_client=tuple(rows_per_client),
         supervised_rows_M=_joined(supervised),
         labels_M=_joined(labels),
         supervised_per_client=tuple(
             sum(len(e.tokens) - e.prompt_length for e in client) for client in examples_per_client
         ),
+        tokens_per_client=tuple(sum(len(e.tokens) - 1 for e in client) for client in examples_per_client),
     )
+
+
+def common_prefix(examples: Sequence[TokenizedExample]) -> int:
+    """How many rows all examples begin with; none of them supervised, and each example keeps a row of its own."""
+    if len(examples) < 2:
+        return 0
+    first = examples[0].tokens
+    length = min(example.prompt_length for example in examples) - 1
+    for example in examples[1:]:
+        differs = first[:length] != example.tokens[:length]
+        if differs.any():
+            length = int(differs.argmax())
+    return length if length >= _SHORTEST_PREFIX else 0
 
 
 def local_batches(

@@ -145,8 +145,33 @@ def _known_groups(layout: Layout, groups: Collection[str] | None) -> Collection[
     return groups
 
 
+_HIGHEST_BEFORE = {"cpu": 0, "cuda": 0}
+"""What the high-water marks had reached before the last `PeakMemory` block began them anew."""
+
+
+def highest_memory_bytes() -> int:
+    """Highest memory use since this process started, whatever `PeakMemory` blocks were inside it.
+
+    The bytes torch allocated on the fullest CUDA device if there were any, else the resident set.
+    """
+    import torch
+
+    allocated = [int(torch.cuda.max_memory_allocated(index)) for index in range(torch.cuda.device_count())]
+    on_cuda = max([_HIGHEST_BEFORE["cuda"], *allocated])
+    return on_cuda or max(_high_water_mark_bytes(), _HIGHEST_BEFORE["cpu"])
+
+
+def memory_bytes(device: str | torch.device) -> int:
+    """Memory in use now: what torch allocated on a CUDA device, else the resident set; 0 where the system is silent."""
+    if str(device).startswith("cuda"):
+        import torch
+
+        return int(torch.cuda.memory_allocated(device))
+    return _status_bytes("VmRSS:") or 0
+
+
 class PeakMemory:
-    """Measures the highest memory use between `with` and its end.
+    """Measures the highest memory use between `with` and its end. Blocks must not overlap.
 
     On CUDA: the bytes torch allocated on the device. Elsewhere: the resident set of this process, all of it, with the
     interpreter and the base model.
@@ -169,6 +194,8 @@ class PeakMemory:
         if self._device.startswith("cuda"):
             import torch
 
+            reached = int(torch.cuda.max_memory_allocated(self._device))
+            _HIGHEST_BEFORE["cuda"] = max(_HIGHEST_BEFORE["cuda"], reached)
             torch.cuda.reset_peak_memory_stats(self._device)
             self.source = "cuda"
         else:
@@ -191,6 +218,7 @@ class PeakMemory:
 
 def _reset_high_water_mark() -> bool:
     """Ask Linux to start VmHWM anew; whether that worked (not in every container, nor on other systems)."""
+    _HIGHEST_BEFORE["cpu"] = max(_HIGHEST_BEFORE["cpu"], _high_water_mark_bytes())
     try:
         with open("/proc/self/clear_refs", "w", encoding="ascii") as file:
             file.write("5")
@@ -200,14 +228,19 @@ def _reset_high_water_mark() -> bool:
 
 
 def _high_water_mark_bytes() -> int:
+    return _status_bytes("VmHWM:") or _maximum_resident_bytes()
+
+
+def _status_bytes(label: str) -> int | None:
+    """What Linux says about this process under `label`; None elsewhere."""
     try:
         with open("/proc/self/status", encoding="ascii", errors="replace") as file:
             for line in file:
-                if line.startswith("VmHWM:"):
+                if line.startswith(label):
                     return int(line.split()[1]) * 1024
     except OSError:
         pass
-    return _maximum_resident_bytes()
+    return None
 
 
 def _maximum_resident_bytes() -> int:

@@ -1,22 +1,56 @@
-"""Answers prompts of many clients by greedy generation, each with its own adapter, in shared batches.
+"""Answers prompts of many clients by greedy generation, each with its own adapter, all together.
 
-Knows nothing about references or scores.
+Prompts are read in packed rows; then every unfinished answer grows by one token per step. Finished answers leave and
+waiting prompts take their places. Knows nothing about references or scores.
 
-Axes: K clients, P parameters of one adapter, B prompts of a batch, T tokens.
+Axes: K clients, P parameters of one adapter, B rows of a step, T tokens, d hidden features.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass, field
+from itertools import groupby
 
 import numpy as np
 import torch
 
+from fedmira.data.packing import pack
+from fedmira.data.tokenization import TokenizedExample
 from fedmira.model.base import BaseModel
-from fedmira.model.lora import attached
+from fedmira.model.buckets import Growing
+from fedmira.model.cache import KeyValueCache
+from fedmira.model.full import is_full, one_by_one
+from fedmira.model.shift import shifted
+from fedmira.training.memory import available_bytes
 from fedmira.types import Arena
+
+_CPU_STEPS_BETWEEN_LOOKS = 1
+_STEPS_BETWEEN_LOOKS = 8
+"""How often finished answers are looked for: a look waits for a GPU, but costs nothing on a CPU."""
+_KEPT_SHARE = 0.75
+"""Rows are arranged anew when no more than this share of them is unfinished."""
+_CPU_READ_TOKENS = 4096
+_READ_TOKENS = 16384
+"""Prompt tokens that are read together at most; a longer prompt is read alone."""
+_MEMORY_SHARE = 0.4
+"""Of the free memory, what keys and values may take."""
+_GROUP_ROWS = 2
+"""A group of rows costs a step as much as this many rows more: its adapter is read once."""
+
+
+@dataclass(slots=True)
+class _Answer:
+    """One prompt with what has been written so far."""
+
+    name: int
+    client: int
+    index: int
+    """Among the client's prompts."""
+    prompt: np.ndarray
+    written: list[int] = field(default_factory=list)
+    finished: bool = False
 
 
 def generate(
@@ -25,7 +59,7 @@ def generate(
     prompts_per_client: Sequence[Sequence[np.ndarray]],
     max_new_tokens: int,
     *,
-    batch_sequences: int = 64,
+    batch_sequences: int = 256,
 ) -> list[list[str]]:
     """Answer every prompt greedily and return the answers without special tokens, in the order of the prompts.
 
@@ -36,73 +70,190 @@ def generate(
     Args:
         base: the frozen model with its tokenizer.
         arena: (K, P); row k answers for client k.
-        prompts_per_client: K lists of token ids, (T,) each. A prompt that leaves no room for `max_new_tokens` in the
-            model's context loses its beginning.
-        max_new_tokens: at most this many tokens per answer.
-        batch_sequences: prompts answered together.
+        prompts_per_client: K lists of token ids, (T,) each, of at least one token. A prompt that leaves no room for
+            `max_new_tokens` in the model's context loses its beginning.
+        max_new_tokens: at most this many tokens per answer, at least 1.
+        batch_sequences: answers written at the same time, at most.
 
     Raises:
-        ValueError: the arena has not one row per client.
+        ValueError: the arena has not one row per client, or a prompt is empty.
     """
     if arena.num_clients != len(prompts_per_client):
         raise ValueError(f"{arena.num_clients} adapters cannot answer for {len(prompts_per_client)} clients")
-    arena = arena.replace(arena.values_KP.to(base.device))
-    new_tokens = min(max_new_tokens, base.max_length - 1)
-    room = base.max_length - new_tokens
-    answers = [[""] * len(prompts) for prompts in prompts_per_client]
-    places = [(client, index) for client, prompts in enumerate(prompts_per_client) for index in range(len(prompts))]
-    # prompts of similar length share a batch; inside it, rows must be sorted by client
-    places.sort(key=lambda place: len(prompts_per_client[place[0]][place[1]]))
-    with torch.inference_mode(), _plain_greedy(base, new_tokens) as end_tokens:
-        for start in range(0, len(places), batch_sequences):
-            chunk = sorted(places[start : start + batch_sequences])
-            prompts = [prompts_per_client[client][index][-room:] for client, index in chunk]
-            counts = [0] * arena.num_clients
-            for client, _ in chunk:
-                counts[client] += 1
-            with attached(base, arena, counts):
-                new_BT = _continue(base, prompts)
-            for (client, index), new_T in zip(chunk, new_BT.tolist(), strict=True):
-                end = next((i for i, token in enumerate(new_T) if token in end_tokens), len(new_T))
-                answers[client][index] = base.tokenizer.decode(
-                    new_T[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False
-                )
-    return answers
+    for client, prompts in enumerate(prompts_per_client):
+        for index, prompt in enumerate(prompts):
+            if len(prompt) == 0:
+                raise ValueError(f"prompt {index} of client {client} is empty; give it at least one token")
+    if is_full(arena.layout):
+        alone = zip(one_by_one(base, arena), prompts_per_client, strict=True)
+        return [
+            generate(base, bare, [prompts], max_new_tokens, batch_sequences=batch_sequences)[0]
+            for bare, prompts in alone
+        ]
+    room = base.max_length - arena.layout.num_virtual_tokens
+    new_tokens = min(max_new_tokens, room - 1)
+    answers = list(_waiting(prompts_per_client, room - new_tokens))
+    # outside of inference mode, so that the weights stay ordinary tensors
+    with shifted(base, arena.layout, arena.shift_W), torch.inference_mode():
+        _Writer(base, arena.replace(arena.values_KP.to(base.device)), new_tokens, batch_sequences).write(answers)
+    texts = [[""] * len(prompts) for prompts in prompts_per_client]
+    for answer in answers:
+        texts[answer.client][answer.index] = base.tokenizer.decode(
+            answer.written, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+    return texts
 
 
-def _continue(base: BaseModel, prompts: Sequence[np.ndarray]) -> torch.Tensor:
-    """The new tokens after each prompt, (B, T), padded behind the end."""
-    longest = max(len(prompt) for prompt in prompts)
-    pad = base.model.generation_config.pad_token_id
-    tokens_BT = torch.full((len(prompts), longest), pad, dtype=torch.int64)
-    mask_BT = torch.zeros((len(prompts), longest), dtype=torch.int64)
-    for row, prompt in enumerate(prompts):
-        tokens_BT[row, longest - len(prompt) :] = torch.from_numpy(np.asarray(prompt, dtype=np.int64))
-        mask_BT[row, longest - len(prompt) :] = 1
-    output_BT: torch.Tensor = base.model.generate(
-        input_ids=tokens_BT.to(base.device), attention_mask=mask_BT.to(base.device)
-    )
-    return output_BT[:, longest:]
+def _waiting(prompts_per_client: Sequence[Sequence[np.ndarray]], room: int) -> Iterator[_Answer]:
+    """The answers to write, client by client, long prompts first; a prompt keeps its last `room` tokens."""
+    name = 0
+    for client, prompts in enumerate(prompts_per_client):
+        for index in sorted(range(len(prompts)), key=lambda index: -len(prompts[index])):
+            yield _Answer(name, client, index, np.asarray(prompts[index], dtype=np.int64)[-room:])
+            name += 1
 
 
-@contextmanager
-def _plain_greedy(base: BaseModel, max_new_tokens: int) -> Iterator[frozenset[int]]:
-    """Inside the `with` block the model generates greedily and nothing else; gives the end tokens."""
-    from transformers import GenerationConfig
+def _end_tokens(base: BaseModel) -> frozenset[int]:
+    named = base.model.generation_config.eos_token_id
+    listed = named if isinstance(named, list) else [named]
+    return frozenset(token for token in (*listed, base.tokenizer.eos_token_id) if token is not None)
 
-    before: Any = base.model.generation_config
-    named = before.eos_token_id if before.eos_token_id is not None else []
-    end_tokens = {*(named if isinstance(named, list) else [named]), base.tokenizer.eos_token_id} - {None}
-    pad = base.tokenizer.pad_token_id
-    base.model.generation_config = GenerationConfig(
-        do_sample=False,
-        num_beams=1,
-        use_cache=True,
-        max_new_tokens=max_new_tokens,
-        eos_token_id=sorted(end_tokens) or None,
-        pad_token_id=pad if pad is not None else min(end_tokens, default=0),
-    )
-    try:
-        yield frozenset(end_tokens)
-    finally:
-        base.model.generation_config = before
+
+class _Writer:
+    """Writes answers, as many at a time as are allowed."""
+
+    def __init__(self, base: BaseModel, arena: Arena, new_tokens: int, most_rows: int) -> None:
+        self._base = base
+        self._on_cpu = base.device.type == "cpu"
+        self._num_clients = arena.num_clients
+        self._new_tokens = new_tokens
+        self._most_rows = most_rows
+        self._ends = _end_tokens(base)
+        self._virtual_tokens = arena.layout.num_virtual_tokens
+        self._cache = KeyValueCache(base, arena)
+        self._most_tokens = int(_MEMORY_SHARE * available_bytes(base.device) / _bytes_per_token(base, arena))
+
+    def write(self, answers: Sequence[_Answer]) -> None:
+        """Fill `written` of every answer."""
+        waiting = deque(answers)
+        unfinished: list[_Answer] = []
+        while waiting or unfinished:
+            joining = self._join(waiting, unfinished)
+            for batch in _batches(joining, _CPU_READ_TOKENS if self._on_cpu else _READ_TOKENS):
+                self._read(batch)
+            unfinished = sorted(
+                (answer for answer in (*unfinished, *joining) if not answer.finished),
+                key=lambda answer: (answer.client, answer.index),
+            )
+            if unfinished:
+                self._step(unfinished, few=int(_KEPT_SHARE * len(unfinished)))
+                unfinished = [answer for answer in unfinished if not answer.finished]
+
+    def _join(self, waiting: deque[_Answer], unfinished: Sequence[_Answer]) -> list[_Answer]:
+        """Take as many answers as there are rows and memory for, but one at least if nothing else is being written."""
+        joining: list[_Answer] = []
+        free = self._most_tokens - sum(self._length(answer) + self._new_tokens for answer in unfinished)
+        while waiting and len(unfinished) + len(joining) < self._most_rows:
+            free -= self._length(waiting[0]) + self._new_tokens
+            if free < 0 and (unfinished or joining):
+                break
+            joining.append(waiting.popleft())
+        return joining
+
+    def _read(self, answers: Sequence[_Answer]) -> None:
+        """Read prompts, sorted by client, and choose the first token of each."""
+        examples: list[list[TokenizedExample]] = [[] for _ in range(self._num_clients)]
+        for answer in answers:
+            examples[answer.client].append(_as_example(answer.prompt))
+        members = [Growing(answer.name, self._length(answer), self._new_tokens - 1) for answer in answers]
+        hidden_Bd = self._cache.read(pack(examples, virtual_tokens=self._virtual_tokens), members)
+        for answer, token in zip(answers, self._choose(hidden_Bd).tolist(), strict=True):
+            self._append(answer, token)
+
+    def _step(self, unfinished: Sequence[_Answer], few: int) -> None:
+        """Write on until no more than `few` answers are unfinished, or one of them has all its tokens."""
+        clients, rows_B = _in_groups(unfinished)
+        tokens_B = torch.tensor([0 if answer is None else answer.written[-1] for answer in rows_B])
+        tokens_B = tokens_B.to(self._base.device)
+        steps = min(self._new_tokens - len(answer.written) for answer in unfinished)
+        between = _CPU_STEPS_BETWEEN_LOOKS if self._on_cpu else _STEPS_BETWEEN_LOOKS
+        with self._cache.rows([None if answer is None else answer.name for answer in rows_B], clients):
+            while steps and sum(not answer.finished for answer in unfinished) > few:
+                chosen = []
+                for _ in range(min(between, steps)):
+                    tokens_B = self._choose(self._cache.advance(tokens_B))
+                    chosen.append(tokens_B)
+                steps -= len(chosen)
+                for answer, new in zip(rows_B, torch.stack(chosen, dim=1).tolist(), strict=True):
+                    for token in new:
+                        if answer is not None:
+                            self._append(answer, token)
+
+    def _length(self, answer: _Answer) -> int:
+        """Tokens of the prompt, the virtual ones in front of it among them."""
+        return self._virtual_tokens + len(answer.prompt)
+
+    def _choose(self, hidden_Bd: torch.Tensor) -> torch.Tensor:
+        return self._base.logits(hidden_Bd).argmax(dim=-1)
+
+    def _append(self, answer: _Answer, token: int) -> None:
+        if answer.finished:
+            return
+        answer.finished = token in self._ends
+        if not answer.finished:
+            answer.written.append(token)
+            answer.finished = len(answer.written) == self._new_tokens
+
+
+def _as_example(prompt_T: np.ndarray) -> TokenizedExample:
+    """A prompt as packing takes it: its last row is the one whose next token is asked for."""
+    return TokenizedExample(np.append(prompt_T, prompt_T[-1:]), len(prompt_T), "prompt")
+
+
+def _bytes_per_token(base: BaseModel, arena: Arena) -> int:
+    """Bytes of the keys and values of one token, found by reading one."""
+    cache = KeyValueCache(base, arena.replace(arena.values_KP[:1]))
+    virtual = arena.layout.num_virtual_tokens
+    examples = [[_as_example(np.zeros(1, dtype=np.int64))]]
+    cache.read(pack(examples, virtual_tokens=virtual), [Growing(0, virtual + 1, 0)])
+    return -(-cache.num_bytes // (virtual + 1))
+
+
+def _batches(answers: Sequence[_Answer], most_tokens: int) -> Iterator[list[_Answer]]:
+    batch: list[_Answer] = []
+    filled = 0
+    for answer in answers:
+        if batch and filled + len(answer.prompt) > most_tokens:
+            yield batch
+            batch, filled = [], 0
+        batch.append(answer)
+        filled += len(answer.prompt)
+    if batch:
+        yield batch
+
+
+def _in_groups(answers: Sequence[_Answer]) -> tuple[list[int], list[_Answer | None]]:
+    """The client of each group and the rows of all groups.
+
+    All groups have the same number of rows, so that their low-rank products are one batched product; a client can
+    have several, and the last one of a client is filled up with empty rows.
+
+    >>> groups, rows = _in_groups([_Answer(i, client, i, np.ones(1)) for i, client in enumerate([0, 0, 2, 2, 2, 2])])
+    >>> groups, [None if row is None else row.name for row in rows]
+    ([0, 2, 2], [0, 1, 2, 3, 4, 5])
+    """
+    per_client = [(client, list(members)) for client, members in groupby(answers, key=lambda answer: answer.client)]
+    counts = [len(members) for _, members in per_client]
+
+    def cost(width: int) -> int:
+        return sum(-(-count // width) for count in counts) * (width + _GROUP_ROWS)
+
+    width = min(range(1, max(counts, default=1) + 1), key=cost)
+    groups: list[int] = []
+    rows: list[_Answer | None] = []
+    for client, members in per_client:
+        for start in range(0, len(members), width):
+            part = members[start : start + width]
+            groups.append(client)
+            rows += part + [None] * (width - len(part))
+    return groups, rows

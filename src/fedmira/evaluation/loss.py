@@ -13,8 +13,10 @@ import torch
 
 from fedmira.data.packing import pack
 from fedmira.data.tokenization import TokenizedExample
+from fedmira.model.adapted import AdaptedModel
 from fedmira.model.base import BaseModel
-from fedmira.model.lora import attached
+from fedmira.model.full import is_full, one_by_one
+from fedmira.model.shift import shifted
 from fedmira.training.objective import sums_per_client, token_losses
 from fedmira.types import Arena
 
@@ -38,21 +40,25 @@ def evaluate_loss(
     """
     if arena.num_clients != len(examples_per_client):
         raise ValueError(f"{arena.num_clients} adapters cannot judge {len(examples_per_client)} clients")
-    arena = arena.replace(arena.values_KP.to(base.device))
+    if is_full(arena.layout):
+        alone = zip(one_by_one(base, arena), examples_per_client, strict=True)
+        return [evaluate_loss(base, bare, [examples], batch_tokens)[0] for bare, examples in alone]
+    adapted = AdaptedModel(base, arena.replace(arena.values_KP.to(base.device)))
     sums = [0.0] * arena.num_clients
     counts = [0] * arena.num_clients
-    for batch_examples in _batches(examples_per_client, batch_tokens):
-        batch = pack(batch_examples)
-        with torch.inference_mode(), attached(base, arena, batch.rows_per_client):
-            losses_M = token_losses(base, base.hidden(batch), batch.supervised_rows_M, batch.labels_M)
-            sums_K = sums_per_client(losses_M, batch.supervised_per_client).tolist()
-        for client, count in enumerate(batch.supervised_per_client):
-            sums[client] += sums_K[client]
-            counts[client] += count
+    with shifted(base, arena.layout, arena.shift_W):
+        for batch_examples in batches(examples_per_client, batch_tokens):
+            batch = pack(batch_examples, virtual_tokens=arena.layout.num_virtual_tokens)
+            with torch.inference_mode():
+                losses_M = token_losses(base, adapted.hidden(batch), batch.labels_M)
+                sums_K = sums_per_client(losses_M, batch.supervised_per_client).tolist()
+            for client, count in enumerate(batch.supervised_per_client):
+                sums[client] += sums_K[client]
+                counts[client] += count
     return list(zip(sums, counts, strict=True))
 
 
-def _batches(
+def batches(
     examples_per_client: Sequence[Sequence[TokenizedExample]], batch_tokens: int
 ) -> Iterator[list[list[TokenizedExample]]]:
     """Fill batches in client order; each is a list per client, empty for those it does not hold."""

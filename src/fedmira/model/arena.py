@@ -8,6 +8,8 @@ Axes: K clients, P parameters of one adapter, R rank, I/O in and out features.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -16,20 +18,22 @@ from fedmira.config import AdapterConfig
 from fedmira.errors import ConfigError, nearest
 from fedmira.model.base import BaseModel
 from fedmira.randomness import torch_generator
-from fedmira.types import Arena, Layout, TensorSpec
-
-LORA_A = "lora_a"
-LORA_B = "lora_b"
+from fedmira.types import PAIRS, Arena, Layout, TensorSpec
 
 
-def lora_layout(base: BaseModel, adapter: AdapterConfig) -> Layout:
-    """The tensors of one LoRA adapter: per target layer `lora_a` (R, I) and `lora_b` (O, R), in module order.
+def lora_layout(base: BaseModel, adapter: AdapterConfig, num_pairs: int = 1) -> Layout:
+    """The tensors of one LoRA adapter: per target layer `lora_a` (R, I) and `lora_b` (O, R).
+
+    With `num_pairs` 2 also `second_a` and `second_b`, of the same shapes, whose product is added. R is the largest rank
+    of any client; those of smaller rank leave components at 0.
+
+    In module order, but the layers of one module have all their `lora_a` before their `lora_b`.
 
     Targets are `nn.Linear` and GPT-2's `Conv1D` layers whose module path equals a target or ends with `.target`;
     `all-linear` takes every one of them. The output head is never a target: it runs on supervised rows only.
 
     Raises:
-        ConfigError: a target matches no layer; the message lists the names that exist.
+        ConfigError: a target, or a name in `rank_pattern`, matches no layer; the message lists the names that exist.
     """
     linears = adaptable_layers(base)
     if adapter.targets == "all-linear":
@@ -47,15 +51,37 @@ def lora_layout(base: BaseModel, adapter: AdapterConfig) -> Layout:
             )
     if not chosen:
         raise ConfigError(f"{base.name} has no linear layer that an adapter could be added to; use another model.path")
+    ranks = _ranks(adapter, chosen)
     specs: list[TensorSpec] = []
     offset = 0
-    for name in chosen:
-        num_inputs, num_outputs = linears[name]
-        for group, shape in ((LORA_A, (adapter.rank, num_inputs)), (LORA_B, (num_outputs, adapter.rank))):
+    for _, siblings in groupby(chosen, key=lambda name: name.rpartition(".")[0]):
+        names = list(siblings)
+        # the A of layers that share an input lie behind one another, so that together they are one matrix
+        shapes: list[tuple[str, str, tuple[int, int]]] = []
+        for group_a, group_b in PAIRS[:num_pairs]:
+            shapes += [(name, group_a, (ranks[name], linears[name][0])) for name in names]
+            shapes += [(name, group_b, (linears[name][1], ranks[name])) for name in names]
+        for name, group, shape in shapes:
             spec = TensorSpec(f"{name}.{group}", group, name, shape, offset)
             specs.append(spec)
             offset += spec.size
     return Layout(tuple(specs), scaling=adapter.alpha / adapter.rank)
+
+
+def _ranks(adapter: AdapterConfig, layers: Sequence[str]) -> dict[str, int]:
+    """The rank of each adapted layer."""
+    ranks = dict.fromkeys(layers, adapter.largest_rank)
+    # backwards, so that the first match counts
+    for pattern, rank in reversed(adapter.rank_pattern.items()):
+        matched = [name for name in layers if _matches(name, pattern)]
+        if not matched:
+            exist = sorted({name.rsplit(".", 1)[-1] for name in layers})
+            raise ConfigError(
+                f"model.adapter.rank_pattern names {pattern!r}, but no adapted layer ends with it"
+                f"{nearest(pattern, exist)}; adapted layers: {', '.join(exist)}"
+            )
+        ranks |= dict.fromkeys(matched, rank)
+    return ranks
 
 
 def initial_arena(
@@ -70,13 +96,15 @@ def initial_arena(
     Drawn once, from the stream (seed, "adapter"), and the same for all clients: their products start equal (zero),
     and mixing factors stays close to mixing products while the A have not moved apart.
     """
-    draw = torch_generator(seed, "adapter")
     row_P = torch.zeros(layout.num_parameters, dtype=torch.float32)
+    (first, _), *others = PAIRS
+    draws = {first: torch_generator(seed, "adapter")}
+    draws |= {group_a: torch_generator(seed, "adapter", group_a) for group_a, _ in others}
     for spec in layout.specs:
-        if spec.group == LORA_A:
+        if spec.group in draws:
             # kaiming_uniform with a = sqrt(5) has gain sqrt(1/3): the bound is gain * sqrt(3 / I)
             bound = 1.0 / math.sqrt(spec.shape[1])
-            row_P[spec.offset : spec.offset + spec.size].uniform_(-bound, bound, generator=draw)
+            row_P[spec.offset : spec.offset + spec.size].uniform_(-bound, bound, generator=draws[spec.group])
     return Arena(layout, row_P.to(device=device, dtype=dtype).repeat(num_clients, 1))
 
 

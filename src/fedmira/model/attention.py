@@ -4,11 +4,15 @@ Registered once with transformers under `PACKED`; a model whose config selects i
 `packing` made by `plan_packing`. Knows nothing about clients, adapters or losses.
 
 Sequences of similar length share one call of the attention kernel: they are laid out right-padded in a bucket, and
-because attention is causal no real row can see the padding behind it. Padding is zeros, never another sequence's
-values, so a non-finite sequence cannot reach its neighbours.
+because attention is causal no real row can see the padding behind it. Padding repeats a row of the same sequence, so a
+non-finite sequence cannot reach its neighbours. A prefix that sequences share fills its slots in each of them.
 
-Axes: N packed rows, B sequences of a bucket, T positions (of the longest sequence of a bucket), H heads,
-G key-value heads, D features of a head.
+On a CPU, where calls are cheap and copies are not, a caller may have long sequences stand alone: they are read where
+they lie, without padding, and a shared prefix only answers in them and asks nothing again.
+
+Axes: N packed rows, n rows of the sequences in buckets, B sequences of a bucket, T positions (of the longest sequence
+of a bucket), Q positions that ask, K positions that answer (the last Q of them ask), H heads, G key-value heads,
+D features of a head.
 """
 
 from __future__ import annotations
@@ -17,16 +21,20 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 PACKED = "fedmira_packed"
 
-_SHORTEST_SHARE = 0.6
-"""A bucket takes sequences down to this share of its longest: at most 40 % of a bucket is padding."""
-_SHORTEST_SLACK = 8
+_SHORTEST_SHARE = {"cpu": 0.85, "cuda": 0.5}
+"""A bucket takes sequences down to this share of its longest, by kind of device: one more call is dear on a GPU, and
+padding on a CPU."""
+_SHORTEST_SLACK = 16
 """Positions that a sequence may always be shorter than the longest of its bucket, so that short ones share a call."""
+_LEAST_ALONE = 2048
+"""A sequence stands alone if each head and thread has more weights than these to compute for it."""
 
 
 class Bucket(NamedTuple):
@@ -35,67 +43,134 @@ class Bucket(NamedTuple):
     num_sequences: int
     length: int
     """T, the length of its longest sequence."""
-    rows_N: torch.Tensor | None
-    """The packed rows of its sequences, one sequence after the other; None if they are all rows in order."""
-    slots_N: torch.Tensor | None
-    """Where each of these rows lies among the B * T padded ones; None if nothing is padded."""
+    rows: torch.Tensor | None
+    """(B * T,): the packed row in each slot, one sequence after the other; None if they are all rows in order."""
+
+
+class Alone(NamedTuple):
+    """A sequence with a call of its own."""
+
+    rows: slice
+    """The rows that it adds."""
+    prefix: slice
+    """Rows of an earlier sequence that it begins with; empty if it shares nothing."""
+
+    @property
+    def length(self) -> int:
+        """Its positions, prefix included."""
+        return int(self.prefix.stop - self.prefix.start + self.rows.stop - self.rows.start)
 
 
 class Packing(NamedTuple):
     """How the rows of one packed batch fall into sequences."""
 
     buckets: tuple[Bucket, ...]
-    restore_N: torch.Tensor | None
-    """Brings rows that were read bucket after bucket back into packed order; None if they are in order."""
+    slots_n: torch.Tensor | None
+    """For each row of the sequences in buckets, in packed order, the slot that computes it, counted through all
+    buckets; None if slots and rows agree."""
+    repeated_rows: torch.Tensor | None = None
+    """Rows of shared prefixes, once for every further slot that they fill; None if nothing is shared."""
+    repeated_slots: torch.Tensor | None = None
+    """Those slots."""
+    alone: tuple[Alone, ...] = ()
+    """The sequences in no bucket."""
+    rows_n: torch.Tensor | None = None
+    """The rows of the sequences in buckets; None if they are all rows or none."""
+
+    @property
+    def longest(self) -> int:
+        """Length of the longest sequence, its prefix included."""
+        return max([*(bucket.length for bucket in self.buckets), *(one.length for one in self.alone)])
 
 
-def plan_packing(sequence_lengths: Sequence[int], device: torch.device) -> Packing:
-    """Group sequences of lengths `sequence_lengths` (in packed order, each >= 1) into buckets.
+def plan_packing(
+    sequence_lengths: Sequence[int],
+    device: torch.device,
+    prefixes: Sequence[tuple[int, int]] = (),
+    stand_alone: bool = False,
+) -> Packing:
+    """Group sequences into buckets of similar length.
+
+    Args:
+        sequence_lengths: rows that each sequence adds, in packed order, each >= 1.
+        device: where the plan is used.
+        prefixes: for each sequence the first row and the length of what it shares with an earlier one; empty if
+            nothing is shared.
+        stand_alone: whether long sequences stand alone on a CPU.
 
     >>> plan = plan_packing((3, 20, 4), torch.device("cpu"))
     >>> [(bucket.num_sequences, bucket.length) for bucket in plan.buckets]
-    [(1, 20), (2, 4)]
+    [(2, 20), (1, 3)]
     """
-    if len(set(sequence_lengths)) == 1:
-        return Packing((Bucket(len(sequence_lengths), sequence_lengths[0], None, None),), None)
-    starts = [0]
-    for length in sequence_lengths:
-        starts.append(starts[-1] + length)
-    order = sorted(range(len(sequence_lengths)), key=lambda index: (-sequence_lengths[index], index))
+    prefixes = prefixes or [(0, 0)] * len(sequence_lengths)
+    ends = np.cumsum(sequence_lengths)
+    totals = [own + length for own, (_, length) in zip(sequence_lengths, prefixes, strict=True)]
+    least = _LEAST_ALONE * torch.get_num_threads()
+    alone, together = [], []
+    for i, (own, (prefix_start, prefix_length)) in enumerate(zip(sequence_lengths, prefixes, strict=True)):
+        if stand_alone and device.type == "cpu" and own * totals[i] > least:
+            alone.append(
+                Alone(slice(int(ends[i]) - own, int(ends[i])), slice(prefix_start, prefix_start + prefix_length))
+            )
+        else:
+            together.append(i)
+    if not together:
+        return Packing((), None, alone=tuple(alone))
+    shared = any(prefixes[i][1] for i in together)
+    if len({totals[i] for i in together}) == 1 and not shared and not alone:
+        return Packing((Bucket(len(together), totals[0], None),), None)
+    buckets: list[tuple[int, int, np.ndarray]] = []
+    slots_N = np.full(ends[-1], -1, dtype=np.int64)
+    repeated_rows, repeated_slots = [], []
+    first_slot = 0
+    share = _SHORTEST_SHARE.get(device.type, _SHORTEST_SHARE["cuda"])
+    for places in _group_by_length([totals[i] for i in together], share):
+        group = [together[place] for place in places]
+        longest = totals[group[0]]
+        rows_BT = np.empty((len(group), longest), dtype=np.int64)
+        for row_T, i in zip(rows_BT, sorted(group), strict=True):
+            (prefix_start, prefix_length), own_start = prefixes[i], ends[i] - sequence_lengths[i]
+            row_T[:prefix_length] = np.arange(prefix_start, prefix_start + prefix_length)
+            row_T[prefix_length : totals[i]] = np.arange(own_start, ends[i])
+            row_T[totals[i] :] = own_start
+            slots_N[own_start : ends[i]] = first_slot + np.arange(prefix_length, totals[i])
+            if prefix_length:
+                repeated_rows.append(row_T[:prefix_length])
+                repeated_slots.append(first_slot + np.arange(prefix_length))
+            first_slot += longest
+        buckets.append((len(group), longest, rows_BT.reshape(-1)))
+
+    def on_device(array: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(array).to(device)
+
+    rows_n = np.flatnonzero(slots_N >= 0)
+    return Packing(
+        tuple(Bucket(count, length, on_device(rows)) for count, length, rows in buckets),
+        on_device(slots_N[rows_n]),
+        on_device(np.concatenate(repeated_rows)) if shared else None,
+        on_device(np.concatenate(repeated_slots)) if shared else None,
+        tuple(alone),
+        on_device(rows_n) if alone else None,
+    )
+
+
+def _group_by_length(lengths: Sequence[int], share: float) -> list[list[int]]:
+    """Indices of sequences that share a bucket, the longest first in each."""
     groups: list[list[int]] = []
-    for index in order:
-        longest = sequence_lengths[groups[-1][0]] if groups else 0
-        if groups and sequence_lengths[index] >= min(_SHORTEST_SHARE * longest, longest - _SHORTEST_SLACK):
+    for index in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
+        longest = lengths[groups[-1][0]] if groups else 0
+        if groups and lengths[index] >= min(share * longest, longest - _SHORTEST_SLACK):
             groups[-1].append(index)
         else:
             groups.append([index])
-    buckets = []
-    for group in groups:
-        longest = sequence_lengths[group[0]]
-        members = sorted(group)
-        rows = torch.cat([torch.arange(starts[i], starts[i + 1]) for i in members])
-        slots = torch.cat([torch.arange(sequence_lengths[i]) + b * longest for b, i in enumerate(members)])
-        padded = len(rows) < len(members) * longest
-        buckets.append(Bucket(len(members), longest, rows, slots if padded else None))
-    read = torch.cat([bucket.rows_N for bucket in buckets if bucket.rows_N is not None])
-    restore = torch.empty_like(read)
-    restore[read] = torch.arange(len(read))
-    in_order = bool((read == torch.arange(len(read))).all())
-    on_device = tuple(
-        bucket._replace(
-            rows_N=None if bucket.rows_N is None or (in_order and len(buckets) == 1) else bucket.rows_N.to(device),
-            slots_N=None if bucket.slots_N is None else bucket.slots_N.to(device),
-        )
-        for bucket in buckets
-    )
-    return Packing(on_device, None if in_order else restore.to(device))
+    return groups
 
 
 @contextmanager
-def packed_attention(config: Any) -> Iterator[None]:
-    """Let a model with this transformers config use packed attention inside the `with` block."""
+def attention_of(config: Any, name: str) -> Iterator[None]:
+    """Let a model with this transformers config use the attention registered as `name` inside the `with` block."""
     before = config._attn_implementation
-    config._attn_implementation = PACKED
+    config._attn_implementation = name
     try:
         yield
     finally:
@@ -116,95 +191,86 @@ def _packed_attention_forward(
     **_unused: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attend within each sequence. Returns (1, N, H, D), as transformers expects, and no weights."""
-    settings = _Settings(scaling, sliding_window, softcap)
-    if len(packing.buckets) == 1 and packing.buckets[0].num_sequences == 1:
-        return _attend(query_1HND, key_1GND, value_1GND, settings).transpose(1, 2), None
-    outputs = [
-        _from_bucket(
-            _attend(
-                _to_bucket(query_1HND, bucket), _to_bucket(key_1GND, bucket), _to_bucket(value_1GND, bucket), settings
-            ),
-            bucket,
-        )
-        for bucket in packing.buckets
-    ]
+    settings = Settings(scaling, sliding_window, softcap)
+    assert not packing.alone, "sequences stand alone in the body written out only"
+    if packing.slots_n is None and packing.buckets[0].num_sequences == 1:
+        return attend(query_1HND, key_1GND, value_1GND, settings).transpose(1, 2), None
+    states = [states_1HND.squeeze(0).transpose(0, 1) for states_1HND in (query_1HND, key_1GND, value_1GND)]
+    outputs = []
+    for bucket in packing.buckets:
+        query_BHTD, key_BGTD, value_BGTD = (_to_bucket(states_NHD, bucket) for states_NHD in states)
+        outputs.append(attend(query_BHTD, key_BGTD, value_BGTD, settings).transpose(1, 2).flatten(0, 1))
     output_NHD = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-    if packing.restore_N is not None:
-        output_NHD = output_NHD.index_select(0, packing.restore_N)
+    if packing.slots_n is not None:
+        output_NHD = output_NHD.index_select(0, packing.slots_n)
     return output_NHD[None], None
 
 
 ALL_ATTENTION_FUNCTIONS.register(PACKED, _packed_attention_forward)
 
 
-class _Settings(NamedTuple):
+class Settings(NamedTuple):
+    """How an attention module looks back."""
+
     scaling: float | None
     sliding_window: int | None
     softcap: float | None
 
 
-def _to_bucket(states_1HND: torch.Tensor, bucket: Bucket) -> torch.Tensor:
-    """(1, H, N, D) -> (B, H, T, D), zeros where a sequence is shorter than T."""
-    states_NHD = states_1HND[0].transpose(0, 1)
-    if bucket.rows_N is not None:
-        states_NHD = states_NHD.index_select(0, bucket.rows_N)
-    if bucket.slots_N is not None:
-        padded = states_NHD.new_zeros((bucket.num_sequences * bucket.length, *states_NHD.shape[1:]))
-        states_NHD = padded.index_copy(0, bucket.slots_N, states_NHD)
+def _to_bucket(states_NHD: torch.Tensor, bucket: Bucket) -> torch.Tensor:
+    """(N, H, D) -> (B, H, T, D)."""
+    if bucket.rows is not None:
+        states_NHD = states_NHD.index_select(0, bucket.rows)
     return states_NHD.reshape(bucket.num_sequences, bucket.length, *states_NHD.shape[1:]).transpose(1, 2)
 
 
-def _from_bucket(states_BHTD: torch.Tensor, bucket: Bucket) -> torch.Tensor:
-    """(B, H, T, D) -> (n, H, D), the real rows of the bucket, one sequence after the other."""
-    states_NHD = states_BHTD.transpose(1, 2).flatten(0, 1)
-    return states_NHD if bucket.slots_N is None else states_NHD.index_select(0, bucket.slots_N)
-
-
-def _attend(
-    query_BHTD: torch.Tensor, key_BGTD: torch.Tensor, value_BGTD: torch.Tensor, settings: _Settings
+def attend(
+    query_BHQD: torch.Tensor, key_BGKD: torch.Tensor, value_BGKD: torch.Tensor, settings: Settings
 ) -> torch.Tensor:
-    """Causal attention of right-padded sequences, (B, H, T, D). The same operations as transformers' own, in the same
-    order: a single sequence gets the same bits as from the stock model."""
-    length = query_BHTD.shape[2]
+    """Causal attention of right-padded sequences whose last Q positions ask, (B, H, Q, D). The same operations as
+    transformers' own, in the same order: a single sequence that asks with all positions gets the same bits as from the
+    stock model."""
+    num_queries, length = query_BHQD.shape[2], key_BGKD.shape[2]
     window = settings.sliding_window
-    allowed_TT = None
-    if settings.softcap is not None or (window is not None and length > window):
-        position_T = torch.arange(length, device=query_BHTD.device)
-        allowed_TT = position_T[None, :] <= position_T[:, None]
+    allowed_QK = None
+    if settings.softcap is not None or (window is not None and length > window) or 1 < num_queries < length:
+        position_K = torch.arange(length, device=query_BHQD.device)
+        position_Q = position_K[length - num_queries :]
+        allowed_QK = position_K[None, :] <= position_Q[:, None]
         if window is not None:
-            allowed_TT &= position_T[None, :] > position_T[:, None] - window
-    repeats = query_BHTD.shape[1] // key_BGTD.shape[1]
-    native_groups = allowed_TT is None and query_BHTD.shape[-1] <= 256
+            allowed_QK &= position_K[None, :] > position_Q[:, None] - window
+    repeats = query_BHQD.shape[1] // key_BGKD.shape[1]
+    native_groups = allowed_QK is None and query_BHQD.shape[-1] <= 256
     if repeats > 1 and not native_groups:
-        key_BGTD = key_BGTD.repeat_interleave(repeats, dim=1)
-        value_BGTD = value_BGTD.repeat_interleave(repeats, dim=1)
-    if settings.softcap is not None and allowed_TT is not None:
-        return _attend_with_softcap(query_BHTD, key_BGTD, value_BGTD, allowed_TT, settings)
+        key_BGKD = key_BGKD.repeat_interleave(repeats, dim=1)
+        value_BGKD = value_BGKD.repeat_interleave(repeats, dim=1)
+    if settings.softcap is not None and allowed_QK is not None:
+        return _attend_with_softcap(query_BHQD, key_BGKD, value_BGKD, allowed_QK, settings)
     return F.scaled_dot_product_attention(
-        query_BHTD,
-        key_BGTD,
-        value_BGTD,
-        attn_mask=allowed_TT,
-        is_causal=allowed_TT is None and length > 1,
+        query_BHQD,
+        key_BGKD,
+        value_BGKD,
+        attn_mask=allowed_QK,
+        is_causal=allowed_QK is None and num_queries > 1,
         scale=settings.scaling,
         enable_gqa=repeats > 1 and native_groups,
     )
 
 
 def _attend_with_softcap(
-    query_BHTD: torch.Tensor,
-    key_BHTD: torch.Tensor,
-    value_BHTD: torch.Tensor,
-    allowed_TT: torch.Tensor,
-    settings: _Settings,
+    query_BHQD: torch.Tensor,
+    key_BHKD: torch.Tensor,
+    value_BHKD: torch.Tensor,
+    allowed_QK: torch.Tensor,
+    settings: Settings,
 ) -> torch.Tensor:
     """softmax(cap * tanh(q k^T * scaling / cap)) v, which the fused kernels do not offer (Gemma 2).
 
     The softmax is in float32 for every dtype, as in the stock model."""
-    scaling = settings.scaling if settings.scaling is not None else query_BHTD.shape[-1] ** -0.5
+    scaling = settings.scaling if settings.scaling is not None else query_BHQD.shape[-1] ** -0.5
     assert settings.softcap is not None
-    scores_BHTT = torch.matmul(query_BHTD, key_BHTD.transpose(2, 3)) * scaling
-    scores_BHTT = torch.tanh(scores_BHTT / settings.softcap) * settings.softcap
-    scores_BHTT = scores_BHTT.masked_fill(~allowed_TT, torch.finfo(scores_BHTT.dtype).min)
-    weights_BHTT = F.softmax(scores_BHTT, dim=-1, dtype=torch.float32).to(query_BHTD.dtype)
-    return torch.matmul(weights_BHTT, value_BHTD)
+    scores_BHQK = torch.matmul(query_BHQD, key_BHKD.transpose(2, 3)) * scaling
+    scores_BHQK = torch.tanh(scores_BHQK / settings.softcap) * settings.softcap
+    scores_BHQK = scores_BHQK.masked_fill(~allowed_QK, torch.finfo(scores_BHQK.dtype).min)
+    weights_BHQK = F.softmax(scores_BHQK, dim=-1, dtype=torch.float32).to(query_BHQD.dtype)
+    return torch.matmul(weights_BHQK, value_BHKD)

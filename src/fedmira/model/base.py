@@ -8,6 +8,7 @@ Axes: N packed rows, M selected rows, d hidden features, V vocabulary.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,7 +17,11 @@ import torch
 
 from fedmira.config import ModelConfig
 from fedmira.errors import DataError, SetupError
-from fedmira.model.attention import packed_attention, plan_packing
+from fedmira.model.attention import PACKED, Packing, attention_of, plan_packing
+from fedmira.model.body import Body, Soften
+from fedmira.model.families import fused_body
+from fedmira.model.fused import NO_ADAPTERS, hidden
+from fedmira.model.products import product
 from fedmira.model.source import (
     locate,
     no_progress_bars,
@@ -39,6 +44,8 @@ class PackedTokens(Protocol):
     def positions_N(self) -> torch.Tensor: ...
     @property
     def sequence_lengths(self) -> tuple[int, ...]: ...
+    @property
+    def prefixes(self) -> Sequence[tuple[int, int]]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,13 +53,15 @@ class BaseModel:
     """A frozen causal language model with its tokenizer."""
 
     model: Any
-    """The transformers model, in eval mode, without gradients. Its modules and state dict are never changed."""
+    """The transformers model, in eval mode, without gradients. Its modules and values are never changed."""
     tokenizer: Any
     """The transformers tokenizer; None where a test needs none."""
     name: str
     """What the config called it: `embedded`, a folder or a Hugging Face id."""
     source: str = ""
     """The folder or Hugging Face id it was loaded from; empty if it was made in memory."""
+    body: Body | None = None
+    """The same model written out, for families that are known."""
 
     @property
     def device(self) -> torch.device:
@@ -93,38 +102,72 @@ class BaseModel:
             "weights_sha256": {path.name: _sha256(path) for path in weights},
         }
 
-    def hidden(self, batch: PackedTokens) -> torch.Tensor:
-        """Run the body over packed rows and return the final hidden states, (N, d).
-
-        No row sees a row of another sequence. Gradients flow to whatever hooks added; the base itself has none.
+    def plan(self, batch: PackedTokens, stand_alone: bool = False) -> Packing:
+        """How the rows of a batch fall into sequences; `stand_alone` if the body written out is to read them.
 
         Raises:
             DataError: a sequence is longer than the base's context.
         """
-        longest = max(batch.sequence_lengths)
-        if longest > self.max_length:
+        packing = plan_packing(batch.sequence_lengths, self.device, batch.prefixes, stand_alone)
+        if packing.longest > self.max_length:
             raise DataError(
-                f"a sequence of {longest} tokens was given, but the base model {self.name} reads at most "
+                f"a sequence of {packing.longest} tokens was given, but the base model {self.name} reads at most "
                 f"{self.max_length}; set data.max_length to {self.max_length} or less"
             )
-        device = self.device
-        with packed_attention(self.model.config):
+        return packing
+
+    def hidden(self, batch: PackedTokens, soften: Soften | None = None) -> torch.Tensor:
+        """Run the body over packed rows and return the final hidden states, (N, d).
+
+        No row sees a row of another sequence. Gradients flow to whatever hooks and `soften` added; the base itself has
+        none.
+
+        Args:
+            batch: the rows.
+            soften: puts soft prompts among the embeddings.
+
+        Raises:
+            DataError: a sequence is longer than the base's context.
+        """
+        device, packing = self.device, self.plan(batch)
+        with attention_of(self.model.config, PACKED):
             output = self.model.base_model(
-                input_ids=batch.tokens_N.to(device)[None],
+                **self.inputs(batch.tokens_N.to(device), soften),
                 position_ids=batch.positions_N.to(device)[None],
-                packing=plan_packing(batch.sequence_lengths, device),
+                packing=packing,
                 use_cache=False,
             )
-        hidden_ND: torch.Tensor = output.last_hidden_state[0]
+        hidden_ND: torch.Tensor = output.last_hidden_state.squeeze(0)
         return hidden_ND
+
+    def inputs(self, tokens_N: torch.Tensor, soften: Soften | None = None) -> dict[str, torch.Tensor]:
+        """What the stock model is called with for packed tokens: ids, or embeddings where there are soft prompts."""
+        if soften is None:
+            return {"input_ids": tokens_N[None]}
+        return {"inputs_embeds": soften(self.model.get_input_embeddings()(tokens_N))[None]}
+
+    @property
+    def softcap(self) -> float | None:
+        """What final logits are squeezed below, as in Gemma; None if they are not."""
+        return getattr(self.model.config.get_text_config(), "final_logit_softcapping", None)
 
     def logits(self, hidden_MD: torch.Tensor) -> torch.Tensor:
         """Apply the output embedding to hidden states (M, d) and return logits (M, V)."""
-        logits_MV: torch.Tensor = self.model.get_output_embeddings()(hidden_MD)
-        softcap = getattr(self.model.config.get_text_config(), "final_logit_softcapping", None)
-        if softcap is not None:
-            logits_MV = torch.tanh(logits_MV / softcap) * softcap
+        head = self.model.get_output_embeddings()
+        tracked = torch.is_grad_enabled() and hidden_MD.requires_grad
+        logits_MV = head(hidden_MD) if tracked else product(hidden_MD, head.weight, head.bias)
+        if self.softcap is not None:
+            logits_MV = torch.tanh(logits_MV / self.softcap) * self.softcap
         return logits_MV
+
+    def logits_backward(self, grad_MV: torch.Tensor, logits_MV: torch.Tensor) -> torch.Tensor:
+        """Gradient of the hidden states (M, d) for a gradient of their logits; `grad_MV` is used up.
+
+        Without a soft cap, the values of `logits_MV` are not looked at.
+        """
+        if self.softcap is not None:
+            grad_MV.mul_(1.0 - (logits_MV / self.softcap).square())
+        return product(grad_MV, self.model.get_output_embeddings().weight.T)
 
 
 def load_base(config: ModelConfig) -> BaseModel:
@@ -166,7 +209,7 @@ def freeze(model: Any, tokenizer: Any, name: str, source: str = "") -> BaseModel
     """
     model.requires_grad_(False)
     model.eval()
-    base = BaseModel(model, tokenizer, name, source)
+    base = BaseModel(model, tokenizer, name, source, fused_body(model))
     _self_check(base)
     return base
 
@@ -181,6 +224,7 @@ class _Probe:
     tokens_N: torch.Tensor
     positions_N: torch.Tensor
     sequence_lengths: tuple[int, ...]
+    prefixes: tuple[tuple[int, int], ...] = ()
 
 
 def _self_check(base: BaseModel) -> None:
@@ -192,20 +236,25 @@ def _self_check(base: BaseModel) -> None:
     lengths = (3, 4)
     tokens_N = torch.randint(int(config.vocab_size), (sum(lengths),), generator=torch_generator(0, "self-check"))
     positions_N = torch.cat([torch.arange(length) for length in lengths])
-    tolerance = {torch.float64: 1e-6, torch.float32: 1e-3}.get(base.dtype, 5e-2)
+    probe = _Probe(tokens_N, positions_N, lengths)
+    # transformers normalises in float32, whatever the dtype
+    tolerance = {torch.float64: 1e-5, torch.float32: 1e-3}.get(base.dtype, 5e-2)
     reason = ""
     try:
         with torch.no_grad():
-            packed_NV = base.logits(base.hidden(_Probe(tokens_N, positions_N, lengths)))
             stock_NV = torch.cat(
                 [
                     base.model(input_ids=part[None].to(base.device), use_cache=False).logits[0]
                     for part in torch.split(tokens_N, list(lengths))
                 ]
             )
-        difference = float((packed_NV - stock_NV).abs().max())
-        if not difference <= tolerance * max(1.0, float(stock_NV.abs().max())):
-            reason = f"its logits differ by {difference:.2g}"
+            ways = {"packed": base.hidden(probe)}
+            if base.body is not None:
+                ways["fused"] = _fused_hidden(base, base.body, probe)
+            for way, hidden_Nd in ways.items():
+                difference = float((base.logits(hidden_Nd) - stock_NV).abs().max())
+                if not difference <= tolerance * max(1.0, float(stock_NV.abs().max())):
+                    reason = f"its {way} logits differ by {difference:.2g}"
     except (TypeError, AttributeError, RuntimeError, KeyError) as error:
         reason = f"{type(error).__name__}: {error}"
     if reason:
@@ -213,3 +262,19 @@ def _self_check(base: BaseModel) -> None:
             f"fedmira cannot run the family {config.model_type!r} of the base model {base.name} on packed rows "
             f"({reason}); use a GPT-2, Llama, Qwen, Mistral or Gemma model"
         )
+
+
+def _fused_hidden(base: BaseModel, body: Body, probe: _Probe) -> torch.Tensor:
+    """Final hidden states of all rows of a probe, without adapters."""
+    every_N = torch.arange(len(probe.tokens_N), device=base.device)
+    counts = (len(every_N),)
+    return hidden(
+        body,
+        NO_ADAPTERS,
+        probe.tokens_N.to(base.device),
+        probe.positions_N.to(base.device),
+        base.plan(probe, stand_alone=True),
+        counts,
+        every_N,
+        counts,
+    )

@@ -20,20 +20,11 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from fedmira.model.arena import LORA_A, LORA_B
 from fedmira.model.base import BaseModel
-from fedmira.types import Arena, Layout, TensorSpec
+from fedmira.model.low_rank import Segment, segments
+from fedmira.types import PAIRS, Arena, Layout, TensorSpec
 
-ALL_GROUPS = frozenset({LORA_A, LORA_B})
-
-
-class Segment(NamedTuple):
-    """The consecutive rows that belong to one client."""
-
-    client: int
-    """Row of the arena."""
-    start: int
-    stop: int
+ALL_GROUPS = frozenset(group for pair in PAIRS for group in pair)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,27 +70,17 @@ def attached(
         dropout: None trains and judges without.
     """
     total_units = sum(units_per_client)
-    segments = _segments(units_per_client)
+    parts = segments(units_per_client)
     anchor = torch.zeros((), device=arena.values_KP.device, requires_grad=True) if gradient_CP is not None else None
     handles = []
     try:
         for site in _sites(arena, gradient_CP, trainable):
-            hook = _make_hook(site, segments, total_units, anchor, dropout)
+            hook = _make_hook(site, parts, total_units, anchor, dropout)
             handles.append(base.model.get_submodule(site.layer).register_forward_hook(hook))
         yield
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _segments(units_per_client: Sequence[int]) -> tuple[Segment, ...]:
-    segments = []
-    start = 0
-    for client, units in enumerate(units_per_client):
-        if units:
-            segments.append(Segment(client, start, start + units))
-        start += units
-    return tuple(segments)
 
 
 def _sites(arena: Arena, gradient_CP: torch.Tensor | None, trainable: frozenset[str]) -> list[_Site]:
@@ -115,14 +96,15 @@ def _sites(arena: Arena, gradient_CP: torch.Tensor | None, trainable: frozenset[
 
 
 def pairs(layout: Layout) -> list[tuple[TensorSpec, TensorSpec]]:
-    """The (A, B) specs of every target layer, in row order."""
+    """The (A, B) specs of every pair of every target layer, in row order."""
     by_layer = {(spec.layer, spec.group): spec for spec in layout.specs}
-    return [(spec, by_layer[spec.layer, LORA_B]) for spec in layout.specs if spec.group == LORA_A]
+    partner = dict(PAIRS)
+    return [(spec, by_layer[spec.layer, partner[spec.group]]) for spec in layout.specs if spec.group in partner]
 
 
 def _make_hook(
     site: _Site,
-    segments: tuple[Segment, ...],
+    parts: tuple[Segment, ...],
     total_units: int,
     anchor: torch.Tensor | None,
     dropout: Dropout | None,
@@ -132,7 +114,7 @@ def _make_hook(
         rows_per_unit, remainder = divmod(x_NI.shape[0], total_units)
         if remainder:
             raise RuntimeError(f"{x_NI.shape[0]} rows reached {site.layer}, but the batch has {total_units} units")
-        rows = tuple(Segment(s.client, s.start * rows_per_unit, s.stop * rows_per_unit) for s in segments)
+        rows = tuple(Segment(s.client, s.start * rows_per_unit, s.stop * rows_per_unit) for s in parts)
         masks = None if dropout is None else _masks(dropout, site, rows, x_NI)
         # nobody else holds what a layer just returned: adding in place spares a matrix of the layer's size. Views
         # (Conv1D returns one) are copied, because autograd would copy them anyway
@@ -146,9 +128,7 @@ def _make_hook(
     return hook
 
 
-def _masks(
-    dropout: Dropout, site: _Site, segments: tuple[Segment, ...], x_NI: torch.Tensor
-) -> tuple[torch.Tensor, ...]:
+def _masks(dropout: Dropout, site: _Site, parts: tuple[Segment, ...], x_NI: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """What each client's rows are multiplied with: 0 with probability `rate`, else 1 / (1 - rate)."""
     kept = 1.0 - dropout.rate
     return tuple(
@@ -156,13 +136,13 @@ def _masks(
         .bernoulli_(kept, generator=dropout.generator(s.client, site.layer))
         .div_(kept)
         .to(device=x_NI.device, dtype=site.a_CRI.dtype)
-        for s in segments
+        for s in parts
     )
 
 
 def _add_low_rank_(
     site: _Site,
-    segments: tuple[Segment, ...],
+    parts: tuple[Segment, ...],
     x_NI: torch.Tensor,
     result: torch.Tensor,
     masks: tuple[torch.Tensor, ...] | None,
@@ -171,7 +151,7 @@ def _add_low_rank_(
     result_NO = result.view(-1, result.shape[-1])
     dtype = site.a_CRI.dtype
     low_rank = []
-    for index, (client, start, stop) in enumerate(segments):
+    for index, (client, start, stop) in enumerate(parts):
         x_nI = x_NI[start:stop].to(dtype)
         if masks is not None:
             x_nI = x_nI * masks[index]
@@ -199,13 +179,13 @@ class _LowRank(torch.autograd.Function):
         x_NI: torch.Tensor,
         result: torch.Tensor,
         site: _Site,
-        segments: tuple[Segment, ...],
+        parts: tuple[Segment, ...],
         masks: tuple[torch.Tensor, ...] | None,
     ) -> torch.Tensor:
-        low_rank = _add_low_rank_(site, segments, x_NI, result, masks)
+        low_rank = _add_low_rank_(site, parts, x_NI, result, masks)
         ctx.mark_dirty(result)
         ctx.save_for_backward(x_NI, *low_rank)
-        ctx.site, ctx.segments, ctx.masks = site, segments, masks
+        ctx.site, ctx.parts, ctx.masks = site, parts, masks
         return result
 
     @staticmethod
@@ -216,7 +196,7 @@ class _LowRank(torch.autograd.Function):
         site: _Site = ctx.site
         dtype = site.a_CRI.dtype
         grad_x_NI = torch.empty_like(x_NI) if ctx.needs_input_grad[1] else None
-        for index, (client, start, stop) in enumerate(ctx.segments):
+        for index, (client, start, stop) in enumerate(ctx.parts):
             grad_nO = grad_NO[start:stop].to(dtype)
             if site.grad_b_COR is not None:
                 site.grad_b_COR[client].addmm_(grad_nO.T, low_rank[index], alpha=site.scaling)

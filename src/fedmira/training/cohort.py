@@ -19,14 +19,17 @@ import torch
 from fedmira.config import TrainingConfig
 from fedmira.data.packing import PackedBatch, local_batches, pack
 from fedmira.data.tokenization import TokenizedClient, TokenizedExample
+from fedmira.model.adapted import AdaptedModel
 from fedmira.model.base import BaseModel
-from fedmira.model.lora import Dropout, attached
+from fedmira.model.lora import Dropout
+from fedmira.model.shift import shifted
 from fedmira.randomness import torch_generator
+from fedmira.stages import stage
 from fedmira.training import progress as progress_
 from fedmira.training.objective import pull_gradient, sum_of_client_means, sums_per_client, token_losses
 from fedmira.training.optimizers import clip_factor, fresh_moments, schedule_factor, update_
 from fedmira.training.progress import Cohort, Progress, Standing, StopRequested, Tally
-from fedmira.types import Arena, ClientReport, Job, Layout
+from fedmira.types import Arena, Client, ClientReport, Job, Layout, Pull
 
 __all__ = ["Progress", "StopRequested", "train"]
 
@@ -100,23 +103,70 @@ def train(
         StopRequested: `should_stop` returned true; carries the progress.
         IntegrityError: `progress` belongs to another job.
     """
-    work = _prepare(base, layout, job, clients, training, total_rounds, seed, dropout)
-    device = base.device
-    standing = Standing(cohort_size) if progress is None else progress_.restore(progress, job, device)
+    if job.pooled:
+        row_SP, (report,) = train(
+            base,
+            layout,
+            *_as_one(job, clients, training),
+            total_rounds=total_rounds,
+            seed=seed,
+            cohort_size=cohort_size,
+            dropout=dropout,
+            progress=progress,
+            should_stop=should_stop,
+            on_step=on_step,
+        )
+        return row_SP.repeat(len(job.ids), 1) if len(row_SP) else row_SP, _for_all(report, job, clients)
+    with stage("data"):
+        work = _prepare(base, layout, job, clients, training, total_rounds, seed, dropout)
+    standing = Standing(cohort_size) if progress is None else progress_.restore(progress, job, base.device)
+    with shifted(base, layout, job.shift_W):
+        _train_all(work, standing, should_stop, on_step)
+    blocks = [block_FP for block_FP in standing.finished_FP if len(block_FP)] or [job.start_SP[:0]]
+    rows_SP = blocks[0] if len(blocks) == 1 else torch.cat(blocks)
+    return rows_SP, tuple(standing.reports)
+
+
+def _as_one(
+    job: Job, clients: Sequence[TokenizedClient], training: TrainingConfig
+) -> tuple[Job, tuple[TokenizedClient], TrainingConfig]:
+    """A pooled job as that of one client who holds the examples of all participants and takes all their steps."""
+    examples = tuple(example for id_ in job.ids for example in clients[id_].train)
+    everybody = TokenizedClient("pooled", examples, (), (), Client("pooled", (), (), ()))
+    steps = training.steps_or_default
+    if steps is not None:
+        training = training.model_copy(update={"local_steps": steps * len(job.ids)})
+    pull = None if job.pull is None else Pull(job.pull.target_SP[:1], job.pull.strength_S[:1])
+    return job._replace(ids=(0,), start_SP=job.start_SP[:1], pull=pull, pooled=False), (everybody,), training
+
+
+def _for_all(report: ClientReport, job: Job, clients: Sequence[TokenizedClient]) -> tuple[ClientReport, ...]:
+    """The report of a pooled job for each participant; what was counted stands in the first, so that sums are right."""
+    first, *others = (ClientReport(id_, len(clients[id_].train), 0, 0.0, 0, 0, report.failure) for id_ in job.ids)
+    return report._replace(id=first.id, num_examples=first.num_examples), *others
+
+
+def _train_all(
+    work: _Work, standing: Standing, should_stop: Callable[[], bool], on_step: Callable[[int, int], None]
+) -> None:
+    """Train cohort after cohort until every row of the job is behind."""
+    job = work.job
     total_steps = sum(len(batches) for batches in work.batches)
     while standing.cohort is not None or len(standing.reports) < len(job.ids):
         if standing.cohort is None:
             standing.cohort = _new_cohort(work, first=len(standing.reports), size=standing.cohort_size)
         cohort = standing.cohort
-        while _active(work, cohort):
-            if should_stop():
-                raise StopRequested(progress_.save(standing, job))
-            _step(work, cohort)
-            on_step(_steps_behind(work, cohort), total_steps)
+        arena = Arena(work.layout, cohort.values_CP)
+        with AdaptedModel(work.base, arena, gradient_CP=cohort.gradient_CP, trainable=job.trainable) as adapted:
+            while _active(work, cohort):
+                if should_stop():
+                    raise StopRequested(progress_.save(standing, job))
+                _step(work, cohort, adapted)
+                on_step(_steps_behind(work, cohort), total_steps)
         _finish(work, standing, cohort)
         standing.cohort = None
-    rows_SP = torch.cat([job.start_SP[:0], *standing.finished_FP])
-    return rows_SP, tuple(standing.reports)
+        # the moments and gradients must not lie beside the next cohort's, nor beside the joined results
+        del cohort, arena, adapted
 
 
 def _prepare(
@@ -130,7 +180,7 @@ def _prepare(
     dropout: float,
 ) -> _Work:
     participants = tuple(clients[id_] for id_ in job.ids)
-    batches = tuple(
+    whole = (
         local_batches(
             len(client.train),
             training.batch_size,
@@ -142,6 +192,7 @@ def _prepare(
         )
         for client in participants
     )
+    batches = tuple(steps[: max(1, round(job.work * len(steps)))] for steps in whole)
     trainable_P = None
     if not set(layout.groups) <= job.trainable:
         trainable_P = torch.zeros(layout.num_parameters, dtype=torch.bool)
@@ -177,28 +228,48 @@ def _steps_behind(work: _Work, cohort: Cohort) -> int:
     )
 
 
-def _step(work: _Work, cohort: Cohort) -> None:
+def _step(work: _Work, cohort: Cohort, adapted: AdaptedModel) -> None:
     """One update of every active client of the cohort, in place."""
     while active := _active(work, cohort):
-        batch = pack([_examples(work, cohort, row) if row in active else [] for row in range(len(cohort.tallies))])
-        losses_C = _gradients(work, cohort, batch)
-        norm_C = torch.linalg.vector_norm(cohort.gradient_CP, dim=1)
-        # the only synchronisation of a step
-        losses, norms = torch.stack([losses_C, norm_C.to(losses_C.dtype)]).tolist()
-        failed = [row for row in active if not (math.isfinite(losses[row]) and math.isfinite(norms[row]))]
+        with stage("data"):
+            examples = [_examples(work, cohort, row) if row in active else [] for row in range(len(cohort.tallies))]
+            batch = pack(examples, virtual_tokens=work.layout.num_virtual_tokens)
+        losses, norms = _try_step(work, cohort, adapted, batch)
+        failed = _not_finite(active, losses, norms)
+        if failed:
+            # a fast path may have carried one client's trouble to others
+            losses, norms = _try_step(work, cohort, adapted, batch, isolate=True)
+            failed = _not_finite(active, losses, norms)
         for row in failed:
             what = "loss" if not math.isfinite(losses[row]) else "gradient norm"
             cohort.tallies[row].failure = _describe_failure(work, cohort, row, what)
         if not failed:
-            _apply(work, cohort, active, norms)
+            with stage("optimizer"):
+                _apply(work, cohort, active, norms)
             for row in active:
                 tally = cohort.tallies[row]
                 tally.num_steps += 1
                 tally.loss_sum += losses[row]
                 tally.num_supervised_tokens += batch.supervised_per_client[row]
-                tally.num_tokens += batch.rows_per_client[row]
+                tally.num_tokens += batch.tokens_per_client[row]
             break
     cohort.step += 1
+
+
+def _try_step(
+    work: _Work, cohort: Cohort, adapted: AdaptedModel, batch: PackedBatch, *, isolate: bool = False
+) -> tuple[list[float], list[float]]:
+    """Fill `cohort.gradient_CP`; per client the loss sum in nats and the norm of its gradient."""
+    losses_C = _gradients(work, cohort, adapted, batch, isolate)
+    with stage("optimizer"):
+        norm_C = torch.linalg.vector_norm(cohort.gradient_CP, dim=1)
+        # the only synchronisation of a step
+        losses, norms = torch.stack([losses_C, norm_C.to(losses_C.dtype)]).tolist()
+    return losses, norms
+
+
+def _not_finite(active: list[int], losses: list[float], norms: list[float]) -> list[int]:
+    return [row for row in active if not (math.isfinite(losses[row]) and math.isfinite(norms[row]))]
 
 
 def _examples(work: _Work, cohort: Cohort, row: int) -> list[TokenizedExample]:
@@ -206,28 +277,25 @@ def _examples(work: _Work, cohort: Cohort, row: int) -> list[TokenizedExample]:
     return [work.participants[participant].train[i] for i in work.batches[participant][cohort.step]]
 
 
-def _gradients(work: _Work, cohort: Cohort, batch: PackedBatch) -> torch.Tensor:
+def _gradients(work: _Work, cohort: Cohort, adapted: AdaptedModel, batch: PackedBatch, isolate: bool) -> torch.Tensor:
     """Fill `cohort.gradient_CP` with the gradients of every client's mean loss and pull; the loss sums (C,) in nats."""
-    arena = Arena(work.layout, cohort.values_CP)
     cohort.gradient_CP.zero_()
-    with (
-        torch.enable_grad(),
-        attached(
-            work.base,
-            arena,
-            batch.rows_per_client,
-            gradient_CP=cohort.gradient_CP,
-            trainable=work.job.trainable,
-            dropout=_dropout(work, cohort),
-        ),
-    ):
-        hidden_ND = work.base.hidden(batch)
-        losses_M = token_losses(work.base, hidden_ND, batch.supervised_rows_M, batch.labels_M)
-        sum_of_client_means(losses_M, batch.supervised_per_client).backward()  # type: ignore[no-untyped-call]
+    with torch.enable_grad():
+        with stage("forward"):
+            hidden_Md = adapted.hidden(batch, _dropout(work, cohort), isolate=isolate)
+            losses_M = token_losses(work.base, hidden_Md, batch.labels_M)
+            loss = sum_of_client_means(losses_M, batch.supervised_per_client)
+        with stage("backward"):
+            loss.backward()  # type: ignore[no-untyped-call]
     pull = work.job.pull
     if pull is not None:
-        target_CP = pull.target_SP[cohort.first : cohort.first + len(cohort.tallies)].to(cohort.values_CP)
-        cohort.gradient_CP += pull_gradient(cohort.values_CP, target_CP, pull.strength, work.trainable_P)
+        target_CP = pull.target_SP[cohort.first : cohort.first + len(cohort.tallies)]
+        # row by row, because what is added needs memory of its own
+        strength_C = pull.strength_S[cohort.first : cohort.first + len(cohort.tallies)]
+        rows = zip(cohort.gradient_CP, cohort.values_CP, target_CP, strength_C, strict=True)
+        for gradient_P, value_P, target_P, strength in rows:
+            if strength:
+                gradient_P += pull_gradient(value_P, target_P.to(value_P), strength, work.trainable_P)
     return sums_per_client(losses_M, batch.supervised_per_client)
 
 
@@ -260,13 +328,11 @@ def _apply(work: _Work, cohort: Cohort, active: list[int], norms: list[float]) -
 
 def _finish(work: _Work, standing: Standing, cohort: Cohort) -> None:
     """Move a trained cohort's rows and reports to the finished ones."""
-    finite = torch.isfinite(cohort.values_CP).all(dim=1).tolist()
+    finite = [bool(torch.isfinite(value_P).all()) for value_P in cohort.values_CP]
     for row, tally in enumerate(cohort.tallies):
         participant = cohort.first + row
         if not finite[row] and not tally.failure:
             tally.failure = _describe_failure(work, cohort, row, "adapter")
-        if not tally.failure:
-            standing.finished_FP.append(cohort.values_CP[row : row + 1].to(work.job.start_SP.device))
         standing.reports.append(
             ClientReport(
                 id=work.job.ids[participant],
@@ -278,6 +344,9 @@ def _finish(work: _Work, standing: Standing, cohort: Cohort) -> None:
                 failure=tally.failure,
             )
         )
+    kept = [row for row, tally in enumerate(cohort.tallies) if not tally.failure]
+    rows_FP = cohort.values_CP if len(kept) == len(cohort.tallies) else cohort.values_CP[kept]
+    standing.finished_FP.append(rows_FP.to(work.job.start_SP.device))
 
 
 def _describe_failure(work: _Work, cohort: Cohort, row: int, what: str) -> str:

@@ -16,21 +16,20 @@ from typing import Any
 import torch
 
 from fedmira.config import TrainingConfig
-from fedmira.data.packing import pack
+from fedmira.data.packing import common_prefix, pack
 from fedmira.data.tokenization import TokenizedClient, TokenizedExample
+from fedmira.model.adapted import AdaptedModel
 from fedmira.model.base import BaseModel
-from fedmira.model.lora import attached
+from fedmira.model.full import is_full
 from fedmira.types import Arena, Layout
 
-_TEMPORARY_ROWS = 4
-"""Rows of the arena's size that one optimizer update allocates per client, besides values, gradient and moments."""
 _HEADROOM = 1.3
 """Saved activations are not all: backward holds gradients of activations and workspaces beside them."""
 _USABLE = 0.8
 """Share of the free memory that a cohort may take."""
-_CPU_TOKENS = 4096
-"""On a CPU, matrix products of this many rows run at full speed: a larger cohort gains nothing."""
-_PROBE_TOKENS = 64
+_CPU_ROWS = 2048
+"""On a CPU, a step of this many packed rows runs at full speed: a larger one would only leave the cache."""
+_PROBE_TOKENS = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +38,7 @@ class MemoryEstimate:
 
     base_bytes: int
     clients_bytes: int
-    """Adapters, gradients, moments and temporaries of the cohort."""
+    """Adapters, gradients and moments of the cohort."""
     activation_bytes: int
 
     @property
@@ -48,15 +47,18 @@ class MemoryEstimate:
 
 
 def bytes_per_client(layout: Layout, optimizer: str, momentum: float = 0.0, element_bytes: int = 4) -> int:
-    """Bytes of one client's adapter, gradient, moments and temporaries while it trains."""
+    """Bytes of one client's adapter, gradient and moments while it trains; updates need none beside them."""
     moments = {"adamw": 2, "adam": 2, "sgd": 1 if momentum else 0}[optimizer]
-    return (2 + moments + _TEMPORARY_ROWS) * layout.num_parameters * element_bytes
+    return (2 + moments) * layout.num_parameters * element_bytes
 
 
 def activation_bytes_per_token(base: BaseModel, layout: Layout) -> int:
     """Bytes that the body saves for backward per packed token, measured; the output head is left out."""
-    length = min(_PROBE_TOKENS, base.max_length)
-    batch = pack([[TokenizedExample(torch.zeros(length + 1, dtype=torch.int32).numpy(), length, "probe")]])
+    virtual = layout.num_virtual_tokens
+    length = min(_PROBE_TOKENS, base.max_length - virtual)
+    # half of the tokens are supervised: behind the last attention a fused body keeps nothing of the others
+    example = TokenizedExample(torch.zeros(length + 1, dtype=torch.int32).numpy(), 1 + length // 2, "probe")
+    batch = pack([[example]], virtual_tokens=virtual)
     values_CP = torch.zeros(1, layout.num_parameters, dtype=base.adapter_dtype, device=base.device)
     weights = {parameter.untyped_storage().data_ptr() for parameter in base.model.parameters()}
     weights |= {buffer.untyped_storage().data_ptr() for buffer in base.model.buffers()}
@@ -75,10 +77,15 @@ def activation_bytes_per_token(base: BaseModel, layout: Layout) -> int:
     with (
         torch.enable_grad(),
         torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor),
-        attached(base, Arena(layout, values_CP), batch.rows_per_client, gradient_CP=torch.zeros_like(values_CP)),
+        AdaptedModel(
+            base,
+            Arena(layout, values_CP),
+            gradient_CP=torch.zeros_like(values_CP),
+            trainable=frozenset(layout.groups),
+        ) as adapted,
     ):
-        base.hidden(batch)
-    return math.ceil(sum(saved.values()) / length)
+        adapted.hidden(batch)
+    return math.ceil(sum(saved.values()) / (virtual + length))
 
 
 def estimate(
@@ -101,17 +108,22 @@ def estimate(
     """
     per_token = activation_bytes_per_token(base, layout) if token_bytes is None else token_bytes
     heaviest = sorted((_largest_batch(client, training.batch_size) for client in clients), reverse=True)[:cohort_size]
-    tokens = sum(batch_tokens for batch_tokens, _ in heaviest)
+    tokens = sum(batch_tokens + layout.num_virtual_tokens for batch_tokens, _ in heaviest)
     supervised = sum(batch_supervised for _, batch_supervised in heaviest)
-    vocabulary = int(base.model.config.get_text_config().vocab_size)
-    # logits in the base's dtype, and their log-softmax and gradient in at least float32
-    head_bytes = supervised * vocabulary * (base.dtype.itemsize + 2 * max(4, base.dtype.itemsize))
     element_bytes = base.adapter_dtype.itemsize
+    base_bytes = sum(p.numel() * p.element_size() for p in base.model.parameters())
     return MemoryEstimate(
-        base_bytes=sum(p.numel() * p.element_size() for p in base.model.parameters()),
+        # where a client has weights of its own, those of the base are kept beside them
+        base_bytes=2 * base_bytes if is_full(layout) else base_bytes,
         clients_bytes=cohort_size * bytes_per_client(layout, training.optimizer, training.momentum, element_bytes),
-        activation_bytes=math.ceil(_HEADROOM * tokens * per_token) + head_bytes,
+        activation_bytes=math.ceil(_HEADROOM * tokens * per_token) + supervised * head_bytes_per_row(base),
     )
+
+
+def head_bytes_per_row(base: BaseModel) -> int:
+    """Bytes of one supervised row behind the output head: logits, and their log-softmax and gradient in float32."""
+    vocabulary = int(base.model.config.get_text_config().vocab_size)
+    return vocabulary * (base.dtype.itemsize + 2 * max(4, base.dtype.itemsize))
 
 
 def estimate_memory(
@@ -132,7 +144,12 @@ def choose_cohort_size(
     training: TrainingConfig,
     available_bytes: int,
 ) -> int:
-    """The largest cohort that fits `available_bytes`; on a CPU no more than keep 4096 tokens busy. At least 1."""
+    """The largest cohort that fits `available_bytes`; on a CPU no more than make 2048 rows. At least 1.
+
+    Clients with weights of their own are trained one at a time.
+    """
+    if is_full(layout):
+        return 1
     token_bytes = activation_bytes_per_token(base, layout)
 
     def fits(size: int) -> bool:
@@ -141,8 +158,9 @@ def choose_cohort_size(
 
     most = len(clients)
     if base.device.type == "cpu":
-        mean_tokens = sum(_mean_batch_tokens(client, training.batch_size) for client in clients) / len(clients)
-        most = max(1, min(most, round(_CPU_TOKENS / mean_tokens)))
+        mean_rows = sum(_mean_batch_rows(client, training.batch_size) for client in clients) / len(clients)
+        mean_rows += layout.num_virtual_tokens
+        most = max(1, min(most, round(_CPU_ROWS / mean_rows)))
     # estimates grow with the size, so the largest that fits can be bisected
     low, high = 1, most
     while low < high:
@@ -189,6 +207,8 @@ def _largest_batch(client: TokenizedClient, batch_size: int) -> tuple[int, int]:
     )
 
 
-def _mean_batch_tokens(client: TokenizedClient, batch_size: int) -> float:
+def _mean_batch_rows(client: TokenizedClient, batch_size: int) -> float:
+    """Packed rows of a batch of mean length; what all examples of the client begin with is there once."""
     lengths = [len(example.tokens) - 1 for example in client.train]
-    return min(batch_size, len(lengths)) * sum(lengths) / max(1, len(lengths))
+    shared = common_prefix(client.train)
+    return shared + min(batch_size, len(lengths)) * (sum(lengths) / max(1, len(lengths)) - shared)

@@ -75,6 +75,8 @@ def update_(
 ) -> None:
     """One optimizer update of every active client, in place on values and moments.
 
+    Allocates nothing of the arena's size: at most one row, where a mask decides what decays.
+
     Equal to torch.optim.AdamW, Adam (weight decay as L2) or SGD on each row. Rows that are not active are not touched.
 
     Args:
@@ -89,8 +91,9 @@ def update_(
     moments.steps_C.add_(torch.tensor(active, dtype=moments.steps_C.dtype))
     decay: float | torch.Tensor = training.weight_decay
     if trainable_P is not None and decay:
+        # a column of factors is made of it for every client, so rows are taken one by one
         decay = trainable_P.to(values_CP.dtype) * decay
-    for start, stop in _blocks(values_CP, active):
+    for start, stop in _blocks(values_CP, active, by_row=isinstance(decay, torch.Tensor)):
         rates_C = torch.tensor(learning_rates[start:stop], dtype=torch.float64)
         block = Moments(moments.first_CP[start:stop], moments.second_CP[start:stop], moments.steps_C[start:stop])
         step = _sgd_ if training.optimizer == "sgd" else _adam_
@@ -108,12 +111,13 @@ def _adam_(
     if training.weight_decay and training.optimizer == "adamw":
         values_CP.mul_(1.0 - _column(rates_C, values_CP) * decay)
     elif training.weight_decay:
-        gradient_CP.add_(values_CP * decay)
+        _decay_(gradient_CP, values_CP, decay)
     moments.first_CP.lerp_(gradient_CP, 1.0 - training.beta1)
     moments.second_CP.mul_(training.beta2).addcmul_(gradient_CP, gradient_CP, value=1.0 - training.beta2)
     root_C = (1.0 - training.beta2**moments.steps_C).sqrt()
     size_C = rates_C / (1.0 - training.beta1**moments.steps_C)
-    step_CP = moments.second_CP.sqrt().div_(_column(root_C, values_CP)).add_(training.epsilon)
+    # the gradient has been heard: its memory takes the step
+    step_CP = torch.sqrt(moments.second_CP, out=gradient_CP).div_(_column(root_C, values_CP)).add_(training.epsilon)
     torch.div(moments.first_CP, step_CP, out=step_CP)
     values_CP.sub_(step_CP.mul_(_column(size_C, values_CP)))
 
@@ -127,21 +131,30 @@ def _sgd_(
     decay: float | torch.Tensor,
 ) -> None:
     if training.weight_decay:
-        gradient_CP.add_(values_CP * decay)
+        _decay_(gradient_CP, values_CP, decay)
+    direction_CP = gradient_CP
     if training.momentum:
         # torch starts the buffer at the first gradient, which is momentum * 0 + gradient
-        gradient_CP = moments.first_CP.mul_(training.momentum).add_(gradient_CP)
-    values_CP.sub_(gradient_CP * _column(rates_C, values_CP))
+        direction_CP = moments.first_CP.mul_(training.momentum).add_(gradient_CP)
+    values_CP.sub_(torch.mul(direction_CP, _column(rates_C, values_CP), out=gradient_CP))
+
+
+def _decay_(gradient_CP: torch.Tensor, values_CP: torch.Tensor, decay: float | torch.Tensor) -> None:
+    """gradient += decay * values, without a copy of the values."""
+    if isinstance(decay, torch.Tensor):
+        gradient_CP.addcmul_(values_CP, decay)
+    else:
+        gradient_CP.add_(values_CP, alpha=decay)
 
 
 def _column(numbers_C: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return numbers_C.to(device=like.device, dtype=like.dtype)[:, None]
 
 
-def _blocks(values_CP: torch.Tensor, active: Sequence[bool]) -> list[tuple[int, int]]:
-    """Runs of consecutive active rows, on a CPU no longer than what stays in the cache."""
-    rows = len(active)
-    if values_CP.device.type == "cpu":
+def _blocks(values_CP: torch.Tensor, active: Sequence[bool], by_row: bool) -> list[tuple[int, int]]:
+    """Runs of consecutive active rows: single ones on request, on a CPU no longer than what stays in the cache."""
+    rows = 1 if by_row else len(active)
+    if values_CP.device.type == "cpu" and not by_row:
         rows = max(1, _BLOCK_BYTES // max(1, values_CP.shape[1] * values_CP.element_size()))
     blocks: list[tuple[int, int]] = []
     for row, is_active in enumerate(active):

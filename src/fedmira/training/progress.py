@@ -63,7 +63,7 @@ class Standing:
 
     cohort_size: int
     finished_FP: list[torch.Tensor] = field(default_factory=list)
-    """Trained rows, (1, P) each, of the participants that succeeded so far."""
+    """Trained rows of the participants that succeeded so far, in blocks."""
     reports: list[ClientReport] = field(default_factory=list)
     cohort: Cohort | None = None
 
@@ -111,7 +111,7 @@ def restore(progress: Progress, job: Job, device: torch.device) -> Standing:
     )
     return Standing(
         cohort_size=facts["cohort_size"],
-        finished_FP=[row_P[None] for row_P in tensors["finished_FP"].to(job.start_SP.device)],
+        finished_FP=[tensors["finished_FP"].to(job.start_SP.device)],
         reports=[ClientReport(*values) for values in facts["reports"]],
         cohort=Cohort(
             first=facts["first"],

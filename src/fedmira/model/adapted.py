@@ -1,0 +1,116 @@
+"""One base model seen through the adapters of many clients: through the fused body where there is one.
+
+Where adapters are differences to all weights there is one client at a time, the weights are its own inside the `with`
+block, and autograd goes through the stock model: the fused body computes no gradients of weights. Knows nothing about
+losses, optimizers or rounds.
+
+Axes: C clients, P parameters of one adapter, M rows asked for, d hidden features.
+"""
+
+from __future__ import annotations
+
+from types import TracebackType
+
+import torch
+
+from fedmira.data.packing import PackedBatch
+from fedmira.model import fused
+from fedmira.model.base import BaseModel
+from fedmira.model.full import FULL, MovedWeights, is_full
+from fedmira.model.lora import ALL_GROUPS, Dropout, attached, pairs
+from fedmira.model.soft_prompt import SoftPrompts
+from fedmira.types import Arena
+
+
+class AdaptedModel:
+    """The base with the adapters of an arena, as long as the arena lies where it lies and the `with` block lasts."""
+
+    def __init__(
+        self,
+        base: BaseModel,
+        arena: Arena,
+        *,
+        gradient_CP: torch.Tensor | None = None,
+        trainable: frozenset[str] = ALL_GROUPS,
+    ) -> None:
+        """See `base` through `arena`.
+
+        Args:
+            base: the frozen model.
+            arena: (C, P), on the device of the base. Its values may change between calls, not before backward is done.
+                Of one client, where adapters are differences to all weights.
+            gradient_CP: where backward adds the gradients; None computes none.
+            trainable: groups that get a gradient; the others' columns of `gradient_CP` are left alone.
+        """
+        self._base, self._arena = base, arena
+        self._gradient_CP, self._trainable = gradient_CP, trainable
+        self._weights: MovedWeights | None = None
+        self._prompts: SoftPrompts | None = None
+        self._adapters = None
+        if is_full(arena.layout):
+            if arena.num_clients != 1:
+                raise ValueError(f"{arena.num_clients} clients have weights of their own; give one at a time")
+            gradient_P = None if gradient_CP is None or FULL not in trainable else gradient_CP[0]
+            self._weights = MovedWeights(base, arena.layout, gradient_P)
+            return
+        if arena.layout.num_virtual_tokens:
+            self._prompts = SoftPrompts(arena, gradient_CP, trainable)
+        # adapters are kept in a wider type than a base in 16 bits computes in
+        narrow = arena.values_KP.dtype != base.dtype
+        self._computed = arena.replace(torch.empty_like(arena.values_KP, dtype=base.dtype)) if narrow else arena
+        layers = {spec.layer for spec, _ in pairs(arena.layout)}
+        if base.body is not None and layers <= base.body.layers:
+            self._adapters = fused.bind(base.body, self._computed, gradient_CP, trainable)
+
+    def __enter__(self) -> AdaptedModel:
+        if self._weights is not None:
+            self._weights.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._weights is not None:
+            self._weights.__exit__(kind, error, trace)
+
+    def hidden(self, batch: PackedBatch, dropout: Dropout | None = None, *, isolate: bool = False) -> torch.Tensor:
+        """Final hidden states of the supervised rows of a batch, (M, d).
+
+        Args:
+            batch: of as many clients as the arena has, with the virtual tokens of its layout.
+            dropout: None goes without.
+            isolate: whether a client that is not finite must reach nobody else; slower on a GPU, always so on a CPU.
+
+        Raises:
+            DataError: a sequence is longer than the base's context.
+        """
+        base, device = self._base, self._base.device
+        wanted_M = batch.supervised_rows_M.to(device)
+        if self._weights is not None:
+            self._weights.move(self._arena.values_KP[0])
+            return base.hidden(batch).index_select(0, wanted_M)
+        soften = None if self._prompts is None else self._prompts.into(batch.rows_per_client)
+        if base.body is None or self._adapters is None or dropout is not None:
+            with attached(
+                base,
+                self._arena,
+                batch.rows_per_client,
+                gradient_CP=self._gradient_CP,
+                trainable=self._trainable,
+                dropout=dropout,
+            ):
+                return base.hidden(batch, soften).index_select(0, wanted_M)
+        if self._computed is not self._arena:
+            self._computed.values_KP.copy_(self._arena.values_KP)
+        return fused.hidden(
+            base.body,
+            self._adapters,
+            batch.tokens_N.to(device),
+            batch.positions_N.to(device),
+            base.plan(batch, stand_alone=True),
+            batch.rows_per_client,
+            wanted_M,
+            batch.supervised_per_client,
+            "segments" if isolate else None,
+            soften,
+        )

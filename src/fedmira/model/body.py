@@ -1,0 +1,132 @@
+"""The parts of a transformer body as values: norms, frozen layers that share an input, blocks.
+
+Knows nothing about adapters, packing or how blocks are passed through; `fused` does that, `families` finds the parts.
+
+Axes: N rows, d hidden features, I/O in and out features of stacked layers, D features of a head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from fedmira.model.attention import Settings
+from fedmira.model.products import product
+
+Soften = Callable[[torch.Tensor], torch.Tensor]
+"""Embeddings of the packed tokens (N, d) to the same with soft prompts in their rows."""
+
+STACKS = ("attention_in", "attention_out", "feed_in", "feed_out")
+"""The fields of a block that hold layers."""
+
+
+class Stack(NamedTuple):
+    """Frozen linear layers that share an input, as one."""
+
+    weight_OI: torch.Tensor
+    bias_O: torch.Tensor | None
+    columns: dict[str, slice]
+    """Module path -> its outputs."""
+
+    def __call__(self, x_NI: torch.Tensor) -> torch.Tensor:
+        return product(x_NI, self.weight_OI, self.bias_O)
+
+    def onto(self, residual_NO: torch.Tensor, x_NI: torch.Tensor) -> torch.Tensor:
+        """residual + layer(x)."""
+        return product(x_NI, self.weight_OI, self.bias_O).add_(residual_NO)
+
+    def backward(self, grad_NO: torch.Tensor) -> torch.Tensor:
+        """Gradient of x."""
+        return product(grad_NO, self.weight_OI.T)
+
+
+class Norm(NamedTuple):
+    """RMSNorm, in float32 at least; or LayerNorm where there is a bias."""
+
+    weight_d: torch.Tensor
+    bias_d: torch.Tensor | None
+    epsilon: float
+
+    def __call__(self, x_Nd: torch.Tensor) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+        """The normalised rows, and the statistics that `again` and `backward` need."""
+        if self.bias_d is not None:
+            h_Nd, mean_N1, scale_N1 = torch.native_layer_norm(
+                x_Nd, (x_Nd.shape[1],), self.weight_d, self.bias_d, self.epsilon
+            )
+            return h_Nd, (mean_N1, scale_N1)
+        norm_N1 = torch.linalg.vector_norm(_wide(x_Nd), dim=-1, keepdim=True)
+        scale_N1 = norm_N1.square_().div_(x_Nd.shape[1]).add_(self.epsilon).rsqrt_()
+        return self.again(x_Nd, (scale_N1,)), (scale_N1,)
+
+    def again(self, x_Nd: torch.Tensor, statistics: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        """The normalised rows once more."""
+        if self.bias_d is not None:
+            return torch.native_layer_norm(x_Nd, (x_Nd.shape[1],), self.weight_d, self.bias_d, self.epsilon)[0]
+        return (_wide(x_Nd) * statistics[0]).to(x_Nd.dtype).mul_(self.weight_d)
+
+    def backward(self, grad_Nd: torch.Tensor, x_Nd: torch.Tensor, statistics: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        """Gradient of x; `grad_Nd` is used up."""
+        if self.bias_d is not None:
+            mean_N1, scale_N1 = statistics
+            mask = [True, False, False]
+            features = [x_Nd.shape[1]]
+            result: torch.Tensor = torch.ops.aten.native_layer_norm_backward(
+                grad_Nd, x_Nd, features, mean_N1, scale_N1, self.weight_d, self.bias_d, mask
+            )[0]
+            return result
+        (scale_N1,) = statistics
+        scaled_Nd, wide_Nd = _wide(grad_Nd.mul_(self.weight_d)), _wide(x_Nd)
+        dot_N1 = torch.linalg.vecdot(scaled_Nd, wide_Nd).unsqueeze(-1)
+        dot_N1 = dot_N1.mul_(scale_N1.pow(3)).div_(-x_Nd.shape[1])
+        return scaled_Nd.mul_(scale_N1).addcmul_(wide_Nd, dot_N1).to(x_Nd.dtype)
+
+
+class Block(NamedTuple):
+    """One transformer block."""
+
+    attention_norm: Norm
+    attention_in: Stack
+    """Queries, keys and values, in this order."""
+    attention_out: Stack
+    look_back: Settings
+    feed_norm: Norm
+    feed_in: Stack
+    """The gate and what it gates, or the one layer before the activation."""
+    feed_out: Stack
+
+
+@dataclass(frozen=True, slots=True)
+class Body:
+    """A body whose blocks are known."""
+
+    words: Callable[[torch.Tensor], torch.Tensor]
+    """Tokens (N,) to their embeddings (N, d)."""
+    places: Callable[[torch.Tensor], torch.Tensor] | None
+    """Positions (N,) to what is added to the embeddings (N, d); None where positions turn queries and keys."""
+    rotate: Callable[[int], tuple[torch.Tensor, torch.Tensor]] | None
+    """Length T to cosines and sines (T, 1, D / 2); None where positions are learned."""
+    blocks: tuple[Block, ...]
+    final_norm: Norm
+    num_heads: int
+    num_key_heads: int
+    gated: bool
+    """silu(gate) * up; else gelu in its tanh form."""
+
+    def embed(self, tokens_N: torch.Tensor, positions_N: torch.Tensor, soften: Soften | None = None) -> torch.Tensor:
+        """The rows that enter the first block, (N, d); `soften` puts soft prompts among the embeddings."""
+        x_Nd = self.words(tokens_N)
+        if soften is not None:
+            x_Nd = soften(x_Nd)
+        return x_Nd if self.places is None else x_Nd + self.places(positions_N)
+
+    @property
+    def layers(self) -> frozenset[str]:
+        """Module paths of all layers that can be adapted."""
+        return frozenset(layer for block in self.blocks for name in STACKS for layer in getattr(block, name).columns)
+
+
+def _wide(states: torch.Tensor) -> torch.Tensor:
+    return states.to(torch.promote_types(states.dtype, torch.float32))

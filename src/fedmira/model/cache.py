@@ -1,0 +1,260 @@
+"""Runs adapted models one token further for many sequences at once, without reading again what they hold.
+
+Prompts are read in packed rows, as in training; from then on every call takes the newest token of every sequence.
+Sequences may join and leave between calls. Known families run through their body written out; any other one runs
+through the stock model, with attention registered with transformers under `CACHED`, which is also the slow twin of the
+former. Knows nothing about how a token is chosen.
+
+Axes: K clients, P parameters of one adapter, B rows of a call, N packed rows, H heads, G key-value heads, D features
+of a head, d hidden features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from fedmira.data.packing import PackedBatch
+from fedmira.model import fused, inference
+from fedmira.model.attention import PACKED, Packing, Settings, attention_of
+from fedmira.model.base import BaseModel
+from fedmira.model.body import Soften
+from fedmira.model.buckets import Bucket, Growing, PackedRows, Pair, group_by_length
+from fedmira.model.lora import attached, pairs
+from fedmira.model.low_rank import assign_rows
+from fedmira.model.soft_prompt import SoftPrompts
+from fedmira.types import Arena
+
+CACHED = "fedmira_cached"
+
+_CPU_BUCKET_BYTES = 5e5
+_BUCKET_BYTES = 1e8
+"""The calls of one more bucket take about as long as reading this many bytes of keys and values; on a CPU calls are
+cheap and reading is not."""
+
+
+class KeyValueCache:
+    """The keys and values of sequences that grow together, one token per call.
+
+    `read` takes prompts in; inside `rows`, `advance` adds a token to each.
+    """
+
+    def __init__(self, base: BaseModel, arena: Arena) -> None:
+        """An empty cache.
+
+        Args:
+            base: the frozen model.
+            arena: (K, P), on the device of the base.
+        """
+        self._base = base
+        layers = {spec.layer for spec, _ in pairs(arena.layout)}
+        self._body = base.body if base.body is not None and layers <= base.body.layers else None
+        self._prompts = SoftPrompts(arena) if arena.layout.num_virtual_tokens else None
+        # the body written out computes adapters in its own dtype
+        self._arena = arena if self._body is None else arena.replace(arena.values_KP.to(base.dtype))
+        self._read: list[PackedRows] = []
+        self._buckets: list[Bucket] = []
+        self._position_B = torch.zeros(0, dtype=torch.int64, device=base.device)
+        self._longest = 0
+        self._add_low_rank_: inference.LowRank | None = None
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the keys and values held."""
+        sources: list[PackedRows | Bucket] = [*self._read, *self._buckets]
+        return sum(states.nbytes for source in sources for pair in source.pairs.values() for states in pair)
+
+    def read(self, batch: PackedBatch, members: Sequence[Growing]) -> torch.Tensor:
+        """Read prompts and return the final hidden state of the last token of each, (B, d).
+
+        Args:
+            batch: of K clients, with the virtual tokens of the arena's layout; its supervised rows are the prompts'
+                last ones.
+            members: its sequences, in order.
+        """
+        base, device = self._base, self._base.device
+        rows = PackedRows(members, batch)
+        packing = base.plan(batch)
+        tokens_N, positions_N = batch.tokens_N.to(device), batch.positions_N.to(device)
+        last_B = batch.supervised_rows_M.to(device)
+        soften = None if self._prompts is None else self._prompts.into(batch.rows_per_client)
+        if self._body is None:
+            with attached(base, self._arena, batch.rows_per_client):
+                hidden_Bd = self._stock(tokens_N, positions_N, soften, cache=rows, packing=packing)[last_B]
+        else:
+
+            def look_back(
+                block: int, query_NHD: torch.Tensor, key_NGD: torch.Tensor, value_NGD: torch.Tensor, settings: Settings
+            ) -> torch.Tensor:
+                query, key, value = (states.transpose(0, 1)[None] for states in (query_NHD, key_NGD, value_NGD))
+                return _read(rows, block, query, key, value, packing, settings).squeeze(0)
+
+            adapters = fused.bind(self._body, self._arena, None, frozenset())
+            hidden_Bd = inference.hidden(
+                self._body,
+                tokens_N,
+                positions_N,
+                packing.longest,
+                inference.of_rows(adapters, assign_rows(batch.rows_per_client, device)),
+                look_back,
+                inference.Wanted(last_B, inference.of_rows(adapters, assign_rows(batch.supervised_per_client, device))),
+                soften,
+            )
+        self._read.append(rows)
+        return hidden_Bd
+
+    @contextmanager
+    def rows(self, names_B: Sequence[int | None], clients: Sequence[int]) -> Iterator[None]:
+        """Inside the `with` block, row i of a call is the sequence `names_B[i]`.
+
+        Args:
+            names_B: None is a row that looks at nothing. Sequences without a row leave for good.
+            clients: whose adapter each group of rows uses; groups have the same number of rows.
+        """
+        self._arrange(names_B)
+        arena = self._arena.replace(self._arena.values_KP[list(clients)])
+        rows_per_group = [len(names_B) // len(clients)] * len(clients)
+        if self._body is None:
+            with attached(self._base, arena, rows_per_group):
+                yield
+        else:
+            adapters = fused.bind(self._body, arena, None, frozenset())
+            self._add_low_rank_ = inference.of_equal_groups(self._body, adapters)
+            yield
+
+    def advance(self, tokens_B: torch.Tensor) -> torch.Tensor:
+        """Add one token to every sequence and return the final hidden state of each row, (B, d)."""
+        if self._body is None:
+            hidden_Bd = self._stock(tokens_B, self._position_B, cache=self)
+        else:
+            assert self._add_low_rank_ is not None, "advance is called inside rows"
+            hidden_Bd = inference.hidden(
+                self._body, tokens_B, self._position_B, self._longest, self._add_low_rank_, self.attend
+            )
+        self._position_B += 1
+        for bucket in self._buckets:
+            bucket.filled += 1
+        return hidden_Bd
+
+    def attend(
+        self,
+        module: Hashable,
+        query_BHD: torch.Tensor,
+        key_BGD: torch.Tensor,
+        value_BGD: torch.Tensor,
+        settings: Settings,
+    ) -> torch.Tensor:
+        """Attention of the newest tokens, (B, H, D)."""
+        output_BHD = torch.zeros_like(query_BHD, memory_format=torch.contiguous_format)
+        for bucket in self._buckets:
+            rows_b = bucket.rows_b
+            output_bHD = bucket.attend(
+                module,
+                query_BHD.index_select(0, rows_b),
+                key_BGD.index_select(0, rows_b),
+                value_BGD.index_select(0, rows_b),
+                settings,
+            )
+            output_BHD.index_copy_(0, rows_b, output_bHD)
+        return output_BHD
+
+    def _arrange(self, names_B: Sequence[int | None]) -> None:
+        """Bring the sequences that go on into buckets, and let go of the others."""
+        sources: list[PackedRows | Bucket] = [*self._read, *self._buckets]
+        held = {
+            member.name: (member, source, index) for source in sources for index, member in enumerate(source.members)
+        }
+        rows = [row for row, name in enumerate(names_B) if name is not None]
+        names = [name for name in names_B if name is not None]
+        position_B = torch.zeros(len(names_B), dtype=torch.int64)
+        position_B[rows] = torch.tensor([held[name][0].length for name in names], dtype=torch.int64)
+        self._position_B = position_B.to(self._base.device)
+        self._longest = max((held[name][0].length + held[name][0].room for name in names), default=0)
+        self._read, self._buckets = [], []
+        moves = []
+        for group in group_by_length([held[name][0].length for name in names], self._bucket_tokens(sources)):
+            bucket = Bucket([held[names[i]][0] for i in group], [rows[i] for i in group], self._base.device)
+            self._buckets.append(bucket)
+            for source in sources:
+                places = [(held[names[i]][2], there) for there, i in enumerate(group) if held[names[i]][1] is source]
+                if places:
+                    moves.append((source, bucket, source.move(bucket, places)))
+        for module in list(sources[0].pairs) if sources else []:
+            for bucket in self._buckets:
+                bucket.allocate(module, sources[0].pairs[module].keys)
+            for source, bucket, move in moves:
+                for states, into in zip(source.pairs[module], bucket.pairs[module], strict=True):
+                    move(states, into)
+            # one module at a time is held twice, not the whole cache
+            for source in sources:
+                del source.pairs[module]
+
+    def _stock(
+        self, tokens_N: torch.Tensor, positions_N: torch.Tensor, soften: Soften | None = None, **attention: Any
+    ) -> torch.Tensor:
+        with attention_of(self._base.model.config, CACHED):
+            output = self._base.model.base_model(
+                **self._base.inputs(tokens_N, soften), position_ids=positions_N[None], use_cache=False, **attention
+            )
+        hidden_Nd: torch.Tensor = output.last_hidden_state.squeeze(0)
+        return hidden_Nd
+
+    def _bucket_tokens(self, sources: Sequence[PackedRows | Bucket]) -> float:
+        """How many tokens' keys and values could be read in the time of one more bucket, in one module."""
+        bytes_per_token = max(
+            (
+                2 * pair.keys.shape[1] * pair.keys.shape[3] * pair.keys.element_size()
+                for source in sources
+                for pair in source.pairs.values()
+            ),
+            default=1,
+        )
+        return (_CPU_BUCKET_BYTES if self._base.device.type == "cpu" else _BUCKET_BYTES) / bytes_per_token
+
+
+def _read(
+    rows: PackedRows,
+    module: Hashable,
+    query_1HND: torch.Tensor,
+    key_1GND: torch.Tensor,
+    value_1GND: torch.Tensor,
+    packing: Packing,
+    settings: Settings,
+) -> torch.Tensor:
+    """Keep the keys and values of prompts and return what their rows see, (1, N, H, D)."""
+    rows.pairs[module] = Pair(key_1GND, value_1GND)
+    output_1NHD: torch.Tensor
+    output_1NHD, _ = ALL_ATTENTION_FUNCTIONS[PACKED](
+        None, query_1HND, key_1GND, value_1GND, None, packing=packing, **settings._asdict()
+    )
+    return output_1NHD
+
+
+def _cached_attention_forward(
+    module: torch.nn.Module,
+    query_1HND: torch.Tensor,
+    key_1GND: torch.Tensor,
+    value_1GND: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    cache: PackedRows | KeyValueCache,
+    packing: Packing | None = None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **_unused: Any,
+) -> tuple[torch.Tensor, None]:
+    """Keep the keys and values of prompts, or look back over those kept; (1, N, H, D), as transformers expects."""
+    settings = Settings(scaling, sliding_window, softcap)
+    if isinstance(cache, PackedRows):
+        assert packing is not None
+        return _read(cache, module, query_1HND, key_1GND, value_1GND, packing, settings), None
+    query_BHD, key_BGD, value_BGD = (states[0].transpose(0, 1) for states in (query_1HND, key_1GND, value_1GND))
+    return cache.attend(module, query_BHD, key_BGD, value_BGD, settings)[None], None
+
+
+ALL_ATTENTION_FUNCTIONS.register(CACHED, _cached_attention_forward)

@@ -1,0 +1,104 @@
+"""Tunes every parameter of the base: a client is its difference to the frozen weights.
+
+Clients cannot share one product with the base, because each has weights of its own: they are trained and judged one
+after the other. The weights are the caller's own bytes again behind a `with` block: they are copied back, not
+subtracted. Knows nothing about losses, optimizers or rounds.
+
+Axes: K clients, P parameters of the base.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import TracebackType
+
+import torch
+
+from fedmira.model.base import BaseModel
+from fedmira.types import Arena, Layout, TensorSpec
+
+FULL = "full"
+"""The group of all parameters of the base."""
+NOTHING = Layout(())
+"""Of an adapter without tensors."""
+
+
+def full_layout(base: BaseModel) -> Layout:
+    """Every parameter of the base in its own order and shape; tied weights are there once."""
+    specs: list[TensorSpec] = []
+    offset = 0
+    for name, parameter in base.model.named_parameters():
+        spec = TensorSpec(name, FULL, name.rpartition(".")[0], tuple(parameter.shape), offset)
+        specs.append(spec)
+        offset += spec.size
+    return Layout(tuple(specs))
+
+
+def is_full(layout: Layout) -> bool:
+    """Whether adapters of this layout are differences to all weights."""
+    return FULL in layout.groups
+
+
+class MovedWeights:
+    """Inside a `with` block, the base can be given a client's weights; behind it, it has its own again."""
+
+    def __init__(self, base: BaseModel, layout: Layout, gradient_P: torch.Tensor | None = None) -> None:
+        """Over `base`.
+
+        Args:
+            base: the frozen model.
+            layout: from `full_layout`.
+            gradient_P: where backward adds the gradient; None computes none.
+        """
+        self._layout, self._gradient_P = layout, gradient_P
+        self._parameters = [base.model.get_parameter(spec.name) for spec in layout.specs]
+        self._kept: list[torch.Tensor] = []
+        self._hooks: list[torch.utils.hooks.RemovableHandle] = []
+
+    def __enter__(self) -> MovedWeights:
+        self._kept = [parameter.detach().clone() for parameter in self._parameters]
+        if self._gradient_P is not None:
+            for spec, parameter in zip(self._layout.specs, self._parameters, strict=True):
+                part = self._gradient_P[spec.offset : spec.offset + spec.size].view(spec.shape)
+                parameter.requires_grad_(True)
+                self._hooks.append(parameter.register_post_accumulate_grad_hook(_Move(part)))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+        with torch.no_grad():
+            for parameter, kept in zip(self._parameters, self._kept, strict=True):
+                parameter.requires_grad_(False)
+                parameter.grad = None
+                parameter.copy_(kept)
+        self._kept = []
+
+    def move(self, delta_P: torch.Tensor) -> None:
+        """Give the base the weights W + delta; added in the wider of both types."""
+        with torch.no_grad():
+            for spec, parameter, kept in zip(self._layout.specs, self._parameters, self._kept, strict=True):
+                parameter.copy_(kept + delta_P[spec.offset : spec.offset + spec.size].view(spec.shape))
+
+
+class _Move:
+    """Moves the gradient of a parameter to where it is kept."""
+
+    def __init__(self, part: torch.Tensor) -> None:
+        self._part = part
+
+    def __call__(self, parameter: torch.Tensor) -> None:
+        assert parameter.grad is not None, "called behind the accumulation of a gradient"
+        self._part.add_(parameter.grad)
+        parameter.grad = None
+
+
+def one_by_one(base: BaseModel, arena: Arena) -> Iterator[Arena]:
+    """For every client, give the base its weights and yield an arena (1, 0) that adds nothing to them."""
+    with MovedWeights(base, arena.layout) as weights:
+        for delta_P in arena.values_KP:
+            weights.move(delta_P.to(base.device))
+            yield Arena(NOTHING, delta_P.new_zeros((1, 0), device=base.device))
