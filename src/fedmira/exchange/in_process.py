@@ -1,25 +1,33 @@
 """The default exchange: all clients live in this process and train as cohorts over one frozen base model.
 
-Knows nothing about methods or rounds beyond the job it is given. A group of tensors that a job does not send stays
-where it is and costs nothing, although a simulation keeps it in the same matrix.
+What crosses is encoded, counted and checked by `seam`. Knows nothing about methods or rounds beyond the job it is
+given. A group of tensors that a job does not send stays where it is and costs nothing, although a simulation keeps it
+in the same matrix.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+import torch
+
 from fedmira.evaluation.costs import PeakMemory
+from fedmira.evaluation.loss import evaluate_loss
+from fedmira.evaluation.predictions import agreement
+from fedmira.exchange.seam import Kept, Seam, uncompressed_bytes
+from fedmira.exchange_config import ExchangeConfig
 from fedmira.training.cohort import Progress, train
-from fedmira.types import Job, Layout, Results
+from fedmira.types import Arena, Job, Layout, Losses, Results, Trial
 
 if TYPE_CHECKING:
-    import torch
-
     from fedmira.config import TrainingConfig
-    from fedmira.data.tokenization import TokenizedClient
+    from fedmira.data.tokenization import TokenizedClient, TokenizedExample
     from fedmira.model.base import BaseModel
+
+_ANSWER_BYTES = 4
+"""A loss crosses as one float32."""
 
 
 def _never() -> bool:
@@ -44,10 +52,16 @@ class InProcess:
         total_rounds: int,
         seed: int,
         cohort_size: int,
+        batch_tokens: int = 4096,
+        exchange: ExchangeConfig | None = None,
+        texts: Sequence[TokenizedExample] = (),
     ) -> None:
         self._base, self._layout, self._clients, self._training = base, layout, clients, training
         self._dropout, self._total_rounds, self._seed = dropout, total_rounds, seed
-        self._cohort_size = cohort_size
+        self._cohort_size, self._batch_tokens, self._texts = cohort_size, batch_tokens, texts
+        crossing = exchange or ExchangeConfig()
+        self._seam = Seam(crossing, layout, [client.name for client in clients], seed)
+        self._compresses = (crossing.compression, crossing.download_compression) != ("none", "none")
 
     def run(
         self,
@@ -59,11 +73,13 @@ class InProcess:
     ) -> Results:
         """See `fedmira.exchange.Exchange.run`."""
         started = time.perf_counter()
+        self._seam.refuse(job)
         with PeakMemory(self._base.device) as peak:
+            sent = self._seam.send(job)
             values_SP, reports = train(
                 self._base,
                 self._layout,
-                job,
+                sent.job,
                 self._clients,
                 self._training,
                 total_rounds=self._total_rounds,
@@ -74,17 +90,50 @@ class InProcess:
                 should_stop=should_stop,
                 on_step=on_step,
             )
+            num_returned = len(values_SP)
+            received = self._seam.receive(sent.job, values_SP, reports)
         return Results(
-            ids=tuple(report.id for report in reports if not report.failure),
-            values_SP=values_SP,
-            reports=reports,
-            upload_bytes=crossing_bytes(self._layout, values_SP, job.upload),
-            download_bytes=crossing_bytes(self._layout, job.start_SP, job.download),
+            ids=received.ids,
+            values_SP=received.values_SP,
+            reports=received.reports,
+            upload_bytes=received.upload_bytes,
+            download_bytes=sent.download_bytes,
             train_seconds=time.perf_counter() - started,
             peak_memory_bytes=peak.peak_bytes,
+            uncompressed_bytes=uncompressed_bytes(self._layout, job, num_returned) if self._compresses else 0,
+            epsilon=received.epsilon,
         )
 
+    def state(self) -> Kept:
+        """See `fedmira.exchange.Exchange.state`."""
+        return self._seam.state()
 
-def crossing_bytes(layout: Layout, values_SP: torch.Tensor, groups: Iterable[str]) -> int:
-    """Bytes of the tensors of `groups` in the rows `values_SP`, as they cross the seam."""
-    return sum(values_SP[:, part].nbytes for group in sorted(groups) for part in layout.slices(group))
+    def restore(self, kept: Kept) -> None:
+        """See `fedmira.exchange.Exchange.restore`."""
+        self._seam.restore(kept)
+
+    def judge(self, trial: Trial) -> Losses:
+        """See `fedmira.exchange.Exchange.judge`."""
+        if trial.num_candidates:
+            self._seam.refuse_losses()
+        asked = [self._clients[id_] for id_ in trial.ids]
+        examples = [client.train if trial.split == "train" else client.validation for client in asked]
+        mean_SQ = torch.full((len(asked), trial.num_candidates), torch.nan, dtype=torch.float64)
+        for number in range(trial.num_candidates):
+            arena = Arena(self._layout, trial.candidate(number))
+            for row, (loss_sum, tokens) in enumerate(evaluate_loss(self._base, arena, examples, self._batch_tokens)):
+                if tokens:
+                    mean_SQ[row, number] = loss_sum / tokens
+        tokens_S = tuple(
+            sum(len(example.tokens) - example.prompt_length for example in of_client) for of_client in examples
+        )
+        agreement_SS = None
+        if trial.compare_SP is not None:
+            agreement_SS = agreement(self._base, Arena(self._layout, trial.compare_SP), self._texts, self._batch_tokens)
+        return Losses(mean_SQ, tokens_S, *trial_bytes(trial, self._layout, self._base.adapter_dtype), agreement_SS)
+
+
+def trial_bytes(trial: Trial, layout: Layout, dtype: torch.dtype) -> tuple[int, int]:
+    """(upload, download) bytes of a trial: every answer, and the adapters that are sent to be judged."""
+    row_bytes = layout.num_parameters * dtype.itemsize
+    return len(trial.ids) * trial.num_candidates * _ANSWER_BYTES, len(trial.ids) * trial.sent * row_bytes

@@ -1,0 +1,266 @@
+"""What happens to a job and its results between server and clients: encoded, noised, counted, checked.
+
+A download is the difference to what the client received last, where that is configured. An upload is the difference d
+between where a client ended and where it started; with error memory e (Seide et al. 2014; Karimireddy et al., ICML
+2019) it sends Q(d + e) and remembers e <- d + e - Q(d + e). The server goes on with start + Q(d + e), nothing else.
+Noise comes before compression. Tensors that do not cross stay as they are. Without compression and noise every row is
+the client's own, bit for bit.
+
+What both sides remember is plain tensors and facts, so that a checkpoint can keep it; it changes only when a round is
+complete. Knows nothing about how clients train.
+
+Axes: K clients, S rows of a job, G groups, P parameters of one adapter.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from fedmira.errors import ConfigError
+from fedmira.exchange.admission import sound
+from fedmira.exchange.messages import crossing, crossing_bytes, decode, encode, encoded_bytes, message_bytes
+from fedmira.exchange.privacy import NO_LOSSES, epsilon, privatise_, refuse_overspending, require_accountant
+from fedmira.exchange_config import ExchangeConfig
+from fedmira.types import ClientReport, Job, Layout
+
+_CHUNK_ELEMENTS = 1 << 24
+
+
+class Kept(NamedTuple):
+    """What an exchange remembers between rounds; survives a checkpoint unchanged."""
+
+    tensors: Mapping[str, torch.Tensor]
+    """`error.B`, (K, P): what compression left out of the B-th row of each client. `copy.B`, (K, P): what it received
+    last, and `known.B`, (K, G): of which groups."""
+    facts: Mapping[str, Any]
+    """JSON-able: `uploads`, how many noised uploads each client has made."""
+
+
+class Sent(NamedTuple):
+    """A job as the clients see it."""
+
+    job: Job
+    download_bytes: int
+
+
+class Received(NamedTuple):
+    """What the server gets to see."""
+
+    ids: tuple[int, ...]
+    values_SP: torch.Tensor
+    reports: tuple[ClientReport, ...]
+    upload_bytes: int
+    epsilon: tuple[tuple[int, float], ...]
+
+
+class Seam:
+    """Carries jobs and results across, and remembers what both sides must."""
+
+    def __init__(self, config: ExchangeConfig, layout: Layout, names: Sequence[str], seed: int) -> None:
+        self._config, self._layout, self._names, self._seed = config, layout, tuple(names), seed
+        self._tensors: dict[str, torch.Tensor] = {}
+        self._uploads = [0] * len(self._names)
+        if config.privacy.enabled:
+            require_accountant()
+
+    def state(self) -> Kept:
+        """What must be saved with a checkpoint."""
+        return Kept(dict(self._tensors), {"uploads": list(self._uploads)})
+
+    def restore(self, kept: Kept) -> None:
+        """Go on from what `state` returned."""
+        self._tensors = dict(kept.tensors)
+        self._uploads = [int(count) for count in kept.facts["uploads"]]
+
+    def refuse(self, job: Job) -> None:
+        """Refuse a job that would spend a client's privacy budget.
+
+        Raises:
+            ParticipationError: with the client and what it would have spent.
+        """
+        if self._config.privacy.enabled and job.upload:
+            rows = Counter(job.ids[: job.num_crossing])
+            after = [self._uploads[id_] + count for id_, count in rows.items()]
+            refuse_overspending(self._config.privacy, job.round, [self._names[id_] for id_ in rows], after)
+
+    def refuse_losses(self) -> None:
+        """Refuse to ask clients for losses where uploads are noised, because losses are not.
+
+        Raises:
+            ConfigError: noise is on.
+        """
+        if self._config.privacy.enabled:
+            raise ConfigError(NO_LOSSES)
+
+    def send(self, job: Job) -> Sent:
+        """Return `job` with the starts that the clients decode. Remembers nothing: the round may be stopped."""
+        form = self._config.download_compression
+        shift_bytes = len(set(job.ids)) * job.shift_bytes
+        if form == "none":
+            return Sent(job, shift_bytes + crossing_bytes(self._layout, job.start_SP[: job.num_crossing], job.download))
+        start_SP, total_bytes = job.start_SP.clone(), shift_bytes
+        for rows, ids, block in self._chunks(job, list(range(job.num_crossing))):
+            for number, group in enumerate(self._layout.groups):
+                if group not in job.download:
+                    continue
+                known = self._remembered(f"known.{block}", job, len(self._layout.groups), torch.bool)[ids, number]
+                told = [row for row, knows in zip(rows, known.tolist(), strict=True) if knows]
+                full = [row for row, knows in zip(rows, known.tolist(), strict=True) if not knows]
+                total_bytes += crossing_bytes(self._layout, start_SP[full], {group})
+                if told:
+                    copy_KP = self._remembered(f"copy.{block}", job, self._layout.num_parameters, start_SP.dtype)
+                    copy_SP = copy_KP[[job.ids[row] for row in told]]
+                    wanted_SP = _wide(start_SP[told])
+                    message = encode(self._layout, {group}, wanted_SP - _wide(copy_SP), form)
+                    total_bytes += message_bytes(message)
+                    got_SP = _wide(copy_SP) + decode(self._layout, {group}, message, wanted_SP)
+                    self._put(start_SP, told, got_SP, {group})
+        return Sent(job._replace(start_SP=start_SP), total_bytes)
+
+    def receive(self, job: Job, values_SP: torch.Tensor, reports: tuple[ClientReport, ...]) -> Received:
+        """Return what the server gets from the clients of `job`, and remember the round.
+
+        Args:
+            job: as `send` returned it.
+            values_SP: the trained rows of those reports that name no failure; changed in place.
+            reports: one per row of the job.
+        """
+        came = [row for row, report in enumerate(reports) if not report.failure]
+        groups = job.upload & set(self._layout.groups)
+        start_SP = job.start_SP if len(came) == len(reports) else job.start_SP[came]
+        names = [self._names[job.ids[row]] for row in came]
+        # rows that stay with their clients are the last ones
+        sent = [row for row in came if row < job.num_crossing]
+        sent_SP, sent_start_SP = values_SP[: len(sent)], start_SP[: len(sent)]
+        upload_bytes = crossing_bytes(self._layout, sent_SP, groups)
+        errors: list[tuple[list[int], int, torch.Tensor]] = []
+        if groups and self._config.privacy.enabled:
+            blocks = _blocks(job.ids)
+            streams = [(name, job.round, blocks[row]) for name, row in zip(names, sent, strict=False)]
+            privatise_(self._layout, groups, sent_SP, sent_start_SP, streams, self._config.privacy, self._seed)
+            for row in sent:
+                self._uploads[job.ids[row]] += 1
+        if groups and self._config.compression != "none":
+            upload_bytes, errors = self._compressed(job, sent, sent_SP, sent_start_SP)
+        admitted = sound(self._layout, groups, values_SP, names, start_SP, self._config.max_norm_ratio)
+        self._remember(job, came, set(admitted.accepted), errors)
+        told = list(reports)
+        for place, reason in admitted.rejected.items():
+            told[came[place]] = told[came[place]]._replace(failure=reason)
+        privacy = self._config.privacy
+        spent = [
+            (id_, epsilon(self._uploads[id_], privacy.noise_multiplier, privacy.delta))
+            for id_ in (sorted(set(job.ids)) if privacy.enabled else ())
+        ]
+        ids = tuple(job.ids[came[place]] for place in admitted.accepted)
+        return Received(ids, admitted.values_SP, tuple(told), upload_bytes, tuple(spent))
+
+    # -------------------------------------------------------------------------------------------------------- one round
+
+    def _compressed(
+        self, job: Job, came: list[int], values_SP: torch.Tensor, start_SP: torch.Tensor
+    ) -> tuple[int, list[tuple[list[int], int, torch.Tensor]]]:
+        """Replace, in place, the rows by what the server decodes; the bytes, and (places, block, what was left out)."""
+        config, groups = self._config, job.upload
+        total_bytes, errors = 0, []
+        for places, ids, block in self._chunks(job, came):
+            wide_SP = _wide(start_SP[places])
+            wanted_SP = _wide(values_SP[places]) - wide_SP
+            if config.error_feedback:
+                error_KP = self._remembered(f"error.{block}", job, self._layout.num_parameters, wanted_SP.dtype)
+                wanted_SP += error_KP[ids]
+            message = encode(self._layout, groups, wanted_SP, config.compression, config.top_k)
+            total_bytes += message_bytes(message)
+            got_SP = decode(self._layout, groups, message, wanted_SP)
+            self._put(values_SP, places, wide_SP + got_SP, groups)
+            if config.error_feedback:
+                errors.append((places, block, wanted_SP - got_SP))
+        return total_bytes, errors
+
+    def _remember(
+        self, job: Job, came: list[int], accepted: set[int], errors: list[tuple[list[int], int, torch.Tensor]]
+    ) -> None:
+        """Keep what the round leaves behind; a client whose upload was rejected forgets that it sent it."""
+        for places, block, error_SP in errors:
+            kept = [number for number, place in enumerate(places) if place in accepted]
+            rows = [came[places[number]] for number in kept]
+            memory_KP = self._tensors[f"error.{block}"]
+            for spec in crossing(self._layout, job.upload):
+                columns = slice(spec.offset, spec.offset + spec.size)
+                memory_KP[[job.ids[row] for row in rows], columns] = error_SP[kept, columns]
+        if self._config.download_compression == "none":
+            return
+        num_groups = len(self._layout.groups)
+        for rows, ids, block in self._chunks(job, list(range(job.num_crossing))):
+            copy_KP = self._remembered(f"copy.{block}", job, self._layout.num_parameters, job.start_SP.dtype)
+            known_KG = self._remembered(f"known.{block}", job, num_groups, torch.bool)
+            for spec in crossing(self._layout, job.download):
+                columns = slice(spec.offset, spec.offset + spec.size)
+                copy_KP[ids, columns] = job.start_SP[rows, columns]
+                known_KG[ids, self._layout.groups.index(spec.group)] = True
+
+    def _remembered(self, name: str, job: Job, width: int, dtype: torch.dtype) -> torch.Tensor:
+        """The memory `name`, (K, width), on the device of the job; zeros before it was first written."""
+        device = job.start_SP.device
+        if name not in self._tensors:
+            self._tensors[name] = torch.zeros(len(self._names), width, dtype=dtype, device=device)
+        self._tensors[name] = self._tensors[name].to(device)
+        return self._tensors[name]
+
+    def _put(
+        self, into_SP: torch.Tensor, rows: list[int], from_SP: torch.Tensor, groups: frozenset[str] | set[str]
+    ) -> None:
+        for spec in crossing(self._layout, groups):
+            columns = slice(spec.offset, spec.offset + spec.size)
+            into_SP[rows, columns] = from_SP[:, columns].to(into_SP)
+
+    def _chunks(self, job: Job, rows: list[int]) -> list[tuple[list[int], list[int], int]]:
+        """Places in `rows`, their clients and their block, a few at a time, so that no copy of all rows is made."""
+        step = max(1, _CHUNK_ELEMENTS // max(1, self._layout.num_parameters))
+        by_block: dict[int, list[int]] = {}
+        blocks = _blocks(job.ids)
+        for place, row in enumerate(rows):
+            by_block.setdefault(blocks[row], []).append(place)
+        return [
+            (chunk := places[first : first + step], [job.ids[rows[place]] for place in chunk], block)
+            for block, places in by_block.items()
+            for first in range(0, len(places), step)
+        ]
+
+
+def uncompressed_bytes(layout: Layout, job: Job, num_returned: int) -> int:
+    """What upload and download of `job` would take if the tensors crossed as they are."""
+    crossing_SP = job.start_SP[: job.num_crossing]
+    up = crossing_bytes(layout, crossing_SP[:num_returned], job.upload)
+    return up + crossing_bytes(layout, crossing_SP, job.download) + len(set(job.ids)) * job.shift_bytes
+
+
+def planned_bytes(config: ExchangeConfig, layout: Layout, job: Job) -> tuple[int, int]:
+    """Upload and download bytes of `job` once every client has received something, for planning."""
+    crossing_SP = job.start_SP[: job.num_crossing]
+    up = encoded_bytes(layout, job.upload, crossing_SP, config.compression, config.top_k)
+    down = encoded_bytes(layout, job.download, crossing_SP, config.download_compression, 1.0)
+    return up, down + len(set(job.ids)) * job.shift_bytes
+
+
+def _blocks(ids: Sequence[int]) -> list[int]:
+    """How many earlier rows each row's client has.
+
+    >>> _blocks([3, 5, 3, 5])
+    [0, 0, 1, 1]
+    """
+    seen: Counter[int] = Counter()
+    blocks = []
+    for id_ in ids:
+        blocks.append(seen[id_])
+        seen[id_] += 1
+    return blocks
+
+
+def _wide(rows_SP: torch.Tensor) -> torch.Tensor:
+    """At least float32, where differences are formed."""
+    return rows_SP.to(torch.promote_types(rows_SP.dtype, torch.float32))

@@ -1,0 +1,56 @@
+"""The `exchange` section of the config: how messages cross between server and clients. No torch, no transformers."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from fedmira.config_basics import FinitePositiveFloat, Fraction, Section
+
+Compression = Literal["none", "bf16", "int8", "topk"]
+
+
+class PrivacyConfig(Section):
+    """Clipped and noised uploads with a count of what each client has given away."""
+
+    enabled: bool = False
+    """Clip and noise every upload. What clients report besides (losses, counts of examples) is not covered; a method
+    that asks clients for losses is refused."""
+    clip_norm: FinitePositiveFloat = 1.0
+    """C: largest Euclidean norm of an upload's difference to its start, over all uploaded tensors of one row."""
+    noise_multiplier: FinitePositiveFloat = 1.0
+    """sigma: every uploaded number gets Gaussian noise of standard deviation sigma * C."""
+    delta: Annotated[float, Field(gt=0, lt=1)] = 1e-5
+    """The delta of (epsilon, delta)-differential privacy; well below 1 / number of clients."""
+    budget: FinitePositiveFloat | None = None
+    """Largest epsilon of any client; a round that would go beyond it is refused with exit code 6. null: no limit."""
+    noise_seed: Literal["run", "system"] = "run"
+    """`run`: noise follows from the run's seed, so a simulation can be repeated and whoever knows the seed can remove
+    it. `system`: from the operating system's entropy, for real deployments; a resumed run then differs."""
+
+
+class ExchangeConfig(Section):
+    """What crosses the seam between server and clients, in which form, and what the server refuses."""
+
+    compression: Compression = "none"
+    """Of uploads: the difference to where the client started, as `bf16`, as `int8` with a scale for each of the r
+    vectors of a factor, or as the `topk` largest numbers with their places. `none` sends the tensors as they are."""
+    top_k: Fraction = 0.1
+    """With `topk`: share of a row's uploaded numbers that is sent."""
+    error_feedback: bool = True
+    """Clients remember what compression left out and add it to their next upload."""
+    download_compression: Literal["none", "bf16", "int8"] = "none"
+    """Of downloads: the difference to what the client received last. The first download of a client, and candidates
+    that it judges, are sent as they are."""
+    max_norm_ratio: Annotated[float, Field(gt=1, allow_inf_nan=False)] | None = 100.0
+    """An upload whose difference to its start is more than this many times the median of its round is rejected, among
+    three clients or more. null: any finite norm is accepted."""
+    privacy: PrivacyConfig = PrivacyConfig()
+    """Differential privacy of uploads."""
+
+    @model_validator(mode="after")
+    def _no_effect(self) -> ExchangeConfig:
+        if "top_k" in self.model_fields_set and self.top_k != 0.1 and self.compression != "topk":
+            raise ValueError(f"top_k has no effect with compression = {self.compression}; remove it, or use topk")
+        return self

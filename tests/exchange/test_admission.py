@@ -1,0 +1,136 @@
+"""Claims: every kind of damaged upload is rejected by name with the reason, and the sound ones are untouched by it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from tests.exchange.builders import GROUPS, LAYOUT, NAMES, rows
+
+from fedmira.exchange.admission import Admitted, admit, sound
+
+START = rows(0)
+Upload = dict[str, Any]
+
+
+def uploads(groups: frozenset[str] = GROUPS) -> list[Upload]:
+    values_SP = START + 0.1 * rows(1)
+    return [
+        {s.name: row[s.offset : s.offset + s.size].view(s.shape).clone() for s in LAYOUT.specs if s.group in groups}
+        for row in values_SP
+    ]
+
+
+def judged(sent: list[Any], groups: frozenset[str] = GROUPS, ratio: float | None = 100.0) -> Admitted:
+    return admit(LAYOUT, groups, sent, NAMES, START, ratio)
+
+
+def changed(**tensors: Any) -> Callable[[Upload], Any]:
+    return lambda upload: {**upload, **{name.replace("__", "."): tensor for name, tensor in tensors.items()}}
+
+
+def poisoned(value: float) -> Callable[[Upload], Any]:
+    def poison(upload: Upload) -> Upload:
+        upload["b.lora_b"][3, 1] = value
+        return upload
+
+    return poison
+
+
+DAMAGE: dict[str, tuple[Callable[[Upload], Any], str]] = {
+    "no names": (lambda upload: list(upload.values()), "named tensors were expected, given list"),
+    "nothing": (lambda upload: None, "given NoneType"),
+    "empty": (lambda upload: {}, "it lacks a.lora_a, a.lora_b, b.lora_a and 1 more"),
+    "a missing tensor": (lambda upload: {k: v for k, v in upload.items() if k != "b.lora_a"}, "it lacks b.lora_a"),
+    "a strange name": (
+        changed(a__lora_aa=torch.zeros(2, 5)),
+        "a.lora_aa, which nobody asked for; did you mean 'a.lora",
+    ),
+    "a name that is no text": (lambda upload: {**upload, 7: torch.zeros(1)}, "it holds 7, which nobody asked for"),
+    "no tensor": (changed(a__lora_a=[[0.0] * 5] * 2), "a.lora_a is no tensor but list"),
+    "another rank": (changed(a__lora_a=torch.zeros(3, 5)), "shape (3, 5), expected (2, 5): rank 3 instead of 2"),
+    "another rank of B": (changed(b__lora_b=torch.zeros(6, 4)), "shape (6, 4), expected (6, 2): rank 4 instead of 2"),
+    "transposed": (changed(a__lora_a=torch.zeros(5, 2)), "shape (5, 2), expected (2, 5)"),
+    "flat": (changed(a__lora_a=torch.zeros(10)), "shape (10,), expected (2, 5)"),
+    "another dtype": (changed(a__lora_a=torch.zeros(2, 5).double()), "dtype torch.float64, expected torch.float32"),
+    "whole numbers": (changed(a__lora_a=torch.zeros(2, 5).long()), "dtype torch.int64"),
+    "sparse": (changed(a__lora_a=torch.zeros(2, 5).to_sparse()), "a.lora_a holds no dense numbers"),
+    "on no device": (changed(a__lora_a=torch.zeros(2, 5, device="meta")), "a.lora_a holds no dense numbers"),
+    "nan": (poisoned(math.nan), "values that are not finite in b.lora_b"),
+    "inf": (poisoned(-math.inf), "values that are not finite in b.lora_b"),
+    "an impossible norm": (poisoned(1e6), "times the median"),
+    "a norm beyond float32": (poisoned(3e38), "times the median"),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_a_damaged_upload_is_rejected_by_name_and_the_others_are_admitted(kind: str) -> None:
+    damage, reason = DAMAGE[kind]
+    healthy, sent = judged(uploads()), uploads()
+    sent[2] = damage(sent[2])
+    found = judged(sent)
+    assert found.accepted == (0, 1, 3)
+    assert list(found.rejected) == [2]
+    assert found.rejected[2].startswith("the upload of client cleo was rejected: ")
+    assert reason in found.rejected[2]
+    assert torch.equal(found.values_SP, healthy.values_SP[[0, 1, 3]])
+
+
+def test_sound_uploads_are_the_rows_they_were() -> None:
+    found = judged(uploads())
+    assert (found.accepted, found.rejected) == ((0, 1, 2, 3), {})
+    assert torch.equal(found.values_SP, START + 0.1 * rows(1))
+
+
+def test_only_the_groups_asked_for_are_expected_and_the_rest_stays_as_it_started() -> None:
+    only_b = frozenset({"lora_b"})
+    found = judged(uploads(only_b), only_b)
+    assert found.rejected == {}
+    assert torch.equal(found.values_SP[:, :10], START[:, :10])
+    assert torch.equal(found.values_SP[:, 10:18], (START + 0.1 * rows(1))[:, 10:18])
+    assert "a.lora_a, b.lora_a, which nobody asked for" in judged(uploads(), only_b).rejected[0]
+
+
+def test_all_can_be_rejected_each_for_its_own_reason() -> None:
+    sent: list[Any] = [damage(upload) for (damage, _), upload in zip(list(DAMAGE.values())[:4], uploads(), strict=True)]
+    found = judged(sent)
+    assert list(found.rejected) == [0, 1, 2, 3]
+    assert found.values_SP.shape == (0, LAYOUT.num_parameters)
+    for (_, reason), told in zip(list(DAMAGE.values())[:4], found.rejected.values(), strict=True):
+        assert reason in told
+
+
+def updates(*norms: float) -> torch.Tensor:
+    values_SP = torch.zeros(len(norms), LAYOUT.num_parameters)
+    values_SP[:, 7] = torch.tensor(norms)
+    return values_SP
+
+
+@pytest.mark.parametrize(
+    ("norms", "ratio", "rejected"),
+    [
+        ((1.0, 1.0, 99.0), 100.0, []),
+        ((1.0, 1.0, 101.0), 100.0, [2]),
+        ((1.0, 1.0, 101.0), None, []),
+        # two clients cannot say which of them is wrong
+        ((1.0, 1e6), 100.0, []),
+        # most did not move at all: no scale to compare with
+        ((0.0, 0.0, 1.0), 100.0, []),
+        ((1.0, math.nan, 2.0, 900.0), 100.0, [1, 3]),
+    ],
+)
+def test_the_norm_is_compared_with_the_median_of_the_finite(
+    norms: tuple[float, ...], ratio: float | None, rejected: list[int]
+) -> None:
+    values_SP = updates(*norms)
+    start_SP = torch.zeros_like(values_SP)
+    found = sound(LAYOUT, GROUPS, values_SP, NAMES[: len(norms)], start_SP, ratio)
+    assert list(found.rejected) == rejected
+
+
+def test_tensors_that_do_not_cross_have_no_norm() -> None:
+    values_SP = updates(1.0, 1.0, 1e6)
+    assert sound(LAYOUT, {"lora_b"}, values_SP, NAMES[:3], torch.zeros_like(values_SP), 2.0).rejected == {}

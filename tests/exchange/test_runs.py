@@ -1,0 +1,316 @@
+"""Whole runs over the seam: what is recorded, what a kill costs, who is refused. Tiny ones, as in `test_experiment`."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pydantic import ValidationError
+
+from fedmira import experiment
+from fedmira.assembly import assemble
+from fedmira.config import RunConfig
+from fedmira.config_file import config_hash, parse_config, resolved_yaml
+from fedmira.errors import ConfigError, DivergedError, Interrupted, ParticipationError
+from fedmira.estimate import dry_run
+from fedmira.exchange import in_process
+from fedmira.exchange.privacy import epsilon
+from fedmira.experiment import SilentDisplay, run
+from fedmira.export.clients import load_trained
+from fedmira.report.page import render
+from fedmira.report.reading import read
+from fedmira.runs.checkpoint import load_latest
+from fedmira.runs.store import RunStore
+from fedmira.studies.compare import compare
+from fedmira.types import Trial
+
+CLIENTS = ("family-0-client-0", "family-0-client-1", "family-1-client-0", "family-1-client-1")
+NOISY = {"privacy": {"enabled": True, "clip_norm": 0.1, "noise_multiplier": 2.0}}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "int8": {"compression": "int8", "download_compression": "int8"},
+    "topk": {"compression": "topk", "top_k": 0.2},
+    "noise": {**NOISY, "compression": "bf16"},
+}
+
+
+def tiny(exchange: dict[str, Any], **sections: Any) -> RunConfig:
+    return RunConfig.model_validate(
+        {
+            "name": "seam",
+            "data": {"source": "planted", "families": 2, "clients_per_family": 2, "examples": 12},
+            "model": {"adapter": {"rank": 2, "targets": ["q_proj", "down_proj"]}, "dtype": "float32", "device": "cpu"},
+            "training": {"local_steps": 2, "batch_size": 2, "learning_rate": 0.01, "cohort_size": 4},
+            "federation": {"rounds": 3, "participation": 0.75},
+            # noise forbids clients to say which share of the mixture suits them
+            "method": {"name": "mira", "graph": {"kind": "gram"}, "choice": {"enabled": "privacy" not in exchange}},
+            "evaluation": {"test": False},
+            "exchange": exchange,
+            **sections,
+        }
+    )
+
+
+def events(path: Path, kind: str = "round") -> list[dict[str, Any]]:
+    return [event for event in RunStore.open(path).events() if event["event"] == kind]
+
+
+def outcome(config: RunConfig, path: Path) -> tuple[dict[str, torch.Tensor], Any, list[dict[str, Any]]]:
+    checkpoint = load_latest(path, config_hash=config_hash(config))
+    assert checkpoint is not None
+    told = [{key: value for key, value in event.items() if key != "timing"} for event in events(path)]
+    return checkpoint.tensors, checkpoint.facts["exchange"], told
+
+
+class Told(SilentDisplay):
+    def __init__(self) -> None:
+        self.messages: list[str] = []
+
+    def message(self, line: str) -> None:
+        self.messages.append(line)
+
+
+class Killed(Exception):
+    """Stands for the end of the process."""
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("how", ["killed before a checkpoint", "stopped inside a round"])
+def test_a_run_that_is_killed_or_stopped_goes_on_bit_for_bit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, how: str
+) -> None:
+    config = tiny(SETTINGS[name])
+    whole = outcome(config, run(config, directory=tmp_path / "whole"))
+    with monkeypatch.context() as patch:
+        if how == "killed before a checkpoint":
+            original = experiment._Run._save
+
+            def save(self: Any, completed_rounds: int, *rest: Any) -> None:
+                if completed_rounds == 2:
+                    raise Killed
+                original(self, completed_rounds, *rest)
+
+            patch.setattr(experiment._Run, "_save", save)
+            with pytest.raises(Killed):
+                run(config, directory=tmp_path)
+        else:
+
+            class Display(SilentDisplay):
+                stop: Any = None
+
+                def step(self, round_: int, done: int, total: int) -> None:
+                    if round_ == 2 and done < total:
+                        self.stop.signal_number = 15
+
+            display = Display()
+            start = experiment._Run.__init__
+
+            def begin(self: Any, store: Any, shown: Any, stop: Any) -> None:
+                display.stop = stop
+                start(self, store, shown, stop)
+
+            patch.setattr(experiment._Run, "__init__", begin)
+            with pytest.raises(Interrupted):
+                run(config, directory=tmp_path, display=display)
+    path = run(config, directory=tmp_path, resume=True)
+    tensors, facts, told = outcome(config, path)
+    assert (facts, told) == whole[1:]
+    assert tensors.keys() == whole[0].keys()
+    assert any(name.startswith("exchange.error.") for name in tensors)
+    assert all(torch.equal(tensors[name], whole[0][name]) for name in tensors)
+
+
+@pytest.mark.parametrize(("name", "at_most"), [("int8", 0.36), ("topk", 0.41)])
+def test_fewer_bytes_are_recorded_and_predicted(tmp_path: Path, name: str, at_most: float) -> None:
+    everyone = {"rounds": 3}
+    config = tiny(SETTINGS[name], federation=everyone)
+    plain = events(run(tiny({}, federation=everyone), directory=tmp_path))
+    small = events(run(config, directory=tmp_path))
+    estimate = dry_run(config)
+    for full, event in zip(plain, small, strict=True):
+        assert event["upload_bytes"] <= at_most * full["upload_bytes"]
+        assert event["uncompressed_bytes"] == full["upload_bytes"] + full["download_bytes"]
+        assert event["upload_bytes"] == estimate.upload_bytes_per_round
+        assert "uncompressed_bytes" not in full
+    downloads = [event["download_bytes"] for event in small]
+    assert downloads[-1] == estimate.download_bytes_per_round
+    assert (downloads[0] > downloads[1]) == (name == "int8"), "the first download is in full"
+
+
+def test_what_compression_changes_is_little(tmp_path: Path) -> None:
+    arenas = []
+    for settings in ({}, {"compression": "int8"}, {"compression": "none", "max_norm_ratio": None}):
+        path = run(tiny(settings, method={"name": "fedit"}), directory=tmp_path)
+        arenas.append(load_trained(path).adapters.values_KP)
+    assert torch.equal(arenas[0], arenas[2])
+    assert not torch.equal(arenas[0], arenas[1])
+    moved = arenas[0] - assemble(tiny({})).initial_adapters().values_KP
+    apart = (arenas[0] - arenas[1]).norm() / moved.norm()
+    assert apart < 0.05, float(apart)
+
+
+def test_local_only_sends_nothing_so_nothing_changes_it(tmp_path: Path) -> None:
+    arenas = [
+        load_trained(run(tiny(settings, method={"name": "local_only"}), directory=tmp_path)).adapters.values_KP
+        for settings in ({}, {**SETTINGS["noise"], "compression": "int8"})
+    ]
+    assert torch.equal(*arenas)
+
+
+# ------------------------------------------------------------------------------------------------------------ rejected
+
+
+def damaged(monkeypatch: pytest.MonkeyPatch, hurt: Callable[[torch.Tensor, tuple[int, ...]], None]) -> None:
+    """Rows are hurt after training and before the server sees them, as by a bad network or a hostile client."""
+    original = in_process.train
+
+    def train(*arguments: Any, **more: Any) -> Any:
+        values_SP, reports = original(*arguments, **more)
+        hurt(values_SP, tuple(report.id for report in reports))
+        return values_SP, reports
+
+    monkeypatch.setattr(in_process, "train", train)
+
+
+@pytest.mark.parametrize(("value", "reason"), [(math.nan, "not finite in model.layers"), (1e6, "times the median")])
+@pytest.mark.parametrize("compression", ["none", "int8"])
+def test_a_damaged_upload_is_left_out_by_name_and_the_run_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: float, reason: str, compression: str
+) -> None:
+    def hurt(values_SP: torch.Tensor, ids: tuple[int, ...]) -> None:
+        values_SP[ids.index(1), -1] = value
+
+    damaged(monkeypatch, hurt)
+    told = Told()
+    path = run(tiny({"compression": compression}, federation={"rounds": 2}), directory=tmp_path, display=told)
+    for event in events(path):
+        [failure] = event["failures"]
+        assert failure["client"] == CLIENTS[1]
+        assert failure["reason"].startswith(f"the upload of client {CLIENTS[1]} was rejected: ")
+        assert reason in failure["reason"]
+    assert sum(f"{CLIENTS[1]} was left out" in line for line in told.messages) == 2
+    assert torch.isfinite(load_trained(path).adapters.values_KP).all()
+    page = render(read(path))
+    assert "Left out" in page
+    assert reason in page
+
+
+def test_a_round_in_which_all_are_rejected_stops_the_run_and_names_the_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    damaged(monkeypatch, lambda values_SP, ids: values_SP.fill_(math.inf).sum() and None)
+    with pytest.raises(DivergedError, match=rf"round 1: no client .* the upload of client {CLIENTS[0]} was rejected"):
+        run(tiny({}, federation={"rounds": 2}), directory=tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------------------- privacy
+
+
+def test_epsilon_of_every_client_is_recorded_and_shown(tmp_path: Path) -> None:
+    path = run(tiny(NOISY), directory=tmp_path)
+    uploads = dict.fromkeys(CLIENTS, 0)
+    for event in events(path):
+        for name in event["participants"]:
+            uploads[name] += 1
+        expected = {name: epsilon(uploads[name], 2.0, 1e-5) for name in event["participants"]}
+        assert event["privacy"] == {"delta": 1e-5, "epsilon": expected}
+    page = render(read(path))
+    assert f"{epsilon(max(uploads.values()), 2.0, 1e-5):.3f}" in page
+    assert "1e-05" in page
+
+
+def test_a_spent_budget_ends_the_run_with_everything_saved(tmp_path: Path) -> None:
+    limited = {"privacy": {**NOISY["privacy"], "budget": epsilon(2, 2.0, 1e-5) + 1e-6}}
+    config = tiny(limited, federation={"rounds": 5}, output={"checkpoint_every": 4})
+    told = Told()
+    for resume in (False, True):
+        with pytest.raises(ParticipationError, match=r"round 3: the privacy budget of 4 of 4 participants") as raised:
+            run(config, directory=tmp_path, resume=resume, display=told)
+        assert raised.value.exit_code == 6
+    [path] = tmp_path.iterdir()
+    assert [event["round"] for event in events(path)] == [1, 2]
+    assert load_trained(path).rounds == 2
+    assert outcome(config, path)[1] == {"uploads": [2, 2, 2, 2]}
+    assert sum("quadratic" in line for line in told.messages) == 1
+
+
+def test_noise_from_the_system_differs_from_run_to_run(tmp_path: Path) -> None:
+    private = {"privacy": {**NOISY["privacy"], "noise_seed": "system"}}
+    arenas = [
+        load_trained(run(tiny(private, federation={"rounds": 1}), directory=tmp_path / str(k))).adapters.values_KP
+        for k in range(2)
+    ]
+    assert not torch.equal(*arenas)
+
+
+def test_a_method_that_asks_for_losses_is_refused_under_privacy() -> None:
+    asking = {"name": "mira", "graph": {"kind": "true"}, "choice": {"enabled": True}}
+    assert assemble(tiny({}, method=asking)).method.trial is not None
+    for method, instead in (
+        (asking, "choice.enabled: false"),
+        ({"name": "pcl"}, "fedit"),
+        ({"name": "ifca"}, "fedit"),
+        *(
+            ({"name": "mira", "choice": {"enabled": False}, "graph": {"kind": kind}}, "kind: gram")
+            for kind in ("trust", "embeddings")
+        ),
+    ):
+        with pytest.raises(ValidationError, match=rf"exchange\.privacy covers adapters only.*{instead}"):
+            tiny(NOISY, method=method)
+    # whatever a method asks later, the seam does not let losses out
+    asked = Trial((0,), 1, lambda number: torch.zeros(1, 1), sent=0)
+    with pytest.raises(ConfigError, match=r"exchange\.privacy covers adapters only"):
+        assemble(tiny(NOISY)).exchange.judge(asked)
+
+
+def test_clients_of_smaller_rank_are_refused_under_privacy() -> None:
+    adapter = {"rank": 2, "targets": ["q_proj"], "client_ranks": [1, 2]}
+    with pytest.raises(ValidationError, match=r"remove model\.adapter\.client_ranks"):
+        tiny(NOISY, model={"adapter": adapter, "dtype": "float32", "device": "cpu"})
+
+
+def test_a_comparison_refuses_a_method_that_asks_for_losses_under_privacy(tmp_path: Path) -> None:
+    config = tiny(NOISY, compare={"methods": ["fedit", "pcl"]})
+    with pytest.raises(ConfigError, match=r"compare\.methods names pcl: exchange\.privacy covers adapters only"):
+        compare(config, directory=tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+# -------------------------------------------------------------------------------------------------------------- config
+
+
+def test_the_section_survives_the_resolved_file() -> None:
+    for settings in SETTINGS.values():
+        config = tiny(settings)
+        assert parse_config(resolved_yaml(config)) == config
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("exchange: {compression: int4}", "int8"),
+        ("exchange: {top_k: 0.3}", "top_k has no effect"),
+        ("exchange: {max_norm_ratio: 1}", "exchange.max_norm_ratio"),
+        ("exchange: {privacy: {enabled: true, delta: 1}}", "exchange.privacy.delta"),
+        ("exchange: {privacy: {enabled: true, noise_multiplier: 0}}", "exchange.privacy.noise_multiplier"),
+        ("exchange: {privacy: {enable: true}}", "enabled"),
+    ],
+)
+def test_mistakes_are_named(text: str, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        parse_config(text)
+
+
+def test_the_checkpoint_is_readable_json_and_tensors(tmp_path: Path) -> None:
+    config = tiny(SETTINGS["int8"])
+    tensors, facts, _ = outcome(config, run(config, directory=tmp_path))
+    assert {name for name in tensors if name.startswith("exchange.")} == {
+        "exchange.error.0",
+        "exchange.copy.0",
+        "exchange.known.0",
+    }
+    assert json.loads(json.dumps(facts)) == {"uploads": [0, 0, 0, 0]}

@@ -1,0 +1,175 @@
+"""Claims: the server gets the decoded message and nothing else; what was left out comes later; both sides remember
+exactly what a checkpoint keeps."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+from tests.exchange.builders import GROUPS, LAYOUT, NAMES, job, reports, rows
+
+from fedmira.exchange.messages import decode, encode
+from fedmira.exchange.seam import Kept, Seam, planned_bytes
+from fedmira.exchange_config import Compression, ExchangeConfig
+
+FORMS: tuple[Compression, ...] = ("bf16", "int8", "topk")
+
+
+def seam(**settings: object) -> Seam:
+    return Seam(ExchangeConfig.model_validate(settings), LAYOUT, NAMES, seed=0)
+
+
+def test_without_compression_every_row_is_the_clients_own_and_nothing_is_remembered() -> None:
+    one = seam()
+    asked, trained = job(rows(0)), rows(1)
+    sent = one.send(asked)
+    got = one.receive(sent.job, trained.clone(), reports())
+    assert sent.job is asked
+    assert torch.equal(got.values_SP, trained)
+    assert (sent.download_bytes, got.upload_bytes) == (asked.start_SP.nbytes, trained.nbytes)
+    assert one.state() == Kept({}, {"uploads": [0, 0, 0, 0]})
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_server_gets_the_start_plus_the_decoded_difference(form: Compression) -> None:
+    start, trained = rows(0), rows(1)
+    got = seam(compression=form).receive(job(start), trained.clone(), reports())
+    expected = start + decode(LAYOUT, GROUPS, encode(LAYOUT, GROUPS, trained - start, form, 0.1), start)
+    assert torch.equal(got.values_SP, expected)
+    assert not torch.equal(got.values_SP, trained)
+    assert got.upload_bytes < trained.nbytes
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_what_is_left_out_is_sent_later(form: Compression) -> None:
+    """With e <- d + e - Q(d + e), all that was sent plus e is all that was meant; without it, what is lost is lost."""
+    meant = sent = torch.zeros(4, LAYOUT.num_parameters)
+    one = seam(compression=form)
+    for round_ in range(1, 6):
+        start, trained = torch.zeros_like(meant), rows(round_)
+        got = one.receive(job(start, round_), trained.clone(), reports())
+        meant, sent = meant + trained, sent + got.values_SP
+    assert torch.allclose(meant, sent + one.state().tensors["error.0"], atol=1e-5)
+    assert one.state().tensors["error.0"].abs().max() > 0
+    forgetful = seam(compression=form, error_feedback=False)
+    forgetful.receive(job(torch.zeros_like(meant)), rows(1), reports())
+    assert forgetful.state().tensors == {}
+
+
+def test_a_client_without_a_result_or_with_a_rejected_one_keeps_its_error() -> None:
+    one = seam(compression="int8", max_norm_ratio=10)
+    start = torch.zeros(4, LAYOUT.num_parameters)
+    one.receive(job(start), rows(1), reports())
+    before = one.state().tensors["error.0"].clone()
+    trained = rows(2)
+    trained[0] *= 1e5
+    failed = list(reports())
+    failed[1] = failed[1]._replace(failure="gone")
+    got = one.receive(job(start, 2), trained[[0, 2, 3]], tuple(failed))
+    after = one.state().tensors["error.0"].clone()
+    assert got.ids == (2, 3)
+    assert [bool(report.failure) for report in got.reports] == [True, True, False, False]
+    assert got.reports[1].failure == "gone"
+    assert "client anna was rejected: its norm" in got.reports[0].failure
+    assert torch.equal(after[:2], before[:2])
+    assert not torch.isclose(after[2:], before[2:]).all(dim=1).any()
+    trained[:, 5] = math.nan
+    got = one.receive(job(start, 3), trained, reports())
+    assert got.ids == ()
+    assert "client dora was rejected: values that are not finite in a.lora_a" in got.reports[3].failure
+    assert torch.equal(one.state().tensors["error.0"], after)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_tensors_that_do_not_cross_stay_with_the_client_bit_for_bit(form: Compression) -> None:
+    start, trained = rows(0), rows(1)
+    asked = job(start, upload=frozenset({"lora_b"}))
+    got = seam(compression=form).receive(asked, trained.clone(), reports())
+    for spec in LAYOUT.specs:
+        columns = slice(spec.offset, spec.offset + spec.size)
+        assert torch.equal(got.values_SP[:, columns], trained[:, columns]) == (spec.group == "lora_a")
+    alone = seam(compression=form).receive(job(start, upload=frozenset()), trained.clone(), reports())
+    assert torch.equal(alone.values_SP, trained)
+    assert alone.upload_bytes == 0
+
+
+def test_two_rows_of_a_client_have_two_memories() -> None:
+    ids = (1, 3, 1, 3)
+    one = seam(compression="int8")
+    start, trained = torch.zeros(4, LAYOUT.num_parameters), rows(1)
+    got = one.receive(job(start, ids=ids), trained.clone(), reports(ids))
+    memories = one.state().tensors
+    assert got.ids == ids
+    for block, places in ((0, [0, 1]), (1, [2, 3])):
+        expected = trained[places] - got.values_SP[places]
+        assert torch.allclose(memories[f"error.{block}"][[1, 3]], expected, atol=1e-6)
+        assert (memories[f"error.{block}"][[0, 2]] == 0).all()
+
+
+@pytest.mark.parametrize("form", ["bf16", "int8"])
+def test_a_download_is_the_difference_to_the_last_one(form: Compression) -> None:
+    one, trained = seam(download_compression=form), rows(9)
+    first = one.send(job(rows(0)))
+    assert torch.equal(first.job.start_SP, rows(0)), "whoever holds nothing gets everything"
+    assert first.download_bytes == rows(0).nbytes
+    one.receive(first.job, trained.clone(), reports())
+    wanted = rows(0) + 0.01 * rows(1)
+    second = one.send(job(wanted, 2))
+    difference = wanted - rows(0)
+    expected = rows(0) + decode(LAYOUT, GROUPS, encode(LAYOUT, GROUPS, difference, form), wanted)
+    assert torch.equal(second.job.start_SP, expected)
+    assert second.download_bytes == planned_bytes(ExchangeConfig(download_compression=form), LAYOUT, job(wanted))[1]
+    assert second.download_bytes < wanted.nbytes
+    # a round that is stopped before it is done is asked for again, and crosses as before
+    assert torch.equal(one.send(job(wanted, 2)).job.start_SP, expected)
+    one.receive(second.job, trained.clone(), reports())
+    # what was left out is part of the next difference
+    third = one.send(job(wanted, 3))
+    assert (third.job.start_SP - wanted).abs().max() < (expected - wanted).abs().max()
+
+
+def test_a_group_that_was_never_sent_crosses_in_full() -> None:
+    one = seam(download_compression="int8")
+    first = one.send(job(rows(0), download=frozenset({"lora_b"})))
+    one.receive(first.job, rows(9), reports())
+    second = one.send(job(rows(1), 2))
+    for spec in LAYOUT.specs:
+        columns = slice(spec.offset, spec.offset + spec.size)
+        assert torch.equal(second.job.start_SP[:, columns], rows(1)[:, columns]) == (spec.group == "lora_a")
+    newcomers = one.send(job(rows(1, 2), 2, ids=(0, 1), download=frozenset()))
+    assert newcomers.download_bytes == 0
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_restored_seam_goes_on_bit_for_bit(form: Compression) -> None:
+    settings: dict[str, object] = {"compression": form, "download_compression": "int8"}
+    settings["privacy"] = {"enabled": True, "noise_multiplier": 2.0}
+    ends = []
+    for stopped in (False, True):
+        one = seam(**settings)
+        for round_ in range(1, 5):
+            sent = one.send(job(rows(round_), round_))
+            got = one.receive(sent.job, sent.job.start_SP + rows(10 + round_), reports())
+            if stopped:
+                kept = one.state()
+                facts = json.loads(json.dumps(dict(kept.facts)))
+                one = seam(**settings)
+                one.restore(Kept({name: tensor.clone() for name, tensor in kept.tensors.items()}, facts))
+        ends.append((got, one.state()))
+    (whole, kept_whole), (parts, kept_parts) = ends
+    assert torch.equal(whole.values_SP, parts.values_SP)
+    assert whole.epsilon == parts.epsilon
+    assert kept_whole.facts == kept_parts.facts
+    assert kept_whole.tensors.keys() == kept_parts.tensors.keys() == {"error.0", "copy.0", "known.0"}
+    assert all(torch.equal(kept_whole.tensors[name], kept_parts.tensors[name]) for name in kept_whole.tensors)
+
+
+@pytest.mark.parametrize("form", ["none", *FORMS])
+def test_sixteen_bit_adapters_cross_too(form: Compression) -> None:
+    start, trained = rows(0, dtype=torch.bfloat16), rows(1, dtype=torch.bfloat16)
+    config = ExchangeConfig(compression=form)
+    got = Seam(config, LAYOUT, NAMES, 0).receive(job(start), trained.clone(), reports())
+    assert got.values_SP.dtype == torch.bfloat16
+    assert got.upload_bytes == planned_bytes(config, LAYOUT, job(start))[0]
