@@ -6,42 +6,109 @@ Reading YAML, reporting every mistake at once and naming a run by the hash of it
 from __future__ import annotations
 
 import re
-from typing import Annotated, Literal
+from collections.abc import Sequence
+from typing import Annotated, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, TypeAdapter, model_validator
+from pydantic import Field, PositiveInt, model_validator
 
-from fedmira.errors import nearest
-
-Fraction = Annotated[float, Field(gt=0, le=1)]
-Share = Annotated[float, Field(ge=0, lt=1)]
-NonNegativeInt = Annotated[int, Field(ge=0)]
-NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-FinitePositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-RUN_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
-
-
-class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
-
+from fedmira.config_basics import (
+    RUN_NAME,
+    FinitePositiveFloat,
+    Fraction,
+    NonNegativeFloat,
+    NonNegativeInt,
+    Section,
+    Share,
+)
+from fedmira.errors import ConfigError, nearest
+from fedmira.exchange_config import ExchangeConfig
+from fedmira.graph_config import GraphConfig
+from fedmira.method_config import (
+    METHOD_NAMES,
+    METHOD_SECTIONS,
+    AdapterKind,
+    MethodConfig,
+    MethodSection,
+    MiraConfig,
+    method_with_defaults,
+)
 
 # --------------------------------------------------------------------------------------------------------------- model
 
 
-class AdapterConfig(_Section):
-    kind: Literal["lora"] = "lora"
-    """What is trained on top of the frozen base."""
+class AdapterConfig(Section):
+    kind: AdapterKind = "lora"
+    """What is trained on top of the frozen base. `lora`: low-rank pairs beside its layers. `prompt`: the embeddings of
+    virtual tokens in front of every sequence (prompt tuning). `p_tuning`: the same, computed by a small network that is
+    trained too. `full`: every weight of the base, as a difference to it; one client at a time."""
     rank: PositiveInt = 8
-    """Rank r of each pair of factors. The paper chooses 16 from {4, 8, 16}."""
+    """With `lora`: rank r of each pair of factors. The paper chooses 16 from {4, 8, 16}."""
     alpha: FinitePositiveFloat = 16.0
-    """The product is scaled by alpha / rank."""
+    """With `lora`: the product is scaled by alpha / rank, whatever the rank of a client or a layer."""
+    rank_pattern: dict[str, PositiveInt] = Field(default={})
+    """With `lora`: other ranks of some layers, such as `{v_proj: 16}`; matched as `targets` are, the first match
+    counts."""
+    client_ranks: dict[str, PositiveInt] | tuple[PositiveInt, ...] = ()
+    """With `lora`: other ranks of some clients by name, such as `{anna: 4}`; or a list such as `[4, 8, 16]`, which the
+    clients take in turn, in the order of `fedmira data`."""
     dropout: Share = 0.0
-    """Dropout on the input of the low-rank branch while training. The paper's code trains with it switched off."""
+    """With `lora`: dropout on the input of the low-rank branch while training. The paper's code trains with it switched
+    off."""
     targets: Literal["all-linear"] | tuple[str, ...] = "all-linear"
-    """Names of the layers to adapt, matched at the end of the module path (`q_proj`, `attn.c_attn`), or `all-linear`
-    for every linear layer but the output head. The paper: q_proj for Data-Juicer, c_attn and c_proj for GPT-2."""
+    """With `lora`: names of the layers to adapt, matched at the end of the module path (`q_proj`, `attn.c_attn`), or
+    `all-linear` for every linear layer but the output head. The paper: q_proj for Data-Juicer, c_attn and c_proj for
+    GPT-2."""
+    num_virtual_tokens: PositiveInt = 20
+    """With `prompt` and `p_tuning`: virtual tokens in front of every sequence, beyond data.max_length. MIRA's baselines
+    use 20."""
+    encoder_hidden_size: PositiveInt = 128
+    """With `p_tuning`: hidden features of the network that computes the prompt. MIRA's baseline uses 128."""
+
+    @model_validator(mode="after")
+    def _no_setting_without_effect(self) -> AdapterConfig:
+        effective: dict[str, tuple[str, ...]] = {
+            "lora": ("rank", "alpha", "rank_pattern", "client_ranks", "dropout", "targets"),
+            "prompt": ("num_virtual_tokens",),
+            "p_tuning": ("num_virtual_tokens", "encoder_hidden_size"),
+            "full": (),
+        }
+        for name, info in type(self).model_fields.items():
+            if name != "kind" and name not in effective[self.kind] and getattr(self, name) != info.default:
+                kinds = [kind for kind, names in effective.items() if name in names]
+                raise ValueError(
+                    f"{name} has no effect with kind = {self.kind}; remove it, or use kind: {' or '.join(kinds)}"
+                )
+        if self.rank_pattern and self.client_ranks:
+            raise ValueError("rank_pattern and client_ranks exclude each other; keep one")
+        return self
+
+    @property
+    def largest_rank(self) -> int:
+        """The largest rank of a client in layers that `rank_pattern` does not name."""
+        if isinstance(self.client_ranks, dict):
+            return max(self.rank, *self.client_ranks.values(), 1)
+        return max(self.client_ranks, default=self.rank)
+
+    def ranks_of(self, names: Sequence[str]) -> tuple[int, ...] | None:
+        """The rank of each client, or None where all have the same.
+
+        Raises:
+            ConfigError: `client_ranks` names a client that does not exist.
+        """
+        if not self.client_ranks:
+            return None
+        if not isinstance(self.client_ranks, dict):
+            return tuple(self.client_ranks[k % len(self.client_ranks)] for k in range(len(names)))
+        for name in self.client_ranks:
+            if name not in names:
+                raise ConfigError(
+                    f"model.adapter.client_ranks names {name!r}, which is no client{nearest(name, names)}; "
+                    "`fedmira data` lists them"
+                )
+        return tuple(self.client_ranks.get(name, self.rank) for name in names)
 
 
-class ModelConfig(_Section):
+class ModelConfig(Section):
     path: str = "embedded"
     """`embedded` (shipped with fedmira), a local folder in Hugging Face format, or a Hugging Face id."""
     revision: str | None = None
@@ -57,7 +124,7 @@ class ModelConfig(_Section):
 # ---------------------------------------------------------------------------------------------------------------- data
 
 
-class PartitionConfig(_Section):
+class PartitionConfig(Section):
     by: Literal["task", "field", "dirichlet", "iid"] = "task"
     """`task`: every task becomes `clients_per_task` clients. `field`: the source's own client names.
     `dirichlet`: `num_clients` clients, label shares drawn from Dirichlet(alpha). `iid`: `num_clients` equal draws."""
@@ -91,7 +158,7 @@ class PartitionConfig(_Section):
         return self
 
 
-class _Source(_Section):
+class _Source(Section):
     template: Literal["alpaca", "plain", "chat"] = "alpaca"
     """How an example becomes text: the paper's Alpaca template, bare text, or the tokenizer's chat template."""
     max_length: Annotated[int, Field(ge=8)] = 512
@@ -179,7 +246,7 @@ DataConfig = Annotated[
 # ------------------------------------------------------------------------------------------------------------ training
 
 
-class TrainingConfig(_Section):
+class TrainingConfig(Section):
     local_steps: PositiveInt | None = None
     """Optimizer updates per client and round. Exactly one of local_steps and local_epochs; 10 steps if neither."""
     local_epochs: PositiveInt | None = None
@@ -225,85 +292,10 @@ class TrainingConfig(_Section):
         return self.local_steps if self.local_steps is not None else (None if self.local_epochs is not None else 10)
 
 
-# -------------------------------------------------------------------------------------------------------------- method
-
-
-class GraphConfig(_Section):
-    kind: Literal["gram", "labels", "given", "uniform", "random", "true", "permuted"] = "gram"
-    """`gram`: learned from the adapters. `labels`: clients of one task are joined (oracle). `given`: a file.
-    `uniform`: everyone with everyone. `random`: the published code's. `true`: the graph planted in the data.
-    `permuted`: the true graph with its clients shuffled (a control)."""
-    path: str | None = None
-    """With `given`: a JSON file {"names": [...], "adjacency": [[...]]} or a .npy / .csv matrix in client order."""
-    neighbours: PositiveInt = 5
-    """With `gram`: mutual nearest neighbours kept per client."""
-    power: FinitePositiveFloat = 1.0
-    """With `gram`: exponent on the similarity, which is relative to that of the nearest neighbours."""
-    memory: Share = 0.5
-    """With `gram`: weight of the past in the moving average of the similarities over rounds."""
-    warmup_rounds: NonNegativeInt = 0
-    """With `gram`: rounds without mixing before the graph is trusted."""
-
-    @model_validator(mode="after")
-    def _path_with_given(self) -> GraphConfig:
-        if (self.kind == "given") != (self.path is not None):
-            raise ValueError(
-                "kind: given needs path" if self.kind == "given" else f"path has no effect with kind = {self.kind}"
-            )
-        return self
-
-
-class LocalOnlyConfig(_Section):
-    """Each client trains alone; nothing is exchanged."""
-
-    name: Literal["local_only"]
-    """Which method this section describes; the other keys follow from it."""
-
-
-class FedITConfig(_Section):
-    """FedAvg over LoRA factors: one global adapter, weighted by training examples."""
-
-    name: Literal["fedit"]
-    """Which method this section describes; the other keys follow from it."""
-
-
-class MiraPublishedConfig(_Section):
-    """Eq. (8) and (9) of the paper as printed: an explicit Laplacian step over the sampled clients."""
-
-    name: Literal["mira_published"]
-    """Which method this section describes; the other keys follow from it."""
-    graph: GraphConfig = GraphConfig(kind="random")
-    """Who is related to whom."""
-    strength: NonNegativeFloat = 0.5
-    """lambda of the paper. Its published configs use 0.01 to 1."""
-    server_lr: FinitePositiveFloat = 0.0015
-    """eta of the paper. Its published code uses learning rate x local_step = 3e-4 x 5."""
-
-
-class MiraConfig(_Section):
-    """Implicit, confidence-weighted Laplacian step over all clients with stored adapters."""
-
-    name: Literal["mira"] = "mira"
-    """Which method this section describes; the other keys follow from it."""
-    graph: GraphConfig = GraphConfig()
-    """Who is related to whom."""
-    strength: NonNegativeFloat = 1.0
-    """tau: how hard related clients are pulled together; any value is stable."""
-    staleness_decay: Fraction = 0.7
-    """Confidence of a stored adapter falls by this factor for each round its client was not sampled."""
-
-
-MethodConfig = Annotated[LocalOnlyConfig | FedITConfig | MiraPublishedConfig | MiraConfig, Field(discriminator="name")]
-
-
-METHOD_NAMES = ("local_only", "fedit", "mira_published", "mira")
-_METHOD_ADAPTER: TypeAdapter[MethodConfig] = TypeAdapter(MethodConfig)
-
-
 # ---------------------------------------------------------------------------------------------------------- everything
 
 
-class FederationConfig(_Section):
+class FederationConfig(Section):
     rounds: PositiveInt = 8
     """The paper: 60."""
     participation: Fraction = 1.0
@@ -318,7 +310,7 @@ class FederationConfig(_Section):
         return self
 
 
-class GenerationConfig(_Section):
+class GenerationConfig(Section):
     enabled: bool = True
     """Answer test prompts by greedy generation, for Rouge-L and exact match."""
     max_new_tokens: PositiveInt = 32
@@ -327,7 +319,7 @@ class GenerationConfig(_Section):
     """At most this many test examples per client are answered; null answers all."""
 
 
-class EvaluationConfig(_Section):
+class EvaluationConfig(Section):
     every: PositiveInt = 1
     """Rounds between two evaluations of the validation loss; the last round is always evaluated."""
     test: bool = True
@@ -338,7 +330,7 @@ class EvaluationConfig(_Section):
     """Answers to test prompts."""
 
 
-class OutputConfig(_Section):
+class OutputConfig(Section):
     directory: str = "runs"
     """Folder in which run directories are made."""
     checkpoint_every: PositiveInt = 1
@@ -347,12 +339,12 @@ class OutputConfig(_Section):
     """How many of the newest checkpoints stay on disk."""
 
 
-class CompareConfig(_Section):
+class CompareConfig(Section):
     """What `fedmira compare` runs besides the config itself."""
 
     methods: tuple[str, ...] = ("local_only", "fedit", "mira_published", "mira")
     """Names of methods with their defaults, or of `variants`. The config's own method keeps its settings."""
-    variants: dict[str, MethodConfig] = {}
+    variants: dict[str, MethodConfig] = Field(default={})
     """More methods by a name of your choice, such as `mira-true: {name: mira, graph: {kind: true}}`."""
     seeds: PositiveInt = 1
     """Paired draws of partition, initial adapters and batches: seed, seed + 1, ..."""
@@ -377,7 +369,7 @@ class CompareConfig(_Section):
         return self
 
 
-class RunConfig(_Section):
+class RunConfig(Section):
     """Everything that decides what a run computes."""
 
     name: Annotated[str, Field(pattern=RUN_NAME)] = "run"
@@ -389,6 +381,7 @@ class RunConfig(_Section):
     training: TrainingConfig = TrainingConfig()
     federation: FederationConfig = FederationConfig()
     method: MethodConfig = MiraConfig()
+    exchange: ExchangeConfig = ExchangeConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     output: OutputConfig = OutputConfig()
     compare: CompareConfig = CompareConfig()
@@ -401,6 +394,22 @@ class RunConfig(_Section):
                 f"method.graph.kind = {graph.kind} needs data.source = planted (given: {self.data.source}); "
                 "no other source knows its true graph. Use labels, gram, given, uniform or random"
             )
+        kind = self.model.adapter.kind
+        if reason := refusal(self.method, kind):
+            raise ValueError(f"{reason}. Methods that can use kind {kind}: {', '.join(methods_for(kind))}")
+        if kind == "full" and self.training.cohort_size not in ("auto", 1):
+            raise ValueError(
+                f"training.cohort_size = {self.training.cohort_size}, but with model.adapter.kind = full every client "
+                "has weights of its own and is trained alone; use auto or 1"
+            )
+        if self.exchange.privacy.enabled:
+            if reason := refusal_under_noise(self.method):
+                raise ValueError(reason)
+            if self.model.adapter.client_ranks:
+                raise ValueError(
+                    "exchange.privacy would fill the components that clients of smaller rank leave at 0 with noise; "
+                    "remove model.adapter.client_ranks, or switch exchange.privacy.enabled off"
+                )
         known = (*METHOD_NAMES, *self.compare.variants)
         for name in self.compare.methods:
             if name not in known:
@@ -411,4 +420,56 @@ class RunConfig(_Section):
         """The method that a comparison means by `name`: a variant, this config's own, or one with its defaults."""
         if name in self.compare.variants:
             return self.compare.variants[name]
-        return self.method if name == self.method.name else _METHOD_ADAPTER.validate_python({"name": name})
+        return self.method if name == self.method.name else method_with_defaults(name)
+
+
+LOW_RANK_GRAPHS = ("gram", "gram_layers", "pfedgraph", "kalofolias", "mtrl", "clusters")
+"""Kinds of graphs that are learned from the low-rank products of the adapters."""
+
+
+def methods_for(kind: AdapterKind) -> tuple[str, ...]:
+    """Names of the methods that can use adapters of `kind`."""
+    return tuple(name for name, section in METHOD_SECTIONS.items() if kind in section.kinds)
+
+
+def refusal(method: MethodSection, kind: AdapterKind) -> str:
+    """Why `method` cannot use adapters of `kind`; empty if it can.
+
+    >>> refusal(method_with_defaults("fedit"), "prompt")
+    ''
+    """
+    if kind not in method.kinds:
+        name = getattr(method, "name", type(method).__name__)
+        return f"method.name = {name} cannot use model.adapter.kind = {kind}; it can use {', '.join(method.kinds)}"
+    graph = getattr(method, "graph", None)
+    if kind != "lora" and graph is not None and graph.kind in LOW_RANK_GRAPHS:
+        others = (one for one in get_args(GraphConfig.model_fields["kind"].annotation) if one not in LOW_RANK_GRAPHS)
+        return (
+            f"method.graph.kind = {graph.kind} compares low-rank products, and model.adapter.kind = {kind} has none; "
+            f"use {', '.join(others)}"
+        )
+    return ""
+
+
+def refusal_under_noise(method: MethodSection) -> str:
+    """Why `method` cannot be used with `exchange.privacy`, which covers adapters only; empty if it can.
+
+    >>> refusal_under_noise(method_with_defaults("fedit"))
+    ''
+    """
+    graph, choice = getattr(method, "graph", None), getattr(method, "choice", None)
+    if choice is not None and choice.enabled:
+        asks, instead = "each client's losses", "set method.choice.enabled: false"
+    elif method.asks_for_losses:
+        asks, instead = "clients' losses", "take a method that asks nobody, such as fedit"
+    elif graph is not None and graph.kind == "trust":
+        asks, instead = "clients' losses", "learn the graph from the adapters, method.graph.kind: gram"
+    elif graph is not None and graph.kind == "embeddings":
+        asks, instead = "embeddings of clients' prompts", "learn the graph from the adapters, method.graph.kind: gram"
+    else:
+        return ""
+    name = getattr(method, "name", type(method).__name__)
+    return (
+        f"exchange.privacy covers adapters only, but method.name = {name} with these settings asks for {asks}, which "
+        f"nothing would noise; {instead}, or switch exchange.privacy.enabled off"
+    )

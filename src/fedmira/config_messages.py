@@ -299,6 +299,8 @@ def _alternatives(annotation: Any, metadata: Sequence[Any] = ()) -> list[str]:
         return [", ".join(str(value) for value in arguments)]
     if origin is tuple:
         return [f"a list, each item {' or '.join(_alternatives(arguments[0]))}"]
+    if origin is dict:
+        return [f"a mapping, each value {' or '.join(_alternatives(arguments[1]))}"]
     names = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "null"}
     name = names.get(annotation, str(annotation))
     return [", ".join([name, *_bounds(metadata, whole=annotation is int)])]

@@ -7,30 +7,73 @@ from collections.abc import Collection
 import numpy as np
 import torch
 
-from fedmira.config import (
+from fedmira.federation.method import Info, Method, State
+from fedmira.graph_config import GraphConfig
+from fedmira.method_config import (
+    CentralisedConfig,
+    ChoiceConfig,
+    DittoConfig,
+    FedAdamConfig,
+    FedALoRAConfig,
+    FedALTConfig,
+    FedAMPConfig,
+    FedDPAConfig,
+    FedExLoraConfig,
     FedITConfig,
-    GraphConfig,
+    FedITFinetunedConfig,
+    FedLEASEConfig,
+    FedProxConfig,
+    FedSALoRAConfig,
+    FedTreeLoRAConfig,
+    FedUConfig,
+    FfaLoraConfig,
+    FlexLoraConfig,
+    FloraConfig,
+    FloristConfig,
+    HetLoraConfig,
+    IFCAConfig,
     LocalOnlyConfig,
     MethodConfig,
     MiraConfig,
     MiraPublishedConfig,
+    MrMtlConfig,
+    OracleClustersConfig,
+    PCLConfig,
+    PFedGraphConfig,
+    RoLoraConfig,
 )
-from fedmira.federation.method import Method, State
 from fedmira.randomness import torch_generator
-from fedmira.types import Arena, ClientReport, Clients, Job, Layout, Participants, Results, TensorSpec
+from fedmira.types import (
+    Arena,
+    ClientReport,
+    Clients,
+    Job,
+    Layout,
+    Losses,
+    Participants,
+    Results,
+    TensorSpec,
+    Trial,
+)
 
 LOCAL, FEDIT = LocalOnlyConfig(name="local_only"), FedITConfig(name="fedit")
 
 
 def published(kind: str = "random", strength: float = 0.5, server_lr: float = 0.1) -> MiraPublishedConfig:
-    return MiraPublishedConfig(
-        name="mira_published", graph=GraphConfig(kind=kind), strength=strength, server_lr=server_lr
-    )
+    return MiraPublishedConfig(name="mira_published", graph=graph_section(kind), strength=strength, server_lr=server_lr)
 
 
-def mira(kind: str = "gram", strength: float = 1.0, **graph: object) -> MiraConfig:
+def graph_section(kind: str, **settings: object) -> GraphConfig:
+    """A graph section; one that is learned is used from the first round on."""
     path = "graph.npy" if kind == "given" else None
-    return MiraConfig(graph=GraphConfig.model_validate({"kind": kind, "path": path, **graph}), strength=strength)
+    first = {"warmup_rounds": 0} if GraphConfig(kind=kind, path=path).uses("warmup_rounds") else {}
+    return GraphConfig.model_validate({"kind": kind, "path": path, **first, **settings})
+
+
+def mira(kind: str = "gram", strength: float = 1.0, **settings: object) -> MiraConfig:
+    """Without choice: everybody takes all of the mixture."""
+    taken = ChoiceConfig(enabled=False)
+    return MiraConfig(graph=graph_section(kind, **settings), strength=strength, choice=taken)
 
 
 CONFIGS: dict[str, MethodConfig] = {
@@ -38,19 +81,63 @@ CONFIGS: dict[str, MethodConfig] = {
     "fedit": FEDIT,
     **{f"mira_published-{kind}": published(kind) for kind in ("random", "labels", "gram")},
     **{f"mira-{kind}": mira(kind) for kind in ("gram", "labels", "uniform", "random", "true", "permuted", "given")},
+    **{f"mira-{kind}": mira(kind) for kind in ("gram_layers", "pfedgraph", "kalofolias", "mtrl", "clusters")},
+    **{f"mira-{kind}": mira(kind) for kind in ("trust", "probe", "embeddings")},
+    "mira_published-trust": published("trust"),
+    "mira-gram-choice": MiraConfig(graph=graph_section("gram"), choice=ChoiceConfig(enabled=True)),
     "mira-gram-memory": mira("gram", memory=0.5, warmup_rounds=1, neighbours=2, power=2.0),
+    "fedprox": FedProxConfig(name="fedprox"),
+    "ffa_lora": FfaLoraConfig(name="ffa_lora"),
+    "rolora": RoLoraConfig(name="rolora"),
+    "fedadam": FedAdamConfig(name="fedadam"),
+    "fedadam-momentum": FedAdamConfig(name="fedadam", rule="momentum", server_lr=0.7),
+    "flexlora": FlexLoraConfig(name="flexlora"),
+    "flexlora-unaligned": FlexLoraConfig(name="flexlora", align=False),
+    "hetlora": HetLoraConfig(name="hetlora"),
+    "fedex_lora": FedExLoraConfig(name="fedex_lora"),
+    "flora": FloraConfig(name="flora"),
+    "florist": FloristConfig(name="florist"),
+    "fedit_finetuned": FedITFinetunedConfig(name="fedit_finetuned", local_rounds=5),
+    "ditto": DittoConfig(name="ditto"),
+    "mr_mtl": MrMtlConfig(name="mr_mtl"),
+    "fedsa_lora": FedSALoRAConfig(name="fedsa_lora"),
+    "fed_alora": FedALoRAConfig(name="fed_alora"),
+    "feddpa": FedDPAConfig(name="feddpa"),
+    "fedalt": FedALTConfig(name="fedalt", own_weight=0.6),
+    "fedamp": FedAMPConfig(name="fedamp"),
+    "pfedgraph": PFedGraphConfig(name="pfedgraph"),
+    "pfedgraph-pull": PFedGraphConfig(name="pfedgraph", strength=2.0, pull=0.1),
+    "ifca": IFCAConfig(name="ifca", models=2),
+    "fedlease": FedLEASEConfig(name="fedlease", warmup_rounds=2),
+    "fedtreelora": FedTreeLoRAConfig(name="fedtreelora", warmup_rounds=2),
+    "pcl": PCLConfig(name="pcl"),
+    "fedu-labels": FedUConfig(name="fedu", graph=GraphConfig(kind="labels"), server_lr=0.2),
+    "oracle_clusters-labels": OracleClustersConfig(name="oracle_clusters"),
+    "oracle_clusters-true": OracleClustersConfig(name="oracle_clusters", graph=GraphConfig(kind="true")),
+    "centralised": CentralisedConfig(name="centralised"),
 }
 
 
-def layout(rank: int = 2, scaling: float = 2.0, features: tuple[tuple[int, int], ...] = ((5, 4), (3, 6))) -> Layout:
+def layout(
+    rank: int = 2,
+    scaling: float = 2.0,
+    features: tuple[tuple[int, int], ...] = ((5, 4), (3, 6)),
+    num_pairs: int = 1,
+) -> Layout:
     """Two layers of a LoRA adapter with different in and out features."""
     specs: list[TensorSpec] = []
     offset = 0
     for index, (num_inputs, num_outputs) in enumerate(features):
-        for group, shape in (("lora_a", (rank, num_inputs)), ("lora_b", (num_outputs, rank))):
-            specs.append(TensorSpec(f"layer{index}.{group}", group, f"layer{index}", shape, offset))
-            offset += specs[-1].size
+        for group_a, group_b in (("lora_a", "lora_b"), ("second_a", "second_b"))[:num_pairs]:
+            for group, shape in ((group_a, (rank, num_inputs)), (group_b, (num_outputs, rank))):
+                specs.append(TensorSpec(f"layer{index}.{group}", group, f"layer{index}", shape, offset))
+                offset += specs[-1].size
     return Layout(tuple(specs), scaling)
+
+
+def layout_for(config: MethodConfig) -> Layout:
+    """The layout that a method asks for."""
+    return layout(num_pairs=config.num_pairs)
 
 
 def clients(num_clients: int = 6, seed: int = 0) -> Clients:
@@ -66,6 +153,15 @@ def clients(num_clients: int = 6, seed: int = 0) -> Clients:
     )
 
 
+def handed_over(kind: str | None, num_clients: int = 6) -> np.ndarray | None:
+    """The matrix that a graph of `kind` is made from, for kinds that need one."""
+    if kind == "embeddings":
+        # clients 0 and 1, 2 and 3, ... hold like prompts, and all share a template
+        pairs = np.kron(np.eye(-(-num_clients // 2)), np.ones((2, 2)))[:num_clients, :num_clients]
+        return 5.0 + pairs + 0.3 * np.eye(num_clients)
+    return given_graph(num_clients) if kind == "given" else None
+
+
 def given_graph(num_clients: int = 6) -> np.ndarray:
     """A weighted path through the clients, without the last one."""
     adjacency = np.zeros((num_clients, num_clients))
@@ -78,17 +174,21 @@ def initial(num_clients: int = 6, dtype: torch.dtype = torch.float32, of: Layout
     """As a run starts: A drawn once for everybody, B zero."""
     of = of or layout()
     row = torch.randn(of.num_parameters, generator=torch_generator(1, "initial"), dtype=torch.float64)
-    for part in of.slices("lora_b"):
+    for part in (*of.slices("lora_b"), *of.slices("second_b")):
         row[part] = 0.0
     return Arena(of, row.to(dtype).expand(num_clients, -1).clone())
 
 
 def trained(job: Job, names: tuple[str, ...], failed: Collection[int] = ()) -> Results:
     """Stand-in for local training: each client moves by a step that depends on its name and the round alone."""
-    ids = tuple(id_ for id_ in job.ids if id_ not in failed)
-    rows = [job.start_SP[job.ids.index(id_)] + step(names[id_], job.round, job.start_SP[0]) for id_ in ids]
+    returned = [s for s, id_ in enumerate(job.ids) if id_ not in failed]
+    moving_P = _moving(job)
+    steps = [job.work * step(names[job.ids[s]], job.round, job.start_SP[0]) * moving_P for s in returned]
+    if job.pooled:
+        steps = [torch.stack(steps).mean(dim=0)] * len(steps) if steps else []
+    rows = [job.start_SP[s] + moved_P for s, moved_P in zip(returned, steps, strict=True)]
     return Results(
-        ids=ids,
+        ids=tuple(job.ids[s] for s in returned),
         values_SP=torch.stack(rows) if rows else job.start_SP[:0],
         reports=tuple(ClientReport(k, 3, 1, 1.0, 1, 1, "lost" if k in failed else "") for k in job.ids),
         upload_bytes=0,
@@ -96,6 +196,19 @@ def trained(job: Job, names: tuple[str, ...], failed: Collection[int] = ()) -> R
         train_seconds=0.0,
         peak_memory_bytes=0,
     )
+
+
+def _moving(job: Job) -> torch.Tensor:
+    """1 in the columns that the job trains, 0 in the others."""
+    known = (layout(num_pairs=pairs) for pairs in (1, 2))
+    of = next((one for one in known if one.num_parameters == job.start_SP.shape[1]), None)
+    if of is None:
+        return torch.ones_like(job.start_SP[0])
+    moving_P = torch.zeros_like(job.start_SP[0])
+    for group in job.trainable:
+        for part in of.slices(group):
+            moving_P[part] = 1.0
+    return moving_P
 
 
 def step(name: str, round_: int, like: torch.Tensor) -> torch.Tensor:
@@ -108,11 +221,38 @@ def step(name: str, round_: int, like: torch.Tensor) -> torch.Tensor:
     return ((draw(name, round_) + draw("pair", pair, round_)) / 2**0.5).to(like.dtype)
 
 
+def judged(trial: Trial, names: tuple[str, ...]) -> Losses:
+    """Stand-in for the clients' judgement: how far a candidate is from where the client's own data pulls it."""
+    rows = [trial.candidate(number).double() for number in range(trial.num_candidates)]
+    wanted = [step(names[id_], 0, rows[0][0]) if rows else torch.zeros(0) for id_ in trial.ids]
+    losses = [
+        [float((candidate_SP[s] - wanted[s]).square().mean()) for candidate_SP in rows] for s in range(len(wanted))
+    ]
+    mean_SQ = torch.tensor(losses, dtype=torch.float64).reshape(len(wanted), len(rows))
+    agreement_SS = None
+    if trial.compare_SP is not None:
+        compared_SP = torch.nn.functional.normalize(trial.compare_SP.double())
+        agreement_SS = compared_SP @ compared_SP.T
+    return Losses(mean_SQ, (3,) * len(wanted), 0, 0, agreement_SS)
+
+
+def one_round(
+    method: Method, state: State, names: tuple[str, ...], participants: Participants, failed: Collection[int] = ()
+) -> tuple[State, Info]:
+    """A round with made-up training and judgement."""
+    results = trained(method.plan(state, participants), names, failed)
+    state, info = method.merge(state, participants, results)
+    trial = method.trial(state, participants, results) if method.trial else None
+    if trial is None or method.decide is None:
+        return state, info
+    state, more = method.decide(state, trial, judged(trial, names))
+    return state, Info({**info.numbers, **more.numbers}, more.graph or info.graph)
+
+
 def play(method: Method, state: State, names: tuple[str, ...], rounds: list[tuple[int, ...]], first: int = 1) -> State:
     """Carry out rounds with the given participants."""
     for round_, ids in enumerate(rounds, start=first):
-        participants = Participants(round_, ids)
-        state, _ = method.merge(state, participants, trained(method.plan(state, participants), names))
+        state, _ = one_round(method, state, names, Participants(round_, ids))
     return state
 
 

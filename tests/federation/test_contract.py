@@ -11,18 +11,20 @@ import torch
 from tests.federation.builders import (
     CONFIGS,
     clients,
-    given_graph,
+    handed_over,
     initial,
-    layout,
+    judged,
+    layout_for,
+    one_round,
     play,
     same_bytes,
     trained,
 )
 
-from fedmira.config import MethodConfig
 from fedmira.errors import FedmiraError
 from fedmira.federation.method import Method, State
-from fedmira.federation.methods import METHODS, build_method
+from fedmira.federation.registry import METHODS, build_method
+from fedmira.method_config import MethodConfig
 from fedmira.types import Arena, Clients, Participants
 
 ROUNDS = [(0, 1, 3), (1, 2, 4), (0, 2, 3, 5), (0, 1, 2, 3, 4, 5), (5,)]
@@ -33,12 +35,16 @@ def build(name: str, of: Clients | None = None) -> Method:
     of = of or clients()
     config = CONFIGS[name]
     kind = getattr(getattr(config, "graph", None), "kind", None)
-    return build_method(config, of, given_graph(len(of.names)) if kind == "given" else None)
+    return build_method(config, of, handed_over(kind, len(of.names)))
+
+
+def adapters(name: str, num_clients: int = 6, dtype: torch.dtype = torch.float32) -> Arena:
+    return initial(num_clients, dtype, layout_for(CONFIGS[name]))
 
 
 def start(name: str, dtype: torch.dtype = torch.float32) -> tuple[Method, State, Clients]:
     who, method = clients(), build(name)
-    return method, method.init(initial(dtype=dtype), who), who
+    return method, method.init(adapters(name, dtype=dtype), who), who
 
 
 def bits(state: State) -> list[torch.Tensor]:
@@ -72,13 +78,16 @@ def test_nothing_handed_in_is_changed_or_shared(name: str) -> None:
     results = trained(job, who.names)
     returned = results.values_SP.clone()
     after, _ = method.merge(state, participants, results)
+    trial = method.trial(after, participants, results) if method.trial else None
+    if trial is not None and method.decide is not None:
+        after, _ = method.decide(after, trial, judged(trial, who.names))
     kept = [tensor.clone() for tensor in bits(after)]
     results.values_SP.fill_(7.0)
     job.start_SP.fill_(7.0)
     assert all(same_bytes(tensor, copy) for tensor, copy in zip(bits(state), before, strict=True))
     assert all(same_bytes(tensor, copy) for tensor, copy in zip(bits(after), kept, strict=True))
     assert not same_bytes(results.values_SP, returned)
-    arena = initial()
+    arena = adapters(name)
     untouched = arena.values_KP.clone()
     fresh = method.init(arena, who)
     fresh.adapters.values_KP.fill_(7.0)
@@ -86,23 +95,40 @@ def test_nothing_handed_in_is_changed_or_shared(name: str) -> None:
 
 
 @every_method
-def test_a_job_moves_and_exchanges_whole_adapters(name: str) -> None:
-    method, state, _ = start(name)
-    job = method.plan(state, Participants(4, (1, 5)))
-    everything = frozenset(layout().groups)
-    assert (job.round, job.ids, job.trainable, job.pull) == (4, (1, 5), everything, None)
-    assert job.download == job.upload == (frozenset() if name == "local_only" else everything)
-    assert job.start_SP.shape == (2, layout().num_parameters)
+def test_jobs_are_well_formed(name: str) -> None:
+    method, state, who = start(name)
+    groups = frozenset(layout_for(CONFIGS[name]).groups)
+    for round_ in (1, 2, 3, 4):
+        job = method.plan(state, Participants(round_, (1, 5)))
+        assert job.round == round_
+        assert set(job.ids) == {1, 5}
+        assert job.trainable
+        assert job.trainable | job.upload | job.download <= groups
+        assert job.start_SP.shape == (len(job.ids), layout_for(CONFIGS[name]).num_parameters)
+        assert torch.isfinite(job.start_SP).all()
+        assert 0 < job.work <= 1
+        # nobody is asked for more local work than training alone takes
+        assert job.work * len(job.ids) <= 2
+        if job.pull is not None:
+            assert job.pull.target_SP.shape == job.start_SP.shape
+            assert len(job.pull.strength_S) == len(job.ids)
+        if name == "local_only":
+            assert job.download == job.upload == frozenset()
+        state = play(method, state, who.names, [(1, 5)], first=round_)
 
 
 @every_method
-def test_a_returning_client_starts_from_exactly_the_adapter_it_was_judged_by(name: str) -> None:
+def test_a_returning_client_starts_from_an_adapter_that_it_was_judged_by(name: str) -> None:
     method, state, who = start(name)
     for round_, ids in enumerate(ROUNDS, start=1):
         state = play(method, state, who.names, [ids], first=round_)
-        judged = method.personalise(state)
-        everybody = method.plan(state, Participants(round_ + 1, tuple(range(6)))).start_SP
-        assert same_bytes(everybody, judged.values_KP)
+        kept = method.personalise(state)
+        job = method.plan(state, Participants(round_ + 1, tuple(range(6))))
+        for k in range(6):
+            own = [row_P for id_, row_P in zip(job.ids, job.start_SP, strict=True) if id_ == k]
+            assert any(same_bytes(row_P, kept.values_KP[k]) for row_P in own)
+        assert (job.shift_W is None) == (kept.shift_W is None)
+        assert kept.shift_W is None or same_bytes(job.shift_W, kept.shift_W)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
@@ -113,7 +139,8 @@ def test_state_keeps_names_shapes_and_dtypes(name: str, dtype: torch.dtype) -> N
     for round_, ids in enumerate(ROUNDS, start=1):
         state = play(method, state, who.names, [ids], first=round_)
         assert {key: (tensor.shape, tensor.dtype) for key, tensor in state.memory.items()} == described
-        assert (state.adapters.values_KP.shape, state.adapters.values_KP.dtype) == ((6, layout().num_parameters), dtype)
+        size = layout_for(CONFIGS[name]).num_parameters
+        assert (state.adapters.values_KP.shape, state.adapters.values_KP.dtype) == ((6, size), dtype)
         assert all(tensor.is_contiguous() and torch.isfinite(tensor).all() for tensor in bits(state))
         assert all(isinstance(last, int) for last in state.last_round_K)
         # safetensors, in which checkpoints are kept, refuses tensors that share memory
@@ -125,7 +152,7 @@ def test_a_state_put_together_from_a_checkpoint_continues_with_the_same_bits(nam
     method, state, who = start(name)
     halfway = play(method, state, who.names, ROUNDS[:2])
     restored = State(
-        Arena(layout(), halfway.adapters.values_KP.clone()),
+        Arena(layout_for(CONFIGS[name]), halfway.adapters.values_KP.clone()),
         tuple(json.loads(json.dumps(halfway.last_round_K))),
         {key: tensor.clone() for key, tensor in halfway.memory.items()},
     )
@@ -136,13 +163,17 @@ def test_a_state_put_together_from_a_checkpoint_continues_with_the_same_bits(nam
 @every_method
 def test_names_of_clients_do_not_matter(name: str) -> None:
     who, other = clients(), clients()._replace(names=tuple("uvwxyz"))
-    state, renamed = start(name)[1], build(name, other).init(initial(), other)
+    state, renamed = start(name)[1], build(name, other).init(adapters(name), other)
     # the same training under both sets of names
     one = play(build(name), state, who.names, ROUNDS)
     assert equal_bits(one, play(build(name, other), renamed, who.names, ROUNDS))
 
 
-@pytest.mark.parametrize("name", [name for name in CONFIGS if not name.endswith(("random", "permuted", "given"))])
+# these graphs follow the places of the clients: by draw, or by the matrix that was handed over
+PLACED = ("random", "permuted", "given", "embeddings")
+
+
+@pytest.mark.parametrize("name", [name for name in CONFIGS if not name.endswith(PLACED)])
 def test_permuting_clients_permutes_results(name: str) -> None:
     order = [4, 0, 5, 2, 1, 3]
     who = clients()
@@ -155,9 +186,9 @@ def test_permuting_clients_permutes_results(name: str) -> None:
         who.true_adjacency_KK[np.ix_(order, order)],
     )
     rounds = [tuple(sorted(order.index(k) for k in ids)) for ids in ROUNDS]
-    plain = play(build(name), build(name).init(initial(dtype=torch.float64), who), who.names, ROUNDS)
+    plain = play(build(name), build(name).init(adapters(name, dtype=torch.float64), who), who.names, ROUNDS)
     method = build(name, shuffled)
-    moved = play(method, method.init(initial(dtype=torch.float64), shuffled), shuffled.names, rounds)
+    moved = play(method, method.init(adapters(name, dtype=torch.float64), shuffled), shuffled.names, rounds)
     assert torch.allclose(moved.adapters.values_KP, plain.adapters.values_KP[order], rtol=0, atol=1e-10)
     assert moved.last_round_K == tuple(plain.last_round_K[k] for k in order)
 
@@ -167,9 +198,8 @@ def test_a_client_whose_result_is_missing_counts_as_not_sampled(name: str) -> No
     method, state, who = start(name)
     state = play(method, state, who.names, ROUNDS[:2])
     asked = Participants(3, (0, 1, 2, 4))
-    lost, _ = method.merge(state, asked, trained(method.plan(state, asked), who.names, failed={1, 4}))
-    fewer = Participants(3, (0, 2))
-    assert equal_bits(lost, method.merge(state, fewer, trained(method.plan(state, fewer), who.names))[0])
+    lost, _ = one_round(method, state, who.names, asked, failed={1, 4})
+    assert equal_bits(lost, one_round(method, state, who.names, Participants(3, (0, 2)))[0])
     assert lost.last_round_K == (3, 2, 3, 1, 2, 0)
 
 
@@ -178,9 +208,9 @@ def test_a_round_in_which_nobody_returns_is_survived(name: str) -> None:
     method, state, who = start(name)
     for round_ in (1, 2):
         asked = Participants(round_, (0, 1))
-        state, info = method.merge(state, asked, trained(method.plan(state, asked), who.names, failed={0, 1}))
+        state, info = one_round(method, state, who.names, asked, failed={0, 1})
         assert info.numbers["returned"] == 0
-    assert same_bytes(state.adapters.values_KP, initial().values_KP)
+    assert same_bytes(method.personalise(state).values_KP, adapters(name).values_KP)
     assert state.last_round_K == (0,) * 6
 
 
@@ -210,18 +240,17 @@ def test_info_holds_finite_numbers_and_the_graph_of_all_clients(name: str) -> No
     method, state, who = start(name)
     for round_, ids in enumerate(ROUNDS, start=1):
         participants = Participants(round_, ids)
-        state, info = method.merge(state, participants, trained(method.plan(state, participants), who.names))
+        state, info = one_round(method, state, who.names, participants)
         assert all(isinstance(number, float) and np.isfinite(number) for number in info.numbers.values())
         assert info.numbers["returned"] == len(ids)
-        if "mira" not in name:
-            assert info.graph is None
-            continue
-        assert info.graph is not None
-        assert info.graph.num_clients == 6
-        assert info.graph.name == name.split("-")[1]
-        assert json.dumps(dict(info.graph.provenance))
-        assert info.numbers["disagreement_after"] <= info.numbers["disagreement_before"] * (1 + 1e-6)
-        assert 0 <= info.numbers["mixing_share"] < 1
+        if info.graph is not None:
+            assert info.graph.num_clients == 6
+            assert json.dumps(dict(info.graph.provenance))
+        if "mira" in name:
+            assert info.graph is not None
+            assert info.graph.name == name.split("-")[1]
+            assert info.numbers["disagreement_after"] <= info.numbers["disagreement_before"] * (1 + 1e-6)
+            assert 0 <= info.numbers["mixing_share"] < 1
 
 
 @pytest.mark.parametrize("name", [name for name in CONFIGS if "mira" in name])
@@ -243,13 +272,18 @@ def test_results_that_cannot_be_are_refused(name: str) -> None:
     method, state, who = start(name)
     asked = Participants(1, (0, 2))
     good = trained(method.plan(state, asked), who.names)
+    each = len(good.ids) // 2
+    size = layout_for(CONFIGS[name]).num_parameters
     broken = good.values_SP.clone()
-    broken[1, 3] = torch.inf
+    broken[-1, 3] = torch.inf
     for results, message in (
-        (good._replace(ids=(0, 3)), r"not asked \[3\]"),
-        (good._replace(ids=(2, 0)), "ascending order"),
-        (good._replace(values_SP=good.values_SP[:, 1:]), r"have shape \(2, 35\), expected \(2, 36\)"),
-        (good._replace(values_SP=good.values_SP[:1]), r"have shape \(1, 36\), expected \(2, 36\)"),
+        (good._replace(ids=(0, 3) * each), r"not asked \[3\]"),
+        (good._replace(ids=(2, 0) * each), "ascending order"),
+        (good._replace(values_SP=good.values_SP[:, 1:]), rf"have shape \(\d+, {size - 1}\), expected"),
+        (
+            good._replace(values_SP=good.values_SP[:1]),
+            rf"have shape \(1, {size}\), expected \(2, {size}\)|2 participants answers once",
+        ),
         (good._replace(values_SP=broken), r"clients \[2\] .* not finite"),
     ):
         with pytest.raises(FedmiraError, match=message):

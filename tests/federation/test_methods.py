@@ -18,13 +18,14 @@ from tests.federation.builders import (
 )
 from tests.reference import mixing_twin
 
-from fedmira.config import FederationConfig, MiraConfig
+from fedmira.config import FederationConfig
 from fedmira.errors import ConfigError
 from fedmira.federation import known_graphs as known
 from fedmira.federation.method import Method, State
-from fedmira.federation.methods import build_method
 from fedmira.federation.mixing import implicit_matrix
 from fedmira.federation.participation import draw
+from fedmira.federation.registry import build_method
+from fedmira.method_config import MiraConfig
 from fedmira.types import Arena, Layout, Participants, TensorSpec
 
 ROUNDS = [(0, 1, 3), (1, 2, 4), (0, 2, 3, 5), (0, 1, 2, 3, 4, 5)]
@@ -208,7 +209,7 @@ def test_a_client_never_seen_starts_from_its_neighbours_or_else_from_its_initial
 
 
 def test_warm_up_rounds_do_not_mix() -> None:
-    who, method = clients(), build_method(mira("gram", warmup_rounds=2), clients())
+    who, method = clients(), build_method(mira("gram", warmup_rounds=2, warmup="none"), clients())
     local = build_method(LOCAL, clients())
     names = who.names
     warm, alone = (play(m, fresh(m), names, [EVERYBODY.ids] * 2) for m in (method, local))

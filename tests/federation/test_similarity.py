@@ -11,9 +11,10 @@ from tests.federation.builders import layout
 from tests.reference import mixing_twin
 
 import fedmira.federation.similarity as similarity
-from fedmira.config import GraphConfig
 from fedmira.errors import ConfigError
 from fedmira.federation.graph import weight_inside
+from fedmira.federation.learning import neighbour_graph
+from fedmira.graph_config import GraphConfig
 from fedmira.types import Arena, Layout, TensorSpec
 
 
@@ -40,6 +41,21 @@ def test_gram_equals_inner_products_of_dense_updates(
     monkeypatch.setattr(similarity, "_BLOCK_ELEMENTS", block_elements)
     arena = noise(5, of=layout(rank=rank, scaling=0.5))
     assert np.allclose(similarity.layer_grams(arena), mixing_twin.layer_grams(arena), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("num_clients", [1, 3, 4, 9])
+@pytest.mark.parametrize(("rank", "formed"), [(1, False), (6, True)])
+def test_products_are_formed_where_that_is_less_work(
+    num_clients: int, rank: int, formed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    way = "_gram_of_products" if formed else "_gram_of_factors"
+    original, calls = getattr(similarity, way), []
+    monkeypatch.setattr(similarity, way, lambda a, b: calls.append(1) or original(a, b))
+    arena = noise(num_clients, of=layout(rank=rank, features=((12, 10), (9, 14))))
+    grams = similarity.layer_grams(arena)
+    assert len(calls) == (0 if formed and num_clients == 1 else 2)
+    assert np.allclose(grams, mixing_twin.layer_grams(arena), rtol=1e-12, atol=1e-12)
+    assert all(np.array_equal(gram, gram.T) for gram in grams)
 
 
 def test_compared_is_where_the_clients_were_heading() -> None:
@@ -171,14 +187,7 @@ def test_observe_touches_only_pairs_that_were_compared() -> None:
 def test_graph_recovers_families_of_unequal_size() -> None:
     arena, labels = families((5, 3, 4))
     cosine = similarity.similarity(arena)
-    graph = similarity.gram_graph(cosine, GraphConfig(), 1)
+    graph = neighbour_graph(cosine, GraphConfig())
     assert weight_inside(graph, labels) > 0.95
     assert (graph.adjacency_KK.sum(axis=1) > 0).all()
     assert graph.provenance["neighbours"] == 5
-
-
-def test_warm_up_has_no_edges() -> None:
-    arena, _ = families((3, 3))
-    cosine = similarity.similarity(arena)
-    config = GraphConfig(warmup_rounds=2)
-    assert [similarity.gram_graph(cosine, config, round_).num_edges > 0 for round_ in (1, 2, 3)] == [False, False, True]

@@ -6,7 +6,7 @@ Knows nothing about adapters beyond rows of numbers, and reads no files. Axes: K
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
@@ -19,9 +19,6 @@ if TYPE_CHECKING:
 
 Matrix: TypeAlias = npt.NDArray[np.float64]
 
-_BLOCK_ELEMENTS = 1 << 24
-"""Elements turned into float64 at a time: 128 MiB."""
-
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Graph:
@@ -32,7 +29,10 @@ class Graph:
     name: str
     """Kind of graph: `labels`, `gram`, ..."""
     provenance: Mapping[str, Any] = field(default_factory=dict)
-    """JSON-able: where it comes from."""
+    """JSON-able: where it comes from, and what the server learns by it."""
+    by_layer: Mapping[str, Matrix] = field(default_factory=dict)
+    """The adjacency of each adapted layer, where they differ; layers that share one hold the same array, and
+    `adjacency_KK` is the mean over layers. Empty: `adjacency_KK` is that of every layer."""
 
     @property
     def num_clients(self) -> int:
@@ -42,6 +42,34 @@ class Graph:
     def num_edges(self) -> int:
         """Pairs of clients with a positive weight."""
         return int(np.count_nonzero(self.adjacency_KK)) // 2
+
+
+PRIVACY: Mapping[str, str] = {
+    "gram": "The server compares the adapters it gets anyway; the graph says whose updates are alike.",
+    "gram_layers": "The server compares the adapters it gets anyway; the graphs say whose updates are alike at which "
+    "depth.",
+    "pfedgraph": "The server compares the adapters it gets anyway, and uses how many examples each client holds.",
+    "kalofolias": "The server compares the adapters it gets anyway; the graph says whose updates are alike.",
+    "mtrl": "The server compares the adapters it gets anyway; the graph says whose updates are alike.",
+    "clusters": "The server compares the adapters it gets anyway; the graph says who belongs together.",
+    "trust": "Clients get adapters of others, from which training data may be read out, and tell the server how well "
+    "each of them does on their validation examples.",
+    "probe": "The server runs the adapters it gets anyway on texts of its own; the graph says whose answers are alike.",
+    "embeddings": "Before round 1 every client sends the mean hidden state of its training prompts, which says what "
+    "they are about, to a reader of embeddings nearly in words.",
+    "labels": "Every client tells the server its task label.",
+    "given": "Nothing is learned from clients; whoever wrote the file knew who is related.",
+    "uniform": "Nothing: everybody is joined with everybody.",
+    "random": "Nothing: the weights are drawn from the seed.",
+    "true": "The graph the data was made from, which no server knows in earnest.",
+    "permuted": "The graph the data was made from, shuffled, which no server knows in earnest.",
+}
+"""What the server, or another client, learns for the sake of each kind of graph."""
+
+
+def explained(graph: Graph) -> Graph:
+    """Return the graph with its privacy note in the provenance."""
+    return replace(graph, provenance={**graph.provenance, "privacy": PRIVACY[graph.name]})
 
 
 # ------------------------------------------------------------------------------------------------------------ checking
@@ -119,6 +147,28 @@ def from_matrix(matrix: npt.ArrayLike, names: Sequence[str] | None, client_names
 # -------------------------------------------------------------------------------------------- what follows from it
 
 
+def parts(graph: Graph) -> tuple[tuple[Graph, tuple[str, ...]], ...]:
+    """Return each distinct graph of a graph by layer, with the layers that share it; else the graph, with no layers."""
+    if not graph.by_layer:
+        return ((graph, ()),)
+    sharing: dict[int, list[str]] = {}
+    for layer, adjacency_KK in graph.by_layer.items():
+        sharing.setdefault(id(adjacency_KK), []).append(layer)
+    return tuple(
+        (Graph(graph.by_layer[layers[0]], graph.name, graph.provenance), tuple(layers)) for layers in sharing.values()
+    )
+
+
+def agreement(one_KK: Matrix, other_KK: Matrix) -> float:
+    """Return the cosine of two graphs' weights, 0 .. 1; 0 if one has no edges.
+
+    >>> round(agreement(np.array([[0.0, 1.0], [1.0, 0.0]]), np.array([[0.0, 2.0], [2.0, 0.0]])), 6)
+    1.0
+    """
+    norms = float(np.linalg.norm(one_KK) * np.linalg.norm(other_KK))
+    return float((one_KK * other_KK).sum()) / norms if norms else 0.0
+
+
 def degrees(graph: Graph) -> Matrix:
     """Return delta_k = sum_l a_kl, (K,)."""
     return np.asarray(graph.adjacency_KK.sum(axis=1))
@@ -145,9 +195,17 @@ def subgraph(graph: Graph, ids: Sequence[int]) -> Graph:
 
     Its largest Laplacian eigenvalue never exceeds the whole graph's (Cauchy interlacing).
     """
-    adjacency = graph.adjacency_KK[np.ix_(list(ids), list(ids))]
-    adjacency.setflags(write=False)
-    return Graph(adjacency, graph.name, graph.provenance)
+    block = np.ix_(list(ids), list(ids))
+
+    def among(adjacency_KK: Matrix) -> Matrix:
+        adjacency = adjacency_KK[block]
+        adjacency.setflags(write=False)
+        return adjacency
+
+    by_layer: dict[str, Matrix] = {}
+    for part, layers in parts(graph):
+        by_layer |= dict.fromkeys(layers, among(part.adjacency_KK))
+    return Graph(among(graph.adjacency_KK), graph.name, graph.provenance, by_layer)
 
 
 def connected_components(graph: Graph) -> tuple[tuple[int, ...], ...]:
@@ -187,15 +245,16 @@ def weight_inside(graph: Graph, labels: Sequence[str]) -> float:
 
 def disagreement(graph: Graph, values_KP: torch.Tensor) -> float:
     """Return tr(Theta^T L Theta) = 1/2 sum_kl a_kl ||theta_k - theta_l||^2, Eq. (3) of MIRA, computed in float64."""
-    import torch
+    from fedmira.federation.multiply import gather, over_tiles, sparse
 
     if not graph.num_edges:
         return 0.0
-    laplacian_KK = torch.from_numpy(laplacian(graph)).to(values_KP.device)
-    total = 0.0
-    for block in torch.split(values_KP, max(1, _BLOCK_ELEMENTS // len(values_KP)), dim=1):
+    laplacian_KK = sparse(laplacian(graph)).to(values_KP.device)
+
+    def of_tile(columns: slice) -> float:
+        tile = values_KP[:, columns].double()
         # L ignores what all rows share; without it small differences of large numbers keep their digits
-        block = block.double()
-        block = block - block.mean(dim=0)
-        total += float(((laplacian_KK @ block) * block).sum())
-    return max(total, 0.0)
+        tile = tile - tile.mean(dim=0)
+        return float((gather(laplacian_KK, tile) * tile).sum())
+
+    return max(sum(over_tiles(of_tile, values_KP)), 0.0)

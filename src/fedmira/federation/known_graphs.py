@@ -1,6 +1,6 @@
-"""Graphs that are known before the first round: given, labels, uniform, random, true, permuted.
+"""Graphs that are known before the first round: given, embeddings, labels, uniform, random, true, permuted.
 
-Knows nothing about adapters; the graph learned from them is in `similarity.py`. Axes: K clients.
+Knows nothing about adapters; graphs learned from them are in `learned_graphs`. Axes: K clients.
 """
 
 from __future__ import annotations
@@ -9,9 +9,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from fedmira.config import GraphConfig
 from fedmira.errors import ConfigError, DataError
-from fedmira.federation.graph import Graph, Matrix, validated
+from fedmira.federation.graph import Graph, Matrix, explained, validated
+from fedmira.federation.similarity import centred_cosine, mutual_neighbours
+from fedmira.graph_config import GraphConfig
 from fedmira.randomness import generator
 from fedmira.types import Clients
 
@@ -20,25 +21,33 @@ _DRAWS = 1000
 
 
 def resolve_graph(config: GraphConfig, clients: Clients, given: Matrix | None) -> Graph | None:
-    """Return the graph of `config`, or None for `gram`, which depends on the adapters.
+    """Return the graph of `config` with its privacy note, or None for a kind that is learned over rounds.
 
     Args:
         config: the `method.graph` section.
         clients: names, labels, seed and, for planted data, the true adjacency.
-        given: with `kind: given`, the (K, K) matrix of the file in client order.
+        given: with `kind: given`, the (K, K) matrix of the file in client order; with `embeddings`, the (K, K) inner
+            products of the clients' prompt embeddings.
 
     Raises:
         ConfigError: the kind needs something that was not handed over.
         DataError: the matrix is unusable, or no client has a label.
     """
+    graph = _known(config, clients, given)
+    return None if graph is None else explained(graph)
+
+
+def _known(config: GraphConfig, clients: Clients, given: Matrix | None) -> Graph | None:
     num_clients = len(clients.names)
     match config.kind:
-        case "gram":
-            return None
         case "given":
             if given is None:
                 raise ConfigError("method.graph.kind = given needs the matrix in method.graph.path; it was not loaded")
             return validated(given, num_clients, "given", {"path": config.path})
+        case "embeddings":
+            if given is None:
+                raise ConfigError("method.graph.kind = embeddings needs the clients' embeddings; none were computed")
+            return embeddings(given, num_clients, config.neighbours, config.power)
         case "labels":
             return labels(clients.tasks)
         case "uniform":
@@ -49,6 +58,28 @@ def resolve_graph(config: GraphConfig, clients: Clients, given: Matrix | None) -
             return true(clients)
         case "permuted":
             return permuted(true(clients), clients.seed)
+        case _:
+            return None
+
+
+def embeddings(gram_KK: Matrix, num_clients: int, neighbours: int, power: float) -> Graph:
+    """Return the graph of mutual nearest neighbours by the centred cosines of the clients' prompt embeddings.
+
+    Args:
+        gram_KK: inner products of the embeddings; what all prompts share, such as the template, is centred away.
+        num_clients: K.
+        neighbours: mutual nearest neighbours kept per client.
+        power: exponent on the relative similarity.
+
+    Raises:
+        DataError: the matrix has another shape, or holds a number that is not finite.
+    """
+    if gram_KK.shape != (num_clients, num_clients) or not np.isfinite(gram_KK).all():
+        raise DataError(
+            f"graph 'embeddings': inner products of shape {gram_KK.shape} for {num_clients} clients, or not finite"
+        )
+    weights_KK = mutual_neighbours(centred_cosine(gram_KK), neighbours, power)
+    return validated(weights_KK, num_clients, "embeddings", {"neighbours": neighbours, "power": power})
 
 
 def labels(tasks: Sequence[str]) -> Graph:

@@ -1,4 +1,4 @@
-"""What a federated algorithm is: four pure functions on values.
+"""What a federated algorithm is: a few pure functions on values.
 
 No files, clocks, devices, printing or global randomness here or in any method; knows nothing about models and data.
 
@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
-from fedmira.types import Arena, Clients, Job, Participants, Results
+from fedmira.types import Arena, Clients, Job, Losses, Participants, Results, Trial
 
 if TYPE_CHECKING:
     import torch
@@ -51,3 +51,7 @@ class Method(NamedTuple):
     """The state after the round. Clients whose result is missing count as not sampled."""
     personalise: Callable[[State], Arena]
     """(K, P): what each client is judged by and gets to keep."""
+    trial: Callable[[State, Participants, Results], Trial | None] | None = None
+    """After `merge`: what clients that returned are asked to judge on their own examples; None asks nobody."""
+    decide: Callable[[State, Trial, Losses], tuple[State, Info]] | None = None
+    """The state after the answers to a trial. Its numbers join those of `merge`; its graph, if any, replaces that."""

@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TypeAlias
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from fedmira.errors import ConfigError, nearest
@@ -24,14 +23,15 @@ from fedmira.federation.graph import (
     disagreement,
     laplacian,
     largest_eigenvalue,
+    parts,
 )
+from fedmira.federation.multiply import multiply
 from fedmira.types import Arena, Layout, TensorSpec
 
 Mixer: TypeAlias = Callable[[Arena], Arena]
 
 _LARGEST_CONDITION = 1e10
 """Beyond this ratio of coupling to confidence a component has reached its mean to the last digits of float32."""
-_BLOCK_PARAMETERS = 1 << 20
 
 
 def keep() -> Mixer:
@@ -50,7 +50,7 @@ def average(weights_K: Sequence[float]) -> Mixer:
         raise ValueError(f"weights of a mean must be finite, at least 0 and not all 0; given {list(weights_K)[:8]}")
 
     def mix(arena: Arena) -> Arena:
-        mean_1P = _combine(weights[None, :] / weights.sum(), arena.values_KP)
+        mean_1P = multiply(weights[None, :] / weights.sum(), arena.values_KP)
         return arena.replace(mean_1P.expand_as(arena.values_KP).clone())
 
     return mix
@@ -58,12 +58,15 @@ def average(weights_K: Sequence[float]) -> Mixer:
 
 def linear(matrix_KK: Matrix) -> Mixer:
     """Return the mixer Theta <- matrix Theta, in new memory. Rows like the identity's are copied, not multiplied."""
-    moved = np.flatnonzero((matrix_KK != np.eye(len(matrix_KK))).any(axis=1))
+    still_K = (matrix_KK == np.eye(len(matrix_KK))).all(axis=1)
+    moving_KK = np.where(still_K[:, None], 0.0, matrix_KK)
 
     def mix(arena: Arena) -> Arena:
-        values_KP = arena.values_KP.clone()
-        if moved.size:
-            values_KP[torch.from_numpy(moved)] = _combine(matrix_KK[moved], arena.values_KP)
+        if still_K.all():
+            return arena.replace(arena.values_KP.clone())
+        values_KP = multiply(moving_KK, arena.values_KP)
+        for k in np.flatnonzero(still_K):
+            values_KP[k] = arena.values_KP[k]
         return arena.replace(values_KP)
 
     return mix
@@ -78,12 +81,14 @@ def laplacian_explicit(graph: Graph, tau: float) -> Mixer:
         ConfigError: tau is beyond the stable bound.
     """
     refuse_unstable(graph, tau)
-    return linear(np.eye(graph.num_clients) - tau * laplacian(graph))
+    return _each_layer(graph, lambda part: linear(np.eye(part.num_clients) - tau * laplacian(part)))
 
 
 def refuse_unstable(graph: Graph, tau: float) -> None:
     """Raise ConfigError if the explicit step with `tau` would grow the disagreement along some direction."""
-    eigenvalue = largest_eigenvalue(graph)
+    # the largest eigenvalue is at most twice the largest degree, which costs nothing
+    doubtful = [part for part, _ in parts(graph) if tau * degrees(part).max(initial=0.0) > 1]
+    eigenvalue = max((largest_eigenvalue(part) for part in doubtful), default=0.0)
     if tau * eigenvalue > 2 * (1 + 1e-9):
         raise ConfigError(
             f"method.server_lr * method.strength = {tau:g} makes the explicit step diverge: times the largest "
@@ -103,7 +108,7 @@ def laplacian_implicit(graph: Graph, tau: float, confidence_K: Sequence[float]) 
     Raises:
         ValueError: tau or a confidence is negative or not finite.
     """
-    return linear(implicit_matrix(graph, tau, confidence_K))
+    return _each_layer(graph, lambda part: linear(implicit_matrix(part, tau, confidence_K)))
 
 
 def implicit_matrix(graph: Graph, tau: float, confidence_K: Sequence[float]) -> Matrix:
@@ -156,12 +161,44 @@ def by_group(mixers: Mapping[str, Mixer]) -> Mixer:
                 )
         values_KP = arena.values_KP.clone()
         for group, mixer in mixers.items():
-            columns = torch.cat([torch.arange(s.start, s.stop) for s in arena.layout.slices(group)])
-            part = Arena(_only(arena.layout, group), arena.values_KP[:, columns])
+            part, columns = _part(arena, [spec for spec in arena.layout.specs if spec.group == group])
             values_KP[:, columns] = mixer(part).values_KP
         return arena.replace(values_KP)
 
     return mix
+
+
+def by_layer(mixers: Mapping[str, Mixer]) -> Mixer:
+    """Return the mixer that treats each adapted layer by its own mixer; layers may share one.
+
+    Raises:
+        ConfigError: a layer of the adapter is not named (when applied).
+    """
+
+    def mix(arena: Arena) -> Arena:
+        for layer in arena.layout.layers:
+            if layer not in mixers:
+                raise ConfigError(
+                    f"mixers for the layers {sorted(mixers)[:4]}, ..., but the adapter has {layer!r}"
+                    f"{nearest(layer, tuple(mixers))}"
+                )
+        values_KP = arena.values_KP.clone()
+        for mixer in dict.fromkeys(mixers[layer] for layer in arena.layout.layers):
+            part, columns = _part(arena, [spec for spec in arena.layout.specs if mixers[spec.layer] is mixer])
+            values_KP[:, columns] = mixer(part).values_KP
+        return arena.replace(values_KP)
+
+    return mix
+
+
+def _each_layer(graph: Graph, mixer_of: Callable[[Graph], Mixer]) -> Mixer:
+    """Return the mixer of `graph`: by layer where the graph is."""
+    if not graph.by_layer:
+        return mixer_of(graph)
+    mixers: dict[str, Mixer] = {}
+    for part, layers in parts(graph):
+        mixers |= dict.fromkeys(layers, mixer_of(part))
+    return by_layer(mixers)
 
 
 def step_numbers(graph: Graph, mixer: Mixer, before: Arena, after: Arena) -> dict[str, float]:
@@ -170,46 +207,50 @@ def step_numbers(graph: Graph, mixer: Mixer, before: Arena, after: Arena) -> dic
     `mixing_share` is the mean over rows of the absolute weight that comes from other clients: 0 alone, 1 - 1/K at the
     mean of everybody.
     """
-    matrix_KK = matrix_of(mixer, graph.num_clients)
-    others_KK = np.abs(matrix_KK - np.diag(np.diagonal(matrix_KK)))
+    shares = []
+    for _, layers in parts(graph):
+        matrix_KK = matrix_of(mixer, graph.num_clients, layers[0] if layers else "")
+        others_KK = np.abs(matrix_KK - np.diag(np.diagonal(matrix_KK)))
+        shares += [float(others_KK.sum(axis=1).mean())] * max(1, len(layers))
     return {
-        "disagreement_before": disagreement(graph, before.values_KP),
-        "disagreement_after": disagreement(graph, after.values_KP),
+        "disagreement_before": energy(graph, before),
+        "disagreement_after": energy(graph, after),
         "edges": float(graph.num_edges),
         "mean_degree": float(degrees(graph).mean()),
         "max_degree": float(degrees(graph).max()),
-        "mixing_share": float(others_KK.sum(axis=1).mean()),
+        "mixing_share": float(np.mean(shares)),
     }
 
 
-def matrix_of(mixer: Mixer, num_clients: int) -> Matrix:
-    """Return the (K, K) matrix of a mixer that treats all tensors alike, by mixing the identity.
+def energy(graph: Graph, arena: Arena) -> float:
+    """Return tr(Theta^T L Theta), Eq. (3) of MIRA, each layer on its own graph where they differ."""
+    if not graph.by_layer:
+        return disagreement(graph, arena.values_KP)
+    total = 0.0
+    for part, layers in parts(graph):
+        own = _part(arena, [spec for spec in arena.layout.specs if spec.layer in layers])[0]
+        total += disagreement(part, own.values_KP)
+    return total
+
+
+def matrix_of(mixer: Mixer, num_clients: int, layer: str = "") -> Matrix:
+    """Return the (K, K) matrix of a mixer that treats all tensors (of `layer`) alike, by mixing the identity.
 
     >>> matrix_of(average([1.0, 3.0]), 2).tolist()
     [[0.25, 0.75], [0.25, 0.75]]
     """
-    layout = Layout((TensorSpec("identity", "identity", "", (num_clients,), 0),))
+    layout = Layout((TensorSpec("identity", "identity", layer, (num_clients,), 0),))
     return np.asarray(mixer(Arena(layout, torch.eye(num_clients, dtype=torch.float64))).values_KP.numpy())
 
 
-def _combine(weights_MK: npt.NDArray[np.float64], values_KP: torch.Tensor) -> torch.Tensor:
-    """Return weights @ values in the dtype of `values`, computed in float32 at least; rows of weight 0 are not read."""
-    sources = np.flatnonzero(weights_MK.any(axis=0))
-    # weights rounded to 8 bits would no longer sum to 1
-    dtype = torch.promote_types(values_KP.dtype, torch.float32)
-    weights = torch.from_numpy(weights_MK[:, sources]).to(values_KP.device, dtype)
-    rows = torch.from_numpy(sources).to(values_KP.device)
-    blocks = [
-        (weights @ block[rows].to(dtype)).to(values_KP.dtype)
-        for block in torch.split(values_KP, _BLOCK_PARAMETERS, dim=1)
-    ]
-    return torch.cat(blocks, dim=1)
-
-
-def _only(layout: Layout, group: str) -> Layout:
-    """Return the layout of the tensors of `group` alone, closed up."""
+def _part(arena: Arena, wanted: Sequence[TensorSpec]) -> tuple[Arena, torch.Tensor]:
+    """Return the wanted tensors, closed up and copied, and the columns of the arena they come from."""
     specs: list[TensorSpec] = []
-    for spec in layout.specs:
-        if spec.group == group:
-            specs.append(TensorSpec(spec.name, spec.group, spec.layer, spec.shape, sum(s.size for s in specs)))
-    return Layout(tuple(specs), layout.scaling)
+    columns: list[torch.Tensor] = []
+    offset = 0
+    for spec in wanted:
+        specs.append(TensorSpec(spec.name, spec.group, spec.layer, spec.shape, offset))
+        columns.append(torch.arange(spec.offset, spec.offset + spec.size))
+        offset += spec.size
+    chosen = torch.cat(columns)
+    return Arena(Layout(tuple(specs), arena.layout.scaling), arena.values_KP[:, chosen]), chosen

@@ -46,6 +46,28 @@ def received(into: Arena, state: State, participants: Participants, results: Res
     return into.replace(values_KP), last_round_K
 
 
+def split(results: Results, num_rows: int) -> tuple[Results, ...]:
+    """Return the results of a job in which every participant had `num_rows` rows, one for each row of a participant.
+
+    Such a job lists the first row of every participant, then the second of every one, and so on. A client that lost one
+    of its rows is missing in all.
+    """
+    returned = [number for number, report in enumerate(results.reports) if not report.failure]
+    if not len(returned) == len(results.ids) == len(results.values_SP):
+        # what does not belong together is refused by `received`, which knows what was asked
+        return (results,) * num_rows
+    per_block = len(results.reports) // num_rows
+    places = [[place for place, number in enumerate(returned) if number // per_block == b] for b in range(num_rows)]
+    complete = set.intersection(*({results.ids[place] for place in of_block} for of_block in places))
+    parts = []
+    for of_block in places:
+        kept = [place for place in of_block if results.ids[place] in complete]
+        parts.append(
+            results._replace(ids=tuple(results.ids[place] for place in kept), values_SP=results.values_SP[kept])
+        )
+    return tuple(parts)
+
+
 def first_state(initial: Arena, clients: Clients) -> State:
     """Return the state before round 1: everybody holds its initial adapter and nobody took part.
 

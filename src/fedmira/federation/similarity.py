@@ -1,9 +1,9 @@
-"""Which clients are alike, seen from their adapters: gauge-free Gram matrices of low-rank products, and their graph.
+"""Which clients are alike, seen from their adapters: gauge-free Gram matrices of low-rank products.
 
-(B M, M^-1 A) is the same update as (B, A), so factors must not be compared with each other; products can be, without
-ever being formed. Adapters look alike wherever they were mixed, right or wrong, and a wrong edge would confirm itself;
-so what is compared is where each client was heading. Knows nothing about how the adapters were trained. The Gram
-matrices are linear algebra over an arena; `tests/reference/mixing_twin.py` forms the products.
+(B M, M^-1 A) is the same update as (B, A), so factors must not be compared with each other; products can be, formed or
+not, whichever is less work. Adapters look alike wherever they were mixed, right or wrong; a wrong edge would confirm
+itself, so what is compared is where each client was heading. Knows nothing about how the adapters were trained. The
+Gram matrices are linear algebra over an arena; `tests/reference/mixing_twin.py` is the slow way.
 
 Axes: K clients, C those compared, R rank, I and O in and out features.
 """
@@ -15,9 +15,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from fedmira.config import GraphConfig
 from fedmira.errors import ConfigError
-from fedmira.federation.graph import Graph, Matrix, validated
+from fedmira.federation.graph import Matrix
 from fedmira.types import Arena, Layout, TensorSpec
 
 MINIMUM_CLIENTS = 3
@@ -31,14 +30,14 @@ def low_rank_pairs(layout: Layout) -> tuple[tuple[TensorSpec, TensorSpec], ...]:
     """Return the (lora_a, lora_b) specs of every layer that has both.
 
     Raises:
-        ConfigError: the adapter has no low-rank pair, so `gram` means nothing for it.
+        ConfigError: the adapter has no low-rank pair, so comparing products means nothing for it.
     """
     by_layer = {spec.layer: spec for spec in layout.specs if spec.group == "lora_a"}
     pairs = tuple((by_layer[s.layer], s) for s in layout.specs if s.group == "lora_b" and s.layer in by_layer)
     if not pairs:
         raise ConfigError(
-            f"method.graph.kind = gram compares low-rank products, but the adapter has the groups {list(layout.groups)}"
-            "; use kind: labels, given, uniform or random"
+            f"this method.graph.kind compares low-rank products, but the adapter has the groups {list(layout.groups)}"
+            "; use kind: trust, probe, embeddings, labels, given, uniform or random"
         )
     return pairs
 
@@ -64,8 +63,9 @@ def heading(after: Arena, before: Arena) -> Arena:
 def layer_grams(arena: Arena) -> tuple[Matrix, ...]:
     """Return per layer G_kl = <dW_k, dW_l> = s^2 tr((B_k^T B_l)(A_l A_k^T)), (C, C) in float64.
 
-    Cost C^2 R^2 (I + O) per layer, without forming any product; equals the inner products of the dense updates and
-    does not change when a client's factors are turned by any invertible M.
+    Equals the inner products of the dense updates dW = s B A and does not change when a client's factors are turned by
+    any invertible M. Costs about C^2 R^2 (I + O) without forming a product, C^2 I O + 2 C R I O by forming each, some
+    rows at a time; whichever is less. Each pair is computed once.
 
     Args:
         arena: the C clients to compare, with lora_a of shape (R, I) and lora_b of shape (O, R) per layer.
@@ -73,18 +73,46 @@ def layer_grams(arena: Arena) -> tuple[Matrix, ...]:
     num_clients = arena.num_clients
     grams = []
     for spec_a, spec_b in low_rank_pairs(arena.layout):
-        rank = spec_a.shape[0]
-        stacked_a = arena.view(spec_a).double().flatten(0, 1)
-        stacked_b = arena.view(spec_b).double().transpose(1, 2).flatten(0, 1)
-        gram_CC = torch.empty(num_clients, num_clients, dtype=torch.float64, device=arena.values_KP.device)
-        step = max(1, _BLOCK_ELEMENTS // max(1, num_clients * rank * rank))
-        for start in range(0, num_clients, step):
-            some = slice(start * rank, (start + step) * rank)
-            paired = (stacked_b[some] @ stacked_b.T) * (stacked_a[some] @ stacked_a.T)
-            gram_CC[start : start + step] = paired.view(-1, rank, num_clients, rank).sum((1, 3))
-        gram = gram_CC.cpu().numpy() * arena.layout.scaling**2
-        grams.append(np.asarray((gram + gram.T) / 2))
+        (rank, num_in), num_out = spec_a.shape, spec_b.shape[0]
+        formed = num_in * num_out * (num_clients + 2 * rank) < num_clients * rank**2 * (num_in + num_out)
+        gram_of = _gram_of_products if formed else _gram_of_factors
+        upper_CC = gram_of(arena.view(spec_a), arena.view(spec_b)).triu_().cpu().numpy() * arena.layout.scaling**2
+        grams.append(np.asarray(upper_CC + np.triu(upper_CC, 1).T))
     return tuple(grams)
+
+
+def _gram_of_factors(a_CRI: torch.Tensor, b_COR: torch.Tensor) -> torch.Tensor:
+    """Return <B_k A_k, B_l A_l> for k <= l, (C, C) in float64, from the inner products of the factors' rows."""
+    num_clients, rank = a_CRI.shape[:2]
+    stacked_a = a_CRI.double().flatten(0, 1)
+    stacked_b = b_COR.double().transpose(1, 2).flatten(0, 1)
+    gram_CC = stacked_a.new_zeros(num_clients, num_clients)
+    step = max(1, min(_strip(num_clients), _BLOCK_ELEMENTS // max(1, num_clients * rank * rank)))
+    for start in range(0, num_clients, step):
+        stop = min(start + step, num_clients)
+        some, later = slice(start * rank, stop * rank), slice(start * rank, None)
+        paired = (stacked_b[some] @ stacked_b[later].T) * (stacked_a[some] @ stacked_a[later].T)
+        gram_CC[start:stop, start:] = paired.view(stop - start, rank, num_clients - start, rank).sum((1, 3))
+    return gram_CC
+
+
+def _gram_of_products(a_CRI: torch.Tensor, b_COR: torch.Tensor) -> torch.Tensor:
+    """Return <B_k A_k, B_l A_l> for k <= l, (C, C) in float64, from the products, some rows of each at a time."""
+    num_clients, _, num_in = a_CRI.shape
+    gram_CC = torch.zeros(num_clients, num_clients, dtype=torch.float64, device=a_CRI.device)
+    a_CRI = a_CRI.double()
+    rows = max(1, _BLOCK_ELEMENTS // max(1, num_clients * num_in))
+    step = _strip(num_clients)
+    for b_CoR in torch.split(b_COR, rows, dim=1):
+        products_CP = (b_CoR.double() @ a_CRI).flatten(1)
+        for start in range(0, num_clients, step):
+            gram_CC[start : start + step, start:] += products_CP[start : start + step] @ products_CP[start:].T
+    return gram_CC
+
+
+def _strip(num_clients: int) -> int:
+    """Rows of a strip: with four of them, 5/8 of a symmetric matrix are computed."""
+    return -(-num_clients // 4)
 
 
 def centred_cosine(gram_CC: Matrix) -> Matrix:
@@ -129,6 +157,11 @@ def observe(
     if len(rows) < MINIMUM_CLIENTS or not returned:
         return previous_KK
     now_CC = similarity(heading(after.replace(after.values_KP[rows]), before.replace(before.values_KP[rows])))
+    return moved(previous_KK, now_CC, rows, returned, memory)
+
+
+def moved(previous_KK: Matrix, now_CC: Matrix, rows: Sequence[int], returned: Sequence[int], memory: float) -> Matrix:
+    """Return the moving average of similarities, (K, K), after `now_CC` was seen among the clients `rows`."""
     before_CC = previous_KK[np.ix_(rows, rows)]
     moved_CC = np.where(before_CC != 0, memory * before_CC + (1 - memory) * now_CC, now_CC)
     new_C = np.isin(rows, list(returned))
@@ -152,12 +185,3 @@ def mutual_neighbours(similarity_KK: Matrix, neighbours: int, power: float) -> M
     least_K = np.partition(positive_KK, -count, axis=1)[:, -count]
     near_KK = (positive_KK > 0) & (positive_KK >= least_K[:, None])
     return np.where(near_KK & near_KK.T, (positive_KK / scale_K[:, None] / scale_K[None, :]) ** power, 0.0)
-
-
-def gram_graph(similarity_KK: Matrix, config: GraphConfig, round_: int) -> Graph:
-    """Return the graph of `kind: gram` after round `round_`: no edges during the warm-up, else mutual neighbours."""
-    num_clients = len(similarity_KK)
-    details = {"neighbours": config.neighbours, "power": config.power, "memory": config.memory, "round": round_}
-    if round_ <= config.warmup_rounds:
-        return validated(np.zeros((num_clients, num_clients)), num_clients, "gram", {**details, "warmup": True})
-    return validated(mutual_neighbours(similarity_KK, config.neighbours, config.power), num_clients, "gram", details)

@@ -9,16 +9,14 @@ all of them are checked before the first round; a client that fails only makes a
 
 from __future__ import annotations
 
-import numpy as np
-import torch
-
-from fedmira.config import FederationConfig, MiraPublishedConfig
+from fedmira.config import FederationConfig
 from fedmira.federation.graph import Graph, subgraph
+from fedmira.federation.learned_graphs import Seen, learner
 from fedmira.federation.method import Info, Method, State
 from fedmira.federation.mixing import laplacian_explicit, refuse_unstable, step_numbers
 from fedmira.federation.participation import planned_ids
 from fedmira.federation.receiving import exchange_everything, first_state, own_adapters, received
-from fedmira.federation.similarity import gram_graph, low_rank_pairs, observe
+from fedmira.method_config import MiraPublishedConfig
 from fedmira.types import Arena, Clients, Participants, Results
 
 
@@ -39,22 +37,21 @@ def build(
         for ids in draws:
             refuse_unstable(subgraph(graph, ids), tau)
 
+    learns = None if graph is not None else learner(config.graph, clients)
+
     def init(initial: Arena, clients: Clients) -> State:
         state = first_state(initial, clients)
-        if graph is not None:
-            return state
-        low_rank_pairs(initial.layout)
-        similarity_KK = torch.zeros(len(everybody), len(everybody), dtype=torch.float64)
-        return State(state.adapters, state.last_round_K, {"similarity": similarity_KK})
+        return state if learns is None else State(state.adapters, state.last_round_K, learns.init(initial))
 
     def merge(state: State, participants: Participants, results: Results) -> tuple[State, Info]:
         trained, last_round_K = received(state.adapters, state, participants, results)
         whole, memory = graph, dict(state.memory)
-        if whole is None:
-            before_KK = memory["similarity"].cpu().numpy()
-            similarity_KK = observe(before_KK, trained, state.adapters, results.ids, results.ids, config.graph.memory)
-            memory["similarity"] = torch.from_numpy(np.array(similarity_KK))
-            whole = gram_graph(similarity_KK, config.graph, participants.round)
+        if learns is not None:
+            # as printed, only those that take part are related to each other
+            now_K = tuple(participants.round if k in results.ids else 0 for k in everybody)
+            seen = Seen(trained, state.adapters, now_K, results.ids, participants.round)
+            memory, whole = learns.learn(memory, seen)
+        assert whole is not None
         if not results.ids:
             return State(trained, last_round_K, memory), Info({"returned": 0.0}, whole)
         among = subgraph(whole, results.ids)

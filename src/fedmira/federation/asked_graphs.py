@@ -1,0 +1,197 @@
+"""Graphs that need answers: how well clients do with each other's adapters, or how alike adapters predict.
+
+The question is asked after a round is merged, so its answer serves the next round. `asking` puts it beside the question
+a method may have of its own. Knows nothing about how answers come to be.
+
+Axes: K clients, S asked, Q candidates, C those compared, P parameters of one adapter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from fedmira.federation.graph import Graph, Matrix
+from fedmira.federation.learning import Learner, Memory, Seen, neighbour_graph
+from fedmira.federation.method import Info, Method, State
+from fedmira.federation.similarity import MINIMUM_CLIENTS, centred_cosine, moved
+from fedmira.graph_config import GraphConfig
+from fedmira.types import Arena, Clients, Losses, Participants, Results, Trial
+
+
+def trust(config: GraphConfig, clients: Clients) -> Learner:
+    """Return the learner by validation trust (after Wagner, Fan and Jaggi 2024): whose adapter does well on whose data?
+
+    Client k's regret of adapter l is its loss with it, less its smallest loss with any it judged. Near an optimum that
+    is a squared distance, so regrets, the mean of both directions, are centred into cosines as squared distances are
+    (classical scaling); centring removes how good an adapter is for everybody and how hard a client's data is. The
+    moving average over rounds is one of regrets. Costs `judged` foreign adapters of download per participant and round,
+    and one pass more than that over its validation examples.
+    """
+    num_clients = len(clients.names)
+
+    def init(initial: Arena) -> dict[str, torch.Tensor]:
+        nothing_KK = torch.zeros(num_clients, num_clients, dtype=torch.float64)
+        return {"regret": nothing_KK.clone(), "heard": nothing_KK.clone()}
+
+    def learn(memory: Memory, seen: Seen) -> tuple[dict[str, torch.Tensor], Graph]:
+        regret, heard = memory["regret"], memory["heard"]
+        similarity_KK = similarity_of_regrets(regret.cpu().numpy(), heard.cpu().numpy() > 0)
+        return {"regret": regret.clone(), "heard": heard.clone()}, neighbour_graph(similarity_KK, config)
+
+    def ask(participants: Participants, results: Results) -> Trial | None:
+        size = len(results.ids)
+        if size < 2:
+            return None
+        offsets = _offsets(size, min(config.judged, size - 1), participants.round)
+        # candidate 0 is a client's own upload, which it holds
+        turns = (0, *offsets)
+        rows_SP = results.values_SP.clone()
+        return Trial(results.ids, len(turns), lambda number: rows_SP.roll(-turns[number], 0), sent=len(offsets))
+
+    def hear(memory: Memory, round_: int, trial: Trial, losses: Losses) -> dict[str, torch.Tensor]:
+        regret_KK, heard_KK = memory["regret"].clone(), memory["heard"].clone()
+        size = len(trial.ids)
+        offsets = _offsets(size, trial.num_candidates - 1, round_)
+        for s, k in enumerate(trial.ids):
+            loss_Q = losses.mean_SQ[s]
+            finite_Q = torch.isfinite(loss_Q)
+            for offset, loss, finite in zip(offsets, loss_Q[1:].tolist(), finite_Q[1:].tolist(), strict=True):
+                if not finite:
+                    continue
+                loss -= float(loss_Q[finite_Q].min())
+                other = trial.ids[(s + offset) % size]
+                past = config.memory if heard_KK[k, other] else 0.0
+                regret_KK[k, other] = past * regret_KK[k, other] + (1 - past) * loss
+                heard_KK[k, other] = 1.0
+        return {"regret": regret_KK, "heard": heard_KK}
+
+    return Learner(init, learn, ask, hear)
+
+
+def _offsets(size: int, count: int, round_: int) -> tuple[int, ...]:
+    """How many places further those are that each of `size` clients judges this round: all of them in turn.
+
+    >>> _offsets(5, 2, 1), _offsets(5, 2, 2), _offsets(5, 4, 7)
+    ((1, 2), (3, 4), (1, 2, 3, 4))
+    """
+    first = (round_ - 1) * count
+    return tuple(sorted(1 + (first + place) % (size - 1) for place in range(count)))
+
+
+def similarity_of_regrets(regret_KK: Matrix, heard_KK: np.ndarray) -> Matrix:
+    """Return cosines from regrets taken as squared distances, (K, K); 0 where nobody of a pair judged the other.
+
+    A pair that was not heard counts, in the centring only, as the mean of what is known of its two clients.
+    """
+    times_KK = heard_KK.astype(np.float64) + heard_KK.T
+    rows = np.flatnonzero(times_KK.any(axis=1))
+    similarity_KK = np.zeros_like(regret_KK)
+    if len(rows) < MINIMUM_CLIENTS:
+        return similarity_KK
+    block = np.ix_(rows, rows)
+    known_CC = times_KK[block] > 0
+    total_CC = np.where(heard_KK, regret_KK, 0.0)
+    distance_CC = (total_CC + total_CC.T)[block] / np.maximum(times_KK[block], 1.0)
+    mean_C = distance_CC.sum(axis=1) / known_CC.sum(axis=1)
+    distance_CC = np.where(known_CC, distance_CC, (mean_C[:, None] + mean_C[None, :]) / 2)
+    np.fill_diagonal(distance_CC, 0.0)
+    similarity_KK[block] = np.where(known_CC, centred_cosine(-distance_CC / 2), 0.0)
+    return similarity_KK
+
+
+def probe(config: GraphConfig, clients: Clients) -> Learner:
+    """Return the learner by agreement of predictions on the server's own texts.
+
+    <sqrt p_k, sqrt p_l>, the mean over tokens of the Bhattacharyya coefficient of two adapters' predictions, is an
+    inner product, so it is centred and scaled like the Gram matrix of updates. The server does all of it: nothing
+    crosses. Costs one pass of every returned adapter over the texts, and S^2 V operations per token.
+    """
+    num_clients = len(clients.names)
+
+    def init(initial: Arena) -> dict[str, torch.Tensor]:
+        return {"similarity": torch.zeros(num_clients, num_clients, dtype=torch.float64)}
+
+    def learn(memory: Memory, seen: Seen) -> tuple[dict[str, torch.Tensor], Graph]:
+        similarity = memory["similarity"]
+        return {"similarity": similarity.clone()}, neighbour_graph(similarity.cpu().numpy(), config)
+
+    def ask(participants: Participants, results: Results) -> Trial | None:
+        if len(results.ids) < MINIMUM_CLIENTS:
+            return None
+        rows_SP = results.values_SP.clone()
+        return Trial(results.ids, 0, lambda number: rows_SP, sent=0, compare_SP=rows_SP)
+
+    def hear(memory: Memory, round_: int, trial: Trial, losses: Losses) -> dict[str, torch.Tensor]:
+        before_KK = memory["similarity"].cpu().numpy()
+        assert losses.agreement_SS is not None
+        agreement_SS = losses.agreement_SS.cpu().numpy()
+        sound = np.flatnonzero(np.isfinite(np.diagonal(agreement_SS)))
+        rows = [trial.ids[s] for s in sound]
+        now_CC = centred_cosine(agreement_SS[np.ix_(sound, sound)])
+        now_KK = moved(before_KK, now_CC, rows, rows, config.memory) if len(rows) >= MINIMUM_CLIENTS else before_KK
+        return {"similarity": torch.from_numpy(np.array(now_KK))}
+
+    return Learner(init, learn, ask, hear)
+
+
+ASKED: Mapping[str, Callable[[GraphConfig, Clients], Learner]] = {"trust": trust, "probe": probe}
+"""The learners that ask, by kind."""
+
+
+# ------------------------------------------------------------------------------------------- beside a method's question
+
+
+@dataclass(frozen=True, slots=True)
+class _Both:
+    """The candidates of the graph's question, then those of the method's."""
+
+    graph: Trial | None
+    own: Trial | None
+
+    def __call__(self, number: int) -> torch.Tensor:
+        before = self.graph.num_candidates if self.graph is not None else 0
+        part = self.graph if number < before else self.own
+        assert part is not None
+        return part.candidate(number if number < before else number - before)
+
+
+def asking(method: Method, learns: Learner) -> Method:
+    """Return `method` with the question of its graph, if there is one, asked together with its own.
+
+    Raises:
+        ValueError: the two questions go to other clients, or to other examples (when asked).
+    """
+    if learns.ask is None or learns.hear is None:
+        return method
+    ask, hear = learns.ask, learns.hear
+
+    def trial(state: State, participants: Participants, results: Results) -> Trial | None:
+        both = _Both(ask(participants, results), method.trial(state, participants, results) if method.trial else None)
+        asked = [one for one in (both.graph, both.own) if one is not None]
+        if not asked:
+            return None
+        if any((one.ids, one.split) != (asked[0].ids, asked[0].split) for one in asked):
+            raise ValueError("a graph and its method ask other clients, or about other examples")
+        return asked[0]._replace(
+            num_candidates=sum(one.num_candidates for one in asked),
+            candidate=both,
+            sent=sum(one.sent for one in asked),
+        )
+
+    def decide(state: State, trial: Trial, losses: Losses) -> tuple[State, Info]:
+        both = trial.candidate
+        assert isinstance(both, _Both)
+        first = both.graph.num_candidates if both.graph is not None else 0
+        if both.graph is not None:
+            answers = losses._replace(mean_SQ=losses.mean_SQ[:, :first])
+            learned = hear(state.memory, max(state.last_round_K), both.graph, answers)
+            state = replace(state, memory={**state.memory, **learned})
+        if both.own is None or method.decide is None:
+            return state, Info({})
+        return method.decide(state, both.own, losses._replace(mean_SQ=losses.mean_SQ[:, first:]))
+
+    return method._replace(trial=trial, decide=decide)

@@ -1,0 +1,77 @@
+"""Federated averaging of some groups of tensors, the rest staying with its client: what several methods are made of.
+
+Knows nothing about tasks or graphs. Axes: K clients, P parameters of one adapter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from fedmira.errors import ConfigError
+from fedmira.federation.method import Info, Method, State
+from fedmira.federation.mixing import Mixer, average, by_group, keep
+from fedmira.federation.receiving import exchange_everything, first_state, own_adapters, received
+from fedmira.types import Arena, Clients, Job, Participants, Results
+
+
+def returned_weights(clients: Clients, returned: Collection[int]) -> list[float]:
+    """Return per client its number of training examples n_k if it returned, else 0."""
+    there = set(returned)
+    return [float(n) if k in there else 0.0 for k, n in enumerate(clients.num_examples_K)]
+
+
+def one_start(initial: Arena, clients: Clients) -> State:
+    """Return the state before round 1 in which everybody holds the initial adapter of the first client.
+
+    One shared adapter needs one start; a mean of random factors would be a smaller start than any client's.
+    """
+    state = first_state(initial, clients)
+    rows_KP = state.adapters.values_KP[:1].expand_as(initial.values_KP).clone()
+    return State(initial.replace(rows_KP), state.last_round_K)
+
+
+def mean_of(clients: Clients, returned: Collection[int], groups: Collection[str], kept: Collection[str]) -> Mixer:
+    """Return the mixer that gives everybody sum_k n_k theta_k / sum_k n_k in `groups` over those that returned.
+
+    Groups in `kept` stay as they are. If nobody returned everything does.
+    """
+    if not returned:
+        return keep()
+    mean = average(returned_weights(clients, returned))
+    if not kept:
+        return mean
+    return by_group({group: keep() if group in kept else mean for group in (*groups, *kept)})
+
+
+def share(clients: Clients, shared: frozenset[str] | None = None) -> Method:
+    """Return the method that averages the groups `shared` over those that returned; None shares all groups.
+
+    Only shared groups cross. The others are each client's own, never averaged. All clients start alike.
+
+    Raises:
+        ConfigError: the adapter lacks a shared group (when the state is made).
+    """
+
+    def init(initial: Arena, clients: Clients) -> State:
+        groups = initial.layout.groups
+        if shared is not None and not shared <= set(groups):
+            raise ConfigError(
+                f"this method averages {sorted(shared)}, but the adapter has the groups {sorted(groups)}; use "
+                "model.adapter.kind = lora, or another method"
+            )
+        return one_start(initial, clients)
+
+    def groups_of(state: State) -> frozenset[str]:
+        return frozenset(state.adapters.layout.groups)
+
+    def plan(state: State, participants: Participants) -> Job:
+        crossing = groups_of(state) if shared is None else shared
+        return exchange_everything(state, participants)._replace(download=crossing, upload=crossing)
+
+    def merge(state: State, participants: Participants, results: Results) -> tuple[State, Info]:
+        adapters, last_round_K = received(state.adapters, state, participants, results)
+        averaged = groups_of(state) if shared is None else shared
+        mixer = mean_of(clients, results.ids, averaged, groups_of(state) - averaged)
+        return State(mixer(adapters), last_round_K), Info({"returned": float(len(results.ids))})
+
+    return Method(init=init, plan=plan, merge=merge, personalise=own_adapters)

@@ -1,0 +1,75 @@
+"""Groups of clients from the distances between them: average linkage, and how many groups by silhouette.
+
+Knows nothing about what the distances measure. `scipy.cluster.hierarchy` is the twin of the tests.
+
+Axes: C clients.
+"""
+
+from __future__ import annotations
+
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from fedmira.federation.graph import Matrix
+
+Labels: TypeAlias = npt.NDArray[np.int64]
+
+
+def partitions(distance_CC: Matrix) -> tuple[Labels, ...]:
+    """Return the partitions into 1, 2, ..., C groups that average linkage gives, (C,) each; O(C^3).
+
+    The two groups with the smallest mean distance between their members become one. A group is named by its first
+    client.
+
+    >>> [labels.tolist() for labels in partitions(np.array([[0.0, 1.0, 5.0], [1.0, 0.0, 4.0], [5.0, 4.0, 0.0]]))]
+    [[0, 0, 0], [0, 0, 2], [0, 1, 2]]
+    """
+    size = len(distance_CC)
+    labels = np.arange(size)
+    found = [labels.copy()]
+    between_CC = np.array(distance_CC, dtype=np.float64)
+    np.fill_diagonal(between_CC, np.inf)
+    members = np.ones(size)
+    for _ in range(size - 1):
+        one, other = sorted(np.unravel_index(int(between_CC.argmin()), between_CC.shape))
+        joint = members[one] * between_CC[one] + members[other] * between_CC[other]
+        members[one] += members[other]
+        between_CC[one] = between_CC[:, one] = joint / members[one]
+        between_CC[other] = between_CC[:, other] = np.inf
+        between_CC[one, one] = np.inf
+        labels[labels == other] = one
+        found.append(labels.copy())
+    return tuple(reversed(found))
+
+
+def silhouette(distance_CC: Matrix, labels_C: Labels) -> float:
+    """Return the mean of (b - a) / max(a, b), -1 .. 1 (Rousseeuw 1987); 0 for a client alone in its group.
+
+    a is the mean distance to one's own group, b that to the nearest other group.
+    """
+    names, places_C = np.unique(labels_C, return_inverse=True)
+    if len(names) < 2:
+        return 0.0
+    member_CG = np.eye(len(names))[places_C]
+    sizes_G = member_CG.sum(axis=0)
+    sums_CG = distance_CC @ member_CG
+    own_C = sizes_G[places_C]
+    within_C = (sums_CG * member_CG).sum(axis=1) / np.maximum(own_C - 1, 1)
+    nearest_C = np.where(member_CG > 0, np.inf, sums_CG / sizes_G).min(axis=1)
+    larger_C = np.maximum(within_C, nearest_C)
+    values_C = np.where(larger_C > 0, (nearest_C - within_C) / np.where(larger_C > 0, larger_C, 1.0), 0.0)
+    return float(np.where(own_C > 1, values_C, 0.0).mean())
+
+
+def clusters(distance_CC: Matrix) -> Labels | None:
+    """Return the partition into 2 to C - 1 groups with the largest silhouette, the fewest groups among equals.
+
+    None if no partition has a positive one: then nothing says that there are groups.
+    """
+    candidates = partitions(distance_CC)[1:-1] if len(distance_CC) > 2 else ()
+    scores = [silhouette(distance_CC, labels) for labels in candidates]
+    if not scores or max(scores) <= 0:
+        return None
+    return candidates[int(np.argmax(scores))]

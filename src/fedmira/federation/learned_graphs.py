@@ -1,0 +1,173 @@
+"""Graphs that are learned while a run goes on, by kind: those from the adapters here, others in `asked_graphs`.
+
+Knows nothing about how adapters are trained or mixed. Axes: K clients, C those compared, G blocks of layers.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from fedmira.federation import drawing
+from fedmira.federation.asked_graphs import ASKED
+from fedmira.federation.graph import Graph, Matrix, agreement, explained, validated
+from fedmira.federation.learning import Builder, Learner, Memory, Seen, neighbour_graph
+from fedmira.federation.similarity import (
+    MINIMUM_CLIENTS,
+    centred_cosine,
+    heading,
+    layer_grams,
+    low_rank_pairs,
+    moved,
+    mutual_neighbours,
+    observe,
+)
+from fedmira.graph_config import GraphConfig
+from fedmira.types import Arena, Clients
+
+
+def learner(config: GraphConfig, clients: Clients) -> Learner:
+    """Return the learner of `config.kind`.
+
+    Whatever the kind, the warm-up joins everyone with everyone, or nobody, and the provenance says the round, how much
+    the graph agrees with that of the round before, and what the server learns by it.
+    """
+    of_kind = {**_FROM_ADAPTERS, **ASKED}[config.kind](config, clients)
+    num_clients = len(clients.names)
+
+    def init(initial: Arena) -> dict[str, torch.Tensor]:
+        return {**of_kind.init(initial), "weights": torch.zeros(num_clients, num_clients, dtype=torch.float64)}
+
+    def learn(memory: Memory, seen: Seen) -> tuple[dict[str, torch.Tensor], Graph]:
+        learned, graph = of_kind.learn(memory, seen)
+        details = {"memory": config.memory, "round": seen.round}
+        if seen.round <= config.warmup_rounds:
+            weight = 1.0 if config.warmup == "uniform" else 0.0
+            first_KK = weight * (np.ones((num_clients, num_clients)) - np.eye(num_clients))
+            graph = validated(first_KK, num_clients, config.kind, {"warmup": config.warmup})
+        before_KK = memory["weights"].cpu().numpy()
+        if before_KK.any() and graph.num_edges:
+            details["agreement"] = agreement(before_KK, graph.adjacency_KK)
+        weights = torch.from_numpy(graph.adjacency_KK.copy())
+        graph = explained(replace(graph, provenance={**graph.provenance, **details}))
+        return {**learned, "weights": weights}, graph
+
+    return Learner(init, learn, of_kind.ask, of_kind.hear)
+
+
+def _from_adapters(draw: Callable[[Matrix, list[int], GraphConfig, Clients], Matrix]) -> Builder:
+    """Return the builder of learners that draw a graph from the similarities of where clients were heading.
+
+    The similarities are a moving average over rounds, see `similarity`; `draw` gets those among the clients seen, and
+    who they are. Others have no edges, and fewer than three seen give no graph.
+    """
+
+    def build(config: GraphConfig, clients: Clients) -> Learner:
+        num_clients = len(clients.names)
+
+        def init(initial: Arena) -> dict[str, torch.Tensor]:
+            low_rank_pairs(initial.layout)
+            return {"similarity": torch.zeros(num_clients, num_clients, dtype=torch.float64)}
+
+        def learn(memory: Memory, seen: Seen) -> tuple[dict[str, torch.Tensor], Graph]:
+            before_KK = memory["similarity"].cpu().numpy()
+            now_KK = observe(before_KK, seen.uploads, seen.starts, seen.clients, seen.returned, config.memory)
+            weights_KK = np.zeros((num_clients, num_clients))
+            if len(seen.clients) >= MINIMUM_CLIENTS:
+                block = np.ix_(seen.clients, seen.clients)
+                weights_KK[block] = draw(now_KK[block], seen.clients, config, clients)
+            used = {name: getattr(config, name) for name in ("neighbours", "power", "spread") if config.uses(name)}
+            return {"similarity": torch.from_numpy(np.array(now_KK))}, validated(
+                weights_KK, num_clients, config.kind, used
+            )
+
+        return Learner(init, learn)
+
+    return build
+
+
+def block_of(layer: str) -> str:
+    """Return the block of a layer: its name up to its first number, else the whole name.
+
+    >>> block_of("model.layers.12.self_attn.q_proj"), block_of("lm_head")
+    ('model.layers.12', 'lm_head')
+    """
+    found = re.match(r"\D*\d+", layer)
+    return found.group() if found else layer
+
+
+def _gram_layers(config: GraphConfig, clients: Clients) -> Learner:
+    """As `gram`, but each block has similarities of its own, drawn by `pooling` towards those of all layers."""
+    num_clients = len(clients.names)
+
+    def blocks_of(arena: Arena) -> dict[str, list[int]]:
+        """The low-rank pairs of each block, by their place."""
+        blocks: dict[str, list[int]] = {}
+        for place, (spec_a, _) in enumerate(low_rank_pairs(arena.layout)):
+            blocks.setdefault(block_of(spec_a.layer), []).append(place)
+        return blocks
+
+    def init(initial: Arena) -> dict[str, torch.Tensor]:
+        shape = (len(blocks_of(initial)), num_clients, num_clients)
+        return {"similarity": torch.zeros(shape, dtype=torch.float64)}
+
+    def learn(memory: Memory, seen: Seen) -> tuple[dict[str, torch.Tensor], Graph]:
+        similarity_GKK = memory["similarity"].cpu().numpy()
+        blocks = blocks_of(seen.uploads)
+        rows = seen.clients
+        if len(rows) >= MINIMUM_CLIENTS and seen.returned:
+            after, before = (one.replace(one.values_KP[rows]) for one in (seen.uploads, seen.starts))
+            cosines = [centred_cosine(gram_CC) for gram_CC in layer_grams(heading(after, before))]
+            everywhere_CC = np.mean(cosines, axis=0)
+            now = [
+                (1 - config.pooling) * np.mean([cosines[place] for place in places], axis=0)
+                + config.pooling * everywhere_CC
+                for places in blocks.values()
+            ]
+            similarity_GKK = np.stack(
+                [
+                    moved(before_KK, now_CC, rows, seen.returned, config.memory)
+                    for before_KK, now_CC in zip(similarity_GKK, now, strict=True)
+                ]
+            )
+        of_block = {
+            block: neighbour_graph(similarity_KK, config).adjacency_KK
+            for block, similarity_KK in zip(blocks, similarity_GKK, strict=True)
+        }
+        layers = seen.uploads.layout.layers
+        # a layer without a low-rank pair follows the mean of those that have one
+        mean_KK = np.mean([of_block[block_of(layer)] for layer in layers if block_of(layer) in of_block], axis=0)
+        details = {"neighbours": config.neighbours, "power": config.power, "pooling": config.pooling}
+        graph = validated(mean_KK, num_clients, config.kind, {**details, "blocks": len(blocks)})
+        by_layer = {layer: of_block.get(block_of(layer), graph.adjacency_KK) for layer in layers}
+        return {"similarity": torch.from_numpy(np.array(similarity_GKK))}, replace(graph, by_layer=by_layer)
+
+    return Learner(init, learn)
+
+
+_FROM_ADAPTERS: Mapping[str, Builder] = {
+    "gram": _from_adapters(
+        lambda s_CC, seen, config, clients: mutual_neighbours(s_CC, config.neighbours, config.power)
+    ),
+    "gram_layers": _gram_layers,
+    "mtrl": _from_adapters(
+        lambda s_CC, seen, config, clients: mutual_neighbours(
+            drawing.task_correlation(s_CC), config.neighbours, config.power
+        )
+    ),
+    "kalofolias": _from_adapters(
+        lambda s_CC, seen, config, clients: drawing.symmetric(
+            drawing.smooth_weights(drawing.squared_distances(s_CC), config.neighbours)
+        )
+    ),
+    "pfedgraph": _from_adapters(
+        lambda s_CC, seen, config, clients: drawing.symmetric(
+            drawing.simplex_rows(s_CC, [clients.num_examples_K[k] for k in seen], config.spread)
+        )
+    ),
+    "clusters": _from_adapters(lambda s_CC, seen, config, clients: drawing.inside_clusters(s_CC)),
+}

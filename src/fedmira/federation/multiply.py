@@ -1,0 +1,151 @@
+"""A small matrix times a tall and wide one: mix (K, P) rows by an (M, K) matrix in one pass over memory.
+
+Few non-zero weights per row are gathered over tiles of columns that stay in the cache, in `torch.get_num_threads()`
+threads; many are a matrix product. Either way a row whose weights are all 0 is never read, and each number is computed
+in float32 at least. `numpy.matmul` is the slow twin. Knows nothing about clients, graphs or rounds.
+
+Axes: M rows of the matrix and of the result, K rows of the values, P columns, E non-zero entries of the matrix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch.nn import functional
+
+Result = TypeVar("Result")
+
+_TILE_ELEMENTS = 1 << 17
+"""Elements gathered from at a time: 512 KiB in float32, half of a usual second-level cache."""
+_DEVICE_TILE_ELEMENTS = 1 << 26
+"""The same on a GPU, which would starve on small tiles: 256 MiB."""
+_PRODUCT_ELEMENTS = 1 << 22
+"""Elements multiplied by a dense matrix at a time: 16 MiB in float32."""
+_LEAST_TILE, _COLUMN_STEP = 64, 16
+
+
+class SparseMatrix(NamedTuple):
+    """An (M, K) matrix by its non-zero entries, row after row."""
+
+    starts: torch.Tensor
+    """(M + 1,) int32: row m has the entries starts[m] to starts[m + 1]."""
+    columns_E: torch.Tensor
+    """int32, below `num_columns`; gathering by int64 takes half as long again."""
+    weights_E: torch.Tensor
+    """float64."""
+    num_columns: int
+    """K."""
+
+    @property
+    def num_rows(self) -> int:
+        """M."""
+        return len(self.starts) - 1
+
+    def to(self, device: torch.device, dtype: torch.dtype = torch.float64) -> SparseMatrix:
+        """The same on `device`, its weights in `dtype`."""
+        starts, columns_E = self.starts.to(device), self.columns_E.to(device)
+        return SparseMatrix(starts, columns_E, self.weights_E.to(device, dtype), self.num_columns)
+
+
+def sparse(matrix_MK: npt.NDArray[np.float64]) -> SparseMatrix:
+    """Return the non-zero entries of a dense matrix.
+
+    >>> sparse(np.array([[0.0, 2.0], [3.0, 4.0]])).starts.tolist()
+    [0, 1, 3]
+    """
+    rows, columns = np.nonzero(matrix_MK)
+    starts = np.searchsorted(rows, np.arange(len(matrix_MK) + 1)).astype(np.int32)
+    weights_E = torch.from_numpy(np.asarray(matrix_MK[rows, columns], dtype=np.float64))
+    return SparseMatrix(
+        torch.from_numpy(starts), torch.from_numpy(columns.astype(np.int32)), weights_E, matrix_MK.shape[1]
+    )
+
+
+def multiply(matrix_MK: npt.NDArray[np.float64], values_KP: torch.Tensor) -> torch.Tensor:
+    """Return matrix @ values, (M, P), in new memory, in the dtype and on the device of `values`."""
+    entries = int(np.count_nonzero(matrix_MK))
+    out_MP = values_KP.new_empty(len(matrix_MK), values_KP.shape[1])
+    # per element of the result a gathered entry costs about two of a product, and a tile's way in and out about 32
+    if 2 * entries + 32 * len(matrix_MK) < matrix_MK.size:
+        multiply_sparse(sparse(matrix_MK), values_KP, out_MP)
+    else:
+        _multiply_dense(matrix_MK, values_KP, out_MP)
+    return out_MP
+
+
+def multiply_sparse(matrix: SparseMatrix, values_KP: torch.Tensor, out_MP: torch.Tensor) -> None:
+    """Write matrix @ values into `out_MP`, which shares no memory with `values_KP` and may have another dtype.
+
+    Each column depends on that column alone, so neither tiles nor the number of threads change a bit.
+
+    Raises:
+        ValueError: the shapes do not fit.
+    """
+    expected = ((matrix.num_columns, values_KP.shape[1]), (matrix.num_rows, values_KP.shape[1]))
+    if (values_KP.shape, out_MP.shape) != expected:
+        raise ValueError(
+            f"a ({matrix.num_rows}, {matrix.num_columns}) matrix cannot map {tuple(values_KP.shape)} to "
+            f"{tuple(out_MP.shape)}; the values must be {expected[0]} and the result {expected[1]}"
+        )
+    # weights rounded to 8 bits would no longer sum to 1
+    dtype = torch.promote_types(values_KP.dtype, torch.float32)
+    on_device = matrix.to(values_KP.device, dtype)
+
+    def one_tile(columns: slice) -> None:
+        # packed, as rows that lie a power of two apart would push each other out of the cache; packing and rounding at
+        # once take longer than one after the other
+        tile = values_KP[:, columns].contiguous().to(dtype)
+        out_MP[:, columns] = gather(on_device, tile).to(out_MP.dtype)
+
+    over_tiles(one_tile, values_KP)
+
+
+def gather(matrix: SparseMatrix, tile_KC: torch.Tensor) -> torch.Tensor:
+    """Return matrix @ tile, (M, columns of the tile); both in one dtype, float32 or float64, on one device."""
+    return functional.embedding_bag(
+        matrix.columns_E,
+        tile_KC,
+        matrix.starts,
+        mode="sum",
+        per_sample_weights=matrix.weights_E,
+        include_last_offset=True,
+    )
+
+
+def over_tiles(work: Callable[[slice], Result], values_KP: torch.Tensor) -> list[Result]:
+    """Return what `work` returns for each range of columns of `values_KP`, in their order.
+
+    The ranges are so narrow that (K, range) stays in a core's cache; `torch.get_num_threads()` of them run at once,
+    each in one thread.
+    """
+    num_clients, num_columns = values_KP.shape
+    on_cpu = values_KP.device.type == "cpu"
+    elements = _TILE_ELEMENTS if on_cpu else _DEVICE_TILE_ELEMENTS
+    width = max(_LEAST_TILE, elements // max(1, num_clients) // _COLUMN_STEP * _COLUMN_STEP)
+    tiles = [slice(start, min(start + width, num_columns)) for start in range(0, num_columns, width)]
+    threads = torch.get_num_threads()
+    if min(threads, len(tiles)) <= 1 or not on_cpu:
+        return [work(tile) for tile in tiles]
+    try:
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            return list(pool.map(work, tiles))
+    finally:
+        # what one thread sets holds for all
+        torch.set_num_threads(threads)
+
+
+def _multiply_dense(matrix_MK: npt.NDArray[np.float64], values_KP: torch.Tensor, out_MP: torch.Tensor) -> None:
+    sources = np.flatnonzero(matrix_MK.any(axis=0))
+    dtype = torch.promote_types(values_KP.dtype, torch.float32)
+    weights = torch.from_numpy(matrix_MK[:, sources]).to(values_KP.device, dtype)
+    rows = None if len(sources) == len(values_KP) else torch.from_numpy(sources).to(values_KP.device)
+    width = max(1, _PRODUCT_ELEMENTS // max(1, len(sources)))
+    for start in range(0, values_KP.shape[1], width):
+        block = values_KP[:, start : start + width]
+        block = block if rows is None else block.index_select(0, rows)
+        out_MP[:, start : start + width] = weights @ block.to(dtype)

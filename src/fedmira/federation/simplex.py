@@ -1,0 +1,44 @@
+"""Projection onto the probability simplex, and the aggregation weights that pFedGraph finds with it.
+
+Axes: C clients compared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from fedmira.federation.graph import Matrix
+
+
+def project_to_simplex(rows_MC: npt.ArrayLike) -> Matrix:
+    """Return for each row the nearest point with entries of at least 0 that sum to 1, by sorting: O(C log C) a row.
+
+    The projection is max(v - t, 0) with the t that makes it sum to 1 (Held, Wolfe and Crowder, 1974).
+
+    >>> project_to_simplex([[0.5, 0.5], [2.0, 0.0]]).tolist()
+    [[0.5, 0.5], [1.0, 0.0]]
+    """
+    values_MC = np.atleast_2d(np.asarray(rows_MC, dtype=np.float64))
+    falling_MC = -np.sort(-values_MC, axis=1)
+    excess_MC = np.cumsum(falling_MC, axis=1) - 1.0
+    counts_C = np.arange(1, values_MC.shape[1] + 1)
+    # the entries that stay positive are the largest ones; their number is the last at which the smallest still is
+    positive_M = (falling_MC * counts_C > excess_MC).sum(axis=1)
+    threshold_M = excess_MC[np.arange(len(values_MC)), positive_M - 1] / positive_M
+    return np.asarray(np.maximum(values_MC - threshold_M[:, None], 0.0))
+
+
+def collaboration(cosine_CC: Matrix, share_C: Sequence[float], strength: float) -> Matrix:
+    """Return pFedGraph's weights, (C, C): row k minimises lambda |w - p|^2 - <cosine_k, w> over the simplex.
+
+    The quadratic programme of Ye et al. (ICML 2023, Eq. 7) without a solver: w_k = Proj(p + cosine_k / (2 lambda)).
+
+    Args:
+        cosine_CC: similarity of the clients' updates, 1 on the diagonal.
+        share_C: p, each client's share of the training examples; sums to 1.
+        strength: lambda > 0; without bound every row becomes p.
+    """
+    return project_to_simplex(np.asarray(share_C)[None, :] + cosine_CC / (2.0 * strength))

@@ -1,0 +1,93 @@
+"""The `method.graph` section of the config: who is related to whom. Imports neither torch nor transformers."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, PositiveInt, model_validator
+
+from fedmira.config_basics import FinitePositiveFloat, NonNegativeInt, Section, Share
+
+
+class GraphConfig(Section):
+    kind: Literal[
+        "gram",
+        "gram_layers",
+        "pfedgraph",
+        "kalofolias",
+        "mtrl",
+        "clusters",
+        "trust",
+        "probe",
+        "embeddings",
+        "labels",
+        "given",
+        "uniform",
+        "random",
+        "true",
+        "permuted",
+    ] = "gram"
+    """Learned from the adapters: `gram` (mutual nearest neighbours), `gram_layers` (the same for each block of layers),
+    `pfedgraph` (rows on the simplex), `kalofolias` (smooth graph), `mtrl` (task covariance), `clusters` (hard groups).
+    Learned by asking: `trust` (clients judge each other's adapters on validation examples), `probe` (agreement of
+    predictions on texts of the server). Before round 1: `embeddings` (clients' prompts as the base model reads them),
+    `labels` (clients of one task are joined; oracle), `given` (a file), `uniform` (everyone with everyone), `random`
+    (the published code's), `true` (the graph planted in the data), `permuted` (that with its clients shuffled)."""
+    path: str | None = None
+    """With `given`: a JSON file {"names": [...], "adjacency": [[...]]} or a .npy / .csv matrix in client order."""
+    neighbours: PositiveInt = 5
+    """With `gram`, `gram_layers`, `mtrl`, `trust`, `probe`, `embeddings`: mutual nearest neighbours kept per client.
+    With `kalofolias`: edges per client that its one parameter is set for."""
+    power: FinitePositiveFloat = 1.0
+    """With mutual nearest neighbours: exponent on the similarity, which is relative to that of the nearest."""
+    memory: Share = 0.0
+    """With graphs learned over rounds: weight of the past in the moving average of what is compared. What clients learn
+    first is what their answers look like; remembering it blurs which tasks are alike."""
+    warmup_rounds: NonNegativeInt = 3
+    """With graphs learned over rounds: rounds before the graph is trusted."""
+    warmup: Literal["uniform", "none"] = "uniform"
+    """With graphs learned over rounds: who is related to whom during the warm-up: everyone with everyone, so that all
+    clients start from much the same place when they are first compared, or nobody with anybody."""
+    pooling: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """With `gram_layers`: weight of the mean over all layers in the similarity of each block; 1 is `gram`."""
+    spread: FinitePositiveFloat = 0.8
+    """With `pfedgraph`: lambda of its rows; more moves them from the most similar clients to all, by examples. The
+    default of its published code."""
+    judged: PositiveInt = 8
+    """With `trust`: foreign adapters that each participant downloads and judges in a round, in turn over the rounds."""
+    probe_path: str | None = None
+    """With `probe`: JSON Lines file of instructions with answers, in the forms that data.source = jsonl reads; null
+    makes them of random tokens."""
+    probe_examples: PositiveInt = 32
+    """With `probe`: texts that are compared, the first of the file."""
+
+    def uses(self, key: str) -> bool:
+        """Whether this kind of graph looks at `key`."""
+        return self.kind in _KINDS_WITH[key]
+
+    @model_validator(mode="after")
+    def _keys_with_their_kinds(self) -> GraphConfig:
+        if self.kind == "given" and self.path is None:
+            raise ValueError("kind: given needs path")
+        for name, kinds in _KINDS_WITH.items():
+            if not self.uses(name) and getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{name} has no effect with kind = {self.kind}; it goes with {', '.join(kinds)}")
+        return self
+
+
+_NEIGHBOUR_KINDS = ("gram", "gram_layers", "mtrl", "trust", "probe")
+_LEARNED_KINDS = (*_NEIGHBOUR_KINDS, "pfedgraph", "kalofolias", "clusters")
+_KINDS_WITH = {
+    "path": ("given",),
+    "neighbours": (*_NEIGHBOUR_KINDS, "embeddings", "kalofolias"),
+    "power": (*_NEIGHBOUR_KINDS, "embeddings"),
+    "memory": _LEARNED_KINDS,
+    "warmup_rounds": _LEARNED_KINDS,
+    "warmup": _LEARNED_KINDS,
+    "pooling": ("gram_layers",),
+    "spread": ("pfedgraph",),
+    "judged": ("trust",),
+    "probe_path": ("probe",),
+    "probe_examples": ("probe",),
+}
+"""The kinds of graph that look at a key; anywhere else it is refused."""

@@ -1,0 +1,416 @@
+"""The `method` section of the config: the federated algorithms with their settings, and the graph between clients.
+
+Adding a method: a class here that joins `MethodConfig`, a module in `federation/methods`, a line in its `registry.py`.
+Imports neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Literal, TypeAlias, get_args
+
+from pydantic import Field, PositiveInt, TypeAdapter, model_validator
+
+from fedmira.config_basics import FinitePositiveFloat, Fraction, NonNegativeFloat, NonNegativeInt, Section, Share
+from fedmira.graph_config import GraphConfig
+
+AdapterKind: TypeAlias = Literal["lora", "prompt", "p_tuning", "full"]
+"""What is trained on top of the base; see `model.adapter.kind`."""
+ALL_KINDS: tuple[AdapterKind, ...] = get_args(AdapterKind)
+
+
+class MethodSection(Section):
+    num_pairs: ClassVar[int] = 1
+    """Low-rank pairs per layer that the method needs at each client."""
+    kinds: ClassVar[tuple[AdapterKind, ...]] = ("lora",)
+    """Kinds of adapters that the method can use."""
+    asks_for_losses: ClassVar[bool] = False
+    """Whether clients always tell the server losses on examples of theirs."""
+
+
+class LocalOnlyConfig(MethodSection):
+    """Each client trains alone; nothing is exchanged."""
+
+    kinds: ClassVar[tuple[AdapterKind, ...]] = ALL_KINDS
+    name: Literal["local_only"]
+    """Which method this section describes; the other keys follow from it."""
+
+
+class FedITConfig(MethodSection):
+    """FedAvg over what is tuned: one global adapter, weighted by training examples. With `model.adapter.kind` lora it
+    is FedIT, with prompt FedPrompt, with p_tuning FedPTuning, with full the traditional FedAvg."""
+
+    kinds: ClassVar[tuple[AdapterKind, ...]] = ALL_KINDS
+    name: Literal["fedit"]
+    """Which method this section describes; the other keys follow from it."""
+
+
+class MiraPublishedConfig(MethodSection):
+    """Eq. (8) and (9) of the paper as printed: an explicit Laplacian step over the sampled clients."""
+
+    kinds: ClassVar[tuple[AdapterKind, ...]] = ALL_KINDS
+    name: Literal["mira_published"]
+    """Which method this section describes; the other keys follow from it."""
+    graph: GraphConfig = GraphConfig(kind="random")
+    """Who is related to whom."""
+    strength: NonNegativeFloat = 0.5
+    """lambda of the paper. Its published configs use 0.01 to 1."""
+    server_lr: FinitePositiveFloat = 0.0015
+    """eta of the paper. Its published code uses learning rate x local_step = 3e-4 x 5."""
+
+
+class ChoiceConfig(Section):
+    enabled: bool = True
+    """Validated mixing: each client chooses by its validation loss how much of the mixed adapter it takes."""
+    margin: Share = 0.01
+    """Share of its loss by which a client's validation loss must fall for anything but the smallest share to be chosen.
+    A client counts as harmed when its test loss is more than 1 % above that of training alone."""
+    grid: tuple[Annotated[float, Field(ge=0, le=1)], ...] = (0.0, 0.5, 1.0)
+    """Shares of the mixed adapter that a client may choose between, ascending; the rest is its own upload."""
+    memory: Share = 0.5
+    """Weight of the past in the moving average of a client's validation losses."""
+    pooling: NonNegativeFloat = 0.0
+    """Tokens that the mean over all clients counts as, beside a client's own validation tokens; 0 trusts each client's
+    own examples alone."""
+
+    @model_validator(mode="after")
+    def _ascending(self) -> ChoiceConfig:
+        if len(self.grid) < 2 or list(self.grid) != sorted(set(self.grid)):
+            raise ValueError(f"grid = {list(self.grid)} needs at least two different shares in ascending order")
+        return self
+
+
+class MiraConfig(MethodSection):
+    """Implicit, confidence-weighted Laplacian step over all clients with stored adapters."""
+
+    kinds: ClassVar[tuple[AdapterKind, ...]] = ALL_KINDS
+    name: Literal["mira"] = "mira"
+    """Which method this section describes; the other keys follow from it."""
+    graph: GraphConfig = GraphConfig()
+    """Who is related to whom."""
+    strength: NonNegativeFloat = 4.0
+    """tau: how hard related clients are pulled together; any value is stable."""
+    staleness_decay: Fraction = 0.7
+    """Confidence of a stored adapter falls by this factor for each round its client was not sampled."""
+    choice: ChoiceConfig = ChoiceConfig()
+    """How much of the mixed adapter each client takes; all of it unless `enabled`."""
+
+
+KNOWN_GRAPHS = ("labels", "given", "uniform", "random", "true", "permuted")
+"""Kinds of graphs that are known before the first round."""
+
+
+class FedITFinetunedConfig(MethodSection):
+    """FedIT, whose last rounds are local fine-tuning of the global adapter."""
+
+    kinds: ClassVar[tuple[AdapterKind, ...]] = ALL_KINDS
+    name: Literal["fedit_finetuned"]
+    """Which method this section describes; the other keys follow from it."""
+    local_rounds: NonNegativeInt | None = None
+    """Rounds at the end in which each client trains alone; null: a quarter of `federation.rounds`."""
+
+
+class DittoConfig(MethodSection):
+    """A global adapter, averaged, and personal ones pulled towards it; each gets half of the local work."""
+
+    kinds: ClassVar[tuple[AdapterKind, ...]] = ALL_KINDS
+    name: Literal["ditto"]
+    """Which method this section describes; the other keys follow from it."""
+    strength: NonNegativeFloat = 0.1
+    """lambda, in units of the loss per squared distance of the factors. The authors choose it on validation data."""
+
+
+class MrMtlConfig(MethodSection):
+    """Personal adapters pulled towards the mean of all of them."""
+
+    kinds: ClassVar[tuple[AdapterKind, ...]] = ALL_KINDS
+    name: Literal["mr_mtl"]
+    """Which method this section describes; the other keys follow from it."""
+    strength: NonNegativeFloat = 0.1
+    """lambda, in units of the loss per squared distance of the factors. The authors choose it on validation data."""
+
+
+class FedSALoRAConfig(MethodSection):
+    """A is averaged, B stays with its client."""
+
+    name: Literal["fedsa_lora"]
+    """Which method this section describes; the other keys follow from it."""
+
+
+class FedALoRAConfig(MethodSection):
+    """B is averaged, A stays with its client."""
+
+    name: Literal["fed_alora"]
+    """Which method this section describes; the other keys follow from it."""
+
+
+class FedDPAConfig(MethodSection):
+    """A global pair, averaged in odd rounds, beside an own pair, trained in even rounds."""
+
+    num_pairs: ClassVar[int] = 2
+    name: Literal["feddpa"]
+    """Which method this section describes; the other keys follow from it."""
+
+
+class FedALTConfig(MethodSection):
+    """An own adapter trained beside a frozen mean of the others' adapters."""
+
+    num_pairs: ClassVar[int] = 2
+    name: Literal["fedalt"]
+    """Which method this section describes; the other keys follow from it."""
+    own_weight: Fraction = 0.5
+    """Weight of the own adapter; 1 minus it is that of the others' mean. The authors learn it for every input."""
+
+
+class FedAMPConfig(MethodSection):
+    """Personal adapters pulled towards means in which similar clients weigh more."""
+
+    kinds: ClassVar[tuple[AdapterKind, ...]] = ALL_KINDS
+    name: Literal["fedamp"]
+    """Which method this section describes; the other keys follow from it."""
+    strength: NonNegativeFloat = 0.1
+    """lambda / alpha of the paper: of the pull, in units of the loss per squared distance of the factors."""
+    attention: Share = 0.5
+    """Weight that the others would have together if they were all equal to the client."""
+    sigma: FinitePositiveFloat = 1.0
+    """Width of the attention, in mean squared distances between clients. The authors: absolute squared distances."""
+
+
+class PFedGraphConfig(MethodSection):
+    """A mean for each client, weighted by the similarity of updates and the size of data."""
+
+    kinds: ClassVar[tuple[AdapterKind, ...]] = ALL_KINDS
+    name: Literal["pfedgraph"]
+    """Which method this section describes; the other keys follow from it."""
+    strength: FinitePositiveFloat = 0.8
+    """lambda: how much data sizes count beside similarity; without bound it is FedIT. The authors' code: 0.8."""
+    pull: NonNegativeFloat = 0.0
+    """Strength of the pull towards the client's mean while it trains. The authors: 0.01 times a cosine."""
+
+
+class IFCAConfig(MethodSection):
+    """A few models; each client belongs to the one with the lowest loss on its training examples."""
+
+    kinds: ClassVar[tuple[AdapterKind, ...]] = ALL_KINDS
+    asks_for_losses: ClassVar[bool] = True
+    name: Literal["ifca"]
+    """Which method this section describes; the other keys follow from it."""
+    models: PositiveInt = 4
+    """Number of models; at most that of the clients is used. The authors: the true number of clusters."""
+
+
+class FedLEASEConfig(MethodSection):
+    """Clusters found once from B; each shares one adapter."""
+
+    name: Literal["fedlease"]
+    """Which method this section describes; the other keys follow from it."""
+    warmup_rounds: PositiveInt = 1
+    """Rounds of training alone, after the last of which clusters are found. The authors: a few epochs."""
+    most_clusters: Annotated[int, Field(ge=2)] = 8
+    """Clusters at most; the silhouette chooses between 2 and this."""
+
+
+class FedTreeLoRAConfig(MethodSection):
+    """One tree of clients, cut deeper for deeper layers; each layer is averaged within its clusters."""
+
+    name: Literal["fedtreelora"]
+    """Which method this section describes; the other keys follow from it."""
+    warmup_rounds: PositiveInt = 1
+    """Rounds of training alone, after the last of which the tree is grown."""
+    most_clusters: PositiveInt = 8
+    """Clusters of a layer at most; the silhouette chooses."""
+
+
+class PCLConfig(MethodSection):
+    """Each client mixes all adapters by their losses on its own validation examples."""
+
+    kinds: ClassVar[tuple[AdapterKind, ...]] = ALL_KINDS
+    asks_for_losses: ClassVar[bool] = True
+    name: Literal["pcl"]
+    """Which method this section describes; the other keys follow from it."""
+    temperature: FinitePositiveFloat = 0.1
+    """Nats per token by which a loss must be higher for e times less trust."""
+
+
+class FedUConfig(MethodSection):
+    """An explicit Laplacian step on the graph of all clients."""
+
+    kinds: ClassVar[tuple[AdapterKind, ...]] = ALL_KINDS
+    name: Literal["fedu"]
+    """Which method this section describes; the other keys follow from it."""
+    graph: GraphConfig = GraphConfig(kind="random")
+    """Who is related to whom; known in advance. The authors' code draws it at random."""
+    strength: NonNegativeFloat = 0.5
+    """eta of the paper, lambda elsewhere: how hard related clients are pulled together."""
+    server_lr: FinitePositiveFloat = 0.0015
+    """Step size. The authors: the learning rate times the local steps."""
+
+    @model_validator(mode="after")
+    def _known_graph(self) -> FedUConfig:
+        _refuse_learned(self.graph)
+        return self
+
+
+class OracleClustersConfig(MethodSection):
+    """FedIT within the true groups of clients: an upper reference."""
+
+    kinds: ClassVar[tuple[AdapterKind, ...]] = ALL_KINDS
+    name: Literal["oracle_clusters"]
+    """Which method this section describes; the other keys follow from it."""
+    graph: GraphConfig = GraphConfig(kind="labels")
+    """Its connected components are the groups; known in advance, such as `labels` or `true`."""
+
+    @model_validator(mode="after")
+    def _known_graph(self) -> OracleClustersConfig:
+        _refuse_learned(self.graph)
+        return self
+
+
+class CentralisedConfig(MethodSection):
+    """One adapter trained on everybody's examples as one data set: a reference, not a federated method."""
+
+    kinds: ClassVar[tuple[AdapterKind, ...]] = ALL_KINDS
+    name: Literal["centralised"]
+    """Which method this section describes; the other keys follow from it."""
+
+
+def _refuse_learned(graph: GraphConfig) -> None:
+    if graph.kind not in KNOWN_GRAPHS:
+        raise ValueError(
+            f"graph.kind = {graph.kind} is learned while the run goes on, but this method needs a graph that is known "
+            f"before; allowed: {', '.join(KNOWN_GRAPHS)}"
+        )
+
+
+class FedProxConfig(MethodSection):
+    """FedAvg whose clients are held near the adapter they downloaded."""
+
+    kinds: ClassVar[tuple[AdapterKind, ...]] = ALL_KINDS
+    name: Literal["fedprox"]
+    """Which method this section describes; the other keys follow from it."""
+    strength: NonNegativeFloat = 0.01
+    """mu: how hard clients are held; 0 is fedit. The authors try 0.001 to 1 on whole models."""
+
+
+class FfaLoraConfig(MethodSection):
+    """A stays at its initial values, B is trained and averaged."""
+
+    name: Literal["ffa_lora"]
+    """Which method this section describes; the other keys follow from it."""
+
+
+class RoLoraConfig(MethodSection):
+    """B and A are trained and averaged in turn, B first."""
+
+    name: Literal["rolora"]
+    """Which method this section describes; the other keys follow from it."""
+
+
+class FedAdamConfig(MethodSection):
+    """The server takes a step of Adam, or of gradient descent with momentum, along the clients' mean change."""
+
+    kinds: ClassVar[tuple[AdapterKind, ...]] = ALL_KINDS
+    name: Literal["fedadam"]
+    """Which method this section describes; the other keys follow from it."""
+    rule: Literal["adam", "momentum"] = "adam"
+    """`adam`: FedAdam. `momentum`: FedAvgM."""
+    server_lr: FinitePositiveFloat = 0.01
+    """Length of the server's step; with `momentum` 1 is the usual value. The authors tune it, 0.001 to 10."""
+    beta1: Share = 0.9
+    """Decay of the moving average of changes, or the momentum. The authors: 0.9."""
+    beta2: Share = 0.99
+    """With `adam`: decay of the moving average of squared changes. The authors: 0.99."""
+    adaptivity: FinitePositiveFloat = 0.001
+    """With `adam`: tau of the paper, added to the root of the second moment. The authors: 0.001 mostly."""
+
+    @model_validator(mode="after")
+    def _no_setting_without_effect(self) -> FedAdamConfig:
+        if self.rule == "momentum":
+            for name in ("beta2", "adaptivity"):
+                if getattr(self, name) != type(self).model_fields[name].default:
+                    raise ValueError(f"{name} has no effect with rule = momentum; remove it, or use rule: adam")
+        return self
+
+
+class FlexLoraConfig(MethodSection):
+    """The mean of the products, decomposed into a pair for each client's rank."""
+
+    name: Literal["flexlora"]
+    """Which method this section describes; the other keys follow from it."""
+    align: bool = True
+    """Turn each new pair by the rotation that brings it nearest to the one it replaces. The authors do not."""
+
+
+class HetLoraConfig(MethodSection):
+    """Zero-padded mean of adapters of different ranks, weighted by the norm of each one's product."""
+
+    name: Literal["hetlora"]
+    """Which method this section describes; the other keys follow from it."""
+
+
+class FedExLoraConfig(MethodSection):
+    """The factors are averaged, and the difference to the mean of the products is added to the base."""
+
+    name: Literal["fedex_lora"]
+    """Which method this section describes; the other keys follow from it."""
+
+
+class FloraConfig(MethodSection):
+    """The mean of the products is merged into the base after each round, exactly."""
+
+    name: Literal["flora"]
+    """Which method this section describes; the other keys follow from it."""
+
+
+class FloristConfig(MethodSection):
+    """The mean of the products is merged into the base after each round, cut to the rank that its energy needs."""
+
+    name: Literal["florist"]
+    """Which method this section describes; the other keys follow from it."""
+    energy: Fraction = 0.9
+    """Share of the squared singular values of each layer that is kept; 1 is flora. The authors tune it."""
+
+
+MethodConfig = Annotated[
+    LocalOnlyConfig
+    | FedITConfig
+    | MiraPublishedConfig
+    | MiraConfig
+    | FedITFinetunedConfig
+    | DittoConfig
+    | MrMtlConfig
+    | FedSALoRAConfig
+    | FedALoRAConfig
+    | FedDPAConfig
+    | FedALTConfig
+    | FedAMPConfig
+    | PFedGraphConfig
+    | IFCAConfig
+    | FedLEASEConfig
+    | FedTreeLoRAConfig
+    | PCLConfig
+    | FedUConfig
+    | OracleClustersConfig
+    | FedProxConfig
+    | FfaLoraConfig
+    | RoLoraConfig
+    | FedAdamConfig
+    | FlexLoraConfig
+    | HetLoraConfig
+    | FedExLoraConfig
+    | FloraConfig
+    | FloristConfig
+    | CentralisedConfig,
+    Field(discriminator="name"),
+]
+
+
+METHOD_SECTIONS: dict[str, type[MethodSection]] = {
+    get_args(one.model_fields["name"].annotation)[0]: one for one in get_args(get_args(MethodConfig)[0])
+}
+METHOD_NAMES: tuple[str, ...] = tuple(METHOD_SECTIONS)
+_METHOD_ADAPTER: TypeAdapter[MethodConfig] = TypeAdapter(MethodConfig)
+
+
+def method_with_defaults(name: str) -> MethodConfig:
+    """The section of the method `name` with nothing else set."""
+    return _METHOD_ADAPTER.validate_python({"name": name})

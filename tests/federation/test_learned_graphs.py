@@ -1,0 +1,481 @@
+"""Every kind of learned graph finds known groups, follows its clients, survives degenerate input; its mathematics."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.cluster import hierarchy
+from scipy.optimize import minimize
+from scipy.spatial.distance import squareform
+from tests.federation.builders import clients, graph_section, initial, judged, layout, mira, one_round, play
+from tests.reference import mixing_twin
+
+from fedmira.errors import ConfigError
+from fedmira.federation import drawing
+from fedmira.federation.asked_graphs import similarity_of_regrets
+from fedmira.federation.clustering import clusters, partitions, silhouette
+from fedmira.federation.graph import PRIVACY, Graph, parts, subgraph, validated, weight_inside
+from fedmira.federation.known_graphs import embeddings
+from fedmira.federation.learned_graphs import block_of, learner
+from fedmira.federation.learning import Learner, Seen
+from fedmira.federation.mixing import (
+    by_layer,
+    energy,
+    implicit_matrix,
+    laplacian_explicit,
+    laplacian_implicit,
+    linear,
+    step_numbers,
+)
+from fedmira.federation.registry import build_method
+from fedmira.graph_config import GraphConfig
+from fedmira.method_config import ChoiceConfig, MiraConfig
+from fedmira.types import Arena, Clients, Losses, Participants, Results
+
+FROM_ADAPTERS = ("gram", "gram_layers", "pfedgraph", "kalofolias", "mtrl", "clusters")
+ASKED = ("trust", "probe")
+SIZES = (5, 3, 4)
+
+
+def families(
+    sizes: Sequence[int] = SIZES, own: float = 0.3, common: float = 3.0, seed: int = 1
+) -> tuple[Arena, list[str]]:
+    """Adapters that share a common part, a part of their family, and a part of their own."""
+    of = layout(features=((12, 10), (9, 14)))
+    labels = [str(family) for family, size in enumerate(sizes) for _ in range(size)]
+    shape = (len(labels) + len(sizes) + 1, of.num_parameters)
+    parts_P = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    rows = [common * parts_P[0] + parts_P[1 + int(label)] + own * parts_P[-1 - k] for k, label in enumerate(labels)]
+    return Arena(of, torch.stack(rows)), labels
+
+
+def answers(rows_SP: torch.Tensor, candidates: Sequence[torch.Tensor]) -> Losses:
+    """A quadratic loss around each client's own row, plus what makes a client's data hard; agreement by the same."""
+    size = len(rows_SP)
+    mean_SQ = torch.stack([(one - rows_SP).square().mean(dim=1) for one in candidates], 1) if candidates else None
+    mean_SQ = torch.zeros(size, 0) if mean_SQ is None else mean_SQ + torch.arange(size)[:, None]
+    apart_SS = (rows_SP[:, None] - rows_SP[None]).square().mean(dim=2)
+    return Losses(mean_SQ.double(), (3,) * size, 0, 0, torch.exp(-0.1 * apart_SS))
+
+
+def learned(kind: str, uploads: Arena, who: Clients | None = None, rounds: int = 1, **settings: object) -> Graph:
+    """The graph after `rounds` rounds in which everybody returned the same upload, from adapters with B = 0."""
+    num_clients = uploads.num_clients
+    who = who or clients(num_clients)
+    learns = learner(graph_section(kind, **settings), who)
+    start = initial(num_clients, torch.float64, of=uploads.layout)
+    everybody = tuple(range(num_clients))
+    memory = learns.init(start)
+    # what is asked after one round serves the next
+    for round_ in range(1, rounds + 1 + (learns.ask is not None)):
+        seen = Seen(uploads, start, (round_,) * num_clients, everybody, round_)
+        memory, graph = learns.learn(memory, seen)
+        memory |= heard(learns, memory, uploads, round_)
+    return graph
+
+
+def heard(learns: Learner, memory: dict[str, torch.Tensor], uploads: Arena, round_: int) -> dict[str, torch.Tensor]:
+    if learns.ask is None or learns.hear is None:
+        return {}
+    everybody = tuple(range(uploads.num_clients))
+    results = Results(everybody, uploads.values_KP, (), 0, 0, 0.0, 0)
+    trial = learns.ask(Participants(round_, everybody), results)
+    if trial is None:
+        return {}
+    candidates = [trial.candidate(number) for number in range(trial.num_candidates)]
+    return learns.hear(memory, round_, trial, answers(uploads.values_KP, candidates))
+
+
+# ------------------------------------------------------------------------------------------------------- every kind
+
+
+@pytest.mark.parametrize("kind", [*FROM_ADAPTERS, *ASKED])
+def test_every_kind_recovers_known_families(kind: str) -> None:
+    uploads, labels = families()
+    settings = {"trust": {"judged": 11}, "kalofolias": {"neighbours": 3}}.get(kind, {})
+    graph = learned(kind, uploads, rounds=2, **settings)
+    assert weight_inside(graph, labels) > 0.95
+    assert (graph.adjacency_KK.sum(axis=1) > 0).all()
+    # about as strong as each other, so that one strength serves all kinds
+    assert 0.5 < graph.adjacency_KK.max(axis=1).mean() < 2
+    assert graph.name == kind
+    assert graph.provenance["privacy"] == PRIVACY[kind]
+    assert graph.provenance["agreement"] > (0.99 if kind in FROM_ADAPTERS else 0.9)
+    assert json.loads(json.dumps(dict(graph.provenance))) == dict(graph.provenance)
+
+
+@pytest.mark.parametrize("kind", [*FROM_ADAPTERS, *ASKED])
+def test_the_graph_follows_its_clients(kind: str) -> None:
+    uploads, _ = families((3, 3), own=0.8)
+    order = [4, 0, 5, 2, 1, 3]
+    who = clients(6)
+    shuffled = who._replace(num_examples_K=tuple(who.num_examples_K[k] for k in order))
+    plain = learned(kind, uploads, who).adjacency_KK
+    moved = learned(kind, uploads.replace(uploads.values_KP[order]), shuffled).adjacency_KK
+    assert plain.any()
+    # clients 0 and 3 are as hard as their place says: trust must not see that either
+    assert np.allclose(moved, plain[np.ix_(order, order)], rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("rows", ["zero", "equal", "equal but for rounding", "one different", "random"])
+@pytest.mark.parametrize("num_clients", [1, 2, 3, 4])
+@pytest.mark.parametrize("kind", [*FROM_ADAPTERS, *ASKED])
+def test_degenerate_adapters_give_a_usable_graph(kind: str, num_clients: int, rows: str) -> None:
+    uploads, _ = families((num_clients,))
+    values = uploads.values_KP
+    if rows != "random":
+        values = torch.zeros_like(values) if rows == "zero" else values[:1].expand_as(values).clone()
+    if rows == "equal but for rounding":
+        values = values * (1 + 1e-12 * uploads.values_KP)
+    if rows == "one different":
+        values[-1] += 1.0
+    graph = learned(kind, uploads.replace(values), rounds=2)
+    assert np.isfinite(graph.adjacency_KK).all()
+    if num_clients < 3:
+        assert not graph.num_edges
+    matrix = implicit_matrix(graph, 1.0, [1.0] * num_clients)
+    assert np.allclose(matrix.sum(axis=1), 1)
+
+
+@pytest.mark.parametrize("kind", [*FROM_ADAPTERS, *ASKED])
+def test_warm_up_joins_everyone_or_nobody(kind: str) -> None:
+    uploads, _ = families((3, 3))
+    for warmup, edges in (("none", 0), ("uniform", 15)):
+        during, after = (
+            learned(kind, uploads, rounds=rounds, warmup_rounds=3, warmup=warmup).num_edges for rounds in (2, 4)
+        )
+        assert during == edges
+        assert 0 < after < 15
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "message"),
+    [
+        ("labels", {"neighbours": 3}, "neighbours has no effect with kind = labels"),
+        ("clusters", {"power": 2.0}, "power has no effect with kind = clusters; it goes with gram"),
+        ("uniform", {"memory": 0.1}, "memory has no effect"),
+        ("embeddings", {"warmup_rounds": 1}, "warmup_rounds has no effect"),
+        ("gram", {"pooling": 0.1}, "pooling has no effect with kind = gram; it goes with gram_layers"),
+        ("gram", {"spread": 0.1}, "spread has no effect"),
+        ("probe", {"judged": 3}, "judged has no effect"),
+        ("trust", {"probe_path": "x"}, "probe_path has no effect"),
+        ("trust", {"probe_examples": 3}, "probe_examples has no effect"),
+        ("gram", {"path": "x"}, "path has no effect with kind = gram"),
+        ("given", {}, "kind: given needs path"),
+    ],
+)
+def test_keys_of_other_kinds_are_refused(kind: str, settings: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        GraphConfig.model_validate({"kind": kind, **settings})
+
+
+def test_a_resolved_config_is_accepted_again() -> None:
+    for kind in PRIVACY:
+        config = GraphConfig.model_validate({"kind": kind, **({"path": "x"} if kind == "given" else {})})
+        assert GraphConfig.model_validate(config.model_dump()) == config
+
+
+# --------------------------------------------------------------------------------------------------- their mathematics
+
+
+@given(st.integers(2, 9), st.integers(0, 50))
+def test_average_linkage_equals_scipy(size: int, seed: int) -> None:
+    points = np.random.Generator(np.random.Philox(seed)).normal(size=(size, 3))
+    distance = np.linalg.norm(points[:, None] - points[None], axis=2)
+    tree = hierarchy.average(squareform(distance, checks=False))
+    for count, labels in enumerate(partitions(distance), start=1):
+        assert len(set(labels.tolist())) == count
+        theirs = hierarchy.fcluster(tree, count, "maxclust")
+        assert np.array_equal(labels[:, None] == labels[None], theirs[:, None] == theirs[None])
+
+
+def test_silhouette_by_hand() -> None:
+    distance = np.array([[0.0, 1.0, 4.0], [1.0, 0.0, 2.0], [4.0, 2.0, 0.0]])
+    # a = 1 and b = 4 for the first, a = 1 and b = 2 for the second, the third is alone
+    assert silhouette(distance, np.array([0, 0, 2])) == pytest.approx((3 / 4 + 1 / 2 + 0) / 3)
+    assert silhouette(distance, np.array([0, 0, 0])) == 0
+    assert clusters(np.ones((4, 4)) - np.eye(4)) is None
+
+
+def test_clusters_are_the_families() -> None:
+    uploads, labels = families()
+    graph = learned("clusters", uploads)
+    same = np.array([[float(one == other) for other in labels] for one in labels]) - np.eye(12)
+    assert np.array_equal(graph.adjacency_KK, same)
+
+
+@given(st.integers(2, 7), st.integers(1, 6), st.integers(0, 30))
+def test_smooth_weights_satisfy_the_conditions_of_their_optimum(size: int, neighbours: int, seed: int) -> None:
+    points = np.random.Generator(np.random.Philox(seed)).normal(size=(size, 4))
+    distance = ((points[:, None] - points[None]) ** 2).sum(axis=2)
+    weights = drawing.smooth_weights(distance, neighbours)
+    cost = distance * drawing._theta(distance, neighbours)
+    inverse = 1 / weights.sum(axis=1)
+    slope = 2 * cost + 2 * weights - inverse[:, None] - inverse[None, :]
+    off = ~np.eye(size, dtype=bool)
+    assert np.allclose(slope[off & (weights > 0)], 0, atol=1e-6 * (1 + inverse.max()))
+    assert (slope[off & (weights == 0)] >= -1e-6 * (1 + inverse.max())).all()
+    assert np.array_equal(weights, weights.T)
+
+
+def test_smooth_weights_minimise_the_objective_of_kalofolias() -> None:
+    points = np.random.Generator(np.random.Philox(3)).normal(size=(5, 4))
+    distance = ((points[:, None] - points[None]) ** 2).sum(axis=2)
+    cost = distance * drawing._theta(distance, 2)
+    edges = np.triu_indices(5, 1)
+
+    def objective(flat: np.ndarray) -> float:
+        weights = np.zeros((5, 5))
+        weights[edges] = flat
+        weights += weights.T
+        return float((weights * cost).sum() - np.log(weights.sum(axis=1)).sum() + (weights**2).sum() / 2)
+
+    found = minimize(objective, np.full(10, 0.3), bounds=[(1e-9, None)] * 10, options={"maxiter": 5000, "ftol": 1e-14})
+    assert objective(drawing.smooth_weights(distance, 2)[edges]) <= found.fun + 1e-8
+    assert np.allclose(drawing.smooth_weights(distance, 2)[edges], found.x, atol=1e-3)
+
+
+def test_the_parameter_of_the_smooth_graph_sets_the_number_of_edges() -> None:
+    points = np.random.Generator(np.random.Philox(5)).normal(size=(60, 3))
+    distance = ((points[:, None] - points[None]) ** 2).sum(axis=2)
+    for neighbours in (3, 6, 12):
+        edges = (drawing.smooth_weights(distance, neighbours) > 0).sum(axis=1).mean()
+        assert neighbours * 0.7 < edges < neighbours * 1.6
+
+
+def test_task_correlation_is_that_of_the_closed_form() -> None:
+    # two tasks with cosine c have the root [[a, b], [b, a]] with a, b = (sqrt(1 + c) +- sqrt(1 - c)) / 2
+    found = drawing.task_correlation(np.array([[1.0, 0.6], [0.6, 1.0]]))
+    more, less = 1.6**0.5, 0.4**0.5
+    assert np.allclose(found, [[1, (more - less) / (more + less)], [(more - less) / (more + less), 1]])
+
+
+def test_rows_of_pfedgraph_minimise_its_quadratic_programme() -> None:
+    uploads, _ = families((2, 2), own=1.0)
+    cosine = mixing_twin.similarity(uploads, initial(4, torch.float64, of=uploads.layout))
+    np.fill_diagonal(cosine, 1.0)
+    sizes = [3, 5, 7, 9]
+    share = np.array(sizes) / 24
+    for row, weights in zip(cosine, drawing.simplex_rows(cosine, sizes, 0.8), strict=True):
+        best = minimize(
+            lambda w, row=row: -row @ w + 0.8 * ((w - share) ** 2).sum(),
+            np.full(4, 0.25),
+            bounds=[(0, 1)] * 4,
+            constraints={"type": "eq", "fun": lambda w: w.sum() - 1},
+        )
+        assert np.allclose(weights, best.x, atol=1e-4)
+
+
+def test_what_is_drawn_has_heaviest_edges_of_one_on_average() -> None:
+    drawn = drawing.symmetric(np.array([[0.5, 0.5, 0.0], [0.3, 0.5, 0.2], [0.0, 0.0, 1.0]]))
+    # (0, 1) has 0.4 and (1, 2) 0.1; the clients' heaviest are 0.4, 0.4 and 0.1
+    assert np.allclose(drawn, np.array([[0, 0.4, 0], [0.4, 0, 0.1], [0, 0.1, 0]]) / 0.3)
+    assert not drawing.symmetric(np.eye(3)).any()
+
+
+# ------------------------------------------------------------------------------------------------------ asked graphs
+
+
+def test_regrets_are_centred_as_squared_distances() -> None:
+    points = np.random.Generator(np.random.Philox(1)).normal(size=(5, 3))
+    distance = ((points[:, None] - points[None]) ** 2).sum(axis=2)
+    heard_KK = ~np.eye(5, dtype=bool)
+    centred = points - points.mean(axis=0)
+    cosine = centred @ centred.T / np.outer(np.linalg.norm(centred, axis=1), np.linalg.norm(centred, axis=1))
+    assert np.allclose(similarity_of_regrets(distance, heard_KK)[heard_KK], cosine[heard_KK])
+    # the mean of both directions counts, or the one that was heard
+    lopsided = distance + np.triu(np.ones((5, 5)), 1) - np.tril(np.ones((5, 5)), -1)
+    assert np.allclose(similarity_of_regrets(lopsided, heard_KK), similarity_of_regrets(distance, heard_KK))
+    assert np.allclose(
+        similarity_of_regrets(distance, np.triu(heard_KK)), similarity_of_regrets(distance, heard_KK), atol=1e-12
+    )
+    few = heard_KK.copy()
+    few[0, 4] = few[4, 0] = False
+    assert similarity_of_regrets(distance, few)[0, 4] == 0
+    assert similarity_of_regrets(distance, few)[0, 1] != 0
+
+
+def test_each_client_judges_all_others_in_turn() -> None:
+    uploads, _ = families((3, 3))
+    learns = learner(graph_section("trust", judged=2), clients(6))
+    memory = learns.init(uploads)
+    counts = []
+    for round_ in (1, 2, 3):
+        memory |= heard(learns, memory, uploads, round_)
+        counts.append(int(memory["heard"].sum()))
+    assert counts == [12, 24, 30]
+    trial = learns.ask(Participants(1, (0, 1)), Results((0, 1), uploads.values_KP[:2], (), 0, 0, 0.0, 0))  # type: ignore[misc]
+    assert trial is not None
+    assert (trial.num_candidates, trial.sent) == (2, 1)
+    assert torch.equal(trial.candidate(1), uploads.values_KP[[1, 0]])
+
+
+def test_clients_without_validation_examples_are_not_heard() -> None:
+    uploads, _ = families((2, 2))
+    learns = learner(graph_section("trust"), clients(4))
+    assert learns.ask is not None
+    assert learns.hear is not None
+    trial = learns.ask(Participants(1, (0, 1, 2, 3)), Results((0, 1, 2, 3), uploads.values_KP, (), 0, 0, 0.0, 0))
+    assert trial is not None
+    losses = answers(uploads.values_KP, [trial.candidate(number) for number in range(4)])
+    losses.mean_SQ[2] = torch.nan
+    memory = learns.hear(learns.init(uploads), 1, trial, losses)
+    assert memory["heard"].sum(dim=1).tolist() == [3, 3, 0, 3]
+    assert torch.isfinite(memory["regret"]).all()
+
+
+def test_an_adapter_that_predicts_nothing_finite_is_left_out_alone() -> None:
+    uploads, _ = families((2, 3))
+    everybody = Results((0, 1, 2, 3, 4), uploads.values_KP, (), 0, 0, 0.0, 0)
+    for kind in ASKED:
+        learns = learner(graph_section(kind), clients(5))
+        assert learns.ask is not None
+        assert learns.hear is not None
+        trial = learns.ask(Participants(1, everybody.ids), everybody)
+        assert trial is not None
+        candidates = [trial.candidate(number) for number in range(trial.num_candidates)]
+        losses = answers(uploads.values_KP, candidates)
+        assert losses.agreement_SS is not None
+        losses.agreement_SS[4] = losses.agreement_SS[:, 4] = torch.nan
+        for number, rows_SP in enumerate(candidates):
+            losses.mean_SQ[(rows_SP == uploads.values_KP[4]).all(dim=1), number] = torch.inf
+        memory = learns.init(uploads) | learns.hear(learns.init(uploads), 1, trial, losses)
+        _, graph = learns.learn(memory, Seen(uploads, uploads, (1,) * 5, everybody.ids, 2))
+        assert graph.adjacency_KK[:4, :4].any()
+        if kind == "probe":
+            assert not graph.adjacency_KK[4].any()
+        else:
+            assert memory["heard"][:, 4].sum() == 0
+            assert memory["heard"][:4].sum() == 12
+
+
+def test_a_graph_and_its_method_ask_together_and_hear_their_own_answers() -> None:
+    who = clients()
+    both = MiraConfig(graph=graph_section("trust"), choice=ChoiceConfig(enabled=True, grid=(0.0, 1.0)))
+    only = mira("trust")
+    states = {}
+    for name, config in (("both", both), ("trust", only)):
+        method = build_method(config, who)
+        state = method.init(initial(dtype=torch.float64), who)
+        state, _ = one_round(method, state, who.names, Participants(1, (0, 1, 2, 4)))
+        states[name] = state
+    assert torch.equal(states["both"].memory["regret"], states["trust"].memory["regret"])
+    assert states["both"].memory["regret"].any()
+    assert set(states["both"].memory["choice"][[0, 1, 2, 4]].tolist()) <= {0.0, 1.0}
+    method = build_method(both, who)
+    state = method.init(initial(dtype=torch.float64), who)
+    results = Results((0, 1, 2), state.adapters.values_KP[:3] + torch.arange(3.0)[:, None], (), 0, 0, 0.0, 0)
+    merged, _ = method.merge(state, Participants(1, (0, 1, 2)), results)
+    assert method.trial is not None
+    trial = method.trial(merged, Participants(1, (0, 1, 2)), results)
+    assert trial is not None
+    # own, two foreign uploads, and two shares
+    assert (trial.num_candidates, trial.sent) == (3 + 2, 2)
+    assert judged(trial, who.names).mean_SQ.shape == (3, 5)
+
+
+def test_embeddings_join_like_prompts_whatever_the_template() -> None:
+    stream = np.random.Generator(np.random.Philox(0))
+    families_Kd = np.repeat(stream.normal(size=(3, 8)), 4, axis=0) + 0.2 * stream.normal(size=(12, 8))
+    labels = [str(k // 4) for k in range(12)]
+    plain = embeddings(families_Kd @ families_Kd.T, 12, 3, 1.0)
+    assert weight_inside(plain, labels) > 0.95
+    templated = families_Kd + 50 * stream.normal(size=8)
+    assert np.allclose(embeddings(templated @ templated.T, 12, 3, 1.0).adjacency_KK, plain.adjacency_KK, atol=1e-6)
+    assert embeddings(np.zeros((2, 2)), 2, 3, 1.0).num_edges == 0
+
+
+# ------------------------------------------------------------------------------------------------------ graph by layer
+
+
+def two_layers(num_clients: int = 4) -> tuple[Graph, Arena]:
+    """Clients 0 and 1 are alike in the first layer, 2 and 3 in the second."""
+    matrices = np.zeros((2, num_clients, num_clients))
+    matrices[0, 0, 1] = matrices[0, 1, 0] = matrices[1, 2, 3] = matrices[1, 3, 2] = 1.0
+    graph = validated(matrices.mean(axis=0), num_clients, "gram_layers")
+    layered = Graph(graph.adjacency_KK, graph.name, {}, {"layer0": matrices[0], "layer1": matrices[1]})
+    shape = (num_clients, layout().num_parameters)
+    return layered, Arena(layout(), torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64))
+
+
+def test_each_layer_is_mixed_on_its_own_graph() -> None:
+    graph, arena = two_layers()
+    mixed = laplacian_implicit(graph, 1.0, [1.0] * 4)(arena).values_KP
+    for (part, _), layer in zip(parts(graph), ("layer0", "layer1"), strict=True):
+        columns = [c for s in arena.layout.specs if s.layer == layer for c in range(s.offset, s.offset + s.size)]
+        expected = implicit_matrix(part, 1.0, [1.0] * 4) @ arena.values_KP[:, columns].numpy()
+        assert np.allclose(mixed[:, columns], expected, rtol=0, atol=1e-14)
+    first = sum(s.size for s in arena.layout.specs if s.layer == "layer0")
+    assert torch.equal(mixed[2:, :first], arena.values_KP[2:, :first])
+    assert torch.equal(mixed[:2, first:], arena.values_KP[:2, first:])
+
+
+def test_layers_that_share_a_graph_are_mixed_as_one() -> None:
+    graph, arena = two_layers()
+    shared = Graph(graph.adjacency_KK, graph.name, {}, dict.fromkeys(("layer0", "layer1"), graph.adjacency_KK))
+    plain = Graph(graph.adjacency_KK, graph.name)
+    assert len(parts(shared)) == 1
+    for mixer in (laplacian_explicit, lambda g, tau: laplacian_implicit(g, tau, [1.0] * 4)):
+        assert torch.allclose(mixer(shared, 0.4)(arena).values_KP, mixer(plain, 0.4)(arena).values_KP, atol=1e-14)
+    mixer = laplacian_explicit(shared, 0.4)
+    numbers = step_numbers(shared, mixer, arena, mixer(arena))
+    assert numbers == pytest.approx(step_numbers(plain, laplacian_explicit(plain, 0.4), arena, mixer(arena)))
+
+
+def test_energy_and_stability_look_at_every_layer() -> None:
+    graph, arena = two_layers()
+    first = sum(s.size for s in arena.layout.specs if s.layer == "layer0")
+    values = arena.values_KP
+    expected = (values[0, :first] - values[1, :first]).square().sum() + (
+        values[2, first:] - values[3, first:]
+    ).square().sum()
+    assert energy(graph, arena) == pytest.approx(float(expected))
+    # the mean over layers would allow a step of 2, the layers themselves allow 1
+    laplacian_explicit(graph, 1.0)
+    with pytest.raises(ConfigError, match="diverge"):
+        laplacian_explicit(graph, 1.1)
+    among = subgraph(graph, (1, 2, 3))
+    assert [part.adjacency_KK.sum() for part, _ in parts(among)] == [0.0, 2.0]
+
+
+def test_a_layer_without_a_mixer_is_refused() -> None:
+    _, arena = two_layers()
+    with pytest.raises(ConfigError, match="the adapter has 'layer1'; did you mean 'layer0'"):
+        by_layer({"layer0": linear(np.eye(4))})(arena)
+
+
+def test_the_graph_by_layer_sees_what_holds_in_one_block_only() -> None:
+    uploads, labels = families((3, 3))
+    others, _ = families((3, 3), seed=9)
+    first = sum(s.size for s in uploads.layout.specs if s.layer == "layer0")
+    # in the second layer, client k is of the family of k + 1
+    turned = torch.cat([uploads.values_KP[:, :first], others.values_KP.roll(1, 0)[:, first:]], dim=1)
+    graph = learned("gram_layers", uploads.replace(turned), pooling=0.0)
+    layer_of = {layer: part for part, layers in parts(graph) for layer in layers}
+    assert weight_inside(layer_of["layer0"], labels) > 0.95
+    assert weight_inside(layer_of["layer1"], [*labels[-1:], *labels[:-1]]) > 0.95
+    assert np.allclose(graph.adjacency_KK, np.mean([g.adjacency_KK for g in layer_of.values()], axis=0))
+
+
+def test_full_pooling_of_layers_is_the_gram_graph() -> None:
+    uploads, _ = families()
+    pooled, gram = learned("gram_layers", uploads, pooling=1.0), learned("gram", uploads)
+    assert np.allclose(pooled.adjacency_KK, gram.adjacency_KK, atol=1e-12)
+    who = clients()
+    runs = []
+    for config in (mira("gram_layers", pooling=1.0), mira("gram")):
+        method = build_method(config, who)
+        state = method.init(initial(dtype=torch.float64), who)
+        runs.append(play(method, state, who.names, [(0, 1, 3), (1, 2, 4), (0, 1, 2, 3, 4, 5)]))
+    assert torch.allclose(runs[0].adapters.values_KP, runs[1].adapters.values_KP, atol=1e-12)
+
+
+def test_blocks_are_named_by_their_first_number() -> None:
+    layers = ("transformer.h.0.attn.c_attn", "transformer.h.0.mlp.c_proj", "transformer.h.11.attn.c_attn", "head")
+    assert [block_of(layer) for layer in layers] == ["transformer.h.0", "transformer.h.0", "transformer.h.11", "head"]

@@ -1,0 +1,107 @@
+"""Products with small matrices: sparse, dense and in threads, against NumPy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+
+from fedmira.federation import multiply as module
+from fedmira.federation.multiply import multiply, multiply_sparse, over_tiles, sparse
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def numbers(rows: int, columns: int, seed: int = 0) -> np.ndarray:
+    return np.random.Generator(np.random.Philox(seed)).standard_normal((rows, columns))
+
+
+def some_entries(rows: int, columns: int, per_row: int) -> np.ndarray:
+    draw = np.random.Generator(np.random.Philox(1))
+    matrix = np.zeros((rows, columns))
+    for row in range(rows - 1):  # the last row stays empty
+        matrix[row, draw.choice(columns, per_row, replace=False)] = draw.standard_normal(per_row)
+    return matrix
+
+
+@pytest.mark.parametrize(("rows", "columns", "per_row"), [(90, 80, 3), (80, 80, 60), (1, 5, 0), (3, 200, 2)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_a_product_is_numpys(rows: int, columns: int, per_row: int, dtype: torch.dtype) -> None:
+    matrix, values = some_entries(rows, columns, per_row), torch.from_numpy(numbers(columns, 5000)).to(dtype)
+    product = multiply(matrix, values)
+    assert product.dtype == dtype
+    # one rounding of the result, and sums of at most 60 terms in float32
+    tolerance = {torch.float64: 1e-13, torch.float32: 1e-5, torch.bfloat16: 2.0**-8}[dtype]
+    assert np.allclose(product.double().numpy(), matrix @ values.double().numpy(), rtol=tolerance, atol=tolerance)
+
+
+def test_what_is_sparse_is_gathered_and_the_rest_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError("not this way")
+
+    monkeypatch.setattr(module, "multiply_sparse", refuse)
+    multiply(np.ones((100, 100)), torch.zeros(100, 3))
+    with pytest.raises(AssertionError, match="not this way"):
+        multiply(np.eye(100), torch.zeros(100, 3))
+
+
+@pytest.mark.parametrize("entries", [2, 90])
+def test_a_row_without_weight_is_not_read(entries: int) -> None:
+    matrix = some_entries(100, 100, entries)
+    matrix[:, 7] = 0
+    values = torch.ones(100, 10)
+    values[7] = torch.nan
+    assert torch.isfinite(multiply(matrix, values)).all()
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_tiles_and_threads_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    matrix, values = sparse(some_entries(90, 80, 3)), torch.from_numpy(numbers(80, 3001)).float()
+    results = []
+    for elements, threads in ((1 << 30, 1), (80 * 64, 1), (80 * 112, 2)):
+        monkeypatch.setattr(module, "_TILE_ELEMENTS", elements)
+        torch.set_num_threads(threads)
+        out = torch.full((90, 3001), torch.nan)
+        multiply_sparse(matrix, values, out)
+        results.append(out)
+        assert torch.get_num_threads() == threads
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_tiles_come_back_in_order_and_cover_every_column() -> None:
+    tiles = over_tiles(lambda columns: (columns.start, columns.stop), torch.zeros(1000, 10_000))
+    assert len(tiles) > 10
+    assert [start for start, _ in tiles] == [0, *(stop for _, stop in tiles[:-1])]
+    assert tiles[-1][1] == 10_000
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_threads_are_given_back_after_a_failure() -> None:
+    def fail(columns: slice) -> None:
+        raise RuntimeError("broken")
+
+    with pytest.raises(RuntimeError, match="broken"):
+        over_tiles(fail, torch.zeros(1000, 10_000))
+    assert torch.get_num_threads() == 2
+
+
+def test_shapes_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"the values must be \(4, 7\) and the result \(3, 7\)"):
+        multiply_sparse(sparse(np.ones((3, 4))), torch.zeros(5, 7), torch.zeros(3, 7))
+
+
+def test_results_may_be_rounded_on_the_way_out() -> None:
+    matrix, values = some_entries(90, 80, 3), torch.from_numpy(numbers(80, 300)).float()
+    out = torch.empty(90, 300, dtype=torch.bfloat16)
+    multiply_sparse(sparse(matrix), values, out)
+    assert torch.equal(out, multiply(matrix, values).bfloat16())
