@@ -215,9 +215,9 @@ def test_a_failure_leaves_nothing_behind(tmp_path: Path) -> None:
 
 def test_what_is_no_lora_is_refused(tmp_path: Path) -> None:
     layout, row_P = tiny_layout()
-    prompt = Layout((TensorSpec("prompt", "prompt", "", (4, 4), 0),))
+    whole = Layout((TensorSpec("m.weight", "full", "m", (4, 4), 0),))
     with pytest.raises(UsageError, match="only LoRA factors"):
-        adapter_files(prompt, row_P, SETTINGS)
+        adapter_files(whole, row_P, SETTINGS)
     with pytest.raises(UsageError, match="its layout has 16 parameters"):
         adapter_files(layout, row_P[:-1], SETTINGS)
 

@@ -42,7 +42,17 @@ CONFIG: dict[str, Any] = {
     "model": {"adapter": {"rank": 2, "dropout": 0.1}},
     "training": {"local_steps": 30, "batch_size": 2, "schedule": "cosine"},
     "federation": {"rounds": 12, "participation": 0.75},
-    "method": {"name": "mira", "graph": {"kind": "gram", "memory": 0.5, "neighbours": 2}},
+    "method": {
+        "name": "mira",
+        "graph": {"kind": "gram", "memory": 0.5, "neighbours": 2},
+        "choice": {"enabled": False},
+    },
+    # what compression leaves out, what clients hold and what they gave away is remembered at the seam
+    "exchange": {
+        "compression": "int8",
+        "download_compression": "bf16",
+        "privacy": {"enabled": True, "clip_norm": 0.5, "noise_multiplier": 0.02},
+    },
     # events between two checkpoints are written again after a kill
     "output": {"checkpoint_every": 2},
     "evaluation": {"generation": {"max_new_tokens": 3, "examples_per_client": 1}},

@@ -17,9 +17,10 @@ import pytest
 import torch
 from tests.runs.faults import failing_at
 
-from fedmira.config import FederationConfig, FedITConfig, OutputConfig, RunConfig, TrainingConfig
+from fedmira.config import FederationConfig, OutputConfig, RunConfig, TrainingConfig
 from fedmira.config_file import config_hash, parse_config
 from fedmira.errors import IntegrityError, UsageError
+from fedmira.method_config import FedITConfig
 from fedmira.runs.checkpoint import save
 from fedmira.runs.naming import run_directory
 from fedmira.runs.store import GRAPH, LOCK, LOG, MANIFEST, METRICS, RESOLVED, RunStore

@@ -1,4 +1,4 @@
-"""What the clients of a finished run get to keep: as PEFT folders, or put to use on a question.
+"""What the clients of a finished run get to keep: as PEFT folders or whole models, or put to use on a question.
 
 Needs the run directory and the base model; the clients' data is never read.
 """
@@ -13,6 +13,7 @@ from fedmira import embedded_base_path
 from fedmira.data.partition import check_names
 from fedmira.errors import UsageError, nearest
 from fedmira.export.peft import EMBEDDED_NAME, Settings, adapter_files, model_card, new_folder, write_files
+from fedmira.export.whole_model import write_model
 from fedmira.types import Arena, Example, Layout
 
 if TYPE_CHECKING:
@@ -51,8 +52,8 @@ def load_trained(run: Path) -> Trained:
     """
     from fedmira.assembly import refuse_other_base
     from fedmira.config_file import config_hash
-    from fedmira.model.arena import lora_layout
     from fedmira.model.base import load_base
+    from fedmira.model.kinds import adapter_layout
     from fedmira.runs.checkpoint import load_latest
     from fedmira.runs.store import RunStore
 
@@ -64,14 +65,17 @@ def load_trained(run: Path) -> Trained:
     names = tuple(client["name"] for client in manifest["clients"])
     base = load_base(store.config.model)
     refuse_other_base(run, manifest["model"], base)
-    layout = lora_layout(base, store.config.model.adapter)
+    layout = adapter_layout(base, store.config.model.adapter, store.config.method.num_pairs)
     values_KP = checkpoint.tensors.get("personalised", checkpoint.tensors["state.adapters"])
-    adapters = Arena(layout, values_KP.to(base.device))
+    shift_W = checkpoint.tensors.get("state.memory.shift")
+    adapters = Arena(layout, values_KP.to(base.device), None if shift_W is None else shift_W.to(base.device))
     return Trained(store.config, names, adapters, base, int(checkpoint.facts["completed_rounds"]))
 
 
 def export_clients(run: Path, client: str | None, out: Path, *, with_base: bool = False) -> dict[str, Path]:
     """Write the adapter of one client of a run, or of each, as PEFT folders; return the folder of each name.
+
+    Where every weight was tuned (kind `full`), the folders hold whole models instead.
 
     Args:
         run: The run directory.
@@ -83,7 +87,12 @@ def export_clients(run: Path, client: str | None, out: Path, *, with_base: bool 
         UsageError: an unknown client, a folder that is not empty, or `with_base` without the embedded model.
         DataError: a client's name cannot be the name of a folder.
     """
+    from fedmira.model.full import is_full, one_by_one
+
     trained = load_trained(run)
+    whole = is_full(trained.adapters.layout)
+    if with_base and whole:
+        raise UsageError("--with-base has no effect: this run tuned every weight, so each folder is a whole model")
     embedded = trained.config.model.path == "embedded"
     if with_base and not embedded:
         raise UsageError(
@@ -100,10 +109,16 @@ def export_clients(run: Path, client: str | None, out: Path, *, with_base: bool 
     with new_folder(out) as folder:
         if with_base:
             shutil.copytree(embedded_base_path(), folder / BASE_FOLDER, copy_function=shutil.copyfile)
-        for name, row in zip(chosen, rows, strict=True):
-            target = folder / name if everyone else folder
+        targets = [folder / name if everyone else folder for name in chosen]
+        for target in targets:
             target.mkdir(exist_ok=True)
-            write_files(target, _files(trained, row, base_path, run.resolve().name))
+        if whole:
+            kept = trained.adapters.replace(trained.adapters.values_KP[rows])
+            for target, row, _ in zip(targets, rows, one_by_one(trained.base, kept), strict=True):
+                write_model(target, trained.base, _card(trained, row, base_path, run.resolve().name))
+        else:
+            for target, row in zip(targets, rows, strict=True):
+                write_files(target, _files(trained, row, base_path, run.resolve().name))
     return {name: out / name if everyone else out for name in chosen}
 
 
@@ -111,15 +126,6 @@ def _files(trained: Trained, row: int, base_path: str, run_name: str) -> dict[st
     config = trained.config
     adapter = config.model.adapter
     layout = trained.adapters.layout
-    facts = {
-        "client": trained.names[row],
-        "run": run_name,
-        "method": config.method.name,
-        "rounds": trained.rounds,
-        "seed": config.seed,
-        "rank": adapter.rank,
-        "template of the prompts": config.data.template,
-    }
     settings = Settings(
         rank=adapter.rank,
         alpha=adapter.alpha,
@@ -128,7 +134,30 @@ def _files(trained: Trained, row: int, base_path: str, run_name: str) -> dict[st
         revision=config.model.revision,
         fan_in_fan_out=_stores_transposed(trained.base, layout),
     )
-    return adapter_files(layout, trained.adapters.values_KP[row], settings, model_card(base_path, facts))
+    card = _card(trained, row, base_path, run_name)
+    return adapter_files(layout, trained.adapters.values_KP[row], settings, card, trained.adapters.shift_W)
+
+
+def _card(trained: Trained, row: int, base_path: str, run_name: str) -> str:
+    config = trained.config
+    adapter = config.model.adapter
+    ranks_K = adapter.ranks_of(trained.names)
+    sizes = {
+        "lora": {"rank": adapter.rank if ranks_K is None else ranks_K[row]},
+        "prompt": {"virtual tokens": adapter.num_virtual_tokens},
+        "p_tuning": {"virtual tokens": adapter.num_virtual_tokens},
+        "full": {},
+    }
+    facts = {
+        "client": trained.names[row],
+        "run": run_name,
+        "method": config.method.name,
+        "rounds": trained.rounds,
+        "seed": config.seed,
+        **sizes[adapter.kind],
+        "template of the prompts": config.data.template,
+    }
+    return model_card(base_path, facts, adapter.kind)
 
 
 def _stores_transposed(base: BaseModel, layout: Layout) -> bool:
@@ -152,7 +181,7 @@ def answer(run: Path, client: str, instruction: str, context: str = "") -> str:
         Example(instruction=instruction, output="", input=context),
         base.tokenizer,
         config.data.template,
-        min(config.data.max_length, base.max_length),
+        min(config.data.max_length, base.max_length - trained.adapters.layout.num_virtual_tokens),
     )
     one = trained.adapters.replace(trained.adapters.values_KP[row : row + 1])
     return generate(base, one, [[prompt]], config.evaluation.generation.max_new_tokens)[0][0]

@@ -7,12 +7,14 @@ about runs, clients or how an adapter was trained; `clients` does.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from fedmira.errors import UsageError
+from fedmira.export.pairs import joined_pairs, num_pairs
+from fedmira.export.ranks import fitted, ranks_by_layer
 from fedmira.runs.atomic import disk_errors_named, make_folder, nonce, remove_tree, sync_folder, write_new_file
 
 if TYPE_CHECKING:
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
 
     import torch
 
+    from fedmira.method_config import AdapterKind
     from fedmira.types import Layout
 
 EMBEDDED_NAME = "fedmira-embedded-base"
@@ -32,11 +35,11 @@ class Settings(NamedTuple):
     """What a PEFT folder states besides its tensors."""
 
     rank: int
-    """Of every pair of factors; vLLM compares it with its `--max-lora-rank`."""
+    """Of every pair of factors; vLLM compares it with its `--max-lora-rank`. Not looked at for soft prompts."""
     alpha: float
-    """The product is scaled by alpha / rank."""
+    """The product is scaled by alpha / rank. Not looked at for soft prompts."""
     dropout: float
-    """Used while training; stated only."""
+    """Used while training; stated only. Not looked at for soft prompts."""
     base_path: str
     """What the folder names as its base model: an id or a path."""
     revision: str | None = None
@@ -45,24 +48,42 @@ class Settings(NamedTuple):
     """True if the base layers are `Conv1D` (GPT-2), which store their weight transposed."""
 
 
-def adapter_files(layout: Layout, row_P: torch.Tensor, settings: Settings, card: str = "") -> dict[str, bytes]:
+def adapter_files(
+    layout: Layout, row_P: torch.Tensor, settings: Settings, card: str = "", shift_W: torch.Tensor | None = None
+) -> dict[str, bytes]:
     """Return the files of a PEFT folder for one adapter, name to content: config, weights and model card.
 
-    There are no `modules_to_save`, no DoRA and no biases, which vLLM refuses.
+    There are no `modules_to_save`, no DoRA and no biases, which vLLM refuses. Several pairs of a layer become one of
+    their ranks together. Of a soft prompt the embeddings of its
+    virtual tokens are stored, computed by its encoder if it has one: so does PEFT, and it loads nothing else.
 
     Args:
         layout: The tensors of the adapter, named by the paths of the base model's modules.
         row_P: One row of an arena (P,), any floating dtype; stored as it is.
         settings: What else the folder states.
         card: README.md; a short one by default.
+        shift_W: What was added to the weights of the adapted layers, see `Arena.shift_W`; it becomes part of the pairs.
 
     Raises:
-        UsageError: the layout holds something other than pairs of LoRA factors, or `row_P` does not fit it.
+        UsageError: the layout holds something other than pairs of LoRA factors or a soft prompt, or `row_P` does not
+            fit it.
     """
     from safetensors.torch import save
 
-    tensors = _peft_tensors(layout, row_P)
-    config = _peft_config(settings, sorted({spec.layer for spec in layout.specs}))
+    if row_P.shape != (layout.num_parameters,):
+        raise UsageError(
+            f"the adapter has shape {tuple(row_P.shape)}; its layout has {layout.num_parameters} parameters"
+        )
+    if (number := num_pairs(layout)) > 1:
+        layout, row_P = joined_pairs(layout, row_P)
+        settings = settings._replace(rank=number * settings.rank, alpha=number * settings.alpha)
+    if layout.num_virtual_tokens:
+        tensors, config = _prompt_tensors(layout, row_P), _prompt_config(settings, layout)
+    else:
+        if {spec.group for spec in layout.specs} == set(PEFT_SUFFIX):
+            layout, row_P = fitted(layout, row_P, shift_W)
+        tensors = _peft_tensors(layout, row_P)
+        config = _peft_config(settings, ranks_by_layer(layout))
     return {
         "adapter_config.json": (json.dumps(config, indent=2, sort_keys=True) + "\n").encode(),
         "adapter_model.safetensors": save(tensors, metadata={"format": "pt"}),
@@ -71,24 +92,54 @@ def adapter_files(layout: Layout, row_P: torch.Tensor, settings: Settings, card:
 
 
 def _peft_tensors(layout: Layout, row_P: torch.Tensor) -> dict[str, torch.Tensor]:
-    if row_P.shape != (layout.num_parameters,):
-        raise UsageError(
-            f"the adapter has shape {tuple(row_P.shape)}; its layout has {layout.num_parameters} parameters"
-        )
     tensors = {}
     for spec in layout.specs:
         if spec.group not in PEFT_SUFFIX:
-            raise UsageError(f"{spec.name} is of group {spec.group!r}; only LoRA factors can be exported to PEFT")
+            raise UsageError(
+                f"{spec.name} is of group {spec.group!r}; only LoRA factors and soft prompts can be exported to PEFT"
+            )
         values = row_P[spec.offset : spec.offset + spec.size].reshape(spec.shape)
         tensors[f"base_model.model.{spec.layer}.{PEFT_SUFFIX[spec.group]}"] = values.detach().cpu().contiguous()
     return dict(sorted(tensors.items()))
 
 
-def _peft_config(settings: Settings, target_modules: Sequence[str]) -> dict[str, object]:
-    """The fields of `LoraConfig` that matter. Modules are named in full, so that none is matched by accident."""
-    alpha = settings.alpha
+def _prompt_tensors(layout: Layout, row_P: torch.Tensor) -> dict[str, torch.Tensor]:
+    from fedmira.model.soft_prompt import prompts_of
+
+    return {"prompt_embeddings": prompts_of(layout, row_P.detach()[None])[0].cpu().contiguous()}
+
+
+def _prompt_config(settings: Settings, layout: Layout) -> dict[str, object]:
+    """The fields of `PromptTuningConfig` or `PromptEncoderConfig` that matter; PEFT takes the rest from the base."""
+    prompt, *encoder = layout.specs
+    config: dict[str, object] = {
+        "base_model_name_or_path": settings.base_path,
+        "inference_mode": True,
+        "modules_to_save": None,
+        "num_transformer_submodules": 1,
+        "num_virtual_tokens": prompt.shape[0],
+        "peft_type": "P_TUNING" if encoder else "PROMPT_TUNING",
+        "revision": settings.revision,
+        "task_type": "CAUSAL_LM",
+        "token_dim": prompt.shape[1],
+    }
+    if encoder:
+        return {**config, "encoder_reparameterization_type": "MLP", "encoder_hidden_size": encoder[0].shape[0]}
+    return {**config, "prompt_tuning_init": "RANDOM"}
+
+
+def _peft_config(settings: Settings, ranks: Mapping[str, int]) -> dict[str, object]:
+    """The fields of `LoraConfig` that matter. Modules are named in full, so that none is matched by accident.
+
+    The scaling alpha / rank is the same for all; what has another rank than the largest stands in the patterns.
+    """
+    rank = max(ranks.values())
+    scaling = settings.alpha / settings.rank
+    alphas = {its: settings.alpha if its == settings.rank else scaling * its for its in ranks.values()}
+    alpha = alphas[rank]
+    smaller = {layer: its for layer, its in sorted(ranks.items()) if its != rank}
     return {
-        "alpha_pattern": {},
+        "alpha_pattern": {layer: alphas[its] for layer, its in smaller.items()},
         "base_model_name_or_path": settings.base_path,
         "bias": "none",
         "fan_in_fan_out": settings.fan_in_fan_out,
@@ -98,22 +149,35 @@ def _peft_config(settings: Settings, target_modules: Sequence[str]) -> dict[str,
         "lora_dropout": settings.dropout,
         "modules_to_save": None,
         "peft_type": "LORA",
-        "r": settings.rank,
-        "rank_pattern": {},
+        "r": rank,
+        "rank_pattern": smaller,
         "revision": settings.revision,
-        "target_modules": list(target_modules),
+        "target_modules": sorted(ranks),
         "task_type": "CAUSAL_LM",
         "use_dora": False,
         "use_rslora": False,
     }
 
 
-def model_card(base_path: str, facts: Mapping[str, object] | None = None) -> str:
+_TITLES: Mapping[AdapterKind, str] = {
+    "lora": "LoRA adapter",
+    "prompt": "Soft prompt",
+    "p_tuning": "Soft prompt",
+    "full": "Fine-tuned model",
+}
+
+
+def model_card(base_path: str, facts: Mapping[str, object] | None = None, kind: AdapterKind = "lora") -> str:
     """Return README.md of an exported folder: what it is, its `facts` as a list, and how to load it."""
-    header = ["---", f"base_model: {json.dumps(base_path)}", "library_name: peft", "pipeline_tag: text-generation"]
-    header += ["tags:", "- lora", "- fedmira", "---", ""]
-    body = ["# LoRA adapter of one client", "", "Made by fedmira: federated multi-task fine-tuning (MIRA).", ""]
+    library = "transformers" if kind == "full" else "peft"
+    header = ["---", f"base_model: {json.dumps(base_path)}", f"library_name: {library}"]
+    header += ["pipeline_tag: text-generation", "tags:", f"- {kind}", "- fedmira", "---", ""]
+    body = [f"# {_TITLES[kind]} of one client", "", "Made by fedmira: federated multi-task fine-tuning (MIRA).", ""]
     body += [f"- {name}: {value}" for name, value in (facts or {}).items()]
+    if kind == "full":
+        load = "model = AutoModelForCausalLM.from_pretrained(FOLDER)"
+        usage = ["", "```python", "from transformers import AutoModelForCausalLM", "", load, "```", ""]
+        return "\n".join([*header, *body, *usage, "FOLDER is the folder of this file.", ""])
     usage = [
         "",
         "```python",

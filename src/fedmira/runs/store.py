@@ -4,6 +4,7 @@
     config.resolved.yaml    every field                 graph.json      the last graph
     metrics.jsonl           append-only, one event a line; the truth that reports are made from
     run.log                 what people were told       checkpoints/    see `checkpoint`
+    profile.json            where the time went, if that was asked for
 
 One process writes a run at a time (a lock says so), any number may read it. A line of metrics.jsonl that a crash tore
 is ignored by readers and cut by the next writer. Knows nothing about what events and facts mean.
@@ -38,9 +39,10 @@ from fedmira.runs.atomic import (
 from fedmira.runs.generations import FOLDER as CHECKPOINTS
 from fedmira.runs.generations import has_checkpoints
 from fedmira.runs.naming import run_directory, run_stem
+from fedmira.stages import stage
 
 CONFIG, RESOLVED, MANIFEST = "config.yaml", "config.resolved.yaml", "manifest.json"
-METRICS, GRAPH, LOG, LOCK = "metrics.jsonl", "graph.json", "run.log", ".lock"
+METRICS, GRAPH, PROFILE, LOG, LOCK = "metrics.jsonl", "graph.json", "profile.json", "run.log", ".lock"
 REPORT = "report"
 SCHEMA = 1
 
@@ -213,10 +215,19 @@ class RunStore:
         """Return the content of graph.json; {} if none was written yet."""
         return self._read_json(GRAPH)
 
+    def write_profile(self, profile: Mapping[str, Any]) -> None:
+        """Replace profile.json."""
+        self._write_json(PROFILE, profile)
+
+    def profile(self) -> dict[str, Any]:
+        """Return the content of profile.json; {} if the run was not profiled."""
+        return self._read_json(PROFILE)
+
     def _write_json(self, name: str, value: Mapping[str, Any]) -> None:
         self._hold_lock()
-        text = json.dumps(_plain(value)[0], indent=1, ensure_ascii=False, allow_nan=False)
-        write_bytes_atomically(self.path / name, text.encode() + b"\n")
+        with stage("disk"):
+            text = json.dumps(_plain(value)[0], indent=1, ensure_ascii=False, allow_nan=False)
+            write_bytes_atomically(self.path / name, text.encode() + b"\n")
 
     def _read_json(self, name: str) -> dict[str, Any]:
         path = self.path / name
@@ -241,10 +252,11 @@ class RunStore:
             IntegrityError: the disk refused; no part of the event is left in the file.
             UsageError: another process writes this run.
         """
-        plain, non_finite = _plain(event)
-        if non_finite:
-            plain["non_finite"] = non_finite
-        self._append_line(METRICS, json.dumps(plain, ensure_ascii=False, allow_nan=False, separators=(",", ":")))
+        with stage("disk"):
+            plain, non_finite = _plain(event)
+            if non_finite:
+                plain["non_finite"] = non_finite
+            self._append_line(METRICS, json.dumps(plain, ensure_ascii=False, allow_nan=False, separators=(",", ":")))
 
     def events(self) -> list[dict[str, Any]]:
         """Return all events, oldest first; a torn last line is left out.
