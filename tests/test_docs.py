@@ -16,7 +16,13 @@ import torch
 from pydantic import BaseModel
 
 import fedmira.config
+import fedmira.exchange_config
+import fedmira.graph_config
+import fedmira.method_config
+from fedmira.config_basics import Section
 from fedmira.data.partition import partition
+from fedmira.graph_config import GraphConfig
+from fedmira.method_config import MethodSection
 from fedmira.types import Arena, Clients, Layout, Participants, Results, TensorSpec
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -39,11 +45,13 @@ def test_the_configuration_page_is_current() -> None:
 
 
 def test_the_configuration_page_has_every_section() -> None:
+    plain = {BaseModel, Section, MethodSection, fedmira.config._Source, fedmira.config.RunConfig}
     sections = {
         value
-        for name, value in vars(fedmira.config).items()
-        if inspect.isclass(value) and issubclass(value, BaseModel) and not name.startswith("_")
-    } - {BaseModel, fedmira.config.RunConfig}
+        for module in (fedmira.config, fedmira.method_config, fedmira.graph_config, fedmira.exchange_config)
+        for value in vars(module).values()
+        if inspect.isclass(value) and issubclass(value, BaseModel)
+    } - plain
     assert {section for _, section in tool("configuration_page").SECTIONS} == sections
 
 
@@ -94,7 +102,6 @@ def test_the_graph_of_the_docs_is_a_ring(examples: tuple[dict[str, Any], ...]) -
 
 def test_the_graph_file_of_the_docs_is_accepted(tmp_path: Path) -> None:
     from fedmira.assembly import read_graph
-    from fedmira.config import GraphConfig
 
     path = tmp_path / "graph.json"
     path.write_text(blocks("json")[0], encoding="utf-8")
@@ -110,9 +117,9 @@ def test_files_and_names_that_the_docs_mention_exist() -> None:
             known_example = path.endswith("half_way.py")
             assert known_example or (REPOSITORY / path).exists(), f"{page.name}: {path}"
     from fedmira.data import sources
-    from fedmira.federation import methods, mixing
+    from fedmira.federation import mixing, registry
 
-    assert hasattr(methods, "METHODS")
+    assert hasattr(registry, "METHODS")
     assert hasattr(sources, "LOADERS")
     for name in ("keep", "average", "linear", "laplacian_explicit", "laplacian_implicit", "by_group", "chain"):
         assert callable(getattr(mixing, name))

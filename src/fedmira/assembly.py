@@ -20,18 +20,21 @@ import numpy as np
 import torch
 
 from fedmira import __version__
-from fedmira.config import GraphConfig, ModelConfig, RunConfig
+from fedmira.config import ModelConfig, RunConfig
 from fedmira.data.partition import build_federation
+from fedmira.data.probe import probe_texts
 from fedmira.data.sources.files import home_expanded
-from fedmira.data.tokenization import TokenizationReport, TokenizedClient, tokenize_federation
+from fedmira.data.tokenization import TokenizationReport, TokenizedClient, TokenizedExample, tokenize_federation
 from fedmira.errors import DataError, IntegrityError
 from fedmira.evaluation.costs import adapter_bytes, model_bytes, optimizer_bytes
+from fedmira.evaluation.predictions import prompt_products
 from fedmira.exchange.in_process import InProcess
 from fedmira.federation.graph import from_matrix
-from fedmira.federation.method import Method
-from fedmira.federation.methods import build_method
-from fedmira.model.arena import initial_arena, lora_layout
+from fedmira.federation.method import Method, State
+from fedmira.federation.registry import build_method
+from fedmira.graph_config import GraphConfig
 from fedmira.model.base import BaseModel, load_base
+from fedmira.model.kinds import adapter_layout, initial_adapters
 from fedmira.training.memory import available_bytes, choose_cohort_size
 from fedmira.types import Arena, Clients, Federation, Layout
 
@@ -50,13 +53,21 @@ class Assembly(NamedTuple):
     cohort_size: int
     exchange: InProcess
     given_graph: np.ndarray | None = None
-    """With `method.graph.kind: given`, the matrix (K, K) of the file in client order."""
+    """With `method.graph.kind: given`, the matrix (K, K) of the file in client order; with `embeddings`, the inner
+    products of the clients' prompt embeddings."""
 
     def initial_adapters(self) -> Arena:
         """The arena every run of this config starts from."""
-        return initial_arena(
-            self.layout, len(self.clients.names), self.config.seed, self.base.adapter_dtype, self.base.device
-        )
+        return initial_adapters(self.base, self.layout, len(self.clients.names), self.config.seed)
+
+    def saved_tensors(self, state: State) -> dict[str, torch.Tensor]:
+        """What a checkpoint keeps of `state`, on the CPU: the adapters, what clients are judged by, and memory."""
+        tensors = {"state.adapters": state.adapters.values_KP}
+        tensors |= {f"state.memory.{name}": tensor for name, tensor in state.memory.items()}
+        personalised = self.method.personalise(state).values_KP
+        if personalised.data_ptr() != state.adapters.values_KP.data_ptr():
+            tensors["personalised"] = personalised
+        return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
     def manifest(self) -> dict[str, Any]:
         """The facts of the run that do not change while it runs; JSON-able."""
@@ -94,7 +105,8 @@ class Assembly(NamedTuple):
         if section is None:
             return {}
         facts = {"kind": section.kind}
-        if self.given_graph is not None:
+        # embeddings follow from data and base model, whose hashes are in the manifest
+        if section.kind == "given" and self.given_graph is not None:
             facts["sha256"] = hashlib.sha256(np.ascontiguousarray(self.given_graph).tobytes()).hexdigest()
         return facts
 
@@ -109,19 +121,26 @@ def assemble(config: RunConfig, *, cohort_size: int | None = None) -> Assembly:
     """
     federation = cached_federation(config)
     base = cached_base(config.model)
-    tokenized, tokenization = tokenize_federation(
-        federation, base.tokenizer, config.data.template, min(config.data.max_length, base.max_length)
-    )
-    layout = lora_layout(base, config.model.adapter)
+    layout = adapter_layout(base, config.model.adapter, config.method.num_pairs)
+    longest = min(config.data.max_length, base.max_length - layout.num_virtual_tokens)
+    tokenized, tokenization = tokenize_federation(federation, base.tokenizer, config.data.template, longest)
     clients = Clients(
         names=federation.names,
         num_examples_K=tuple(len(client.train) for client in tokenized),
         tasks=tuple(client.task for client in federation.clients),
         seed=config.seed,
         true_adjacency_KK=federation.true_adjacency_KK,
+        ranks_K=config.model.adapter.ranks_of(federation.names),
     )
     graph = getattr(config.method, "graph", None)
     given = None if graph is None else read_graph(graph, clients.names)
+    texts: tuple[TokenizedExample, ...] = ()
+    if graph is not None and graph.kind == "embeddings":
+        given = prompt_products(base, [client.train for client in tokenized], config.evaluation.batch_tokens)
+    elif graph is not None and graph.kind == "probe":
+        texts = probe_texts(
+            graph.probe_path, graph.probe_examples, base.tokenizer, config.data.template, longest, config.seed
+        )
     method = build_method(config.method, clients, given, config.federation)
     if cohort_size is None:
         wanted = config.training.cohort_size
@@ -139,6 +158,9 @@ def assemble(config: RunConfig, *, cohort_size: int | None = None) -> Assembly:
         total_rounds=config.federation.rounds,
         seed=config.seed,
         cohort_size=cohort_size,
+        batch_tokens=config.evaluation.batch_tokens,
+        exchange=config.exchange,
+        texts=texts,
     )
     return Assembly(
         config, federation, tokenized, tokenization, base, layout, clients, method, cohort_size, exchange, given
@@ -248,7 +270,8 @@ def versions() -> dict[str, str]:
 
 def cached_base(config: ModelConfig) -> BaseModel:
     """The frozen base model; a comparison's runs share it."""
-    return _base(config, _stamp(config.path))
+    # adapters are no part of it
+    return _base(config.model_dump_json(exclude={"adapter"}), _stamp(config.path))
 
 
 def cached_federation(config: RunConfig) -> Federation:
@@ -260,8 +283,8 @@ Stamp: TypeAlias = tuple[tuple[str, int, int], ...]
 
 
 @functools.lru_cache(maxsize=1)
-def _base(config: ModelConfig, stamp: Stamp) -> BaseModel:
-    return load_base(config)
+def _base(model_json: str, stamp: Stamp) -> BaseModel:
+    return load_base(ModelConfig.model_validate_json(model_json))
 
 
 @functools.lru_cache(maxsize=4)

@@ -1,7 +1,8 @@
-"""What a run will need, before it is started: memory, bytes per round, seconds. Writes nothing and keeps nothing.
+"""What a run will need, before it is started: memory, bytes per round, seconds. Keeps nothing.
 
-Memory and time are measured: one cohort trains, the server mixes made-up results, the clients are judged once, all on
-throwaway copies; the rest is proportion.
+A miniature of the run is carried out on throwaway copies: some rows move, the server mixes them, some steps are
+trained, some examples judged, some tokens generated, one checkpoint saved. The time of the whole is proportion; its
+memory is the peak of this process, which has done the heaviest of everything.
 """
 
 from __future__ import annotations
@@ -13,14 +14,20 @@ import torch
 
 from fedmira.assembly import Assembly, assemble
 from fedmira.config import RunConfig
-from fedmira.data.packing import local_batches
-from fedmira.evaluation.costs import PeakMemory
-from fedmira.evaluation.judge import validation_losses
-from fedmira.exchange.in_process import crossing_bytes
+from fedmira.evaluation.costs import highest_memory_bytes, memory_bytes
+from fedmira.exchange.in_process import trial_bytes
+from fedmira.exchange.seam import planned_bytes
 from fedmira.federation import participation
+from fedmira.federation.method import State
 from fedmira.randomness import torch_generator
-from fedmira.training.memory import estimate_memory
-from fedmira.types import Job, Results
+from fedmira.trials import planned_steps, timed, try_checkpoint, try_evaluation, try_generation, try_training
+from fedmira.types import ClientReport, Job, Results, Trial
+
+_PATIENCE_SECONDS = 2.0
+"""Mixing that takes longer is not done a second time."""
+_HEAP_GROWTH = 0.1
+"""A heap that has served batches of many sizes holds more than one that has served a few: 0 to 20 % in runs of minutes
+(`python -m benchmarks.dry_run`). A GPU's peak counts what is in use and does not grow."""
 
 
 class Estimate(NamedTuple):
@@ -30,88 +37,144 @@ class Estimate(NamedTuple):
     clients_per_round: int
     cohort_size: int
     adapter_parameters: int
+    adapters_bytes: int
+    """Of the adapters of all clients, which the server holds in `memory_bytes`: as often as there are clients the size
+    of the base, where every weight is tuned."""
     memory_bytes: int
-    """Peak of the process, or of torch on a GPU."""
+    """Peak of the process that carries out the run, with the interpreter and the base; of torch's memory on a GPU."""
     upload_bytes_per_round: int
     download_bytes_per_round: int
     rounds: int
+    start_seconds: float
+    """Until the first round: loading the base model, reading and tokenizing the data. As long as it took just now."""
     seconds: float
+    """From the first round to the end."""
+    training_seconds: float
+    mixing_seconds: float
+    evaluation_seconds: float
+    """Validation losses, and the final judgement with its answers."""
+    disk_seconds: float
+    dry_run_seconds: float
+    """What predicting took, the start included."""
 
     def lines(self) -> list[str]:
         """One line per fact, for people."""
         return [
             f"clients            {self.clients}, {self.clients_per_round} per round, {self.cohort_size} in a cohort",
-            f"adapter            {self.adapter_parameters:,} parameters",
+            f"adapter            {self.adapter_parameters:,} parameters, "
+            f"{self.adapters_bytes / 2**20:,.2f} MiB for all clients",
             f"memory             about {self.memory_bytes / 2**20:,.0f} MiB",
             f"upload per round   {self.upload_bytes_per_round / 2**20:,.2f} MiB",
             f"download per round {self.download_bytes_per_round / 2**20:,.2f} MiB",
-            f"time               about {self.seconds:,.0f} s for {self.rounds} rounds",
+            f"time               about {self.seconds:,.0f} s for {self.rounds} rounds, "
+            f"after {self.start_seconds:,.0f} s to start",
+            f"of which           training {self.training_seconds:,.0f} s, mixing {self.mixing_seconds:,.0f} s, "
+            f"evaluation {self.evaluation_seconds:,.0f} s, disk {self.disk_seconds:,.0f} s",
         ]
 
 
 def dry_run(config: RunConfig) -> Estimate:
-    """Predict what the run `config` needs by building it, training a little and throwing the result away.
+    """Predict what the run `config` needs by building it, trying small parts of it and throwing the results away.
+
+    Memory is right only in a process that did nothing else before.
 
     Raises what starting the run would raise: unusable data, models or settings.
     """
-    parts = assemble(config)
-    state = parts.method.init(parts.initial_adapters(), parts.clients)
-    participants = participation.draw(len(parts.clients.names), config.federation, config.seed, 1)
-    job = parts.method.plan(state, participants)
-    trial = _first_cohort(job, parts.cohort_size)
-    parts.exchange.run(trial)  # the first pass of a process pays for allocations
     started = time.perf_counter()
-    results = parts.exchange.run(trial)
-    seconds_per_token = (time.perf_counter() - started) / sum(report.num_tokens for report in results.reports)
-    tokens = sum(_round_tokens(parts, id_) for id_ in participants.ids)
-    with PeakMemory(parts.base.device) as peak:
-        started = time.perf_counter()
-        state, _ = parts.method.merge(state, participants, _made_up_results(job, config.seed))
-        merge_seconds = time.perf_counter() - started
-        started = time.perf_counter()
-        validation_losses(parts.base, parts.method.personalise(state), parts.tokenized, config.evaluation)
-        evaluation_seconds = time.perf_counter() - started
-    cohort_bytes = estimate_memory(parts.base, parts.layout, parts.tokenized, config.training, parts.cohort_size)
-    rounds = config.federation.rounds
+    parts = assemble(config)
+    method, rounds = parts.method, config.federation.rounds
+    state = method.init(parts.initial_adapters(), parts.clients)
+    start_seconds = time.perf_counter() - started
+    loaded_bytes = memory_bytes(parts.base.device)
+    planned = planned_steps(parts)
+
+    state, mixing, trial = _mix(parts, state, 1)
+    if mixing < _PATIENCE_SECONDS:
+        # the first mixing of a process pays for what later ones find ready
+        state, mixing, trial = _mix(parts, state, 2)
+    participants = participation.draw(len(parts.clients.names), config.federation, config.seed, 1)
+    job = method.plan(state, participants)
+    step = try_training(parts, job, planned)
+    upload_bytes, download_bytes = planned_bytes(config.exchange, parts.layout, job)
+    # a client may hold several rows, each trained for a share of the steps
+    effort = job.work * len(job.ids) / len(participants.ids)
+    del job
+
+    evaluation = config.evaluation
+    adapters = method.personalise(state)
+    per_token = try_evaluation(parts, adapters)
+    num_evaluations = sum(1 for r in range(1, rounds + 1) if r == rounds or r % evaluation.every == 0)
+    judged = num_evaluations * sum(len(e.tokens) - 1 for client in parts.tokenized for e in client.validation)
+    answers = 0.0
+    if evaluation.test:
+        judged += sum(len(e.tokens) - 1 for client in parts.tokenized for e in client.test)
+        if evaluation.generation.enabled:
+            answers = try_generation(parts, adapters, per_token)
+    if trial is not None:
+        judged += rounds * _tokens_of(parts, trial)
+        answer_bytes, sent_bytes = trial_bytes(trial, parts.layout, parts.base.adapter_dtype)
+        upload_bytes, download_bytes = upload_bytes + answer_bytes, download_bytes + sent_bytes
+    num_saves = sum(1 for r in range(1, rounds + 1) if r == rounds or r % config.output.checkpoint_every == 0)
+
+    training_seconds = (
+        sum(one.tokens for one in planned.steps) * step.seconds_per_token
+        + planned.num_cohorts * step.seconds_per_cohort
+    ) / planned.share
+    training_seconds *= effort
+    mixing_seconds = rounds * mixing
+    evaluation_seconds = judged * per_token + answers
+    disk_seconds = num_saves * try_checkpoint(parts, state)
     return Estimate(
         clients=len(parts.clients.names),
         clients_per_round=len(participants.ids),
         cohort_size=parts.cohort_size,
         adapter_parameters=parts.layout.num_parameters,
-        memory_bytes=max(cohort_bytes, results.peak_memory_bytes, peak.peak_bytes),
-        upload_bytes_per_round=crossing_bytes(parts.layout, job.start_SP, job.upload),
-        download_bytes_per_round=crossing_bytes(parts.layout, job.start_SP, job.download),
+        adapters_bytes=state.adapters.values_KP.nbytes,
+        memory_bytes=_of_a_long_run(parts.base.device, loaded_bytes, highest_memory_bytes()),
+        upload_bytes_per_round=upload_bytes,
+        download_bytes_per_round=download_bytes,
         rounds=rounds,
-        seconds=rounds * (tokens * seconds_per_token + merge_seconds)
-        + (rounds // config.evaluation.every + 1) * evaluation_seconds,
+        start_seconds=start_seconds,
+        seconds=training_seconds + mixing_seconds + evaluation_seconds + disk_seconds,
+        training_seconds=training_seconds,
+        mixing_seconds=mixing_seconds,
+        evaluation_seconds=evaluation_seconds,
+        disk_seconds=disk_seconds,
+        dry_run_seconds=time.perf_counter() - started,
     )
+
+
+def _of_a_long_run(device: torch.device, loaded_bytes: int, peak_bytes: int) -> int:
+    """The peak after many rounds, from that of a few pieces and what was in use before them."""
+    growth = _HEAP_GROWTH if device.type == "cpu" else 0.0
+    return peak_bytes + round(growth * max(0, peak_bytes - loaded_bytes))
+
+
+def _mix(parts: Assembly, state: State, round_: int) -> tuple[State, float, Trial | None]:
+    """The state after round `round_` with made-up results, the seconds of planning and merging, and what clients are
+    then asked."""
+    participants = participation.draw(len(parts.clients.names), parts.config.federation, parts.config.seed, round_)
+    job, planning = timed(parts, lambda: parts.method.plan(state, participants))
+    results = _made_up_results(job, parts.config.seed)
+    del job
+    (mixed, _), merging = timed(parts, lambda: parts.method.merge(state, participants, results))
+    trial = parts.method.trial(mixed, participants, results) if parts.method.trial else None
+    return mixed, planning + merging, trial
+
+
+def _tokens_of(parts: Assembly, trial: Trial) -> int:
+    clients = [parts.tokenized[id_] for id_ in trial.ids]
+    examples = [e for client in clients for e in (client.train if trial.split == "train" else client.validation)]
+    return trial.num_candidates * sum(len(example.tokens) - 1 for example in examples)
 
 
 def _made_up_results(job: Job, seed: int) -> Results:
     """What the server would get if every participant moved a little: the price of mixing does not depend on where."""
-    noise = torch.randn(job.start_SP.shape, generator=torch_generator(seed, "estimate"))
-    moved_SP = job.start_SP + 1e-3 * noise.to(job.start_SP)
+    moved_SP = job.start_SP.clone()
+    noise = torch_generator(seed, "estimate")
+    for row_P in moved_SP:
+        row_P += 1e-3 * torch.randn(row_P.shape, generator=noise).to(row_P)
+    reports = tuple(ClientReport(id_, 0, 0, 0.0, 0, 0) for id_ in job.ids)
     return Results(
-        job.ids, moved_SP, reports=(), upload_bytes=0, download_bytes=0, train_seconds=0, peak_memory_bytes=0
+        job.ids, moved_SP, reports=reports, upload_bytes=0, download_bytes=0, train_seconds=0, peak_memory_bytes=0
     )
-
-
-def _round_tokens(parts: Assembly, id_: int) -> int:
-    """Tokens that client `id_` trains on in round 1; later rounds draw as many."""
-    client, training = parts.tokenized[id_], parts.config.training
-    batches = local_batches(
-        len(client.train),
-        training.batch_size,
-        training.steps_or_default,
-        training.local_epochs,
-        parts.config.seed,
-        client.name,
-        1,
-    )
-    return sum(len(client.train[index].tokens) for batch in batches for index in batch)
-
-
-def _first_cohort(job: Job, cohort_size: int) -> Job:
-    ids = job.ids[:cohort_size]
-    pull = None if job.pull is None else job.pull._replace(target_SP=job.pull.target_SP[: len(ids)])
-    return job._replace(ids=ids, start_SP=job.start_SP[: len(ids)], pull=pull)

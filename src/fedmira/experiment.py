@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,13 +19,19 @@ import torch
 from fedmira.assembly import Assembly, assemble, refuse_other_base
 from fedmira.config import RunConfig
 from fedmira.config_file import config_hash
-from fedmira.errors import DivergedError, IntegrityError, Interrupted
+from fedmira.errors import DivergedError, IntegrityError, Interrupted, ParticipationError
 from fedmira.evaluation.judge import final_records, validation_losses
+from fedmira.exchange.privacy import advice
+from fedmira.exchange.seam import Kept
 from fedmira.federation import participation
+from fedmira.federation.graph import Graph
+from fedmira.federation.graph import parts as graph_parts
 from fedmira.federation.method import Info, State
+from fedmira.profile import profiled
 from fedmira.runs.checkpoint import Checkpoint, load_latest, save
 from fedmira.runs.signals import StopFlag, stop_on_signals
 from fedmira.runs.store import RunStore
+from fedmira.stages import settle_with, stage
 from fedmira.training.cohort import Progress, StopRequested
 from fedmira.types import Arena, Participants, Results
 
@@ -56,6 +63,7 @@ def run(
     resume: bool = False,
     source_text: str | None = None,
     display: Display | None = None,
+    profile: bool = False,
 ) -> Path:
     """Carry out the run `config` and return its directory.
 
@@ -65,6 +73,7 @@ def run(
         resume: Continue the run if it was begun before.
         source_text: The config file as the user wrote it, kept in the run directory.
         display: Told about progress.
+        profile: Write where the time went; see `fedmira.profile`.
 
     Raises:
         Interrupted: SIGINT or SIGTERM; everything is saved, `resume=True` continues bit for bit.
@@ -72,12 +81,12 @@ def run(
         DivergedError: no client of a round came to finite numbers.
     """
     make = RunStore.resume if resume else RunStore.create
-    return carry_out(make(config, source_text, directory), display)
+    return carry_out(make(config, source_text, directory), display, profile=profile)
 
 
-def carry_out(store: RunStore, display: Display | None = None) -> Path:
+def carry_out(store: RunStore, display: Display | None = None, *, profile: bool = False) -> Path:
     """Carry out the run of `store` from where it stands and return its directory; closes the store."""
-    with store, stop_on_signals() as stop:
+    with store, profiled(store) if profile else nullcontext(), stop_on_signals() as stop:
         return _Run(store, display or SilentDisplay(), stop).carry_out()
 
 
@@ -87,18 +96,23 @@ class _Run:
     def __init__(self, store: RunStore, display: Display, stop: StopFlag) -> None:
         self.config, self.store, self.display, self.stop = store.config, store, display, stop
         self.hash = config_hash(self.config)
-        self.checkpoint = self._open_checkpoint()
-        manifest = store.manifest() if self.checkpoint else {}
-        self.parts: Assembly = assemble(self.config, cohort_size=manifest.get("cohort_size"))
-        if self.checkpoint:
-            _refuse_other_data(manifest, self.parts)
-            refuse_other_base(store.path, manifest["model"], self.parts.base)
-        else:
-            store.write_manifest({**self.parts.manifest(), "created": datetime.now(UTC).isoformat(timespec="seconds")})
+        with stage("start"):
+            self.checkpoint = self._open_checkpoint()
+            manifest = store.manifest() if self.checkpoint else {}
+            self.parts: Assembly = assemble(self.config, cohort_size=manifest.get("cohort_size"))
+            if self.checkpoint:
+                _refuse_other_data(manifest, self.parts)
+                refuse_other_base(store.path, manifest["model"], self.parts.base)
+            else:
+                created = datetime.now(UTC).isoformat(timespec="seconds")
+                store.write_manifest({**self.parts.manifest(), "created": created})
+        if self.parts.base.device.type == "cuda":
+            settle_with(torch.cuda.synchronize)
 
     def carry_out(self) -> Path:
         config, parts, method = self.config, self.parts, self.parts.method
-        state, first_round, progress = self._starting_point()
+        with stage("start"):
+            state, first_round, progress = self._starting_point()
         if first_round > config.federation.rounds:
             self.display.finish(f"{self.store.path}: finished before, nothing to do")
             return self.store.path
@@ -108,11 +122,17 @@ class _Run:
             results = self._exchange(state, participants, progress)
             progress = None
             merge_started = time.perf_counter()
-            state, info = method.merge(state, participants, results)
+            with stage("mixing"):
+                state, info = method.merge(state, participants, results)
             merge_seconds = time.perf_counter() - merge_started
-            self._record_round(participants, results, info, merge_seconds)
+            trial_started = time.perf_counter()
+            state, info, results = self._hold_trial(state, participants, results, info)
+            trial_seconds = time.perf_counter() - trial_started
+            self._record_round(participants, results, info, merge_seconds, trial_seconds)
             last = round_ == config.federation.rounds
             line = f"train loss {_train_loss(results):.4f}"
+            # the rows of this round would otherwise lie beside those of the next one
+            del results
             if last or round_ % config.evaluation.every == 0:
                 line += self._evaluate(round_, method.personalise(state))
             if last and config.evaluation.test:
@@ -130,7 +150,11 @@ class _Run:
 
     def _exchange(self, state: State, participants: Participants, progress: Progress | None) -> Results:
         round_ = participants.round
-        job = self.parts.method.plan(state, participants)
+        with stage("mixing"):
+            job = self.parts.method.plan(state, participants)
+        noised = round_ == 1 and self.config.exchange.privacy.enabled
+        if noised and (line := advice(self.parts.layout, job.upload, job.trainable)):
+            self._tell(f"warning: {line}")
         try:
             results = self.parts.exchange.run(
                 job,
@@ -141,6 +165,10 @@ class _Run:
         except StopRequested as stopped:
             self._save(round_ - 1, state, stopped.progress)
             self._interrupted(round_)
+        except ParticipationError:
+            if (round_ - 1) % self.config.output.checkpoint_every:
+                self._save(round_ - 1, state)
+            raise
         for report in results.reports:
             if report.failure:
                 self._tell(f"round {round_}: {self.parts.clients.names[report.id]} was left out: {report.failure}")
@@ -151,8 +179,40 @@ class _Run:
             )
         return results
 
-    def _record_round(self, participants: Participants, results: Results, info: Info, merge_seconds: float) -> None:
+    def _hold_trial(
+        self, state: State, participants: Participants, results: Results, info: Info
+    ) -> tuple[State, Info, Results]:
+        """Ask clients what the method wants to know after merging, if anything."""
+        method = self.parts.method
+        if method.trial is None or method.decide is None:
+            return state, info, results
+        trial = method.trial(state, participants, results)
+        if trial is None:
+            return state, info, results
+        with stage("evaluation"):
+            losses = self.parts.exchange.judge(trial)
+        with stage("mixing"):
+            state, more = method.decide(state, trial, losses)
+        crossed = results._replace(
+            upload_bytes=results.upload_bytes + losses.upload_bytes,
+            download_bytes=results.download_bytes + losses.download_bytes,
+        )
+        if results.uncompressed_bytes:
+            # answers are numbers and candidates are sent as they are
+            plain = results.uncompressed_bytes + losses.upload_bytes + losses.download_bytes
+            crossed = crossed._replace(uncompressed_bytes=plain)
+        return state, Info({**info.numbers, **more.numbers}, more.graph or info.graph), crossed
+
+    def _record_round(
+        self, participants: Participants, results: Results, info: Info, merge_seconds: float, trial_seconds: float
+    ) -> None:
         names = self.parts.clients.names
+        config, extra = self.config.exchange, dict[str, Any]()
+        if results.uncompressed_bytes:
+            extra["uncompressed_bytes"] = results.uncompressed_bytes
+        if config.privacy.enabled:
+            spent = {names[id_]: value for id_, value in results.epsilon}
+            extra["privacy"] = {"delta": config.privacy.delta, "epsilon": spent}
         self.store.append(
             {
                 "event": "round",
@@ -164,10 +224,12 @@ class _Run:
                 "tokens": sum(r.num_tokens for r in results.reports if not r.failure),
                 "upload_bytes": results.upload_bytes,
                 "download_bytes": results.download_bytes,
+                **extra,
                 "numbers": dict(info.numbers),
                 "timing": {
                     "train_seconds": results.train_seconds,
                     "merge_seconds": merge_seconds,
+                    "evaluate_seconds": trial_seconds,
                     "peak_memory_bytes": results.peak_memory_bytes,
                 },
             }
@@ -181,6 +243,7 @@ class _Run:
                     "name": info.graph.name,
                     "round": participants.round,
                     "provenance": dict(info.graph.provenance),
+                    "blocks": _shown_blocks(info.graph),
                     "true_adjacency": None if true is None else true.tolist(),
                 }
             )
@@ -188,7 +251,8 @@ class _Run:
     def _evaluate(self, round_: int, adapters: Arena) -> str:
         """Record the validation loss of every client; say the unweighted mean over those that hold such examples."""
         started = time.perf_counter()
-        losses = validation_losses(self.parts.base, adapters, self.parts.tokenized, self.config.evaluation)
+        with stage("evaluation"):
+            losses = validation_losses(self.parts.base, adapters, self.parts.tokenized, self.config.evaluation)
         self.store.append(
             {
                 "event": "evaluation",
@@ -207,7 +271,8 @@ class _Run:
     def _judge(self, round_: int, adapters: Arena) -> float:
         """Record the final numbers of every client on its test split; return the unweighted mean loss."""
         started = time.perf_counter()
-        records = final_records(self.parts.base, adapters, self.parts.tokenized, self.config.evaluation)
+        with stage("evaluation"):
+            records = final_records(self.parts.base, adapters, self.parts.tokenized, self.config.evaluation)
         clients = {record.name: {k: v for k, v in asdict(record).items() if k != "name"} for record in records}
         self.store.append(
             {
@@ -244,33 +309,33 @@ class _Run:
             last_round_K=tuple(facts["last_round_K"]),
             memory={name: tensor.to(device) for name, tensor in _under("state.memory.", tensors).items()},
         )
+        self.parts.exchange.restore(Kept(_under("exchange.", tensors), facts["exchange"]))
         progress = None
         if facts["progress"] is not None:
             progress = Progress(tensors=_under("progress.", tensors), facts=facts["progress"])
         return state, int(facts["completed_rounds"]) + 1, progress
 
     def _save(self, completed_rounds: int, state: State, progress: Progress | None = None) -> None:
-        tensors = {"state.adapters": state.adapters.values_KP}
-        tensors |= {f"state.memory.{name}": tensor for name, tensor in state.memory.items()}
-        personalised = self.parts.method.personalise(state).values_KP
-        if personalised.data_ptr() != state.adapters.values_KP.data_ptr():
-            tensors["personalised"] = personalised
+        tensors, kept = self.parts.saved_tensors(state), self.parts.exchange.state()
+        tensors |= {f"exchange.{name}": tensor for name, tensor in kept.tensors.items()}
         if progress is not None:
             tensors |= {f"progress.{name}": tensor for name, tensor in progress.tensors.items()}
-        save(
-            self.store.path,
-            completed_rounds,
-            {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
-            {
-                "completed_rounds": completed_rounds,
-                "last_round_K": list(state.last_round_K),
-                "metrics_position": self.store.metrics_position(),
-                "progress": None if progress is None else progress.facts,
-                "partial": progress is not None,
-            },
-            config_hash=self.hash,
-            keep=self.config.output.keep_checkpoints,
-        )
+        with stage("disk"):
+            save(
+                self.store.path,
+                completed_rounds,
+                tensors,
+                {
+                    "completed_rounds": completed_rounds,
+                    "last_round_K": list(state.last_round_K),
+                    "exchange": dict(kept.facts),
+                    "metrics_position": self.store.metrics_position(),
+                    "progress": None if progress is None else progress.facts,
+                    "partial": progress is not None,
+                },
+                config_hash=self.hash,
+                keep=self.config.output.keep_checkpoints,
+            )
 
     def _interrupted(self, round_: int) -> None:
         name = {2: "SIGINT", 15: "SIGTERM"}.get(self.stop.signal_number, "a signal")
@@ -279,6 +344,13 @@ class _Run:
             "Start it again to continue; `fedmira run` needs --resume for that",
             self.stop.signal_number,
         )
+
+
+def _shown_blocks(graph: Graph) -> dict[str, Any]:
+    """Of a graph by layer, those of the first and the last layers that share one, by the first of these layers."""
+    distinct = graph_parts(graph)
+    shown = distinct if len(distinct) < 3 else (distinct[0], distinct[-1])
+    return {layers[0]: part.adjacency_KK.tolist() for part, layers in shown if layers}
 
 
 def _under(prefix: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -12,7 +12,9 @@ import yaml
 
 from fedmira.cli.main import main
 from fedmira.cli.recipes import recipe_path
+from fedmira.profile import lines as profile_lines
 from fedmira.runs.store import RunStore
+from fedmira.stages import STAGES
 
 CONFIG = """
 name: tiny
@@ -68,15 +70,30 @@ def test_progress_is_a_line_per_round(fedmira, place: Path) -> None:
     assert any(line.startswith("test loss") for line in lines)
 
 
-def test_a_dry_run_estimates_and_writes_nothing(fedmira, place: Path) -> None:
+def test_a_dry_run_estimates_and_keeps_nothing(fedmira, place: Path) -> None:
     before = sorted(place.rglob("*"))
     facts = json.loads(fedmira("run", "c.yaml", "--dry-run", "--json").out)
     assert facts["clients"] == facts["clients_per_round"] == 4
     assert facts["adapter_parameters"] > 0
-    assert facts["upload_bytes_per_round"] == facts["adapter_parameters"] * 4 * 4
+    losses_of_three_shares = 3 * 4
+    assert facts["upload_bytes_per_round"] == 4 * (facts["adapter_parameters"] * 4 + losses_of_three_shares)
     assert facts["seconds"] > 0
     assert "memory" in fedmira("run", "c.yaml", "--dry-run").out
     assert sorted(place.rglob("*")) == before
+
+
+def test_a_profile_is_printed_kept_and_logged(fedmira, place: Path) -> None:
+    outcome = fedmira("run", "c.yaml", "seed=9", "--profile")
+    assert outcome.code == 0
+    (run,) = (place / "runs").glob("*seed9*")
+    profile = json.loads((run / "profile.json").read_text())
+    assert all(profile["seconds"][name] > 0 for name in STAGES)
+    log = [line.partition("Z ")[2] for line in (run / "run.log").read_text().splitlines()]
+    for line in profile_lines(profile):
+        assert line in outcome.out.splitlines()
+        assert line in log
+    again = json.loads(fedmira("run", "c.yaml", "seed=9", "--resume", "--profile", "--json").out)
+    assert again["profile"]["seconds"]["forward"] == 0, "nothing was left to do"
 
 
 def test_data_shows_every_client_with_its_supervised_tokens_marked(fedmira, place: Path) -> None:

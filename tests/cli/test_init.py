@@ -9,6 +9,7 @@ import pytest
 
 from fedmira.cli.recipes import purpose, recipe_folder, recipe_names
 from fedmira.config_file import load_config
+from fedmira.method_config import METHOD_NAMES
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -78,3 +79,9 @@ def test_the_paper_recipes_state_the_papers_settings() -> None:
         assert config.training.batch_size == 8
         assert config.model.adapter.rank == 16
         assert config.method.name == "mira_published"
+
+
+def test_every_method_has_a_recipe() -> None:
+    config = load_config(recipe_folder() / "all-methods.yaml")
+    compared = {config.method_named(name).name for name in config.compare.methods}
+    assert compared == set(METHOD_NAMES)

@@ -13,6 +13,7 @@ import click
 import pytest
 
 from fedmira.cli import main as main_module
+from fedmira.cli import process
 from fedmira.cli.main import JOURNEY, cli
 from fedmira.cli.session import printable
 from fedmira.errors import (
@@ -172,14 +173,41 @@ def test_every_command_can_speak_json_and_be_debugged() -> None:
     assert main_module.cli.list_commands(click.Context(cli)) == [command.name for command in JOURNEY]
 
 
-@pytest.mark.parametrize(("given", "used"), [({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")])
-def test_waiting_threads_sleep_unless_told_otherwise(given: dict[str, str], used: str) -> None:
+@pytest.mark.parametrize(
+    ("given", "used"),
+    [
+        ({}, ("1000", None)),
+        ({"GOMP_SPINCOUNT": "7"}, ("7", None)),
+        ({"OMP_WAIT_POLICY": "ACTIVE"}, (None, "ACTIVE")),
+    ],
+)
+def test_waiting_threads_soon_sleep_unless_told_otherwise(
+    given: dict[str, str], used: tuple[str | None, str | None]
+) -> None:
     """On two shared cores a round took 175 s with spinning threads and 6 s with sleeping ones."""
+    names = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
     program = (
-        "import os; from fedmira.cli.main import main; main(['init', '--quiet']); print(os.environ['OMP_WAIT_POLICY'])"
+        f"import os; from fedmira.cli.main import main; main(['init', '--quiet']); print(*map(os.environ.get, {names}))"
     )
-    environment = {key: value for key, value in os.environ.items() if key != "OMP_WAIT_POLICY"}
+    environment = {key: value for key, value in os.environ.items() if key not in names}
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True, env={**environment, **given}
     )
-    assert done.stdout.splitlines()[-1] == used
+    assert done.stdout.splitlines()[-1].split() == [str(value) for value in used]
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc only")
+def test_freed_memory_is_kept_unless_the_user_set_the_allocator(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    class Libc:
+        def mallopt(self, name: int, value: int) -> None:
+            calls.append((name, value))
+
+    monkeypatch.setattr(process.ctypes, "CDLL", lambda name: Libc())
+    monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")
+    process.prepare_process()
+    assert [name for name, _ in calls] == [-3, -1]
+    monkeypatch.setenv("MALLOC_ARENA_MAX", "2")
+    process.prepare_process()
+    assert len(calls) == 2

@@ -1,4 +1,4 @@
-"""`fedmira export`: a client's adapter as a PEFT folder; `fedmira predict`: its answer to a question."""
+"""`fedmira export`: a client's adapter as a PEFT folder or its whole model; `fedmira predict`: its answer."""
 
 from __future__ import annotations
 

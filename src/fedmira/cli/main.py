@@ -1,7 +1,7 @@
 """The command `fedmira`: its commands in the order a user meets them, and what happens to an error.
 
 Exit codes: 0 done, 1 failed while running, 2 usage or config, 3 data, 4 environment, 5 checkpoint or integrity,
-6 too few clients, 130 / 143 interrupted after a clean checkpoint.
+6 too few clients or a spent privacy budget, 130 / 143 interrupted after a clean checkpoint.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from fedmira.cli.compare import compare, quickstart
 from fedmira.cli.data import data
 from fedmira.cli.export import export, predict
 from fedmira.cli.init import init
+from fedmira.cli.process import prepare_process
 from fedmira.cli.report import report
 from fedmira.cli.run import run
 from fedmira.cli.session import Session, debug_option, printable
@@ -61,8 +62,7 @@ def _fail(session: Session, message: str, exit_code: int) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code. `arguments`: without the program's name; None for sys.argv."""
-    # threads that spin while they wait make torch many times slower where cores are shared; read when torch is imported
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    prepare_process()
     session = Session()
     try:
         outcome = cli.main(

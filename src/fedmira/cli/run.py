@@ -12,11 +12,12 @@ from fedmira.cli.session import Session, standard_options
 
 @click.command(short_help="Train: one method, one federation, one seed.")
 @config_arguments
-@click.option("--dry-run", is_flag=True, help="Estimate memory, bytes and time; train nothing and write nothing.")
+@click.option("--dry-run", is_flag=True, help="Predict memory, bytes and time by trying small parts; keep nothing.")
 @click.option("--resume", is_flag=True, help="Continue the run where it stopped, bit for bit.")
+@click.option("--profile", is_flag=True, help="Write where the time went to profile.json, and print it.")
 @standard_options
 @click.pass_obj
-def run(session: Session, config: Path, overrides: tuple[str, ...], dry_run: bool, resume: bool) -> None:
+def run(session: Session, config: Path, overrides: tuple[str, ...], dry_run: bool, resume: bool, profile: bool) -> None:
     """Train as CONFIG says; KEY=VALUE pairs such as method.graph.kind=labels win over the file."""
     run_config = read_config(config, overrides)
     if dry_run:
@@ -28,11 +29,16 @@ def run(session: Session, config: Path, overrides: tuple[str, ...], dry_run: boo
     with session.loading(run_config) as display:
         from fedmira.experiment import run as carry_out
 
-        path = carry_out(run_config, resume=resume, source_text=config.read_text(encoding="utf-8"), display=display)
+        source_text = config.read_text(encoding="utf-8")
+        path = carry_out(run_config, resume=resume, source_text=source_text, display=display, profile=profile)
     from fedmira.report.summary import summarise_run
 
     summary = summarise_run(path)
-    session.result(
-        {"run": str(path), **summary.facts()},
-        "\n".join([f"Run: {path}", *summary.lines(), f"Next: fedmira report {path}"]),
-    )
+    facts, lines = {"run": str(path), **summary.facts()}, [f"Run: {path}", *summary.lines()]
+    if profile:
+        from fedmira.profile import lines as profile_lines
+        from fedmira.runs.store import RunStore
+
+        facts["profile"] = RunStore.open(path).profile()
+        lines += ["", *profile_lines(facts["profile"]), ""]
+    session.result(facts, "\n".join([*lines, f"Next: fedmira report {path}"]))

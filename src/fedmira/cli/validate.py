@@ -52,6 +52,10 @@ def missing_files(config: RunConfig) -> list[FedmiraError]:
         problems.append(
             DataError(f"method.graph.path: {graph.path} does not exist; give a .json, .npy or .csv file of the graph")
         )
+    if graph is not None and graph.probe_path is not None and not _is_there(graph.probe_path):
+        problems.append(
+            DataError(f"method.graph.probe_path: {graph.probe_path} does not exist; give a JSON Lines file")
+        )
     model = config.model.path
     if model != "embedded" and _looks_local(model) and not (Path(model) / "config.json").is_file():
         problems.append(

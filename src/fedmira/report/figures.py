@@ -100,7 +100,7 @@ def graph_figures(run: RunRecord, *, truth: bool = True) -> Iterable[Figure]:
     yield Figure(
         heading=what,
         drawing=Markup(graph_charts.heat_map(graph, f"Weights of the graph of {run.method} as a heat map")),
-        caption=f"Row and column are clients, a stronger cell is a heavier edge.{inside}",
+        caption=f"Row and column are clients, a stronger cell is a heavier edge.{inside}{_privacy_in_words(run)}",
         square=True,
     )
     linked = graph_charts.node_link(graph, f"The graph of {run.method} drawn on a circle")
@@ -108,7 +108,17 @@ def graph_figures(run: RunRecord, *, truth: bool = True) -> Iterable[Figure]:
         yield Figure(
             heading=f"{run.method}, drawn",
             drawing=Markup(linked),
-            caption=_edges_in_words(len(graph_charts.drawn_edges(graph)), _num_edges(graph)),
+            caption=_edges_in_words(len(graph_charts.drawn_edges(graph)), _num_edges(graph)) + _spectrum_in_words(run),
+            square=True,
+        )
+    for block, adjacency in run.graph.blocks.items():
+        part = graph_charts.order_by_group(run.graph.names, group_labels(run), adjacency)
+        share = graph_charts.share_within_groups(part)
+        inside = "" if share is None else f" {format_share(share)} of its weight joins clients of one label."
+        yield Figure(
+            heading=f"{run.method}, {block}",
+            drawing=Markup(graph_charts.heat_map(part, f"Weights of the graph of {block} of {run.method}")),
+            caption=f"The layers of this block are mixed on a graph of their own.{inside}",
             square=True,
         )
     if truth:
@@ -120,6 +130,60 @@ def _edges_in_words(drawn: int, edges: int) -> str:
         return "No edges: nobody was related closely enough, so every client kept its own adapter in that round."
     counted = f"The {drawn} heaviest of {edges} edges" if drawn < edges else f"{edges} edge{'s' if edges > 1 else ''}"
     return f"{counted}; a thicker line is a heavier edge, grey ones join different labels."
+
+
+def _privacy_in_words(run: RunRecord) -> str:
+    note = "" if run.graph is None else str(run.graph.provenance.get("privacy") or "")
+    return f" What it reveals: {note[:1].lower()}{note[1:]}" if note else ""
+
+
+def _spectrum_in_words(run: RunRecord) -> str:
+    """What the last round said about the graph's pieces and stability."""
+    numbers = (run.rounds[-1].get("numbers") or {}) if run.rounds else {}
+    if "components" not in numbers:
+        return ""
+    pieces, alone = round(number(numbers["components"])), round(number(numbers.get("alone", 0.0)))
+    words = f" {pieces} connected component{'s' if pieces > 1 else ''}"
+    words += f", {alone} of them single clients." if alone else "."
+    margin = number(numbers.get("stability_margin"))
+    if math.isfinite(margin):
+        words += (
+            f" Laplacian eigenvalues from {number(numbers.get('lambda_2')):.3g} (the smallest above 0) to "
+            f"{number(numbers.get('lambda_max')):.3g}; an explicit step would "
+            + (f"bear {margin:.3g} times this strength." if margin >= 1 else "diverge at this strength.")
+        )
+    return words
+
+
+GRAPH_SHARES = (
+    ("weight_in_tasks", "in one label", "s0"),
+    ("weight_on_true_edges", "on true edges", "s2"),
+    ("agreement", "as before", "s7"),
+)
+"""(name in a round's numbers, label, colour class) of what a learned graph is watched by, all between 0 and 1."""
+
+
+def graph_course(run: RunRecord) -> Iterable[Figure]:
+    """How a learned graph changed over the rounds; nothing for one that stayed."""
+    lines = []
+    for name, label, colour in GRAPH_SHARES:
+        points = [
+            (int(event["round"]), number(event["numbers"][name]))
+            for event in run.rounds
+            if name in (event.get("numbers") or {})
+        ]
+        if len(points) > 1:
+            lines.append(charts.Line(label, points, colour))
+    if not any(line.label == "as before" for line in lines):
+        return
+    yield Figure(
+        heading=f"{run.method}: the graph over rounds",
+        drawing=Markup(charts.line_chart(lines, f"What the graph of {run.method} joins, round by round")),
+        caption=(
+            "Shares of the graph's weight between clients of one label and, where it is known, on edges of the true "
+            "graph; and how much it is as in the round before, the cosine of the weights (1 is unchanged)."
+        ),
+    )
 
 
 def truth_figures(run: RunRecord) -> Iterable[Figure]:

@@ -29,7 +29,7 @@ from fedmira.report.formats import (
     printable,
 )
 from fedmira.report.reading import RunRecord, StudyRecord, read
-from fedmira.report.run_sections import run_sections
+from fedmira.report.run_sections import left_out, privacy, run_sections
 from fedmira.report.study_sections import study_sections
 from fedmira.report.table import Row, Spread, rows_of, total_bytes
 from fedmira.report.words import headline
@@ -74,6 +74,8 @@ def render(record: RunRecord | StudyRecord) -> str:
             tuning=_tuning(record),
             tasks=_tasks(record),
             clients=_clients(record),
+            left_out=left_out(record) if isinstance(record, RunRecord) else [],
+            privacy=privacy(record) if isinstance(record, RunRecord) else [],
             memory=_memory(run),
             config=run.config_text if run else "",
             versions=_versions(run),

@@ -33,6 +33,8 @@ class GraphRecord:
     provenance: Mapping[str, Any]
     true_adjacency: tuple[tuple[float, ...], ...] | None
     """The graph the data was made from, where it is known."""
+    blocks: Mapping[str, tuple[tuple[float, ...], ...]]
+    """Where layers are mixed on graphs of their own: those of some blocks, by the block's name; else empty."""
 
 
 @dataclass(frozen=True)
@@ -243,6 +245,7 @@ def _graph(path: Path) -> GraphRecord | None:
         name=str(content.get("name", "")),
         provenance=content.get("provenance") or {},
         true_adjacency=None if true is None else _square(true, len(names)),
+        blocks={str(block): _square(rows, len(names)) for block, rows in (content.get("blocks") or {}).items()},
     )
 
 

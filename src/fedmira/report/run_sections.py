@@ -14,11 +14,12 @@ from fedmira.report.figures import (
     Figure,
     Section,
     disagreement_figures,
+    graph_course,
     graph_figures,
     task_figure,
 )
-from fedmira.report.formats import byte_unit, format_bytes, format_loss, format_seconds
-from fedmira.report.reading import RunRecord, seconds_of
+from fedmira.report.formats import byte_unit, format_bytes, format_loss, format_seconds, format_share
+from fedmira.report.reading import RunRecord, number, seconds_of
 
 
 def run_sections(run: RunRecord) -> list[Section]:
@@ -26,7 +27,7 @@ def run_sections(run: RunRecord) -> list[Section]:
     return [
         Section("Losses", (*_client_curves(run), *_run_tasks(run)), ragged=True),
         Section("Who learns from whom", tuple(graph_figures(run))),
-        Section("What merging does", tuple(disagreement_figures([run], {run.method: "s0"}))),
+        Section("What merging does", (*disagreement_figures([run], {run.method: "s0"}), *graph_course(run))),
         Section("What it costs", tuple(_run_costs(run))),
     ]
 
@@ -72,6 +73,7 @@ def _run_costs(run: RunRecord) -> Iterable[Figure]:
             caption=(
                 f"Counted where they cross between server and clients, all participants together: "
                 f"{format_bytes(run.upload_bytes)} up and {format_bytes(run.download_bytes)} down in the whole run."
+                f"{_compression(run)}"
             ),
             legend=BYTE_PARTS,
         )
@@ -91,3 +93,44 @@ def _run_costs(run: RunRecord) -> Iterable[Figure]:
 
 def _throughput(run: RunRecord) -> str:
     return f" Training reads {run.tokens_per_second:,.0f} tokens per second." if run.tokens_per_second else ""
+
+
+def _compression(run: RunRecord) -> str:
+    """How much less that is than without compression; empty where nothing was compressed."""
+    plain = sum(int(event.get("uncompressed_bytes") or 0) for event in run.rounds)
+    if not plain:
+        return ""
+    exchange = run.config.get("exchange") or {}
+    forms = {"up": exchange.get("compression", "none"), "down": exchange.get("download_compression", "none")}
+    said = " and ".join(f"{form} {way}" for way, form in forms.items() if form != "none")
+    share = format_share((run.upload_bytes + run.download_bytes) / plain)
+    return f" Compressed ({said}) to {share} of the {format_bytes(plain)} that the tensors as they are would take."
+
+
+def left_out(run: RunRecord) -> list[dict[str, str]]:
+    """Results that did not count, round by round: who and why."""
+    return [
+        {"round": str(event["round"]), "name": str(failure["client"]), "reason": str(failure["reason"])}
+        for event in run.rounds
+        for failure in event.get("failures", ())
+    ]
+
+
+def privacy(run: RunRecord) -> list[tuple[str, str]]:
+    """What clients have given away at the end, and how that was limited; empty where nothing was noised."""
+    spent: dict[str, float] = {}
+    for event in run.rounds:
+        found = event.get("privacy") or {}
+        spent |= {str(name): number(value) for name, value in found.get("epsilon", {}).items()}
+    if not spent:
+        return []
+    settings = (run.config.get("exchange") or {}).get("privacy") or {}
+    facts = [
+        ("largest epsilon", f"{max(spent.values()):.3f}"),
+        ("mean epsilon", f"{sum(spent.values()) / len(spent):.3f}"),
+    ]
+    return facts + [
+        (key.replace("_", " "), f"{settings[key]:g}" if isinstance(settings[key], int | float) else str(settings[key]))
+        for key in ("budget", "delta", "clip_norm", "noise_multiplier", "noise_seed")
+        if settings.get(key) is not None
+    ]

@@ -101,6 +101,8 @@ def ticks(low: float, high: float, wanted: int = 5) -> list[float]:
     """
     # up to half as many again: too few lines read worse than a few too many
     raw = (high - low) / max(1.0, 1.5 * wanted)
+    if raw < 1e-300:
+        return [low]
     magnitude = 10.0 ** math.floor(math.log10(raw))
     step = next(factor * magnitude for factor in (1, 2, 5, 10) if factor * magnitude >= raw * 0.999)
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)

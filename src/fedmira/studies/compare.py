@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from fedmira.config import RunConfig
+from fedmira.config import RunConfig, refusal, refusal_under_noise
 from fedmira.config_file import resolved_yaml
 from fedmira.errors import ConfigError, DivergedError
 from fedmira.experiment import Display, SilentDisplay, carry_out
@@ -32,9 +32,11 @@ def compare(config: RunConfig, *, directory: Path | None = None, display: Displa
         display: Told about progress.
 
     Raises:
-        ConfigError: settings would be chosen on a draw that is reported, or on no validation data.
+        ConfigError: settings would be chosen on a draw that is reported, or on no validation data; or a method cannot
+            use the config's adapters.
         DivergedError: a method has no learning rate at which it trains.
     """
+    _refuse_unusable(config)
     _refuse_biased_tuning(config)
     display = display or SilentDisplay()
     directory = directory or study_directory(config)
@@ -77,6 +79,14 @@ def variant(config: RunConfig, method: str, seed: int, learning_rate: float, *, 
         rounds = config.federation.rounds
         changes["evaluation"] = config.evaluation.model_copy(update={"test": False, "every": rounds})
     return config.model_copy(update=changes)
+
+
+def _refuse_unusable(config: RunConfig) -> None:
+    """Not a rule of the config: `fedmira run` reads the same file and does not look at this section."""
+    for name in config.compare.methods:
+        method, private = config.method_named(name), config.exchange.privacy.enabled
+        if reason := refusal(method, config.model.adapter.kind) or (private and refusal_under_noise(method)):
+            raise ConfigError(f"compare.methods names {name}: {reason}")
 
 
 def _refuse_biased_tuning(config: RunConfig) -> None:

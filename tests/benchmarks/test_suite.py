@@ -1,0 +1,156 @@
+"""The list of sections and targets, the page that shows them, and the command."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from benchmarks.environment import REQUIREMENTS
+from benchmarks.groups.disk_mixing import OVER_COPY, measure_disk_mixing, step_matrix
+from benchmarks.groups.generation import Generation, NumberTokenizer, equal_share, measure_generation
+from benchmarks.groups.memory import OVER_FLOOR, measure_memory
+from benchmarks.groups.mixing import SHARE_OF_COPY, TAU, measure_mixing_in_memory, neighbour_graph
+from benchmarks.options import Options
+from benchmarks.peers.peer import OURS, PEFT
+from benchmarks.results import Results, Row, Section, read_results, write_results
+from benchmarks.suite import SUITES, TARGETS, Target, Training, judge
+from benchmarks.table import DOCS_PAGE, PAGE, RESULTS, found_in, render, with_targets, write_table
+from benchmarks.workloads import Workload
+
+from benchmarks import run
+from fedmira.federation.graph import laplacian
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+OPTIONS = Options("cpu", threads=1, warm_up=0, repeats=2)
+MACHINE = {"device": "a machine", "threads": 2, "torch": "2", "copy_bytes_per_second": 1e9}
+
+
+def silent(_text: str) -> None:
+    pass
+
+
+def results_with(name: str, **measures: float) -> Results:
+    row = Row(OURS, seconds=2.0, lower=1.5, upper=2.5, peak_bytes=2**20, final_loss=3.25)
+    section = Section(name, "A title", [row], measures, {"tokens": 1000, "supervised_tokens": 250})
+    return Results(MACHINE, [section])
+
+
+def test_every_target_names_a_section_and_a_contestant_of_its_suite() -> None:
+    for target in TARGETS:
+        measurement = SUITES[target.device][target.section]
+        contestant = target.measure.removeprefix("over ")
+        if isinstance(measurement, Training) and target.measure.startswith("over "):
+            assert contestant in measurement.contestants, target
+
+
+def test_every_training_section_has_ours_first() -> None:
+    trainings = [one for suite in SUITES.values() for one in suite.values() if isinstance(one, Training)]
+    assert all(one.contestants[0] == OURS for one in trainings)
+    assert {one.workload.num_clients for one in trainings} == {8, 18, 32, 80}
+
+
+def test_targets_are_met_missed_or_not_measured() -> None:
+    found = {"cpu": results_with("train-15m", **{f"over {PEFT}": 4.5, "over PEFT, mixed batch": 2.4})}
+    verdicts = {(one.target.section, one.target.measure, one.target.device): one.word for one in judge(found)}
+    assert verdicts["train-15m", f"over {PEFT}", "cpu"] == "met"
+    assert verdicts["train-15m", "over PEFT, mixed batch", "cpu"] == "missed"
+    assert verdicts["train-15m", "over Flower simulation", "cpu"] == "not measured"
+    assert verdicts["train-1.3b", f"over {PEFT}", "cuda"] == "not measured"
+    memory = Target("cpu", "memory", "m", "bytes", 1.1, at_least=False)
+    assert memory.reached(1.05)
+    assert not memory.reached(1.2)
+
+
+def test_the_page_shows_targets_and_rows(tmp_path: Path) -> None:
+    results = results_with("train-15m", **{f"over {PEFT}": 4.5})
+    results.sections[0].rows.append(Row(PEFT, note="not measured: out of memory"))
+    write_results(tmp_path / "cpu.json", results)
+    assert read_results(tmp_path / "cpu.json") == results
+    write_table(tmp_path)
+    page = (tmp_path / PAGE).read_text(encoding="utf-8")
+    assert page == render({"cpu": results})
+    assert "| 15M shape, batch 4, over stock PEFT | cpu | at least 4 | 4.50 | met |" in page
+    assert "| ours | 2.000 | 1.500 - 2.500 | 1.00 | 500 | 125 | 1 | 3.2500 |" in page
+    assert "| PEFT, sequential | not measured: out of memory |" in page
+
+
+def test_the_pages_show_the_committed_results() -> None:
+    """If this fails: python -m benchmarks.table."""
+    found = found_in(RESULTS)
+    assert found, "no results are committed"
+    assert (RESULTS / PAGE).read_text(encoding="utf-8") == render(found)
+    page = DOCS_PAGE.read_text(encoding="utf-8")
+    assert page == with_targets(page, found)
+    assert "| met |" in page
+
+
+def test_an_unknown_section_is_refused() -> None:
+    with pytest.raises(SystemExit, match="no such section"):
+        run.main(["--only", "train-nothing"])
+
+
+def test_generation_compares_answers_and_counts_tokens() -> None:
+    workload = Workload("llama-tiny", "dolly", 1, 4, ("q_proj",), num_clients=3, shrink=8)
+    section = measure_generation("tiny", Generation(workload, 2, new_tokens=5), OPTIONS, silent)
+    assert section.facts["new_tokens"] == 3 * 2 * 5
+    assert section.facts["equal_answers"] == 1.0
+    assert section.measures[f"over {PEFT}"] > 0
+
+
+def test_answers_are_compared_one_by_one() -> None:
+    assert equal_share([["1 2"], ["3", "4"]], [["1 2"], ["3", "5"]]) == pytest.approx(2 / 3)
+    assert NumberTokenizer().decode([3, 14]) == "3 14"
+
+
+def test_mixing_in_memory_is_checked_and_compared_with_a_copy() -> None:
+    section = measure_mixing_in_memory("tiny", 40, 2000, OPTIONS, silent)
+    assert section.facts["bytes"] == 2 * 40 * 2000 * 4
+    assert section.measures[SHARE_OF_COPY] > 0
+    assert {len(row.nonzero()[0]) for row in neighbour_graph(40).adjacency_KK} == {10}
+
+
+def test_memory_of_one_more_client_is_at_least_its_tensors() -> None:
+    section = measure_memory("memory", OPTIONS, silent)
+    assert 0.9 < section.measures[OVER_FLOOR] < 4
+
+
+def test_mixing_on_disk_is_checked_and_compared_with_a_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    section = measure_disk_mixing("tiny", 700, 300, OPTIONS, silent)
+    assert section.facts["bytes"] == pytest.approx(700 * 300 * 2, rel=0.05)
+    assert section.measures[OVER_COPY] > 0
+    assert list((tmp_path / "runs").iterdir()) == [], "nothing is left behind"
+
+
+def test_the_step_on_disk_is_the_step_in_memory() -> None:
+    matrix = step_matrix(40)
+    dense = torch.zeros(40, 40, dtype=torch.float64)
+    for row in range(40):
+        entries = slice(int(matrix.starts[row]), int(matrix.starts[row + 1]))
+        dense[row, matrix.columns_E[entries]] += matrix.weights_E[entries]
+    expected = np.eye(40) - TAU * laplacian(neighbour_graph(40))
+    np.testing.assert_allclose(dense.numpy(), expected, atol=1e-12)
+
+
+def test_the_peers_requirements_agree_with_the_pinned_versions() -> None:
+    pinned = dict(
+        line.lower().split("==") for line in (REPOSITORY / "constraints.txt").read_text().splitlines() if "==" in line
+    )
+    wanted = dict(line.lower().split("==") for line in REQUIREMENTS.read_text().splitlines() if "==" in line)
+    shared = wanted.keys() & pinned.keys()
+    assert {"peft", "transformers", "numpy"} <= shared
+    assert {name: wanted[name] for name in shared} == {name: pinned[name] for name in shared}
+    assert not wanted.keys() & {"torch", "fedmira"}
+
+
+def test_workloads_survive_the_way_to_a_worker() -> None:
+    import json
+    from dataclasses import asdict
+
+    from benchmarks.peers.serving import read_workload
+
+    workload = replace(Workload("llama-tiny", "dolly", 1, 4, ("q_proj",)), shrink=3)
+    assert read_workload(json.loads(json.dumps(asdict(workload)))) == workload

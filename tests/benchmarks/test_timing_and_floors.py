@@ -1,0 +1,82 @@
+"""Interleaved timing, and the floor that measured times are compared with."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import pytest
+import torch
+from benchmarks.floors import copy_rate, gemm_rate, training_floor
+from benchmarks.memory import with_peak
+from benchmarks.timing import Times, interleave
+from benchmarks.workloads import Workload, build
+
+TINY = Workload("llama-15m", "natural_instructions", 3, 8, ("q_proj", "v_proj")).tiny()
+
+
+def test_contestants_take_turns_and_warm_up_is_not_counted() -> None:
+    calls: list[str] = []
+    times = interleave(
+        {name: lambda name=name: calls.append(name) for name in "abc"},  # type: ignore[misc]
+        warm_up=1,
+        repeats=3,
+    )
+    assert [calls[start : start + 3] for start in range(0, 12, 3)] == [
+        list("abc"),
+        list("bca"),
+        list("cab"),
+        list("abc"),
+    ]
+    assert {name: len(one.wall) for name, one in times.items()} == {"a": 3, "b": 3, "c": 3}
+
+
+def test_waiting_takes_wall_time_and_no_processor_time() -> None:
+    times = interleave({"sleep": lambda: time.sleep(0.02)}, warm_up=0, repeats=2)["sleep"]
+    assert times.median >= 0.02
+    assert times.processor_median < 0.02
+
+
+def test_median_and_quartiles() -> None:
+    times = Times([5.0, 1.0, 2.0, 4.0, 3.0], [1.0, 1.0, 2.0])
+    assert times.median == 3.0
+    assert times.quartiles == (2.0, 4.0)
+    assert times.processor_median == 1.0
+
+
+def test_peak_memory_is_what_a_call_adds() -> None:
+    def allocate() -> float:
+        return float(torch.ones(40_000_000).sum())
+
+    result, peak_bytes = with_peak(allocate, "cpu")
+    assert result == 40_000_000
+    assert 150e6 < peak_bytes < 260e6
+
+
+def test_the_floor_counts_what_nobody_can_leave_out() -> None:
+    """By hand: layers and head forward and backward, low-rank products, attention; the shared beginning once."""
+    task = build(TINY, "cpu")
+    width, inner, layers, vocabulary = 32, 48, 2, 97
+    body = layers * (4 * width * width + 3 * width * inner)
+    flops = 0.0
+    for steps in task.steps_of_clients:
+        for batch in steps:
+            shared = min(example.prompt_length for example in batch) - 1
+            prompts = np.stack([example.tokens[:shared] for example in batch])
+            differs = np.flatnonzero((prompts != prompts[0]).any(axis=0))
+            shared = int(differs[0]) if differs.size else shared
+            assert shared > 2
+            rows = shared + sum(len(example.tokens) - 1 - shared for example in batch)
+            pairs = sum(range(1, shared + 1))
+            pairs += sum(sum(range(shared + 1, len(example.tokens))) for example in batch)
+            supervised = sum(len(example.tokens) - example.prompt_length for example in batch)
+            flops += rows * (4 * body + 6 * task.layout.num_parameters)
+            flops += 14 * pairs * width * layers + 4 * supervised * width * vocabulary
+    floor = training_floor(task)
+    assert floor.flops == pytest.approx(flops)
+    assert floor.seconds > 0
+
+
+def test_rates_are_plausible() -> None:
+    assert 1e8 < gemm_rate(256, 128, 128, "cpu", torch.float32) < 1e14
+    assert 1e8 < copy_rate("cpu") < 1e13

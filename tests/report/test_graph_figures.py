@@ -1,0 +1,62 @@
+"""What a report says about a graph: what it reveals, its pieces and stability, its blocks, its course over rounds."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedmira.errors import IntegrityError
+from fedmira.report.page import render
+from fedmira.report.reading import read
+
+Make = Callable[..., Path]
+
+
+def changed(run: Path, numbers: dict[str, list[float]], **graph: Any) -> Path:
+    """Put `numbers` by round into the metrics and `graph` into graph.json."""
+    events = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for event in events:
+        if event["event"] == "round":
+            event["numbers"] |= {
+                name: by_round[event["round"] - 1]
+                for name, by_round in numbers.items()
+                if len(by_round) >= event["round"]
+            }
+    (run / "metrics.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+    content = json.loads((run / "graph.json").read_text())
+    (run / "graph.json").write_text(json.dumps({**content, **graph}))
+    return run
+
+
+def test_a_graph_says_what_it_reveals_and_how_stable_it_is(make_run: Make) -> None:
+    numbers = {"components": [4.0] * 8, "alone": [1.0] * 8, "lambda_2": [0.5] * 8, "lambda_max": [4.0] * 8}
+    provenance = {"privacy": "Every client tells the server its task label <b>."}
+    stable = changed(make_run(), {**numbers, "stability_margin": [2.5] * 8}, provenance=provenance)
+    page = render(read(stable))
+    assert "What it reveals: every client tells the server its task label &lt;b&gt;." in page
+    assert "4 connected components, 1 of them single clients. Laplacian eigenvalues from 0.5" in page
+    assert "an explicit step would bear 2.5 times this strength" in page
+    diverging = changed(make_run(), {**numbers, "stability_margin": [0.4] * 8})
+    assert "an explicit step would diverge at this strength" in render(read(diverging))
+
+
+def test_blocks_have_pictures_of_their_own(make_run: Make) -> None:
+    run = make_run(families=2, clients_per_family=2)
+    matrix = json.loads((run / "graph.json").read_text())["adjacency"]
+    page = render(read(changed(run, {}, blocks={"model.layers.0.q_proj": matrix, "model.layers.7.q_proj": matrix})))
+    assert page.count("The layers of this block are mixed on a graph of their own.") == 2
+    assert "mira, model.layers.7.q_proj" in page
+    with pytest.raises(IntegrityError, match="no matrix of 4 x 4"):
+        read(changed(run, {}, blocks={"broken": [[0.0]]}))
+
+
+def test_only_learned_graphs_have_a_course(make_run: Make) -> None:
+    shares = {"weight_in_tasks": [0.2, 0.5, 0.7], "weight_on_true_edges": [0.1, 0.4, 0.6]}
+    learned = render(read(changed(make_run(), {**shares, "agreement": [0.5, 0.8, 0.9]})))
+    assert "mira: the graph over rounds" in learned
+    assert "on true edges" in learned
+    assert "the graph over rounds" not in render(read(changed(make_run(), shares)))
