@@ -1,10 +1,12 @@
 # Two commands: `make quickstart` and `make test`. Everything happens in .venv; pinned versions in constraints.txt.
+# Speed against peers: `make bench`, `make bench-gpu`.
 PYTHON ?= python3
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 TEST_ENV := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 HF_DATASETS_OFFLINE=1 OMP_WAIT_POLICY=PASSIVE OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2}
+BENCH_ENV := HF_HUB_OFFLINE=1 GOMP_SPINCOUNT=10000
 
-.PHONY: quickstart test check format clean
+.PHONY: quickstart test check format bench bench-gpu clean
 
 quickstart: .venv/installed
 	$(BIN)/fedmira quickstart
@@ -21,6 +23,14 @@ check: .venv/installed-dev
 format: .venv/installed-dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+# ours against the peers on this machine's processor; has not yet run whole, its main section alone takes ten minutes
+bench: .venv/installed-dev
+	$(BENCH_ENV) $(BIN)/python -W ignore::FutureWarning -m benchmarks.run --out benchmarks/results
+
+# the same on a GPU, not yet run on one; needs no network and takes the Python that has torch, transformers and peft
+bench-gpu:
+	$(BENCH_ENV) PYTHONPATH=src $(PYTHON) -W ignore::FutureWarning -m benchmarks.run --device cuda --out benchmarks/results
 
 # torch goes first and alone: the pinned release has a small CPU build, a later one would bring gigabytes of CUDA
 .venv/torch: constraints.txt
@@ -41,4 +51,4 @@ format: .venv/installed-dev
 	@touch $@
 
 clean:
-	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf .venv benchmarks/.venv .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -1,0 +1,177 @@
+"""Answering prompts of many clients: ours together against PEFT one client at a time.
+
+Every answer has the full number of new tokens: models here have no end token, so that all do the same work. Tokens
+become text by their numbers, and the answers must be the same.
+
+Axes: K clients, P parameters of one adapter, B prompts of a batch, T tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from benchmarks.gate import UnequalError
+from benchmarks.memory import with_peak
+from benchmarks.options import Options
+from benchmarks.peers.peer import OURS, PEFT
+from benchmarks.peers.peft_model import FIRST, adapter_parameters, load_row, make_peft_model
+from benchmarks.results import Row, Section
+from benchmarks.timing import interleave
+from benchmarks.workloads import Task, Workload, build
+from fedmira.evaluation.generation import generate
+from fedmira.model.base import BaseModel
+from fedmira.types import Arena
+
+Answers = list[list[str]]
+GATE_NEW_TOKENS = 16
+_FEWEST_EQUAL = 0.95
+"""Share of answers that must be equal in the timed dtype, where a rounding can turn a near tie."""
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """One row of the benchmark: the prompts of a training workload's clients."""
+
+    workload: Workload
+    prompts_per_client: int
+    new_tokens: int = 128
+
+    @property
+    def title(self) -> str:
+        """For people."""
+        workload = self.workload
+        return (
+            f"{workload.model}, {workload.dtype}: {workload.num_clients} clients, {self.prompts_per_client} prompts "
+            f"of each in lengths of {workload.lengths}, {self.new_tokens} new tokens, rank {workload.rank}"
+        )
+
+
+class NumberTokenizer:
+    """Writes tokens as their numbers; has no end token."""
+
+    eos_token_id = None
+    bos_token_id = None
+    pad_token_id = 0
+
+    def decode(self, tokens: Sequence[int], **_unused: object) -> str:
+        """The numbers, separated by spaces."""
+        return " ".join(str(int(token)) for token in tokens)
+
+    def batch_decode(self, sequences: Sequence[Sequence[int]], **_unused: object) -> list[str]:
+        """`decode` of each."""
+        return [self.decode(tokens) for tokens in sequences]
+
+
+class OursTogether:
+    """All clients in shared batches."""
+
+    def __init__(self, task: Task, prompts: list[list[np.ndarray]], new_tokens: int) -> None:
+        self._base, self._arena = task.base, Arena(task.layout, task.start_SP)
+        self._prompts, self._new_tokens = prompts, new_tokens
+
+    def answer(self) -> Answers:
+        """The answers of every client, in the order of its prompts."""
+        return generate(self._base, self._arena, self._prompts, self._new_tokens)
+
+
+class PeftOneByOne:
+    """PEFT and transformers' generate; a batch holds the prompts of one client, padded on the left."""
+
+    def __init__(self, task: Task, prompts: list[list[np.ndarray]], new_tokens: int) -> None:
+        self._model = make_peft_model(task).eval()
+        self._parameters = adapter_parameters(self._model, task, FIRST)
+        self._start_SP, self._prompts, self._new_tokens = task.start_SP, prompts, new_tokens
+        self._decode = task.base.tokenizer.decode
+
+    def answer(self) -> Answers:
+        """The answers of every client, in the order of its prompts."""
+        answers = []
+        for start_P, prompts in zip(self._start_SP, self._prompts, strict=True):
+            load_row(self._parameters, start_P)
+            tokens_BT, mask_BT = _left_padded(prompts, start_P.device)
+            with torch.inference_mode():
+                output_BT = self._model.generate(
+                    input_ids=tokens_BT,
+                    attention_mask=mask_BT,
+                    do_sample=False,
+                    max_new_tokens=self._new_tokens,
+                    pad_token_id=0,
+                )
+            answers.append([self._decode(row) for row in output_BT[:, tokens_BT.shape[1] :].tolist()])
+        return answers
+
+
+def measure_generation(name: str, generation: Generation, options: Options, say: Callable[[str], None]) -> Section:
+    """Compare the answers in float64, then time both."""
+    gate_task = _task(
+        replace(generation.workload, dtype="float64", num_clients=min(4, generation.workload.num_clients)), options
+    )
+    gate_prompts = _prompts(gate_task, min(2, generation.prompts_per_client))
+    expected = PeftOneByOne(gate_task, gate_prompts, GATE_NEW_TOKENS).answer()
+    share = equal_share(OursTogether(gate_task, gate_prompts, GATE_NEW_TOKENS).answer(), expected)
+    if share < 1.0:
+        raise UnequalError(f"{1 - share:.0%} of the answers differ from PEFT's in float64; all must be equal")
+    say("  gate: answers are equal in float64")
+    section = Section(name, generation.title)
+    task = _task(generation.workload, options)
+    prompts = _prompts(task, generation.prompts_per_client)
+    ours = OursTogether(task, prompts, generation.new_tokens)
+    peft = PeftOneByOne(task, prompts, generation.new_tokens)
+    answers, ours_peak = with_peak(ours.answer, options.device)
+    expected, peft_peak = with_peak(peft.answer, options.device)
+    share = equal_share(answers, expected)
+    if share < _FEWEST_EQUAL:
+        raise UnequalError(f"only {share:.0%} of the answers equal PEFT's; {_FEWEST_EQUAL:.0%} must")
+    times = interleave(
+        {OURS: ours.answer, PEFT: peft.answer},
+        warm_up=options.warm_up,
+        repeats=options.repeats,
+        device=options.device,
+    )
+    section.rows = [Row.timed(contestant, times[contestant]) for contestant in times]
+    section.row(OURS).peak_bytes, section.row(PEFT).peak_bytes = ours_peak, peft_peak
+    section.add_ratios(OURS)
+    section.facts = {
+        "clients": len(prompts),
+        "new_tokens": sum(len(answer.split()) for client in answers for answer in client),
+        "prompt_tokens": sum(len(prompt) for client in prompts for prompt in client),
+        "equal_answers": share,
+        "warm_up": options.warm_up + 1,
+        "repeats": options.repeats,
+    }
+    for row in section.rows:
+        say(f"  {row.contestant}: {row.seconds:.3f} s")
+    return section
+
+
+def equal_share(answers: Answers, expected: Answers) -> float:
+    """Share of answers that are equal."""
+    pairs = [pair for ours, theirs in zip(answers, expected, strict=True) for pair in zip(ours, theirs, strict=True)]
+    return sum(ours == theirs for ours, theirs in pairs) / len(pairs)
+
+
+def _task(workload: Workload, options: Options) -> Task:
+    """The workload over a base without an end token."""
+    task = build(workload, options.device)
+    task.base.model.generation_config.eos_token_id = None
+    base: BaseModel = replace(task.base, tokenizer=NumberTokenizer())
+    return replace(task, base=base)
+
+
+def _prompts(task: Task, count: int) -> list[list[np.ndarray]]:
+    return [[example.tokens[: example.prompt_length] for example in client.train[:count]] for client in task.clients]
+
+
+def _left_padded(prompts: Sequence[np.ndarray], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens and attention mask, (B, T) each."""
+    longest = max(len(prompt) for prompt in prompts)
+    tokens_BT = torch.zeros(len(prompts), longest, dtype=torch.long)
+    mask_BT = torch.zeros(len(prompts), longest, dtype=torch.long)
+    for row, prompt in enumerate(prompts):
+        tokens_BT[row, longest - len(prompt) :] = torch.from_numpy(prompt).long()
+        mask_BT[row, longest - len(prompt) :] = 1
+    return tokens_BT.to(device), mask_BT.to(device)

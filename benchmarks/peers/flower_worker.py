@@ -1,0 +1,75 @@
+"""Flower's simulation with Ray: one actor that has all threads; a server that keeps one adapter per client.
+
+Needs flwr[simulation]; run by `worker`.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MessageType, RecordDict
+from flwr.serverapp import Grid, ServerApp
+from flwr.simulation import run_simulation
+
+from benchmarks.peers.flower_client import app as client_app
+from benchmarks.peers.serving import Order, read_order, serve
+from benchmarks.workloads import build
+
+
+def main() -> None:
+    """Start the simulation and serve rounds from its server app."""
+    order = read_order()
+    start_SP = build(order.workload, "cpu").start_SP.numpy()
+    server_app = ServerApp()
+
+    @server_app.main()  # type: ignore[untyped-decorator]
+    def server(grid: Grid, _context: Context) -> None:
+        nodes = _nodes_by_client(grid, len(start_SP))
+        serve(lambda: _round(grid, nodes, start_SP, order), order.rows_file)
+
+    run_simulation(
+        server_app,
+        client_app,
+        num_supernodes=len(start_SP),
+        backend_config={
+            "init_args": {"num_cpus": order.threads},
+            "client_resources": {"num_cpus": order.threads, "num_gpus": 0.0},
+        },
+    )
+
+
+def _nodes_by_client(grid: Grid, num_clients: int) -> list[int]:
+    """The node of each client; waits until all are there."""
+    while len(list(grid.get_node_ids())) < num_clients:
+        time.sleep(0.1)
+    questions = [Message(RecordDict(), message_type=MessageType.QUERY, dst_node_id=n) for n in grid.get_node_ids()]
+    nodes = {
+        int(reply.content["client"]["index"]): reply.metadata.src_node_id for reply in grid.send_and_receive(questions)
+    }
+    return [nodes[client] for client in range(num_clients)]
+
+
+def _round(grid: Grid, nodes: list[int], start_SP: np.ndarray, order: Order) -> np.ndarray:
+    workload = json.dumps(asdict(order.workload))
+    messages = []
+    for node, start_P in zip(nodes, start_SP, strict=True):
+        content = RecordDict(
+            {
+                "adapter": ArrayRecord({"row": Array(start_P)}),
+                "config": ConfigRecord({"workload": workload, "threads": order.threads}),
+            }
+        )
+        messages.append(Message(content, message_type=MessageType.TRAIN, dst_node_id=node))
+    rows = {}
+    for reply in grid.send_and_receive(messages):
+        if reply.has_error():
+            raise RuntimeError(f"a Flower client failed: {reply.error.reason}")
+        rows[reply.metadata.src_node_id] = reply.content["adapter"]["row"].numpy()
+    return np.stack([rows[node] for node in nodes])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,86 @@
+"""What a benchmark found, as values that become JSON.
+
+Knows nothing about what was measured or how it is shown.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from benchmarks.timing import Times
+
+
+@dataclass(slots=True)
+class Row:
+    """One contestant."""
+
+    contestant: str
+    seconds: float | None = None
+    """Median wall-clock seconds; None if it was not measured."""
+    lower: float | None = None
+    upper: float | None = None
+    """Quartiles of the wall-clock seconds."""
+    processor_seconds: float | None = None
+    """Median processor seconds of this process; None where the work is done in another one."""
+    peak_bytes: int | None = None
+    """Highest memory above what was held before, in one round."""
+    final_loss: float | None = None
+    """Of the trained adapters, nats per supervised token; the same judge for all contestants."""
+    note: str = ""
+    """Why something is missing."""
+
+    @classmethod
+    def timed(cls, contestant: str, times: Times) -> Row:
+        """A row with the numbers of `times`."""
+        lower, upper = times.quartiles
+        return cls(contestant, times.median, lower, upper, times.processor_median)
+
+
+@dataclass(slots=True)
+class Section:
+    """One workload with its contestants."""
+
+    name: str
+    title: str
+    rows: list[Row] = field(default_factory=list)
+    measures: dict[str, float] = field(default_factory=dict)
+    """Named numbers that targets refer to, such as ratios of medians."""
+    facts: dict[str, float] = field(default_factory=dict)
+    """About the workload: tokens, padding, floors, repetitions."""
+
+    def row(self, contestant: str) -> Row:
+        return next(row for row in self.rows if row.contestant == contestant)
+
+    def add_ratios(self, ours: str) -> None:
+        """For every other contestant that was timed, the measure `over NAME`: its seconds over those of `ours`."""
+        own = self.row(ours).seconds
+        for row in self.rows:
+            if row.contestant != ours and row.seconds is not None and own is not None:
+                self.measures[f"over {row.contestant}"] = row.seconds / own
+
+
+@dataclass(slots=True)
+class Results:
+    """All sections of one run on one machine."""
+
+    machine: dict[str, Any]
+    sections: list[Section] = field(default_factory=list)
+
+
+def write_results(path: Path, results: Results) -> None:
+    """Write JSON."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(asdict(results), indent=1) + "\n", encoding="utf-8")
+
+
+def read_results(path: Path) -> Results:
+    """Read what `write_results` wrote."""
+    content: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    sections = [
+        Section(**{**section, "rows": [Row(**row) for row in section["rows"]]}) for section in content["sections"]
+    ]
+    return Results(content["machine"], sections)

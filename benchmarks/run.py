@@ -1,0 +1,156 @@
+"""Run the benchmark: `python -m benchmarks.run [--only NAME ...] [--quick] [--device cuda]`.
+
+Writes one JSON file per kind of machine and one table over all of them. Prints what it does as it goes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from benchmarks.environment import EnvironmentMissingError, peers_python
+from benchmarks.floors import copy_rate
+from benchmarks.gate import UnequalError
+from benchmarks.groups.disk_mixing import measure_disk_mixing
+from benchmarks.groups.generation import Generation, measure_generation
+from benchmarks.groups.memory import measure_memory
+from benchmarks.groups.mixing import measure_mixing_in_memory
+from benchmarks.groups.training import measure_training
+from benchmarks.options import Options
+from benchmarks.peers.peer import needs_environment
+from benchmarks.results import Results, Section, read_results, write_results
+from benchmarks.suite import MORE, SUITES, ClientMemory, DiskMixing, Measurement, MemoryMixing, Training
+from benchmarks.table import write_table
+
+Say = Callable[[str], None]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Parse the command line, measure, write; 1 if the equality gate refused a section."""
+    parsed = _parser().parse_args(arguments)
+    torch.set_num_threads(parsed.threads)
+    started = time.perf_counter()
+
+    def say(text: str) -> None:
+        print(f"[{time.perf_counter() - started:6.0f} s] {text}", flush=True)
+
+    chosen = choose("cuda" if parsed.device.startswith("cuda") else "cpu", parsed.only)
+    # the round that is judged warms up
+    repeats, warm_up = (2 if parsed.quick else 5), 0
+    python, note = _peers_environment(chosen, parsed.without_frameworks, say)
+    options = Options(parsed.device, parsed.threads, warm_up, repeats, python, note)
+    file = parsed.out / f"{parsed.device.partition(':')[0]}.json"
+    results, refused = _continued(file, describe_machine(parsed.device), chosen), False
+    for name, measurement in chosen.items():
+        say(name)
+        try:
+            section = measure(name, measurement, options, say)
+        except UnequalError as error:
+            refused = True
+            section = Section(name, f"Refused: {error}")
+            say(section.title)
+        results.sections.append(section)
+        write_results(file, results)
+        write_table(parsed.out)
+    say(f"wrote {parsed.out}")
+    return 1 if refused else 0
+
+
+def _continued(file: Path, machine: dict[str, Any], chosen: dict[str, Measurement]) -> Results:
+    """Nothing yet, but for sections that were measured on the same machine and are not to be measured again."""
+    if not file.is_file():
+        return Results(machine)
+    found = read_results(file)
+    varying = {"copy_bytes_per_second"}
+    if any(found.machine.get(fact) != value for fact, value in machine.items() if fact not in varying):
+        return Results(machine)
+    return Results(machine, [section for section in found.sections if section.name not in chosen])
+
+
+def choose(kind: str, only: list[str] | None) -> dict[str, Measurement]:
+    """The sections of a kind of machine, or those named.
+
+    Raises:
+        SystemExit: a name is unknown.
+    """
+    if only is None:
+        return SUITES[kind]
+    known = SUITES[kind] | MORE[kind]
+    unknown = [name for name in only if name not in known]
+    if unknown:
+        raise SystemExit(f"--only {unknown[0]}: no such section; there are {', '.join(known)}")
+    return {name: one for name, one in known.items() if name in only}
+
+
+def measure(name: str, measurement: Measurement, options: Options, say: Say) -> Section:
+    """Measure one section."""
+    if isinstance(measurement, Training):
+        return measure_training(name, measurement.workload, measurement.contestants, options, say)
+    if isinstance(measurement, Generation):
+        return measure_generation(name, measurement, options, say)
+    if isinstance(measurement, MemoryMixing):
+        return measure_mixing_in_memory(name, *measurement, options, say)
+    if isinstance(measurement, DiskMixing):
+        return measure_disk_mixing(name, *measurement, options, say)
+    assert isinstance(measurement, ClientMemory)
+    return measure_memory(name, options, say)
+
+
+def _peers_environment(chosen: dict[str, Measurement], without: bool, say: Say) -> tuple[Path | None, str]:
+    """The interpreter of the peers' environment, or None and why there is none."""
+    if without:
+        return None, "left out by --without-frameworks"
+    if not any(needs_environment(one.contestants) for one in chosen.values() if isinstance(one, Training)):
+        return None, ""
+    try:
+        return peers_python(say), ""
+    except EnvironmentMissingError as error:
+        say(str(error))
+        return None, str(error)
+
+
+def describe_machine(device: str) -> dict[str, Any]:
+    """What the numbers depend on."""
+    return {
+        "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else _processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "copy_bytes_per_second": copy_rate(device),
+    }
+
+
+def _processor() -> str:
+    """The processor's name where Linux tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__)
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="measure these sections only")
+    parser.add_argument("--quick", action="store_true", help="two repetitions without warm-up, for development")
+    parser.add_argument("--without-frameworks", action="store_true", help="leave out Flower and pfl-research")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--threads", type=int, default=2, help="threads of every contestant on the processor")
+    parser.add_argument("--out", type=Path, default=Path("runs/benchmarks"), help="folder of the results")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

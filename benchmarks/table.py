@@ -1,0 +1,133 @@
+"""Results as one Markdown page: the targets, and a table per section.
+
+`python -m benchmarks.table` writes the committed results' page anew, and the targets into docs/performance.md. Knows
+nothing about how anything was measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks.peers.peer import OURS
+from benchmarks.results import Results, Row, Section, read_results
+from benchmarks.suite import Verdict, judge
+
+PAGE = "README.md"
+RESULTS = Path(__file__).resolve().parent / "results"
+DOCS_PAGE = Path(__file__).resolve().parents[1] / "docs" / "performance.md"
+BEGIN, END = "<!-- written by python -m benchmarks.table -->", "<!-- end -->"
+
+
+def write_table(folder: Path) -> None:
+    """Write the page over all result files of a folder."""
+    (folder / PAGE).write_text(render(found_in(folder)), encoding="utf-8")
+
+
+def render(found: dict[str, Results]) -> str:
+    """The page, from results by kind of machine (`cpu`, `cuda`)."""
+    parts = ["# Benchmark results", render_verdicts(judge(found))]
+    for kind, results in found.items():
+        machine = results.machine
+        parts.append(
+            f"## {kind}\n\n{machine['device']}, {machine['threads']} threads, torch {machine['torch']}, "
+            f"copy {machine['copy_bytes_per_second'] / 1e9:.1f} GB/s (read + write)."
+        )
+        parts += [render_section(section) for section in results.sections]
+    return "\n\n".join(parts) + "\n"
+
+
+def render_verdicts(verdicts: Sequence[Verdict]) -> str:
+    """All targets."""
+    rows = []
+    for target, value in verdicts:
+        bound = f"{'at least' if target.at_least else 'at most'} {target.bound:g}"
+        word = Verdict(target, value).word
+        rows.append((target.what, target.device, bound, "" if value is None else f"{value:.2f}", word))
+    return markdown_table(("target", "on", "bound", "measured", ""), rows)
+
+
+def render_section(section: Section) -> str:
+    """One workload."""
+    parts = [f"### {section.name}", f"{section.title}."]
+    if section.rows:
+        header = ("", "seconds", "quartiles", "of ours", "tokens/s", "supervised/s", "peak MiB", "final loss")
+        parts.append(markdown_table(header, [_cells(row, section) for row in section.rows]))
+    notes = _notes(section)
+    if notes:
+        parts.append(" ".join(notes))
+    return "\n\n".join(parts)
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Cells as Markdown; the first column is left-aligned, the others right."""
+    rule = ["---", *("---:" for _ in header[1:])]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, rule, *rows))
+
+
+def _notes(section: Section) -> list[str]:
+    """What the table does not hold, in sentences."""
+    facts, measures = section.facts, section.measures
+    notes = []
+    if "padding_own_batch" in facts:
+        notes.append(
+            f"{facts['tokens']:,} real tokens, {facts['supervised_tokens']:,} of them supervised; padded to the "
+            f"longest, own batches hold {facts['padding_own_batch']:.2f} times as many positions, batches of all "
+            f"clients {facts['padding_all_clients']:.2f} times."
+        )
+    if "over floor" in measures:
+        notes.append(
+            f"Ours takes {measures['over floor']:.2f} times the floor: {facts['floor_flops'] / 1e12:.3f} TFLOP at "
+            f"{facts['gemm_flops_per_second'] / 1e9:,.0f} GFLOP/s measured for the frozen layers."
+        )
+    if "new_tokens" in facts:
+        notes.append(f"{facts['new_tokens']:,} new tokens; {facts['equal_answers']:.1%} of the answers are equal.")
+    if "bytes_per_client" in facts:
+        notes.append(
+            f"One more client takes {facts['bytes_per_client'] / facts['parameters']:.1f} bytes per parameter; "
+            "adapter, gradient and two moments are 16."
+        )
+    if "copy_bytes_per_second" in facts:
+        notes.append(f"Copying moves {facts['copy_bytes_per_second'] / 1e9:.1f} GB/s (read + write).")
+    return notes
+
+
+def _cells(row: Row, section: Section) -> tuple[str, ...]:
+    if row.seconds is None:
+        return (row.contestant, row.note, *("" for _ in range(6)))
+    facts = section.facts
+    tokens, supervised = facts.get("tokens", facts.get("new_tokens")), facts.get("supervised_tokens")
+    ratio = section.measures.get(f"over {row.contestant}", 1.0 if row.contestant == OURS else None)
+    return (
+        row.contestant,
+        f"{row.seconds:.3f}",
+        f"{row.lower:.3f} - {row.upper:.3f}",
+        "" if ratio is None else f"{ratio:.2f}",
+        "" if tokens is None else f"{tokens / row.seconds:,.0f}",
+        "" if supervised is None else f"{supervised / row.seconds:,.0f}",
+        "" if row.peak_bytes is None else f"{row.peak_bytes / 2**20:,.0f}",
+        "" if row.final_loss is None else f"{row.final_loss:.4f}",
+    )
+
+
+def with_targets(page: str, found: dict[str, Results]) -> str:
+    """A page whose marked part holds what was found about all targets."""
+    before, _, rest = page.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    machines = ", ".join(f"{kind}: {results.machine['device']}" for kind, results in found.items())
+    return f"{before}{BEGIN}\n\n{render_verdicts(judge(found))}\n\nMeasured on {machines}.\n\n{END}{after}"
+
+
+def found_in(folder: Path) -> dict[str, Results]:
+    """The results of a folder by kind of machine."""
+    return {path.stem: read_results(path) for path in sorted(folder.glob("*.json"))}
+
+
+def main() -> None:
+    """Bring both pages up to date."""
+    write_table(RESULTS)
+    DOCS_PAGE.write_text(with_targets(DOCS_PAGE.read_text(encoding="utf-8"), found_in(RESULTS)), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

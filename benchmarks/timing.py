@@ -1,0 +1,76 @@
+"""Interleaved timing: every round runs each contestant once, so that a slow moment of the machine hits all alike.
+
+Knows nothing about what is timed.
+"""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+
+@dataclass(slots=True)
+class Times:
+    """Wall-clock and processor seconds of the timed repetitions of one contestant."""
+
+    wall: list[float] = field(default_factory=list)
+    processor: list[float] = field(default_factory=list)
+    """Of this process only."""
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.wall)
+
+    @property
+    def processor_median(self) -> float:
+        return statistics.median(self.processor)
+
+    @property
+    def quartiles(self) -> tuple[float, float]:
+        """Lower and upper quartile of the wall-clock seconds."""
+        lower, _, upper = statistics.quantiles(self.wall, n=4, method="inclusive")
+        return lower, upper
+
+
+def interleave(
+    contestants: Mapping[str, Callable[[], object]],
+    *,
+    warm_up: int,
+    repeats: int,
+    device: str = "cpu",
+    prepare: Callable[[], object] = gc.collect,
+) -> dict[str, Times]:
+    """Time all contestants, each once per repetition, starting with another one each time.
+
+    Args:
+        contestants: name -> what to time.
+        warm_up: repetitions that are not counted.
+        repeats: repetitions that are.
+        prepare: called before each, not timed.
+        device: waited for before and after each call where it is a GPU.
+    """
+    times = {name: Times() for name in contestants}
+    names = list(contestants)
+    for repetition in range(warm_up + repeats):
+        turn = repetition % max(1, len(names))
+        for name in names[turn:] + names[:turn]:
+            prepare()
+            wait_for(device)
+            processor, wall = time.process_time(), time.perf_counter()
+            contestants[name]()
+            wait_for(device)
+            if repetition >= warm_up:
+                times[name].wall.append(time.perf_counter() - wall)
+                times[name].processor.append(time.process_time() - processor)
+    return times
+
+
+def wait_for(device: str) -> None:
+    """Wait until a GPU has done all that it was given."""
+    if device.startswith("cuda"):
+        torch.cuda.synchronize(device)
