@@ -22,14 +22,9 @@ from fedmira.config import (
     DollyConfig,
     EvaluationConfig,
     FederationConfig,
-    FedITConfig,
     GenerationConfig,
-    GraphConfig,
     HuggingFaceConfig,
     JsonlConfig,
-    LocalOnlyConfig,
-    MiraConfig,
-    MiraPublishedConfig,
     ModelConfig,
     NaturalInstructionsConfig,
     OutputConfig,
@@ -38,6 +33,9 @@ from fedmira.config import (
     RunConfig,
     TrainingConfig,
 )
+from fedmira.exchange_config import ExchangeConfig, PrivacyConfig
+from fedmira.graph_config import GraphConfig
+from fedmira.method_config import METHOD_SECTIONS, ChoiceConfig
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "configuration.md"
 
@@ -52,11 +50,11 @@ SECTIONS: tuple[tuple[str, type[BaseModel]], ...] = (
     ("data.partition", PartitionConfig),
     ("training", TrainingConfig),
     ("federation", FederationConfig),
-    ("method, name: local_only", LocalOnlyConfig),
-    ("method, name: fedit", FedITConfig),
-    ("method, name: mira_published", MiraPublishedConfig),
-    ("method, name: mira", MiraConfig),
+    *((f"method, name: {name}", section) for name, section in METHOD_SECTIONS.items()),
     ("method.graph", GraphConfig),
+    ("method.choice", ChoiceConfig),
+    ("exchange", ExchangeConfig),
+    ("exchange.privacy", PrivacyConfig),
     ("evaluation", EvaluationConfig),
     ("evaluation.generation", GenerationConfig),
     ("output", OutputConfig),
@@ -66,7 +64,7 @@ SECTIONS: tuple[tuple[str, type[BaseModel]], ...] = (
 INTRODUCTION = """\
 # Configuration
 
-<!-- Written by tools/configuration_page.py from the docstrings in src/fedmira/config.py. Change those. -->
+<!-- Written by tools/configuration_page.py from the docstrings of the config classes in src/fedmira. Change those. -->
 
 A config is a YAML file; `fedmira init` copies a commented one. Everything left out has the default given here.
 Values on the command line win over the file: `fedmira run my.yaml training.learning_rate=1e-3`. Keys that begin with

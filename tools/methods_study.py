@@ -1,0 +1,345 @@
+"""The study behind docs/results/methods.md: every method on the same draws of four federations, in resumable pieces.
+
+    python tools/methods_study.py run  --data DIR [--only planted flan] [--methods mira fedit] [--workers 2]
+    python tools/methods_study.py page > docs/results/methods.md
+
+`studies/*.yaml` say which methods, draws and learning rates. Every finished run becomes one line of
+`studies/results/NAME.jsonl`, a file that is kept under version control: a run whose line is there is not done again,
+also on another machine. A line belongs to the config it was made with (without paths); when that changes, it is done
+anew. Learning rates are chosen per method on validation data of another draw; test data is looked at by `page` only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import math
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+STUDIES = REPOSITORY / "studies"
+RESULTS = STUDIES / "results"
+KEY = ("study", "method", "seed", "learning_rate", "tuning", "digest")
+_PATHLESS = {"name", "output", "compare"}
+
+
+class Task(NamedTuple):
+    """One run of a study."""
+
+    study: str
+    config: dict[str, Any]
+    """The whole config, JSON-able."""
+    method: str
+    seed: int
+    learning_rate: float
+    tuning: bool
+
+    @property
+    def key(self) -> tuple[str, str, int, float, bool, str]:
+        return (self.study, self.method, self.seed, self.learning_rate, self.tuning, digest(self.config))
+
+
+def digest(config: Mapping[str, Any]) -> str:
+    """A short hash of what decides the numbers: not where data lies or results go."""
+    kept = {key: value for key, value in config.items() if key not in _PATHLESS}
+    kept["data"] = {key: value for key, value in kept["data"].items() if key != "path"}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:12]
+
+
+# ------------------------------------------------------------------------------------------------------------ planning
+
+
+def load_study(path: Path, data: Path | None) -> Any:
+    """The config of a study; relative data paths are below `data`."""
+    from fedmira.config_file import load_config
+
+    config = load_config(path)
+    where = getattr(config.data, "path", None)
+    if where is None or data is None:
+        return config
+    return config.model_copy(update={"data": config.data.model_copy(update={"path": str(data / where)})})
+
+
+def task_of(study: str, config: Any, method: str, seed: int, rate: float, *, tuning: bool) -> Task:
+    from fedmira.studies.compare import variant
+
+    chosen = variant(config, method, seed, rate, tuning=tuning).model_dump(mode="json")
+    chosen["compare"] = {}
+    return Task(study, chosen, method, seed, rate, tuning)
+
+
+def missing(study: str, config: Any, methods: Sequence[str], found: Mapping[Any, Any]) -> Iterator[Task]:
+    """The runs that can be done now: the grid of every method, and the reported draws of methods whose grid is done."""
+    compare = config.compare
+    for name in methods:
+        trials = [task_of(study, config, name, compare.tuning_seed, r, tuning=True) for r in compare.learning_rates]
+        undone = [task for task in trials if task.key not in found]
+        yield from undone
+        if undone:
+            continue
+        rate = best_rate({task.learning_rate: found[task.key] for task in trials})
+        for seed in range(config.seed, config.seed + compare.seeds):
+            task = task_of(study, config, name, seed, rate, tuning=False)
+            if task.key not in found:
+                yield task
+
+
+def best_rate(tried: Mapping[float, Mapping[str, Any]]) -> float:
+    """The rate with the lowest validation loss; one that diverged counts as infinite."""
+    return min(tried, key=lambda rate: tried[rate]["validation_loss"] or math.inf)
+
+
+# ------------------------------------------------------------------------------------------------------------- running
+
+
+def carry_out(task: Task) -> dict[str, Any]:
+    """Do one run in this process, in a folder that is removed, and return its line."""
+    from fedmira.config import RunConfig
+    from fedmira.config_file import resolved_yaml
+    from fedmira.errors import DivergedError
+    from fedmira.experiment import carry_out as carry_out_run
+    from fedmira.report.reading import RunRecord, read
+    from fedmira.runs.store import RunStore
+    from fedmira.studies.compare import final_validation_loss
+
+    line: dict[str, Any] = dict(zip(KEY, task.key, strict=True))
+    folder = Path(tempfile.mkdtemp(prefix="fedmira-study-"))
+    try:
+        config = RunConfig.model_validate(task.config)
+        path = carry_out_run(RunStore.open_or_create(config, resolved_yaml(config), folder))
+        record = read(path)
+        assert isinstance(record, RunRecord)
+        loss = final_validation_loss(path)
+        line["validation_loss"] = loss if math.isfinite(loss) else None
+        line |= {
+            "upload_bytes": record.upload_bytes,
+            "download_bytes": record.download_bytes,
+            "seconds": round(record.seconds, 1),
+            "clients": {
+                one.name: [
+                    one.task,
+                    round(one.loss_sum, 4),
+                    one.tokens,
+                    round(one.rouge_l_sum, 4),
+                    one.exact_match_sum,
+                    one.generated,
+                ]
+                for one in record.records
+            },
+        }
+    except DivergedError as error:
+        line |= {"validation_loss": None, "diverged": str(error)}
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    return line
+
+
+def read_lines(study: str) -> list[dict[str, Any]]:
+    file = RESULTS / f"{study}.jsonl"
+    return [json.loads(line) for line in file.read_text("utf-8").splitlines()] if file.is_file() else []
+
+
+def by_key(lines: Sequence[dict[str, Any]]) -> dict[Any, dict[str, Any]]:
+    return {tuple(one[field] for field in KEY): one for one in lines}
+
+
+def run(arguments: argparse.Namespace) -> None:
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False, cwd=REPOSITORY
+    ).stdout.strip()
+    RESULTS.mkdir(exist_ok=True)
+    with ProcessPoolExecutor(arguments.workers) as pool:
+        for path in sorted(STUDIES.glob("*.yaml")):
+            if arguments.only and path.stem not in arguments.only:
+                continue
+            config = load_study(path, arguments.data)
+            methods = [name for name in config.compare.methods if not arguments.methods or name in arguments.methods]
+            # first all grids, then all reported draws
+            while todo := list(missing(path.stem, config, methods, by_key(read_lines(path.stem)))):
+                print(f"{path.stem}: {len(todo)} runs to do", flush=True)
+                for done in as_completed([pool.submit(carry_out, task) for task in todo]):
+                    line = {**done.result(), "commit": commit}
+                    with (RESULTS / f"{path.stem}.jsonl").open("a", encoding="utf-8") as file:
+                        file.write(json.dumps(line) + "\n")
+                    shown = line["validation_loss"]
+                    print(
+                        f"  {line['method']} seed {line['seed']} at {line['learning_rate']:g}: validation "
+                        f"{'diverged' if shown is None else f'{shown:.3f}'}, {line.get('seconds', 0):.0f} s",
+                        flush=True,
+                    )
+
+
+# ------------------------------------------------------------------------------------------------------------- showing
+
+_RESAMPLES = 10_000
+
+
+class Judged(NamedTuple):
+    """One reported run: its clients in a fixed order."""
+
+    losses_K: np.ndarray
+    """Test loss, nats per answer token."""
+    rouge_l: float
+    """Mean over clients."""
+    line: Mapping[str, Any]
+
+
+def judged(line: Mapping[str, Any]) -> Judged:
+    names = sorted(line["clients"])
+    sums = [line["clients"][name] for name in names]
+    losses = np.array([loss_sum / tokens for _, loss_sum, tokens, *_ in sums])
+    answered = [rouge / asked for *_, rouge, _, asked in sums if asked]
+    return Judged(losses, float(np.mean(answered)) if answered else math.nan, line)
+
+
+def difference(ones: Sequence[Judged], others: Sequence[Judged]) -> tuple[float, float, float]:
+    """Mean paired difference of the mean losses and its 95 % interval: draws, then clients in them, are resampled."""
+    pairs = [one.losses_K - other.losses_K for one, other in zip(ones, others, strict=True)]
+    random = np.random.default_rng(0)
+    means = []
+    for _ in range(_RESAMPLES):
+        drawn = [pairs[i] for i in random.integers(len(pairs), size=len(pairs))]
+        means.append(np.mean([pair[random.integers(len(pair), size=len(pair))].mean() for pair in drawn]))
+    low, high = np.percentile(means, [2.5, 97.5])
+    return float(np.mean([pair.mean() for pair in pairs])), float(low), float(high)
+
+
+def chosen(study: str, config: Any) -> dict[str, tuple[float, list[Judged]]]:
+    """Per method the chosen learning rate and the reported runs in the order of their draws; whole ones only."""
+    found = by_key(read_lines(study))
+    compare, reported = config.compare, {}
+    for name in compare.methods:
+        trials = {
+            rate: found.get(task_of(study, config, name, compare.tuning_seed, rate, tuning=True).key)
+            for rate in compare.learning_rates
+        }
+        if not all(trials.values()):
+            continue
+        rate = best_rate({rate: line for rate, line in trials.items() if line is not None})
+        seeds = range(config.seed, config.seed + compare.seeds)
+        lines = [found.get(task_of(study, config, name, seed, rate, tuning=False).key) for seed in seeds]
+        if all(line is not None and line.get("clients") for line in lines):
+            reported[name] = (rate, [judged(line) for line in lines if line is not None])
+    return reported
+
+
+def section(study: str, config: Any) -> str:
+    """The table of one study, best first."""
+    reported = chosen(study, config)
+    if "local_only" not in reported:
+        return f"## {study}\n\nNot run yet."
+    local = reported["local_only"][1]
+    header = ["method", "mean loss", "vs local_only [95 %]", "vs mira [95 %]", "worst tenth", "harmed", "Rouge-L"]
+    rows = [[*header, "MB up + down", "s", "learning rate"], ["---", *["---:"] * 9]]
+    for name, (rate, runs) in sorted(reported.items(), key=lambda item: mean_loss(item[1][1])):
+        harmed = np.mean([(run.losses_K > 1.01 * base.losses_K).mean() for run, base in zip(runs, local, strict=True)])
+        worst = np.mean([np.sort(run.losses_K)[-max(1, round(len(run.losses_K) / 10)) :].mean() for run in runs])
+        megabytes = np.mean([run.line["upload_bytes"] + run.line["download_bytes"] for run in runs]) / 1e6
+        against_mira = "-" if name == "mira" or "mira" not in reported else interval(runs, reported["mira"][1])
+        rows.append(
+            [
+                name,
+                f"{mean_loss(runs):.3f} ({standard_error(runs):.3f})",
+                "-" if name == "local_only" else interval(runs, local),
+                against_mira,
+                f"{worst:.3f}",
+                "-" if name == "local_only" else f"{harmed:.1%}",
+                f"{np.mean([run.rouge_l for run in runs]):.3f}",
+                f"{megabytes:,.0f}",
+                f"{np.mean([run.line['seconds'] for run in runs]):,.0f}",
+                f"{rate:g}",
+            ]
+        )
+    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    compare = config.compare
+    facts = (
+        f"{len(local[0].losses_K)} clients, {config.federation.rounds} rounds of {config.training.steps_or_default} "
+        f"steps, {compare.seeds} draws; learning rates {', '.join(f'{rate:g}' for rate in compare.learning_rates)} "
+        f"tried on draw {compare.tuning_seed}."
+    )
+    absent = [name for name in compare.methods if name not in reported]
+    return "\n\n".join([f"## {study}", facts, table, *([f"Not run yet: {', '.join(absent)}."] if absent else [])])
+
+
+def mean_loss(runs: Sequence[Judged]) -> float:
+    return float(np.mean([run.losses_K.mean() for run in runs]))
+
+
+def standard_error(runs: Sequence[Judged]) -> float:
+    return float(np.std([run.losses_K.mean() for run in runs], ddof=1) / math.sqrt(len(runs))) if len(runs) > 1 else 0.0
+
+
+def interval(runs: Sequence[Judged], others: Sequence[Judged]) -> str:
+    middle, low, high = difference(runs, others)
+    return f"{middle:+.3f} [{low:+.3f}, {high:+.3f}]"
+
+
+def aims(studies: Mapping[str, Any]) -> str:
+    """What `mira` with its defaults should reach on each federation, and whether it did."""
+    rows = [
+        ["federation", "best", "mira - best (SE of it)", "vs local_only", "vs fedit", "harmed", "gap to oracle closed"]
+    ]
+    rows.append(["---", *["---:"] * 6])
+    for study, config in studies.items():
+        reported = {name: runs for name, (_, runs) in chosen(study, config).items()}
+        if not {"mira", "local_only", "fedit"} <= set(reported):
+            continue
+        mira, local = reported["mira"], reported["local_only"]
+        told = {name for name in reported if name.startswith(("oracle", "mira-", "centralised"))}
+        best = min((name for name in reported if name not in told), key=lambda name: mean_loss(reported[name]))
+        gaps = [m.losses_K.mean() - b.losses_K.mean() for m, b in zip(mira, reported[best], strict=True)]
+        error = float(np.std(gaps, ddof=1) / math.sqrt(len(gaps))) if len(gaps) > 1 else 0.0
+        harmed = np.mean([(m.losses_K > 1.01 * b.losses_K).mean() for m, b in zip(mira, local, strict=True)])
+        oracle = next((name for name in ("mira-true", "mira-labels") if name in reported), None)
+        closed = "-"
+        if oracle is not None and mean_loss(local) > mean_loss(reported[oracle]):
+            share = (mean_loss(local) - mean_loss(mira)) / (mean_loss(local) - mean_loss(reported[oracle]))
+            closed = f"{share:.0%} of {oracle}"
+        rows.append(
+            [
+                study,
+                best,
+                f"{np.mean(gaps):+.3f} ({error:.3f})",
+                interval(mira, local),
+                interval(mira, reported["fedit"]),
+                f"{harmed:.1%}",
+                closed,
+            ]
+        )
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def page(_arguments: argparse.Namespace) -> None:
+    studies = {path.stem: load_study(path, None) for path in sorted(STUDIES.glob("*.yaml"))}
+    words = (STUDIES / "words.md").read_text(encoding="utf-8").rstrip()
+    print("\n\n".join([words, aims(studies), *(section(study, config) for study, config in studies.items())]))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True)
+    runs = commands.add_parser("run")
+    runs.add_argument("--data", type=Path, help="folder that relative data paths are below")
+    runs.add_argument("--only", nargs="+", metavar="STUDY")
+    runs.add_argument("--methods", nargs="+", metavar="NAME")
+    runs.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 1)))
+    runs.set_defaults(do=run)
+    commands.add_parser("page").set_defaults(do=page)
+    arguments = parser.parse_args()
+    arguments.do(arguments)
+
+
+if __name__ == "__main__":
+    # one thread a run: two runs side by side are faster than one on two cores
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    main()
