@@ -12,6 +12,7 @@ import json
 import platform
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 from zipfile import BadZipFile
@@ -24,7 +25,13 @@ from fedmira.config import ModelConfig, RunConfig
 from fedmira.data.partition import build_federation
 from fedmira.data.probe import probe_texts
 from fedmira.data.sources.files import home_expanded
-from fedmira.data.tokenization import TokenizationReport, TokenizedClient, TokenizedExample, tokenize_federation
+from fedmira.data.tokenization import (
+    TokenizationReport,
+    TokenizedClient,
+    TokenizedExample,
+    digest,
+    tokenize_federation,
+)
 from fedmira.errors import DataError, IntegrityError
 from fedmira.evaluation.costs import adapter_bytes, model_bytes, optimizer_bytes
 from fedmira.evaluation.predictions import prompt_products
@@ -72,6 +79,8 @@ class Assembly(NamedTuple):
     def manifest(self) -> dict[str, Any]:
         """The facts of the run that do not change while it runs; JSON-able."""
         dtype, training = self.base.adapter_dtype, self.config.training
+        if self.config.method.sends_scalars:
+            training = training.plain_sgd
         return {
             "fedmira": __version__,
             "versions": versions(),
@@ -85,6 +94,7 @@ class Assembly(NamedTuple):
                     "train": len(tokens.train),
                     "validation": len(tokens.validation),
                     "test": len(tokens.test),
+                    "sha256": digest(tokens),
                 }
                 for client, tokens in zip(self.federation.clients, self.tokenized, strict=True)
             ],
@@ -96,30 +106,48 @@ class Assembly(NamedTuple):
                 "optimizer_bytes": optimizer_bytes(self.layout, training.optimizer, dtype, momentum=training.momentum),
             },
             "cohort_size": self.cohort_size,
-            "graph": self._graph_facts(),
+            "graph": self.graph_facts(),
         }
 
-    def _graph_facts(self) -> dict[str, Any]:
-        """Which graph the method asks for, and the hash of a given one, so that a changed file is noticed."""
+    def graph_facts(self, first: int | None = None) -> dict[str, Any]:
+        """Which graph the method asks for, and the hash of a given one, so that a changed file is noticed.
+
+        Args:
+            first: look at the part of a given one among so many first clients; None: at all of it.
+        """
         section = getattr(self.config.method, "graph", None)
         if section is None:
             return {}
         facts = {"kind": section.kind}
         # embeddings follow from data and base model, whose hashes are in the manifest
         if section.kind == "given" and self.given_graph is not None:
-            facts["sha256"] = hashlib.sha256(np.ascontiguousarray(self.given_graph).tobytes()).hexdigest()
+            among = np.ascontiguousarray(self.given_graph[:first, :first])
+            facts["sha256"] = hashlib.sha256(among.tobytes()).hexdigest()
         return facts
 
 
-def assemble(config: RunConfig, *, cohort_size: int | None = None) -> Assembly:
-    """Build every part of the run `config` describes. `cohort_size` overrides the config's (for resuming).
+def assemble(
+    config: RunConfig, *, cohort_size: int | None = None, known: tuple[str, ...] = (), first: int | None = None
+) -> Assembly:
+    """Build every part of the run `config` describes.
+
+    Args:
+        config: what to run.
+        cohort_size: overrides the config's; for a run that goes on.
+        known: its clients, which come first in this order; others of the data follow.
+        first: leave out all clients but so many of the first; None: nobody.
 
     Raises:
         DataError: a file, a client or a graph is unusable.
         SetupError: the model cannot be loaded.
         ConfigError: no layer matches the targets, or a setting does not fit the data.
     """
-    federation = cached_federation(config)
+    everybody = cached_federation(config, known)
+    federation = replace(
+        everybody,
+        clients=everybody.clients[:first],
+        true_adjacency_KK=None if (true := everybody.true_adjacency_KK) is None else true[:first, :first],
+    )
     base = cached_base(config.model)
     layout = adapter_layout(base, config.model.adapter, config.method.num_pairs)
     longest = min(config.data.max_length, base.max_length - layout.num_virtual_tokens)
@@ -133,7 +161,8 @@ def assemble(config: RunConfig, *, cohort_size: int | None = None) -> Assembly:
         ranks_K=config.model.adapter.ranks_of(federation.names),
     )
     graph = getattr(config.method, "graph", None)
-    given = None if graph is None else read_graph(graph, clients.names)
+    given = None if graph is None else read_graph(graph, everybody.names)
+    given = None if given is None else given[:first, :first]
     texts: tuple[TokenizedExample, ...] = ()
     if graph is not None and graph.kind == "embeddings":
         given = prompt_products(base, [client.train for client in tokenized], config.evaluation.batch_tokens)
@@ -274,9 +303,9 @@ def cached_base(config: ModelConfig) -> BaseModel:
     return _base(config.model_dump_json(exclude={"adapter"}), _stamp(config.path))
 
 
-def cached_federation(config: RunConfig) -> Federation:
-    """The clients of `config`; runs that differ only in method or training share them."""
-    return _federation(config.data.model_dump_json(), config.seed, _stamp(getattr(config.data, "path", "")))
+def cached_federation(config: RunConfig, known: tuple[str, ...] = ()) -> Federation:
+    """The clients of `config`, the `known` ones first; runs that differ only in method or training share them."""
+    return _federation(config.data.model_dump_json(), config.seed, _stamp(getattr(config.data, "path", "")), known)
 
 
 Stamp: TypeAlias = tuple[tuple[str, int, int], ...]
@@ -288,8 +317,8 @@ def _base(model_json: str, stamp: Stamp) -> BaseModel:
 
 
 @functools.lru_cache(maxsize=4)
-def _federation(data_json: str, seed: int, stamp: Stamp) -> Federation:
-    return build_federation(RunConfig.model_validate({"data": json.loads(data_json)}).data, seed)
+def _federation(data_json: str, seed: int, stamp: Stamp, known: tuple[str, ...]) -> Federation:
+    return build_federation(RunConfig.model_validate({"data": json.loads(data_json)}).data, seed, known)
 
 
 def _stamp(path: str) -> Stamp:

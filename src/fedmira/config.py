@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt, model_validator
 
@@ -22,16 +22,14 @@ from fedmira.config_basics import (
 )
 from fedmira.errors import ConfigError, nearest
 from fedmira.exchange_config import ExchangeConfig
-from fedmira.graph_config import GraphConfig
 from fedmira.method_config import (
     METHOD_NAMES,
-    METHOD_SECTIONS,
     AdapterKind,
     MethodConfig,
-    MethodSection,
     MiraConfig,
     method_with_defaults,
 )
+from fedmira.refusals import methods_for, refusal, refusal_of_scalars, refusal_under_noise
 
 # --------------------------------------------------------------------------------------------------------------- model
 
@@ -267,6 +265,9 @@ class TrainingConfig(Section):
     """Added to the denominator of adam and adamw."""
     momentum: Share = 0.0
     """Of sgd."""
+    keep_moments: bool = False
+    """Clients keep their optimizer's moments between rounds, turned as the server turned their factors; they never
+    cross. Otherwise each round begins with fresh ones, as in the paper's code."""
     clip_norm: FinitePositiveFloat | None = 1.0
     """Largest norm of one client's gradient; null switches clipping off. The paper's code: 5.0."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
@@ -284,12 +285,27 @@ class TrainingConfig(Section):
             )
         if self.momentum and self.optimizer != "sgd":
             raise ValueError(f"momentum has no effect with optimizer = {self.optimizer}; remove it, or use beta1")
+        if self.keep_moments and self.optimizer == "sgd" and not self.momentum:
+            raise ValueError("keep_moments has no effect with sgd without momentum; remove it, or use adamw")
         return self
 
     @property
     def steps_or_default(self) -> int | None:
         """Steps per round, or None where epochs count."""
         return self.local_steps if self.local_steps is not None else (None if self.local_epochs is not None else 10)
+
+    @property
+    def plain_sgd(self) -> TrainingConfig:
+        """The same work by steps of nothing but the learning rate: no moments, no weight decay, no clipping."""
+        return self.model_copy(
+            update={
+                "optimizer": "sgd",
+                "momentum": 0.0,
+                "weight_decay": 0.0,
+                "clip_norm": None,
+                "keep_moments": False,
+            }
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------- everything
@@ -402,6 +418,8 @@ class RunConfig(Section):
                 f"training.cohort_size = {self.training.cohort_size}, but with model.adapter.kind = full every client "
                 "has weights of its own and is trained alone; use auto or 1"
             )
+        if reason := refusal_of_scalars(self.method, self.exchange, bool(self.model.adapter.client_ranks)):
+            raise ValueError(reason)
         if self.exchange.privacy.enabled:
             if reason := refusal_under_noise(self.method):
                 raise ValueError(reason)
@@ -421,55 +439,3 @@ class RunConfig(Section):
         if name in self.compare.variants:
             return self.compare.variants[name]
         return self.method if name == self.method.name else method_with_defaults(name)
-
-
-LOW_RANK_GRAPHS = ("gram", "gram_layers", "pfedgraph", "kalofolias", "mtrl", "clusters")
-"""Kinds of graphs that are learned from the low-rank products of the adapters."""
-
-
-def methods_for(kind: AdapterKind) -> tuple[str, ...]:
-    """Names of the methods that can use adapters of `kind`."""
-    return tuple(name for name, section in METHOD_SECTIONS.items() if kind in section.kinds)
-
-
-def refusal(method: MethodSection, kind: AdapterKind) -> str:
-    """Why `method` cannot use adapters of `kind`; empty if it can.
-
-    >>> refusal(method_with_defaults("fedit"), "prompt")
-    ''
-    """
-    if kind not in method.kinds:
-        name = getattr(method, "name", type(method).__name__)
-        return f"method.name = {name} cannot use model.adapter.kind = {kind}; it can use {', '.join(method.kinds)}"
-    graph = getattr(method, "graph", None)
-    if kind != "lora" and graph is not None and graph.kind in LOW_RANK_GRAPHS:
-        others = (one for one in get_args(GraphConfig.model_fields["kind"].annotation) if one not in LOW_RANK_GRAPHS)
-        return (
-            f"method.graph.kind = {graph.kind} compares low-rank products, and model.adapter.kind = {kind} has none; "
-            f"use {', '.join(others)}"
-        )
-    return ""
-
-
-def refusal_under_noise(method: MethodSection) -> str:
-    """Why `method` cannot be used with `exchange.privacy`, which covers adapters only; empty if it can.
-
-    >>> refusal_under_noise(method_with_defaults("fedit"))
-    ''
-    """
-    graph, choice = getattr(method, "graph", None), getattr(method, "choice", None)
-    if choice is not None and choice.enabled:
-        asks, instead = "each client's losses", "set method.choice.enabled: false"
-    elif method.asks_for_losses:
-        asks, instead = "clients' losses", "take a method that asks nobody, such as fedit"
-    elif graph is not None and graph.kind == "trust":
-        asks, instead = "clients' losses", "learn the graph from the adapters, method.graph.kind: gram"
-    elif graph is not None and graph.kind == "embeddings":
-        asks, instead = "embeddings of clients' prompts", "learn the graph from the adapters, method.graph.kind: gram"
-    else:
-        return ""
-    name = getattr(method, "name", type(method).__name__)
-    return (
-        f"exchange.privacy covers adapters only, but method.name = {name} with these settings asks for {asks}, which "
-        f"nothing would noise; {instead}, or switch exchange.privacy.enabled off"
-    )

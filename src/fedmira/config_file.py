@@ -106,6 +106,11 @@ def config_difference(old: RunConfig, new: RunConfig) -> list[str]:
     ]
 
 
+def with_rounds(config: RunConfig, rounds: int) -> RunConfig:
+    """Return `config` with another number of rounds."""
+    return config.model_copy(update={"federation": config.federation.model_copy(update={"rounds": rounds})})
+
+
 def _shown(leaves: Mapping[str, Any], key: str) -> str:
     return given(leaves[key]) if key in leaves else "(absent)"
 

@@ -64,8 +64,8 @@ class Estimate(NamedTuple):
             f"adapter            {self.adapter_parameters:,} parameters, "
             f"{self.adapters_bytes / 2**20:,.2f} MiB for all clients",
             f"memory             about {self.memory_bytes / 2**20:,.0f} MiB",
-            f"upload per round   {self.upload_bytes_per_round / 2**20:,.2f} MiB",
-            f"download per round {self.download_bytes_per_round / 2**20:,.2f} MiB",
+            f"upload per round   {_crossing(self.upload_bytes_per_round)}",
+            f"download per round {_crossing(self.download_bytes_per_round)}",
             f"time               about {self.seconds:,.0f} s for {self.rounds} rounds, "
             f"after {self.start_seconds:,.0f} s to start",
             f"of which           training {self.training_seconds:,.0f} s, mixing {self.mixing_seconds:,.0f} s, "
@@ -95,9 +95,10 @@ def dry_run(config: RunConfig) -> Estimate:
     participants = participation.draw(len(parts.clients.names), config.federation, config.seed, 1)
     job = method.plan(state, participants)
     step = try_training(parts, job, planned)
-    upload_bytes, download_bytes = planned_bytes(config.exchange, parts.layout, job)
     # a client may hold several rows, each trained for a share of the steps
     effort = job.work * len(job.ids) / len(participants.ids)
+    client_steps = effort * sum(len(one.ids) for one in planned.steps) / (planned.share * rounds)
+    upload_bytes, download_bytes = planned_bytes(config.exchange, parts.layout, job, round(client_steps))
     del job
 
     evaluation = config.evaluation
@@ -142,6 +143,15 @@ def dry_run(config: RunConfig) -> Estimate:
         disk_seconds=disk_seconds,
         dry_run_seconds=time.perf_counter() - started,
     )
+
+
+def _crossing(count: int) -> str:
+    """Bytes in a unit in which scalars are not lost.
+
+    >>> _crossing(3 * 2**20), _crossing(80)
+    ('3.00 MiB', '0.08 KiB')
+    """
+    return f"{count / 2**20:,.2f} MiB" if count >= 2**20 or not count else f"{count / 2**10:,.2f} KiB"
 
 
 def _of_a_long_run(device: torch.device, loaded_bytes: int, peak_bytes: int) -> int:

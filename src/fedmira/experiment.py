@@ -5,7 +5,6 @@ Knows nothing about how clients train (`exchange`) or how adapters are mixed (`f
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Mapping
 from contextlib import nullcontext
@@ -18,8 +17,7 @@ import torch
 
 from fedmira.assembly import Assembly, assemble, refuse_other_base
 from fedmira.config import RunConfig
-from fedmira.config_file import config_hash
-from fedmira.errors import DivergedError, IntegrityError, Interrupted, ParticipationError
+from fedmira.errors import DivergedError, Interrupted, ParticipationError
 from fedmira.evaluation.judge import final_records, validation_losses
 from fedmira.exchange.privacy import advice
 from fedmira.exchange.seam import Kept
@@ -27,6 +25,7 @@ from fedmira.federation import participation
 from fedmira.federation.graph import Graph
 from fedmira.federation.graph import parts as graph_parts
 from fedmira.federation.method import Info, State
+from fedmira.joining import grown_manifest, known_clients, refuse_other_data, refuse_to_end, take_in
 from fedmira.profile import profiled
 from fedmira.runs.checkpoint import Checkpoint, load_latest, save
 from fedmira.runs.signals import StopFlag, stop_on_signals
@@ -70,7 +69,7 @@ def run(
     Args:
         config: What to run.
         directory: The folder in which the run directory is made; `output.directory` if left out.
-        resume: Continue the run if it was begun before.
+        resume: Continue the run if it was begun before; clients may have joined its data, rounds may have been added.
         source_text: The config file as the user wrote it, kept in the run directory.
         display: Told about progress.
         profile: Write where the time went; see `fedmira.profile`.
@@ -95,30 +94,42 @@ class _Run:
 
     def __init__(self, store: RunStore, display: Display, stop: StopFlag) -> None:
         self.config, self.store, self.display, self.stop = store.config, store, display, stop
-        self.hash = config_hash(self.config)
+        self.larger: Assembly | None = None
+        """With the clients that joined, until they are taken in."""
         with stage("start"):
             self.checkpoint = self._open_checkpoint()
             manifest = store.manifest() if self.checkpoint else {}
-            self.parts: Assembly = assemble(self.config, cohort_size=manifest.get("cohort_size"))
+            known, size = known_clients(manifest), manifest.get("cohort_size")
+            self.parts: Assembly = assemble(self.config, cohort_size=size, known=known)
             if self.checkpoint:
-                _refuse_other_data(manifest, self.parts)
+                refuse_other_data(manifest, self.parts)
                 refuse_other_base(store.path, manifest["model"], self.parts.base)
+                held = len(self.checkpoint.facts["last_round_K"])
+                if held < len(self.parts.clients.names):
+                    self.larger = self.parts
+                    self.parts = assemble(self.config, cohort_size=size, known=known, first=held)
             else:
                 created = datetime.now(UTC).isoformat(timespec="seconds")
                 store.write_manifest({**self.parts.manifest(), "created": created})
+            store.write_rounds()
         if self.parts.base.device.type == "cuda":
             settle_with(torch.cuda.synchronize)
 
     def carry_out(self) -> Path:
-        config, parts, method = self.config, self.parts, self.parts.method
+        config = self.config
         with stage("start"):
             state, first_round, progress = self._starting_point()
+        if self.larger and first_round + (progress is not None) > config.federation.rounds:
+            refuse_to_end(self._newcomers(self.larger), config.federation.rounds)
         if first_round > config.federation.rounds:
             self.display.finish(f"{self.store.path}: finished before, nothing to do")
             return self.store.path
         self.display.start(f"{config.method.name} seed {config.seed}", config.federation.rounds)
         for round_ in range(first_round, config.federation.rounds + 1):
-            participants = participation.draw(len(parts.clients.names), config.federation, config.seed, round_)
+            if self.larger and progress is None:
+                state = self._take_in(self.larger, state, round_ - 1)
+            method, num_clients = self.parts.method, len(self.parts.clients.names)
+            participants = participation.draw(num_clients, config.federation, config.seed, round_)
             results = self._exchange(state, participants, progress)
             progress = None
             merge_started = time.perf_counter()
@@ -147,6 +158,22 @@ class _Run:
         return self.store.path
 
     # ------------------------------------------------------------------------------------------------------- one round
+
+    def _newcomers(self, larger: Assembly) -> tuple[str, ...]:
+        return larger.clients.names[len(self.parts.clients.names) :]
+
+    def _take_in(self, larger: Assembly, state: State, round_: int) -> State:
+        """The state with those who joined the data after round `round_`, recorded and saved."""
+        num_before, names = len(self.parts.clients.names), self._newcomers(larger)
+        with stage("mixing"):
+            state = take_in(self.parts, larger, state, round_)
+        self.parts, self.larger = larger, None
+        # the manifest first: a checkpoint that knows fewer clients is met by taking them in again
+        self.store.write_manifest(grown_manifest(self.store.manifest(), larger, num_before, round_))
+        self.store.append({"event": "joined", "round": round_, "clients": list(names)})
+        self._tell(f"joined after round {round_}: {', '.join(names)}")
+        self._save(round_, state)
+        return state
 
     def _exchange(self, state: State, participants: Participants, progress: Progress | None) -> Results:
         round_ = participants.round
@@ -288,7 +315,7 @@ class _Run:
     # -------------------------------------------------------------------------------------------------------- disk
 
     def _open_checkpoint(self) -> Checkpoint | None:
-        checkpoint = load_latest(self.store.path, config_hash=self.hash)
+        checkpoint = load_latest(self.store.path, config_hash=self.store.config_hash)
         self.store.truncate_metrics(0 if checkpoint is None else int(checkpoint.facts["metrics_position"]))
         for reason in () if checkpoint is None else checkpoint.skipped:
             self._tell(f"skipped a damaged checkpoint: {reason}")
@@ -333,7 +360,7 @@ class _Run:
                     "progress": None if progress is None else progress.facts,
                     "partial": progress is not None,
                 },
-                config_hash=self.hash,
+                config_hash=self.store.config_hash,
                 keep=self.config.output.keep_checkpoints,
             )
 
@@ -355,18 +382,6 @@ def _shown_blocks(graph: Graph) -> dict[str, Any]:
 
 def _under(prefix: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-
-
-def _refuse_other_data(manifest: Mapping[str, Any], parts: Assembly) -> None:
-    now = json.loads(json.dumps(parts.manifest()))
-    for what in ("data", "graph"):
-        before, after = manifest.get(what, now[what]), now[what]
-        if before != after:
-            changed = [key for key in {**before, **after} if before.get(key) != after.get(key)]
-            raise IntegrityError(
-                f"the {what} changed since the run was started ({', '.join(sorted(changed))} differ); "
-                "restore the files, or start a new run"
-            )
 
 
 def _train_loss(results: Results) -> float:

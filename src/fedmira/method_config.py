@@ -6,11 +6,13 @@ Imports neither torch nor transformers.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, ClassVar, Literal, TypeAlias, get_args
 
 from pydantic import Field, PositiveInt, TypeAdapter, model_validator
 
 from fedmira.config_basics import FinitePositiveFloat, Fraction, NonNegativeFloat, NonNegativeInt, Section, Share
+from fedmira.errors import ConfigError, nearest
 from fedmira.graph_config import GraphConfig
 
 AdapterKind: TypeAlias = Literal["lora", "prompt", "p_tuning", "full"]
@@ -25,6 +27,8 @@ class MethodSection(Section):
     """Kinds of adapters that the method can use."""
     asks_for_losses: ClassVar[bool] = False
     """Whether clients always tell the server losses on examples of theirs."""
+    sends_scalars: ClassVar[bool] = False
+    """Whether clients train without gradients and send scalars instead of tensors."""
 
 
 class LocalOnlyConfig(MethodSection):
@@ -87,12 +91,47 @@ class MiraConfig(MethodSection):
     """Which method this section describes; the other keys follow from it."""
     graph: GraphConfig = GraphConfig()
     """Who is related to whom."""
-    strength: NonNegativeFloat = 4.0
-    """tau: how hard related clients are pulled together; any value is stable."""
+    strength: NonNegativeFloat | Literal["auto"] = 4.0
+    """tau: how hard related clients are pulled together; any value is stable. `auto`: after each round clients judge
+    the mixtures of 0.0625, 0.25, 1 and 4 on their validation examples; the strength of the smallest losses on the whole
+    is used in the next: three more adapters down and four more passes for each participant."""
+    depth: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Share of the strength that is gone in the last block of layers; it falls evenly from the first block on, so that
+    shallow layers are shared and deep ones stay personal. 0: the same for all."""
+    mixing: Literal["factors", "products", "least_squares", "shared_a"] = "factors"
+    """What is mixed. `factors`: A and B, each on its own. With model.adapter.kind = lora also their products:
+    `products` (the nearest pair of each client's rank), `least_squares` (each client keeps its A and gets the best B),
+    `shared_a` (A stays at its initial values, so that mixing B mixes products; half the bytes)."""
+    robust: Literal["none", "clip", "krum", "geometric_median"] = "none"
+    """Against clients whose uploads cannot be trusted. `clip`: nobody moves a client further than its median neighbour
+    does. `krum`: nobody listens to clients far away from the nearest half of the others. `geometric_median`: neighbours
+    weigh less the further they are from the geometric median of all. Distances are in the form that is mixed."""
+    client_strength: dict[str, NonNegativeFloat] = Field(default={})
+    """Factors on the strength of some clients by name, such as `{anna: 2.0}`; with 0 a client keeps its own upload."""
     staleness_decay: Fraction = 0.7
     """Confidence of a stored adapter falls by this factor for each round its client was not sampled."""
     choice: ChoiceConfig = ChoiceConfig()
     """How much of the mixed adapter each client takes; all of it unless `enabled`."""
+
+    @model_validator(mode="after")
+    def _client_strength_has_effect(self) -> MiraConfig:
+        if self.client_strength and self.strength == 0:
+            raise ValueError("client_strength has no effect with strength = 0; remove it, or set a strength")
+        return self
+
+    def factors_of(self, names: Sequence[str]) -> tuple[float, ...]:
+        """The factor on the strength of each client.
+
+        Raises:
+            ConfigError: `client_strength` names a client that does not exist.
+        """
+        for name in self.client_strength:
+            if name not in names:
+                raise ConfigError(
+                    f"method.client_strength names {name!r}, which is no client{nearest(name, names)}; "
+                    "`fedmira data` lists them"
+                )
+        return tuple(self.client_strength.get(name, 1.0) for name in names)
 
 
 KNOWN_GRAPHS = ("labels", "given", "uniform", "random", "true", "permuted")
@@ -331,6 +370,21 @@ class FedAdamConfig(MethodSection):
         return self
 
 
+class FedKSeedConfig(MethodSection):
+    """One global adapter, trained without gradients along directions from a pool of seeds; only scalars cross. Steps
+    are of `training.learning_rate` times `training.schedule` alone: no optimizer, weight decay or clipping acts."""
+
+    kinds: ClassVar[tuple[AdapterKind, ...]] = ALL_KINDS
+    sends_scalars: ClassVar[bool] = True
+    name: Literal["fedkseed"]
+    """Which method this section describes; the other keys follow from it."""
+    seeds: PositiveInt = 4096
+    """K: seeds in the pool; as many scalars are downloaded. The authors: 4096."""
+    epsilon: FinitePositiveFloat = 0.0005
+    """How far from its adapter a client evaluates its loss, in units of a standard normal direction. The authors:
+    0.0005."""
+
+
 class FlexLoraConfig(MethodSection):
     """The mean of the products, decomposed into a pair for each client's rank."""
 
@@ -394,6 +448,7 @@ MethodConfig = Annotated[
     | FfaLoraConfig
     | RoLoraConfig
     | FedAdamConfig
+    | FedKSeedConfig
     | FlexLoraConfig
     | HetLoraConfig
     | FedExLoraConfig

@@ -7,6 +7,7 @@ Axes: K clients, S participants of a round, P parameters of one adapter, T token
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -192,6 +193,14 @@ class Pull(NamedTuple):
     strength_S: tuple[float, ...]
 
 
+class SeedPool(NamedTuple):
+    """Random directions that clients and server know by number: z_j ~ N(0, I), j < size, from the run's seed."""
+
+    size: int
+    epsilon: float
+    """How far from its adapter, in units of z_j, a client evaluates its loss to find the slope along z_j."""
+
+
 class Job(NamedTuple):
     """What the server asks the participants of one round to do. Row s belongs to client `ids[s]`.
 
@@ -220,6 +229,19 @@ class Job(NamedTuple):
     pooled: bool = False
     """All participants' examples form one data set, on which the rows, which start alike, are trained as one for the
     steps of all of them together. For references only: examples would have to leave their clients."""
+    seeds: SeedPool | None = None
+    """Rows are trained without gradients, each step along a direction of this pool, and only scalars cross: up the
+    number and the scalar of each step, down a sum for each direction. Excludes `pull`. None: trained by gradients."""
+
+    @property
+    def blocks(self) -> tuple[int, ...]:
+        """How many earlier rows each row's client has: several rows of one client each have a memory of their own."""
+        seen: Counter[int] = Counter()
+        blocks = []
+        for id_ in self.ids:
+            blocks.append(seen[id_])
+            seen[id_] += 1
+        return tuple(blocks)
 
     @property
     def num_crossing(self) -> int:
@@ -238,6 +260,8 @@ class Trial(NamedTuple):
     sent: int
     """Adapters that cross for each client; it makes the others from these and its own."""
     split: Literal["train", "validation"] = "validation"
+    parts: tuple[int, ...] = ()
+    """Candidates of each question where several are asked together, in order; empty: one question."""
     compare_SP: torch.Tensor | None = None
     """Adapters of those asked whose predictions on the server's own texts are to be compared; the server does it by
     itself, so nothing crosses for it."""

@@ -102,6 +102,22 @@ def test_another_client_leaves_capped_clients_as_they_are(options: dict[str, Any
     assert all(by_name[c.name] == c for c in before.clients)
 
 
+def test_known_clients_come_first_and_keep_the_split_of_every_text() -> None:
+    few = [example(i, client=c) for c in ("b", "c") for i in range(30)]
+    # a has all the texts of b and some of its own
+    more = [*(example(i, client="a", prompt=e.instruction) for i, e in enumerate(few[:30])), *few]
+    more += [example(i, client="a") for i in range(30)]
+    before = build(few, by="field")
+    unknowing, knowing = (
+        partition(Source(tuple(more), {}), PartitionConfig(by="field"), 0, known) for known in ((), ("b", "c"))
+    )
+    assert unknowing.names == ("a", "b", "c")
+    assert unknowing.clients[1] != before.clients[0]
+    assert knowing.names == ("b", "c", "a")
+    assert knowing.clients[:2] == before.clients
+    assert_no_text_in_two_splits(knowing.clients)
+
+
 def test_the_order_of_the_records_does_not_matter() -> None:
     examples = [example(i) for i in range(50)]
     assert build(examples, clients_per_task=2).clients == build(examples[::-1], clients_per_task=2).clients

@@ -280,6 +280,45 @@ def test_a_comparison_refuses_a_method_that_asks_for_losses_under_privacy(tmp_pa
     assert not list(tmp_path.iterdir())
 
 
+# ------------------------------------------------------------------------------------------------------------- scalars
+
+
+def test_a_run_of_scalars_counts_its_steps_and_its_seeds(tmp_path: Path) -> None:
+    config = tiny({}, method={"name": "fedkseed", "seeds": 100}, training={"local_steps": 2, "learning_rate": 1e-4})
+    path = run(config, directory=tmp_path)
+    assert [event["upload_bytes"] for event in events(path)] == [8 * 2 * 3] * 3
+    assert [event["download_bytes"] for event in events(path)] == [0, 4 * 100 * 3, 4 * 100 * 3]
+    estimate = dry_run(config)
+    assert (estimate.upload_bytes_per_round, estimate.download_bytes_per_round) == (8 * 2 * 3, 4 * 100 * 3)
+    assert estimate.training_seconds > 0
+    assert "0.05 KiB" in "\n".join(estimate.lines())
+    assert RunStore.open(path).manifest()["memory"]["optimizer_bytes"] == 0
+
+
+@pytest.mark.parametrize(
+    ("sections", "words"),
+    [
+        ({"exchange": {"compression": "int8"}}, "exchange.compression = int8 has no effect .* such as fedit"),
+        ({"exchange": {"download_compression": "bf16"}}, "exchange.download_compression = bf16 has no effect"),
+        ({"exchange": NOISY}, "a scalar for each step, which nothing would noise; switch exchange.privacy.enabled off"),
+        (
+            {"model": {"adapter": {"client_ranks": [1, 2]}, "device": "cpu"}},
+            "would be filled; remove model.adapter.client_ranks",
+        ),
+    ],
+)
+def test_a_method_that_sends_scalars_refuses_what_is_made_for_tensors(
+    tmp_path: Path, sections: dict[str, Any], words: str
+) -> None:
+    settings = {"exchange": {}, **sections}
+    with pytest.raises(ValidationError, match=words):
+        tiny(**settings, method={"name": "fedkseed"})
+    config = tiny(**settings, method={"name": "fedit"}, compare={"methods": ["fedit", "fedkseed"]})
+    with pytest.raises(ConfigError, match=f"compare.methods names fedkseed: .*{words}"):
+        compare(config, directory=tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 # -------------------------------------------------------------------------------------------------------------- config
 
 

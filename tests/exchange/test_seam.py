@@ -13,6 +13,7 @@ from tests.exchange.builders import GROUPS, LAYOUT, NAMES, job, reports, rows
 from fedmira.exchange.messages import decode, encode
 from fedmira.exchange.seam import Kept, Seam, planned_bytes
 from fedmira.exchange_config import Compression, ExchangeConfig
+from fedmira.types import SeedPool
 
 FORMS: tuple[Compression, ...] = ("bf16", "int8", "topk")
 
@@ -30,6 +31,20 @@ def test_without_compression_every_row_is_the_clients_own_and_nothing_is_remembe
     assert torch.equal(got.values_SP, trained)
     assert (sent.download_bytes, got.upload_bytes) == (asked.start_SP.nbytes, trained.nbytes)
     assert one.state() == Kept({}, {"uploads": [0, 0, 0, 0]})
+
+
+def test_of_a_job_with_seeds_pairs_go_up_and_the_sums_of_the_pool_come_down() -> None:
+    """8 bytes for each step of each client that returned, 4 for each seed and participant; rows stay bit for bit."""
+    asked, trained = job(rows(0), seeds=SeedPool(50, 1e-3)), rows(1)[:3]
+    one = seam()
+    sent = one.send(asked)
+    told = (*reports()[:3], reports()[3]._replace(num_steps=9, failure="gone"))
+    got = one.receive(sent.job, trained.clone(), told)
+    assert (sent.download_bytes, got.upload_bytes) == (4 * 50 * 4, 8 * 2 * 3)
+    assert torch.equal(sent.job.start_SP, asked.start_SP)
+    assert torch.equal(got.values_SP, trained)
+    assert planned_bytes(ExchangeConfig(), LAYOUT, asked, 6) == (got.upload_bytes, sent.download_bytes)
+    assert one.send(asked._replace(download=frozenset())).download_bytes == 0, "nobody has returned yet"
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -120,7 +135,7 @@ def test_a_download_is_the_difference_to_the_last_one(form: Compression) -> None
     difference = wanted - rows(0)
     expected = rows(0) + decode(LAYOUT, GROUPS, encode(LAYOUT, GROUPS, difference, form), wanted)
     assert torch.equal(second.job.start_SP, expected)
-    assert second.download_bytes == planned_bytes(ExchangeConfig(download_compression=form), LAYOUT, job(wanted))[1]
+    assert second.download_bytes == planned_bytes(ExchangeConfig(download_compression=form), LAYOUT, job(wanted), 0)[1]
     assert second.download_bytes < wanted.nbytes
     # a round that is stopped before it is done is asked for again, and crosses as before
     assert torch.equal(one.send(job(wanted, 2)).job.start_SP, expected)
@@ -166,10 +181,30 @@ def test_a_restored_seam_goes_on_bit_for_bit(form: Compression) -> None:
     assert all(torch.equal(kept_whole.tensors[name], kept_parts.tensors[name]) for name in kept_whole.tensors)
 
 
+def test_of_clients_that_joined_nothing_is_remembered_and_of_the_others_everything() -> None:
+    settings: dict[str, object] = {"compression": "int8", "download_compression": "int8"}
+    settings["privacy"] = {"enabled": True, "noise_multiplier": 2.0}
+    before = seam(**settings)
+    sent = before.send(job(rows(0)))
+    before.receive(sent.job, rows(1), reports())
+    kept = before.state()
+    after = Seam(ExchangeConfig.model_validate(settings), LAYOUT, (*NAMES, "eva", "finn"), seed=0)
+    after.restore(kept)
+    now = after.state()
+    assert now.facts == {"uploads": [1, 1, 1, 1, 0, 0]}
+    assert now.tensors.keys() == kept.tensors.keys() == {"error.0", "copy.0", "known.0"}
+    for name, tensor in now.tensors.items():
+        assert torch.equal(tensor[:4], kept.tensors[name])
+        assert not tensor[4:].any()
+    asked = job(rows(2, 2), 2, ids=(0, 4))
+    assert torch.equal(after.send(asked).job.start_SP[0], before.send(asked._replace(ids=(0, 1))).job.start_SP[0])
+    assert torch.equal(after.send(asked).job.start_SP[1], asked.start_SP[1]), "the first download is in full"
+
+
 @pytest.mark.parametrize("form", ["none", *FORMS])
 def test_sixteen_bit_adapters_cross_too(form: Compression) -> None:
     start, trained = rows(0, dtype=torch.bfloat16), rows(1, dtype=torch.bfloat16)
     config = ExchangeConfig(compression=form)
     got = Seam(config, LAYOUT, NAMES, 0).receive(job(start), trained.clone(), reports())
     assert got.values_SP.dtype == torch.bfloat16
-    assert got.upload_bytes == planned_bytes(config, LAYOUT, job(start))[0]
+    assert got.upload_bytes == planned_bytes(config, LAYOUT, job(start), 0)[0]

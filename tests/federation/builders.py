@@ -21,6 +21,7 @@ from fedmira.method_config import (
     FedExLoraConfig,
     FedITConfig,
     FedITFinetunedConfig,
+    FedKSeedConfig,
     FedLEASEConfig,
     FedProxConfig,
     FedSALoRAConfig,
@@ -76,6 +77,12 @@ def mira(kind: str = "gram", strength: float = 1.0, **settings: object) -> MiraC
     return MiraConfig(graph=graph_section(kind, **settings), strength=strength, choice=taken)
 
 
+def mira_with(kind: str = "gram", **settings: object) -> MiraConfig:
+    """With settings of its own, without choice unless they say so."""
+    first = {"graph": graph_section(kind), "strength": 1.0, "choice": {"enabled": False}}
+    return MiraConfig.model_validate({**first, **settings})
+
+
 CONFIGS: dict[str, MethodConfig] = {
     "local_only": LOCAL,
     "fedit": FEDIT,
@@ -86,11 +93,23 @@ CONFIGS: dict[str, MethodConfig] = {
     "mira_published-trust": published("trust"),
     "mira-gram-choice": MiraConfig(graph=graph_section("gram"), choice=ChoiceConfig(enabled=True)),
     "mira-gram-memory": mira("gram", memory=0.5, warmup_rounds=1, neighbours=2, power=2.0),
+    **{f"mira-gram-{mixing}": mira_with(mixing=mixing) for mixing in ("products", "least_squares", "shared_a")},
+    "mira-gram_layers-products": mira_with("gram_layers", mixing="products", choice={"enabled": True}),
+    **{f"mira-gram-{robust}": mira_with(robust=robust) for robust in ("clip", "krum", "geometric_median")},
+    "mira-gram-products-krum": mira_with(mixing="products", robust="krum"),
+    "mira-labels-depth": mira_with("labels", depth=0.5),
+    "mira-gram_layers-depth": mira_with("gram_layers", depth=0.5, mixing="shared_a"),
+    "mira-labels-auto": mira_with("labels", strength="auto"),
+    "mira-gram_layers-auto": mira_with(
+        "gram_layers", strength="auto", mixing="least_squares", choice={"enabled": True}
+    ),
+    "mira-trust-auto": mira_with("trust", strength="auto", choice={"grid": (0.5, 1.0)}, depth=1.0, robust="clip"),
     "fedprox": FedProxConfig(name="fedprox"),
     "ffa_lora": FfaLoraConfig(name="ffa_lora"),
     "rolora": RoLoraConfig(name="rolora"),
     "fedadam": FedAdamConfig(name="fedadam"),
     "fedadam-momentum": FedAdamConfig(name="fedadam", rule="momentum", server_lr=0.7),
+    "fedkseed": FedKSeedConfig(name="fedkseed"),
     "flexlora": FlexLoraConfig(name="flexlora"),
     "flexlora-unaligned": FlexLoraConfig(name="flexlora", align=False),
     "hetlora": HetLoraConfig(name="hetlora"),

@@ -22,6 +22,7 @@ from tests.federation.builders import (
 )
 
 from fedmira.errors import FedmiraError
+from fedmira.federation.joining import joined
 from fedmira.federation.method import Method, State
 from fedmira.federation.registry import METHODS, build_method
 from fedmira.method_config import MethodConfig
@@ -288,6 +289,40 @@ def test_results_that_cannot_be_are_refused(name: str) -> None:
     ):
         with pytest.raises(FedmiraError, match=message):
             method.merge(state, asked, results)
+
+
+def five_then_six(name: str, rounds: list[tuple[int, ...]]) -> tuple[Method, State, State]:
+    """The method of six clients, the state of five after `rounds`, and that of six once the last one joined."""
+    few, all_ = clients(5), clients(6)
+    before = build(name, few)
+    state = play(before, before.init(adapters(name, 5), few), few.names, rounds)
+    method = build(name, all_)
+    return method, state, joined(method, state, method.init(adapters(name), all_), len(rounds))
+
+
+@every_method
+def test_who_joins_before_the_first_round_was_there_from_the_start(name: str) -> None:
+    method, _, state = five_then_six(name, [])
+    assert equal_bits(state, method.init(adapters(name), clients()))
+
+
+@every_method
+def test_who_joins_changes_no_bit_of_the_others_and_is_one_never_seen(name: str) -> None:
+    method, before, state = five_then_six(name, [(0, 1, 3), (1, 2, 4), (0, 2, 3, 4)])
+    assert state.last_round_K == (*before.last_round_K, 0)
+    assert same_bytes(state.adapters.values_KP[:5], before.adapters.values_KP)
+    first = method.init(adapters(name), clients()).memory
+    assert set(state.memory) == set(before.memory) == set(first)
+    for key, tensor in state.memory.items():
+        corner = tuple(slice(extent) for extent in before.memory[key].shape)
+        assert same_bytes(tensor[corner].contiguous(), before.memory[key])
+        fresh = first[key].clone()
+        fresh[corner] = before.memory[key].to(fresh)
+        assert same_bytes(tensor, fresh.to(tensor))
+    after = play(method, state, clients().names, [(0, 5), (1, 2, 3, 4, 5), (5,)], first=4)
+    assert after.last_round_K == (4, 5, 5, 5, 5, 6)
+    assert all(torch.isfinite(tensor.double()).all() for tensor in bits(after))
+    assert method.personalise(after).num_clients == 6
 
 
 def test_an_arena_of_the_wrong_size_is_refused() -> None:

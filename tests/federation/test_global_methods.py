@@ -13,8 +13,8 @@ from tests.reference import mixing_twin, products_twin
 
 from fedmira.federation.method import Method, State
 from fedmira.federation.registry import build_method
-from fedmira.method_config import FedAdamConfig, FedProxConfig, FloristConfig
-from fedmira.types import Arena, Job, Participants, Results
+from fedmira.method_config import FedAdamConfig, FedKSeedConfig, FedProxConfig, FloristConfig
+from fedmira.types import Arena, Job, Participants, Results, SeedPool
 
 ROUNDS = [(0, 1, 3), (1, 2, 4), (0, 2, 3, 5), (0, 1, 2, 3, 4, 5)]
 IDS = (0, 3, 4)
@@ -76,6 +76,31 @@ def test_fedprox_without_strength_is_fedit() -> None:
     pull = method.plan(one, Participants(5, IDS)).pull
     assert pull is not None
     assert set(pull.strength_S) == {0}
+
+
+# ------------------------------------------------------------------------------------------------------------- fedkseed
+
+
+def test_fedkseed_is_fedit_whose_clients_move_along_seeds() -> None:
+    config = FedKSeedConfig(name="fedkseed", seeds=7, epsilon=0.02)
+    method, plain = build_method(config, clients()), build_method(FEDIT, clients())
+    one, other = (play(m, fresh(m), clients().names, ROUNDS) for m in (method, plain))
+    assert same_bytes(one.adapters.values_KP, other.adapters.values_KP)
+    job = method.plan(one, Participants(5, IDS))
+    assert job.seeds == SeedPool(7, 0.02)
+    assert job._replace(seeds=None, start_SP=IDS) == plain.plan(other, Participants(5, IDS))._replace(start_SP=IDS)
+
+
+def test_fedkseed_sends_no_sums_before_somebody_has_returned() -> None:
+    method, who = build_method(CONFIGS["fedkseed"], clients()), clients()
+    state = fresh(method)
+    for round_, failed in ((1, set(IDS)), (2, {0})):
+        job = method.plan(state, Participants(round_, IDS))
+        assert job.download == frozenset()
+        assert job.upload == {"lora_a", "lora_b"}
+        state, _ = method.merge(state, Participants(round_, IDS), trained(job, who.names, failed))
+    # also for a client that takes part for the first time
+    assert method.plan(state, Participants(3, (5,))).download == {"lora_a", "lora_b"}
 
 
 # ----------------------------------------------------------------------------------------------------- ffa_lora, rolora

@@ -19,10 +19,11 @@ from tests.reference import mixing_twin
 from fedmira.errors import ConfigError
 from fedmira.federation import drawing
 from fedmira.federation.asked_graphs import similarity_of_regrets
+from fedmira.federation.blocks import block_of
 from fedmira.federation.clustering import clusters, partitions, silhouette
 from fedmira.federation.graph import PRIVACY, Graph, parts, subgraph, validated, weight_inside
 from fedmira.federation.known_graphs import embeddings
-from fedmira.federation.learned_graphs import block_of, learner
+from fedmira.federation.learned_graphs import learner
 from fedmira.federation.learning import Learner, Seen
 from fedmira.federation.mixing import (
     by_layer,

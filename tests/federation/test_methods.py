@@ -21,6 +21,7 @@ from tests.reference import mixing_twin
 from fedmira.config import FederationConfig
 from fedmira.errors import ConfigError
 from fedmira.federation import known_graphs as known
+from fedmira.federation.graph import laplacian
 from fedmira.federation.method import Method, State
 from fedmira.federation.mixing import implicit_matrix
 from fedmira.federation.participation import draw
@@ -206,6 +207,39 @@ def test_a_client_never_seen_starts_from_its_neighbours_or_else_from_its_initial
     # the Gram graph knows nothing about clients never seen
     _, learned = one_round(build_method(mira("gram"), clients()), (0, 1, 2, 3))
     assert same_bytes(learned.adapters.values_KP[4:], untouched[4:])
+
+
+@pytest.mark.parametrize("kind", ["labels", "gram"])
+def test_a_factor_of_one_for_everybody_changes_no_bit(kind: str) -> None:
+    names, config = clients().names, mira(kind)
+    ones = config.model_copy(update={"client_strength": dict.fromkeys(names, 1.0)})
+    plain, same = (play(m, fresh(m), names, ROUNDS) for m in (build_method(c, clients()) for c in (config, ones)))
+    assert same_bytes(same.adapters.values_KP, plain.adapters.values_KP)
+
+
+def test_factors_scale_how_hard_each_client_is_pulled() -> None:
+    """c_k (x_k - w_k) + tau f_k sum_l a_kl (x_k - x_l) = 0, solved as it stands; f_k = 0 keeps every bit of w_k."""
+    who, factors_K = clients(), np.array([2.0, 0.0, 1.0, 0.3, 0.0, 7.0])
+    config = mira("uniform", strength=0.8).model_copy(
+        update={"client_strength": dict(zip(who.names, factors_K.tolist(), strict=True))}
+    )
+    state = play(method := build_method(config, who), fresh(method), who.names, [EVERYBODY.ids])
+    uploads = state.memory["uploads"]
+    size_KK = np.diag(np.array(who.num_examples_K) / np.mean(who.num_examples_K))
+    pulled_KK = size_KK + 0.8 * np.diag(factors_K) @ laplacian(known.uniform(6))
+    expected = np.linalg.solve(pulled_KK, size_KK @ uploads.numpy())
+    assert np.allclose(state.adapters.values_KP, expected, rtol=0, atol=1e-12)
+    assert same_bytes(state.adapters.values_KP[[1, 4]], uploads[[1, 4]])
+
+
+def test_a_factor_for_nobody_is_refused_with_the_nearest_name() -> None:
+    config = MiraConfig(client_strength={"client-9": 2.0})
+    with pytest.raises(
+        ConfigError, match=r"client_strength names 'client-9', which is no client; did you mean 'client-"
+    ):
+        build_method(config, clients())
+    with pytest.raises(ValueError, match="client_strength has no effect with strength = 0"):
+        MiraConfig(client_strength={"client-0": 2.0}, strength=0.0)
 
 
 def test_warm_up_rounds_do_not_mix() -> None:

@@ -70,6 +70,15 @@ def test_a_client_without_confidence_takes_its_neighbours_value() -> None:
     assert mixed.tolist() == pytest.approx([1, 4, 5], abs=0.02)
 
 
+def test_a_client_of_infinite_confidence_keeps_its_value_and_pulls_its_neighbours_to_it() -> None:
+    path = validated([[0, 1, 0], [1, 0, 3], [0, 3, 0]], 3, "given")
+    values, inf = scalars(1, 100, 5), float("inf")
+    # 2 x0 = 1 + 100 and 4 x2 = 5 + 3 * 100
+    assert laplacian_implicit(path, 1.0, [1, inf, 1])(values).values_KP[:, 0].tolist() == [50.5, 100, 76.25]
+    assert laplacian_implicit(path, 0.5, [inf, 0, inf])(values).values_KP[:, 0].tolist() == [1, 4, 5]
+    assert same_bytes(laplacian_implicit(path, 1.0, [inf] * 3)(values).values_KP, values.values_KP)
+
+
 # ------------------------------------------------------------------------------------------------------------- the twin
 
 
@@ -147,7 +156,9 @@ def test_average_refuses_weights_that_are_none(weights: list[float]) -> None:
         average(weights)
 
 
-@pytest.mark.parametrize(("tau", "confidence"), [(-1.0, [1, 1]), (float("inf"), [1, 1]), (1.0, [-1, 1])])
+@pytest.mark.parametrize(
+    ("tau", "confidence"), [(-1.0, [1, 1]), (float("inf"), [1, 1]), (1.0, [-1, 1]), (1.0, [float("nan"), 1])]
+)
 def test_implicit_step_refuses_negative_and_infinite_settings(tau: float, confidence: list[float]) -> None:
     with pytest.raises(ValueError, match="finite and at least 0"):
         laplacian_implicit(PAIR, tau, confidence)

@@ -20,6 +20,7 @@ from fedmira.config import TrainingConfig
 from fedmira.data.packing import local_batches
 from fedmira.data.tokenization import TokenizedClient, TokenizedExample
 from fedmira.model.base import BaseModel
+from fedmira.training.zeroth_order import direction, direction_number
 from fedmira.types import Job, Layout
 
 
@@ -164,3 +165,33 @@ def train_one_by_one(
         rows.append(row_P - frozen_row(base, layout) if layout.groups == ("full",) else row_P)
         loss_sums.append(loss_sum)
     return torch.stack(rows), loss_sums
+
+
+def move_along_seeds(
+    base: BaseModel,
+    layout: Layout,
+    job: Job,
+    clients: tuple[TokenizedClient, ...],
+    training: TrainingConfig,
+    seed: int,
+) -> tuple[torch.Tensor, list[list[tuple[int, float]]]]:
+    """Train every participant alone by FedKSeed; trained rows (S, P), and what each one uploads: (j, rate * slope)."""
+    assert job.seeds is not None
+    rows, uploads = [], []
+    for index, id_ in enumerate(job.ids):
+        client, row_P, pairs = clients[id_], job.start_SP[index], []
+        work = training.batch_size, training.steps_or_default, training.local_epochs
+        for step, batch in enumerate(local_batches(len(client.train), *work, seed, client.name, job.round)):
+            examples = [client.train[i] for i in batch]
+            number = direction_number(job.seeds, seed, client.name, job.round, step)
+            away_P = job.seeds.epsilon * direction(seed, number, layout.num_parameters).to(row_P)
+            with torch.no_grad():
+                above, below = (
+                    mean_loss(peft_model(base, layout, moved_P), examples).item()
+                    for moved_P in (row_P + away_P, row_P - away_P)
+                )
+            pairs.append((number, training.learning_rate * (above - below) / (2 * job.seeds.epsilon)))
+            row_P = row_P - pairs[-1][1] * direction(seed, number, layout.num_parameters).to(row_P)
+        rows.append(row_P)
+        uploads.append(pairs)
+    return torch.stack(rows), uploads

@@ -40,7 +40,7 @@ CONFIG: dict[str, Any] = {
     "data": {"source": "planted", "families": 2, "clients_per_family": 2, "examples": 12, "words": 16, "codes": 4},
     # dropout, sampling and a graph with a memory: everything that draws or remembers is in play
     "model": {"adapter": {"rank": 2, "dropout": 0.1}},
-    "training": {"local_steps": 30, "batch_size": 2, "schedule": "cosine"},
+    "training": {"local_steps": 30, "batch_size": 2, "schedule": "cosine", "keep_moments": True},
     "federation": {"rounds": 12, "participation": 0.75},
     "method": {
         "name": "mira",

@@ -13,7 +13,9 @@ from fedmira.cli.session import Session, standard_options
 @click.command(short_help="Train: one method, one federation, one seed.")
 @config_arguments
 @click.option("--dry-run", is_flag=True, help="Predict memory, bytes and time by trying small parts; keep nothing.")
-@click.option("--resume", is_flag=True, help="Continue the run where it stopped, bit for bit.")
+@click.option(
+    "--resume", is_flag=True, help="Continue the run where it stopped, bit for bit; rounds and clients may be added."
+)
 @click.option("--profile", is_flag=True, help="Write where the time went to profile.json, and print it.")
 @standard_options
 @click.pass_obj

@@ -33,23 +33,31 @@ class _Holding(NamedTuple):
     groups: list[Group]
 
 
-def build_federation(config: DataConfig, seed: int) -> Federation:
+def build_federation(config: DataConfig, seed: int, known: Sequence[str] = ()) -> Federation:
     """Load the examples of `config` and hand them to clients.
 
     Args:
         config: the `data` section of a run's config.
         seed: of every draw.
+        known: see `partition`.
 
     Raises:
         DataError: a file, a client or its name cannot be used.
         ConfigError: settings that contradict each other.
         SetupError: the source needs a package that is not installed.
     """
-    return partition(load_examples(config, seed), config.partition, seed)
+    return partition(load_examples(config, seed), config.partition, seed, known)
 
 
-def partition(source: Source, config: PartitionConfig, seed: int) -> Federation:
+def partition(source: Source, config: PartitionConfig, seed: int, known: Sequence[str] = ()) -> Federation:
     """Hand the examples of a source to clients and split each client's.
+
+    Args:
+        source: the examples.
+        config: how they become clients.
+        seed: of every draw.
+        known: clients of a run that goes on. They come first, in this order, so that whoever joined takes neither their
+            rows nor the split of a text that they hold.
 
     Raises:
         DataError: there are no examples; labels or client names that the partition needs are missing or unsafe; a
@@ -61,6 +69,8 @@ def partition(source: Source, config: PartitionConfig, seed: int) -> Federation:
         source.examples, config, seed
     )
     check_names(holding.name for holding in holdings)
+    places = {name: place for place, name in enumerate(known)}
+    holdings.sort(key=lambda holding: places.get(holding.name, len(places)))
     placed = dict(source.splits)
     clients = tuple(_client(holding, config, seed, placed) for holding in holdings)
     num_held = sum(len(client.train) + len(client.validation) + len(client.test) for client in clients)

@@ -9,6 +9,8 @@ the data stay plain text, except within a chat template. Knows nothing about mod
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
@@ -142,6 +144,22 @@ def end_token(tokenizer: PreTrainedTokenizerBase) -> int:
             "tokenizer_config.json."
         )
     return int(end)
+
+
+def digest(client: TokenizedClient) -> str:
+    """Return the sha256 of all that a run computes from a client's data: its label, tokens and references by split.
+
+    Not of names and ids: examples may move to another line of a file.
+    """
+    sha256 = hashlib.sha256(json.dumps(client.examples.task).encode())
+    for split in SPLITS:
+        texts = [(example.output, example.references) for example in getattr(client.examples, split)]
+        sequences: tuple[TokenizedExample, ...] = getattr(client, split)
+        lengths = [(len(sequence.tokens), sequence.prompt_length) for sequence in sequences]
+        sha256.update(json.dumps([split, texts, lengths]).encode())
+        for sequence in sequences:
+            sha256.update(sequence.tokens.astype("<i4").tobytes())
+    return sha256.hexdigest()
 
 
 def _tokenize_client(

@@ -19,6 +19,7 @@ from fedmira.evaluation.predictions import agreement
 from fedmira.exchange.seam import Kept, Seam, uncompressed_bytes
 from fedmira.exchange_config import ExchangeConfig
 from fedmira.training.cohort import Progress, train
+from fedmira.training.continuity import Continuity
 from fedmira.types import Arena, Job, Layout, Losses, Results, Trial
 
 if TYPE_CHECKING:
@@ -61,6 +62,7 @@ class InProcess:
         self._cohort_size, self._batch_tokens, self._texts = cohort_size, batch_tokens, texts
         crossing = exchange or ExchangeConfig()
         self._seam = Seam(crossing, layout, [client.name for client in clients], seed)
+        self._continuity = Continuity(layout, len(clients), training)
         self._compresses = (crossing.compression, crossing.download_compression) != ("none", "none")
 
     def run(
@@ -86,6 +88,7 @@ class InProcess:
                 seed=self._seed,
                 cohort_size=self._cohort_size,
                 dropout=self._dropout,
+                continuity=self._continuity,
                 progress=progress,
                 should_stop=should_stop,
                 on_step=on_step,
@@ -106,11 +109,14 @@ class InProcess:
 
     def state(self) -> Kept:
         """See `fedmira.exchange.Exchange.state`."""
-        return self._seam.state()
+        kept = self._seam.state()
+        return kept._replace(tensors={**kept.tensors, **self._continuity.tensors()})
 
     def restore(self, kept: Kept) -> None:
         """See `fedmira.exchange.Exchange.restore`."""
-        self._seam.restore(kept)
+        mine, of_seam = Continuity.parted(kept.tensors)
+        self._continuity.restore(mine)
+        self._seam.restore(kept._replace(tensors=of_seam))
 
     def judge(self, trial: Trial) -> Losses:
         """See `fedmira.exchange.Exchange.judge`."""

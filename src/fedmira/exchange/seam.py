@@ -6,6 +6,9 @@ between where a client ended and where it started; with error memory e (Seide et
 Noise comes before compression. Tensors that do not cross stay as they are. Without compression and noise every row is
 the client's own, bit for bit.
 
+Of a job with seeds only numbers of directions and scalars cross, and are counted; the rows that they stand for move
+here as they are.
+
 What both sides remember is plain tensors and facts, so that a checkpoint can keep it; it changes only when a round is
 complete. Knows nothing about how clients train.
 
@@ -25,9 +28,11 @@ from fedmira.exchange.admission import sound
 from fedmira.exchange.messages import crossing, crossing_bytes, decode, encode, encoded_bytes, message_bytes
 from fedmira.exchange.privacy import NO_LOSSES, epsilon, privatise_, refuse_overspending, require_accountant
 from fedmira.exchange_config import ExchangeConfig
-from fedmira.types import ClientReport, Job, Layout
+from fedmira.types import ClientReport, Job, Layout, SeedPool
 
 _CHUNK_ELEMENTS = 1 << 24
+_SCALAR_BYTES = 4
+"""A slope crosses as a float32, the number of its direction as an int32."""
 
 
 class Kept(NamedTuple):
@@ -72,9 +77,14 @@ class Seam:
         return Kept(dict(self._tensors), {"uploads": list(self._uploads)})
 
     def restore(self, kept: Kept) -> None:
-        """Go on from what `state` returned."""
-        self._tensors = dict(kept.tensors)
-        self._uploads = [int(count) for count in kept.facts["uploads"]]
+        """Go on from what `state` returned; of clients that joined since, which are the last, nothing is remembered."""
+        before = [int(count) for count in kept.facts["uploads"]]
+        joined = len(self._names) - len(before)
+        self._uploads = before + [0] * joined
+        self._tensors = {
+            name: torch.cat([rows, rows.new_zeros(joined, rows.shape[1])]) if joined else rows
+            for name, rows in kept.tensors.items()
+        }
 
     def refuse(self, job: Job) -> None:
         """Refuse a job that would spend a client's privacy budget.
@@ -98,6 +108,8 @@ class Seam:
 
     def send(self, job: Job) -> Sent:
         """Return `job` with the starts that the clients decode. Remembers nothing: the round may be stopped."""
+        if job.seeds is not None:
+            return Sent(job, _sums_bytes(job, job.seeds))
         form = self._config.download_compression
         shift_bytes = len(set(job.ids)) * job.shift_bytes
         if form == "none":
@@ -137,9 +149,11 @@ class Seam:
         sent = [row for row in came if row < job.num_crossing]
         sent_SP, sent_start_SP = values_SP[: len(sent)], start_SP[: len(sent)]
         upload_bytes = crossing_bytes(self._layout, sent_SP, groups)
+        if job.seeds is not None:
+            upload_bytes = _pairs_bytes(sum(reports[row].num_steps for row in sent))
         errors: list[tuple[list[int], int, torch.Tensor]] = []
         if groups and self._config.privacy.enabled:
-            blocks = _blocks(job.ids)
+            blocks = job.blocks
             streams = [(name, job.round, blocks[row]) for name, row in zip(names, sent, strict=False)]
             privatise_(self._layout, groups, sent_SP, sent_start_SP, streams, self._config.privacy, self._seed)
             for row in sent:
@@ -222,7 +236,7 @@ class Seam:
         """Places in `rows`, their clients and their block, a few at a time, so that no copy of all rows is made."""
         step = max(1, _CHUNK_ELEMENTS // max(1, self._layout.num_parameters))
         by_block: dict[int, list[int]] = {}
-        blocks = _blocks(job.ids)
+        blocks = job.blocks
         for place, row in enumerate(rows):
             by_block.setdefault(blocks[row], []).append(place)
         return [
@@ -239,26 +253,24 @@ def uncompressed_bytes(layout: Layout, job: Job, num_returned: int) -> int:
     return up + crossing_bytes(layout, crossing_SP, job.download) + len(set(job.ids)) * job.shift_bytes
 
 
-def planned_bytes(config: ExchangeConfig, layout: Layout, job: Job) -> tuple[int, int]:
-    """Upload and download bytes of `job` once every client has received something, for planning."""
+def planned_bytes(config: ExchangeConfig, layout: Layout, job: Job, num_steps: int) -> tuple[int, int]:
+    """Upload and download bytes of `job`, of `num_steps` steps in all, once every client has received something."""
+    if job.seeds is not None:
+        return _pairs_bytes(num_steps), _sums_bytes(job, job.seeds)
     crossing_SP = job.start_SP[: job.num_crossing]
     up = encoded_bytes(layout, job.upload, crossing_SP, config.compression, config.top_k)
     down = encoded_bytes(layout, job.download, crossing_SP, config.download_compression, 1.0)
     return up, down + len(set(job.ids)) * job.shift_bytes
 
 
-def _blocks(ids: Sequence[int]) -> list[int]:
-    """How many earlier rows each row's client has.
+def _pairs_bytes(num_steps: int) -> int:
+    """What a direction and a slope for each step take."""
+    return 2 * _SCALAR_BYTES * num_steps
 
-    >>> _blocks([3, 5, 3, 5])
-    [0, 0, 1, 1]
-    """
-    seen: Counter[int] = Counter()
-    blocks = []
-    for id_ in ids:
-        blocks.append(seen[id_])
-        seen[id_] += 1
-    return blocks
+
+def _sums_bytes(job: Job, pool: SeedPool) -> int:
+    """What the sum of scalars along each direction of the pool takes, for each row that is rebuilt from them."""
+    return job.num_crossing * pool.size * _SCALAR_BYTES if job.download else 0
 
 
 def _wide(rows_SP: torch.Tensor) -> torch.Tensor:

@@ -51,22 +51,22 @@ def load_trained(run: Path) -> Trained:
         SetupError: the base model cannot be loaded.
     """
     from fedmira.assembly import refuse_other_base
-    from fedmira.config_file import config_hash
     from fedmira.model.base import load_base
     from fedmira.model.kinds import adapter_layout
     from fedmira.runs.checkpoint import load_latest
     from fedmira.runs.store import RunStore
 
     store = RunStore.open(run)
-    checkpoint = load_latest(run, config_hash=config_hash(store.config))
+    checkpoint = load_latest(run, config_hash=store.config_hash)
     if checkpoint is None or checkpoint.facts["completed_rounds"] == 0:
         raise UsageError(f"{run} has no finished round yet; continue it with `fedmira run CONFIG --resume`")
     manifest = store.manifest()
-    names = tuple(client["name"] for client in manifest["clients"])
     base = load_base(store.config.model)
     refuse_other_base(run, manifest["model"], base)
     layout = adapter_layout(base, store.config.model.adapter, store.config.method.num_pairs)
     values_KP = checkpoint.tensors.get("personalised", checkpoint.tensors["state.adapters"])
+    # who joined is written down first, and has no row yet if the process ended there
+    names = tuple(client["name"] for client in manifest["clients"])[: len(values_KP)]
     shift_W = checkpoint.tensors.get("state.memory.shift")
     adapters = Arena(layout, values_KP.to(base.device), None if shift_W is None else shift_W.to(base.device))
     return Trained(store.config, names, adapters, base, int(checkpoint.facts["completed_rounds"]))

@@ -9,7 +9,7 @@ Axes: K clients, S asked, Q candidates, C those compared, P parameters of one ad
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ import torch
 from fedmira.federation.graph import Graph, Matrix
 from fedmira.federation.learning import Learner, Memory, Seen, neighbour_graph
 from fedmira.federation.method import Info, Method, State
+from fedmira.federation.questions import apart, together
 from fedmira.federation.similarity import MINIMUM_CLIENTS, centred_cosine, moved
 from fedmira.graph_config import GraphConfig
 from fedmira.types import Arena, Clients, Losses, Participants, Results, Trial
@@ -145,53 +146,23 @@ ASKED: Mapping[str, Callable[[GraphConfig, Clients], Learner]] = {"trust": trust
 # ------------------------------------------------------------------------------------------- beside a method's question
 
 
-@dataclass(frozen=True, slots=True)
-class _Both:
-    """The candidates of the graph's question, then those of the method's."""
-
-    graph: Trial | None
-    own: Trial | None
-
-    def __call__(self, number: int) -> torch.Tensor:
-        before = self.graph.num_candidates if self.graph is not None else 0
-        part = self.graph if number < before else self.own
-        assert part is not None
-        return part.candidate(number if number < before else number - before)
-
-
 def asking(method: Method, learns: Learner) -> Method:
-    """Return `method` with the question of its graph, if there is one, asked together with its own.
-
-    Raises:
-        ValueError: the two questions go to other clients, or to other examples (when asked).
-    """
+    """Return `method` with the question of its graph, if there is one, asked together with its own."""
     if learns.ask is None or learns.hear is None:
         return method
     ask, hear = learns.ask, learns.hear
 
     def trial(state: State, participants: Participants, results: Results) -> Trial | None:
-        both = _Both(ask(participants, results), method.trial(state, participants, results) if method.trial else None)
-        asked = [one for one in (both.graph, both.own) if one is not None]
-        if not asked:
-            return None
-        if any((one.ids, one.split) != (asked[0].ids, asked[0].split) for one in asked):
-            raise ValueError("a graph and its method ask other clients, or about other examples")
-        return asked[0]._replace(
-            num_candidates=sum(one.num_candidates for one in asked),
-            candidate=both,
-            sent=sum(one.sent for one in asked),
-        )
+        own = method.trial(state, participants, results) if method.trial else None
+        return together(ask(participants, results), own)
 
     def decide(state: State, trial: Trial, losses: Losses) -> tuple[State, Info]:
-        both = trial.candidate
-        assert isinstance(both, _Both)
-        first = both.graph.num_candidates if both.graph is not None else 0
-        if both.graph is not None:
-            answers = losses._replace(mean_SQ=losses.mean_SQ[:, :first])
-            learned = hear(state.memory, max(state.last_round_K), both.graph, answers)
+        (of_graph, its_losses), (own, own_losses) = apart(trial, losses)
+        if of_graph is not None:
+            learned = hear(state.memory, max(state.last_round_K), of_graph, its_losses)
             state = replace(state, memory={**state.memory, **learned})
-        if both.own is None or method.decide is None:
+        if own is None or method.decide is None:
             return state, Info({})
-        return method.decide(state, both.own, losses._replace(mean_SQ=losses.mean_SQ[:, first:]))
+        return method.decide(state, own, own_losses)
 
     return method._replace(trial=trial, decide=decide)

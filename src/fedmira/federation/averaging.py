@@ -5,9 +5,12 @@ Knows nothing about tasks or graphs. Axes: K clients, P parameters of one adapte
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
+
+import torch
 
 from fedmira.errors import ConfigError
+from fedmira.federation.joining import with_rows
 from fedmira.federation.method import Info, Method, State
 from fedmira.federation.mixing import Mixer, average, by_group, keep
 from fedmira.federation.receiving import exchange_everything, first_state, own_adapters, received
@@ -43,6 +46,30 @@ def mean_of(clients: Clients, returned: Collection[int], groups: Collection[str]
     return by_group({group: keep() if group in kept else mean for group in (*groups, *kept)})
 
 
+def follow(shared: Collection[str] | None = None) -> Callable[[State, int], State]:
+    """Return `Method.join` of methods whose clients hold one adapter in the groups `shared`; None: in all.
+
+    Raises:
+        ConfigError: they no longer do, so that there is none to start from (when clients join).
+    """
+
+    def join(state: State, num_before: int) -> State:
+        rows_NP = state.adapters.values_KP[num_before:].clone()
+        for spec in state.adapters.layout.specs:
+            if shared is None or spec.group in shared:
+                columns = slice(spec.offset, spec.offset + spec.size)
+                held = state.adapters.values_KP[:num_before, columns]
+                if not torch.equal(held, held[:1].expand_as(held)):
+                    raise ConfigError(
+                        "clients cannot join any more: the others no longer share an adapter that new ones could start "
+                        "from, because their last rounds were local; start a new run, or resume without new clients"
+                    )
+                rows_NP[:, columns] = held[:1]
+        return with_rows(state, num_before, rows_NP)
+
+    return join
+
+
 def share(clients: Clients, shared: frozenset[str] | None = None) -> Method:
     """Return the method that averages the groups `shared` over those that returned; None shares all groups.
 
@@ -74,4 +101,4 @@ def share(clients: Clients, shared: frozenset[str] | None = None) -> Method:
         mixer = mean_of(clients, results.ids, averaged, groups_of(state) - averaged)
         return State(mixer(adapters), last_round_K), Info({"returned": float(len(results.ids))})
 
-    return Method(init=init, plan=plan, merge=merge, personalise=own_adapters)
+    return Method(init=init, plan=plan, merge=merge, personalise=own_adapters, join=follow(shared))

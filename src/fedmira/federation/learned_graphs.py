@@ -5,7 +5,6 @@ Knows nothing about how adapters are trained or mixed. Axes: K clients, C those 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
@@ -14,6 +13,7 @@ import torch
 
 from fedmira.federation import drawing
 from fedmira.federation.asked_graphs import ASKED
+from fedmira.federation.blocks import block_of
 from fedmira.federation.graph import Graph, Matrix, agreement, explained, validated
 from fedmira.federation.learning import Builder, Learner, Memory, Seen, neighbour_graph
 from fedmira.federation.similarity import (
@@ -88,16 +88,6 @@ def _from_adapters(draw: Callable[[Matrix, list[int], GraphConfig, Clients], Mat
         return Learner(init, learn)
 
     return build
-
-
-def block_of(layer: str) -> str:
-    """Return the block of a layer: its name up to its first number, else the whole name.
-
-    >>> block_of("model.layers.12.self_attn.q_proj"), block_of("lm_head")
-    ('model.layers.12', 'lm_head')
-    """
-    found = re.match(r"\D*\d+", layer)
-    return found.group() if found else layer
 
 
 def _gram_layers(config: GraphConfig, clients: Clients) -> Learner:

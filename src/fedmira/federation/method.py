@@ -55,3 +55,6 @@ class Method(NamedTuple):
     """After `merge`: what clients that returned are asked to judge on their own examples; None asks nobody."""
     decide: Callable[[State, Trial, Losses], tuple[State, Info]] | None = None
     """The state after the answers to a trial. Its numbers join those of `merge`; its graph, if any, replaces that."""
+    join: Callable[[State, int], State] | None = None
+    """The state once the clients from that row on, which joined and hold their initial adapters, hold what a client
+    never seen would; None: what a `merge` in which nobody returns gives them. See `joining`."""

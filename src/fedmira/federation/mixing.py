@@ -24,6 +24,7 @@ from fedmira.federation.graph import (
     laplacian,
     largest_eigenvalue,
     parts,
+    subgraph,
 )
 from fedmira.federation.multiply import multiply
 from fedmira.types import Arena, Layout, TensorSpec
@@ -98,24 +99,32 @@ def refuse_unstable(graph: Graph, tau: float) -> None:
         )
 
 
-def laplacian_implicit(graph: Graph, tau: float, confidence_K: Sequence[float]) -> Mixer:
+def laplacian_implicit(
+    graph: Graph,
+    tau: float,
+    confidence_K: Sequence[float],
+    revised: Callable[[Matrix], Matrix] = lambda matrix_KK: matrix_KK,
+) -> Mixer:
     """Return the implicit step Theta <- (C + tau L)^-1 C Theta, C = diag(confidence).
 
     It minimises sum_k c_k ||x_k - theta_k||^2 + tau/2 sum_kl a_kl ||x_k - x_l||^2 (Vanhaesebrouck, Bellet and Tommasi,
     AISTATS 2017), so each row becomes a convex combination of rows for any tau >= 0. A client with confidence 0 takes
-    its neighbours' value; a component in which nobody has confidence keeps its values.
+    its neighbours' value, one of infinite confidence keeps its own; a component in which nobody has any stays as it is.
+    `revised` has the last word on the matrix of each layer, see `robust`.
 
     Raises:
-        ValueError: tau or a confidence is negative or not finite.
+        ValueError: tau is negative or not finite, or a confidence is negative or not a number.
     """
-    return _each_layer(graph, lambda part: linear(implicit_matrix(part, tau, confidence_K)))
+    return _each_layer(graph, lambda part: linear(revised(implicit_matrix(part, tau, confidence_K))))
 
 
 def implicit_matrix(graph: Graph, tau: float, confidence_K: Sequence[float]) -> Matrix:
     """Return (C + tau L)^-1 C, (K, K): row-stochastic and non-negative; solved per component by Cholesky in float64."""
     confidence = np.asarray(confidence_K, dtype=np.float64)
-    if not (np.isfinite(tau) and tau >= 0 and np.isfinite(confidence).all() and (confidence >= 0).all()):
-        raise ValueError(f"tau and confidences must be finite and at least 0; given {tau}, {confidence[:8].tolist()}")
+    if not (np.isfinite(tau) and tau >= 0 and (confidence >= 0).all()):
+        raise ValueError(f"tau must be finite and at least 0, confidences too; given {tau}, {confidence[:8].tolist()}")
+    if np.isinf(confidence).any():
+        return _around_those_who_stay(graph, tau, confidence)
     matrix_KK = np.eye(graph.num_clients)
     laplacian_KK = laplacian(graph)
     for members in connected_components(graph):
@@ -131,6 +140,21 @@ def implicit_matrix(graph: Graph, tau: float, confidence_K: Sequence[float]) -> 
         # the factor has no positive weight off its diagonal, so substitution adds and never subtracts: no sign is lost
         solved = torch.cholesky_solve(torch.from_numpy(np.diag(relative)), lower).numpy()
         matrix_KK[block] = solved / solved.sum(axis=1, keepdims=True)
+    return matrix_KK
+
+
+def _around_those_who_stay(graph: Graph, tau: float, confidence_K: Matrix) -> Matrix:
+    """Return `implicit_matrix` where some confidences are infinite.
+
+    To a neighbour k those clients are constants: its own c_k theta_k + tau sum_l a_kl theta_l over them, divided by
+    c_k + tau sum_l a_kl, is a value of that confidence in the graph among the others.
+    """
+    stay, move = np.flatnonzero(np.isinf(confidence_K)), np.flatnonzero(np.isfinite(confidence_K))
+    matrix_KK, brought_KK = np.eye(graph.num_clients), np.diag(np.where(np.isinf(confidence_K), 0.0, confidence_K))
+    brought_KK[:, stay] = tau * graph.adjacency_KK[:, stay]
+    total_K = brought_KK.sum(axis=1)
+    brought_KK = np.where(total_K[:, None] > 0, brought_KK / np.where(total_K > 0, total_K, 1.0)[:, None], matrix_KK)
+    matrix_KK[move] = implicit_matrix(subgraph(graph, move.tolist()), tau, total_K[move]) @ brought_KK[move]
     return matrix_KK
 
 
@@ -201,20 +225,22 @@ def _each_layer(graph: Graph, mixer_of: Callable[[Graph], Mixer]) -> Mixer:
     return by_layer(mixers)
 
 
-def step_numbers(graph: Graph, mixer: Mixer, before: Arena, after: Arena) -> dict[str, float]:
+def step_numbers(
+    graph: Graph, mixer: Mixer, before: Arena, after: Arena, energies: Callable[[Graph, Arena], float] | None = None
+) -> dict[str, float]:
     """Return what people look at after one step on `graph`: disagreement energies, edges, degrees, mixing share.
 
-    `mixing_share` is the mean over rows of the absolute weight that comes from other clients: 0 alone, 1 - 1/K at the
-    mean of everybody.
+    `energies` measures disagreement where it is not that of the numbers themselves, see `forms`. `mixing_share` is the
+    mean over rows of the absolute weight that comes from other clients: 0 alone, 1 - 1/K at the mean of everybody.
     """
-    shares = []
+    shares, measured = [], energies or energy
     for _, layers in parts(graph):
         matrix_KK = matrix_of(mixer, graph.num_clients, layers[0] if layers else "")
         others_KK = np.abs(matrix_KK - np.diag(np.diagonal(matrix_KK)))
         shares += [float(others_KK.sum(axis=1).mean())] * max(1, len(layers))
     return {
-        "disagreement_before": energy(graph, before),
-        "disagreement_after": energy(graph, after),
+        "disagreement_before": measured(graph, before),
+        "disagreement_after": measured(graph, after),
         "edges": float(graph.num_edges),
         "mean_degree": float(degrees(graph).mean()),
         "max_degree": float(degrees(graph).max()),

@@ -23,6 +23,9 @@ from fedmira.types import Arena, TensorSpec
 
 _NEGLIGIBLE = 1e-12
 """A singular value below this share of the largest is rounding."""
+_SQUARABLE = 1e-4
+"""Singular values above this share of the largest keep 8 digits when squared."""
+_BLOCK_ELEMENTS = 1 << 24
 
 
 class Spectrum(NamedTuple):
@@ -34,11 +37,32 @@ class Spectrum(NamedTuple):
     v_QI: torch.Tensor
 
 
-def spectrum(b_OQ: torch.Tensor, a_QI: torch.Tensor) -> Spectrum:
-    """Return the decomposition of B A in O((I + O) Q^2 + Q^3) through the QR factors of both (FLoRIST)."""
+def spectrum(b_OQ: torch.Tensor, a_QI: torch.Tensor, count: int | None = None) -> Spectrum:
+    """Return the decomposition of B A in O((I + O) Q^2 + Q^3) through the QR factors of both (FLoRIST).
+
+    With `count` only that many of the largest singular values, if there are as many.
+    """
     (q_b, r_b), (q_a, r_a) = _tall(b_OQ.double()), _tall(a_QI.double().T)
-    u, values, v = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
+    u, values, v = _decomposed(r_b @ r_a.T, count)
     return Spectrum(u if q_b is None else q_b @ u, values, v if q_a is None else v @ q_a.T)
+
+
+def _decomposed(core: torch.Tensor, count: int | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """U, S, V^T of the `count` largest singular values; None means all.
+
+    A few of many come from the eigenvectors U of M M^T, half the work, and V = U^T M / S: U S V is a projection of M,
+    so what squaring costs is second order. Where the last of them is too small for that, all are computed.
+    """
+    if count is not None and 2 * count < min(core.shape):
+        if core.shape[0] > core.shape[1]:
+            v, values, u = _decomposed(core.T, count)
+            return u.T, values, v.T
+        squares, vectors = torch.linalg.eigh(core @ core.T)
+        values, u = squares[-count:].clamp(min=0).sqrt().flip(0), vectors[:, -count:].flip(1)
+        if values[-1] > _SQUARABLE * values[0]:
+            return u, values, (u.T @ core) / values[:, None]
+    u, values, v = torch.linalg.svd(core, full_matrices=False)
+    return u[:, :count], values[:count], v[:count]
 
 
 def _tall(matrix_NQ: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
@@ -75,16 +99,17 @@ def _stacked(b_KOR: torch.Tensor, a_KRI: torch.Tensor, weights: Sequence[float])
 
 
 def _spectra(b_KOR: torch.Tensor, a_KRI: torch.Tensor, combinations: Sequence[Sequence[float]]) -> Iterator[Spectrum]:
-    """The decomposition of each combination; the tall factors of many are brought to a common small basis once."""
-    if len(combinations) == 1:
-        yield spectrum(*_stacked(b_KOR, a_KRI, combinations[0]))
-        return
+    """The decomposition of each combination to the rank of the layer; the tall factors of many are brought to a common
+    small basis once."""
     num_clients, rank = a_KRI.shape[:2]
+    if len(combinations) == 1:
+        yield spectrum(*_stacked(b_KOR, a_KRI, combinations[0]), rank)
+        return
     q_b, r_b = _tall(b_KOR.double().transpose(0, 1).flatten(1))
     q_a, r_a = _tall(a_KRI.double().flatten(0, 1).T)
     small_b, small_a = (r.reshape(len(r), num_clients, rank).transpose(0, 1) for r in (r_b, r_a))
     for weights in combinations:
-        small = spectrum(*_stacked(small_b, small_a.transpose(1, 2), weights))
+        small = spectrum(*_stacked(small_b, small_a.transpose(1, 2), weights), rank)
         u_OQ = small.u_OQ if q_b is None else q_b @ small.u_OQ
         yield Spectrum(u_OQ, small.values_Q, small.v_QI if q_a is None else small.v_QI @ q_a.T)
 
@@ -171,19 +196,28 @@ def by_least_squares(matrix_KK: Matrix) -> Mixer:
     """Return the mixer that keeps each A_k and takes the B that brings B A_k nearest to sum_l P_kl B_l A_l.
 
     B = (sum_l P_kl B_l (A_l A_k^T)) (A_k A_k^T)^+ : the projection on the rows of A_k (LoRA-FAIR's objective without
-    its penalty). No decomposition, O(s R^2 (I + O)) for s neighbours; exact where all clients share A.
+    its penalty). No decomposition, O(K R^2 (I + O)) for each client; exact where all clients share A.
     """
+    moving = np.flatnonzero((matrix_KK != np.eye(len(matrix_KK))).any(axis=1))
 
     def mix(arena: Arena) -> Arena:
         mixed = arena.replace(arena.values_KP.clone())
+        if not len(moving):
+            return mixed
+        weights_MK = torch.from_numpy(np.asarray(matrix_KK[moving], dtype=np.float64)).to(arena.values_KP.device)
         for spec_a, spec_b in low_rank_pairs(arena.layout):
-            for k, weights in enumerate(np.asarray(matrix_KK).tolist()):
-                if weights == np.eye(1, len(weights), k)[0].tolist():
-                    continue
-                b_OQ, a_QI = stacked(arena, spec_a, spec_b, weights)
-                own_RI = arena.view(spec_a)[k].double()
-                inverse_RR = torch.linalg.pinv(own_RI @ own_RI.T, hermitian=True)
-                mixed.view(spec_b)[k] = (b_OQ @ (a_QI @ own_RI.T) @ inverse_RR).to(arena.values_KP)
+            a_KRI, b_KOR = arena.view(spec_a).double(), arena.view(spec_b).double()
+            num_clients, rank = a_KRI.shape[:2]
+            stacked_a, stacked_b = a_KRI.flatten(0, 1), b_KOR.transpose(0, 1).flatten(1)
+            step = max(1, _BLOCK_ELEMENTS // (num_clients * rank * rank))
+            for start in range(0, len(moving), step):
+                rows, weights = moving[start : start + step], weights_MK[start : start + step]
+                own_MRI = a_KRI[rows]
+                across = (stacked_a @ own_MRI.flatten(0, 1).T).view(num_clients, rank, len(rows), rank)
+                weighted = (across * weights.T[:, None, :, None]).flatten(2).flatten(0, 1)
+                wanted_MOR = (stacked_b @ weighted).view(-1, len(rows), rank).transpose(0, 1)
+                inverse_MRR = torch.linalg.pinv(own_MRI @ own_MRI.transpose(1, 2), hermitian=True)
+                mixed.view(spec_b)[rows] = (wanted_MOR @ inverse_MRR).to(arena.values_KP)
         return mixed
 
     return mix

@@ -5,6 +5,8 @@ Knows nothing about how they are mixed. Axes: K clients, S returned, P parameter
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from fedmira.errors import FedmiraError
@@ -84,6 +86,16 @@ def exchange_everything(state: State, participants: Participants) -> Job:
     groups = frozenset(state.adapters.layout.groups)
     start_SP = state.adapters.values_KP[list(participants.ids)]
     return Job(participants.round, participants.ids, start_SP, download=groups, trainable=groups, upload=groups)
+
+
+def exchange_groups(groups: frozenset[str] | None) -> Callable[[State, Participants], Job]:
+    """Return the plan in which only `groups` are sent, trained and sent back; None means all."""
+
+    def plan(state: State, participants: Participants) -> Job:
+        job = exchange_everything(state, participants)
+        return job if groups is None else job._replace(download=groups, trainable=groups, upload=groups)
+
+    return plan
 
 
 def own_adapters(state: State) -> Arena:

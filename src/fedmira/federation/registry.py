@@ -24,6 +24,7 @@ from fedmira.federation.methods import (
     fedex_lora,
     fedit,
     fedit_finetuned,
+    fedkseed,
     fedlease,
     fedprox,
     fedsa_lora,
@@ -83,6 +84,7 @@ METHODS: Mapping[str, Builder] = {
     "ffa_lora": lambda config, clients, graph, federation: ffa_lora.build(clients),
     "rolora": lambda config, clients, graph, federation: rolora.build(clients),
     "fedadam": lambda config, clients, graph, federation: fedadam.build(config, clients),
+    "fedkseed": lambda config, clients, graph, federation: fedkseed.build(config, clients),
     "flexlora": lambda config, clients, graph, federation: flexlora.build(config, clients),
     "hetlora": lambda config, clients, graph, federation: hetlora.build(clients),
     "fedex_lora": lambda config, clients, graph, federation: fedex_lora.build(clients),
@@ -122,4 +124,5 @@ def build_method(
     if graph is None:
         method = asking(method, learner(section, clients))
     strength = getattr(config, "strength", None)
-    return diagnosed(method, clients, None if strength is None else strength * getattr(config, "server_lr", 1.0))
+    tau = None if strength is None or isinstance(strength, str) else strength * getattr(config, "server_lr", 1.0)
+    return diagnosed(method, clients, tau)

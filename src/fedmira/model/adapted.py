@@ -42,7 +42,7 @@ class AdaptedModel:
             gradient_CP: where backward adds the gradients; None computes none.
             trainable: groups that get a gradient; the others' columns of `gradient_CP` are left alone.
         """
-        self._base, self._arena = base, arena
+        self._base, self.arena = base, arena
         self._gradient_CP, self._trainable = gradient_CP, trainable
         self._weights: MovedWeights | None = None
         self._prompts: SoftPrompts | None = None
@@ -87,21 +87,21 @@ class AdaptedModel:
         base, device = self._base, self._base.device
         wanted_M = batch.supervised_rows_M.to(device)
         if self._weights is not None:
-            self._weights.move(self._arena.values_KP[0])
+            self._weights.move(self.arena.values_KP[0])
             return base.hidden(batch).index_select(0, wanted_M)
         soften = None if self._prompts is None else self._prompts.into(batch.rows_per_client)
         if base.body is None or self._adapters is None or dropout is not None:
             with attached(
                 base,
-                self._arena,
+                self.arena,
                 batch.rows_per_client,
                 gradient_CP=self._gradient_CP,
                 trainable=self._trainable,
                 dropout=dropout,
             ):
                 return base.hidden(batch, soften).index_select(0, wanted_M)
-        if self._computed is not self._arena:
-            self._computed.values_KP.copy_(self._arena.values_KP)
+        if self._computed is not self.arena:
+            self._computed.values_KP.copy_(self.arena.values_KP)
         return fused.hidden(
             base.body,
             self._adapters,

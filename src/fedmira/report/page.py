@@ -218,12 +218,13 @@ def _clients(record: RunRecord | StudyRecord) -> list[dict[str, str]]:
     if not isinstance(record, RunRecord):
         return []
     records = {one.name: one for one in record.records}
+    late = {name: f" (joined after round {round_})" for name, round_ in record.joined_after.items()}
     clients = []
     for client in record.manifest.get("clients", ()):
         one = records.get(str(client["name"]))
         clients.append(
             {
-                "name": str(client["name"]),
+                "name": str(client["name"]) + late.get(str(client["name"]), ""),
                 "task": str(client.get("task") or ""),
                 "examples": " / ".join(str(client.get(split, NOTHING)) for split in ("train", "validation", "test")),
                 **_score_cells(scores([one] if one else [])),

@@ -76,6 +76,12 @@ class RunRecord:
         )
 
     @property
+    def joined_after(self) -> dict[str, int]:
+        """The last round without them, of the clients that joined later."""
+        clients = self.manifest.get("clients", ())
+        return {str(client["name"]): int(client["joined_after"]) for client in clients if "joined_after" in client}
+
+    @property
     def is_reference(self) -> bool:
         """Whether the clients trained alone."""
         return self.method == REFERENCE_METHOD
@@ -217,7 +223,7 @@ def read_run(path: Path, *, method: str | None = None, seed: int | None = None) 
             final=final[-1] if final else None,
         )
         # parse all numbers now, so that damage is reported with the file's name
-        _ = run.records, run.upload_bytes, run.download_bytes, run.seconds, run.validation_losses()
+        _ = run.joined_after, run.records, run.upload_bytes, run.download_bytes, run.seconds, run.validation_losses()
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise IntegrityError(f"{path} is not a whole run directory: {_describe(error)}") from error
     return run

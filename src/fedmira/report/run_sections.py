@@ -39,12 +39,14 @@ def _client_curves(run: RunRecord) -> Iterable[Figure]:
     average = run.mean_validation_losses()
     lines = [charts.Line(name, curve, "reference", bold=False) for name, curve in curves.items()]
     lines.append(charts.Line("mean", average, "s0"))
+    late = " in each round over those that were there" if run.joined_after else ""
     yield Figure(
         heading="Validation loss of every client",
         drawing=Markup(charts.line_chart(lines, f"Validation loss of {len(curves)} clients over rounds")),
         caption=(
             f"Nats per answer token after each round; one thin line for each of {len(curves)} clients, "
-            f"the mean over clients in colour: from {format_loss(average[0][1])} to {format_loss(average[-1][1])}."
+            f"the mean over clients in colour{late}: "
+            f"from {format_loss(average[0][1])} to {format_loss(average[-1][1])}."
         ),
     )
 

@@ -128,6 +128,10 @@ def _run_headline(run: RunRecord) -> list[str]:
         sentences.append(
             "One run alone cannot say whether sharing helped: fedmira compare also trains the same clients alone."
         )
+    if late := len(run.joined_after):
+        sentences.append(
+            f"{late} client{'s' if late > 1 else ''} joined after the first round and had fewer rounds than the others."
+        )
     failures = sum(len(event.get("failures", ())) for event in run.rounds)
     if failures:
         sentences.append(f"{failures} client result{'s' if failures > 1 else ''} went missing on the way.")

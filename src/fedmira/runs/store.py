@@ -25,7 +25,7 @@ from types import TracebackType
 from typing import Any
 
 from fedmira.config import RunConfig
-from fedmira.config_file import config_difference, config_hash, parse_config, resolved_yaml
+from fedmira.config_file import config_difference, config_hash, parse_config, resolved_yaml, with_rounds
 from fedmira.errors import ConfigError, IntegrityError, UsageError
 from fedmira.runs.atomic import (
     disk_error,
@@ -56,8 +56,18 @@ class RunStore:
     def __init__(self, path: Path, config: RunConfig) -> None:
         self.path = path
         self.config = config
+        self._begun_rounds = config.federation.rounds
+        self._prolonged: tuple[int, str | None] | None = None
         self._lock: int | None = None
         self._files: dict[str, int] = {}
+
+    @property
+    def config_hash(self) -> str:
+        """Names this run and all of its checkpoints: the hash of the config it was begun with.
+
+        Of all that decides what is computed, only `federation.rounds` can have grown since.
+        """
+        return config_hash(with_rounds(self.config, self._begun_rounds))
 
     # --------------------------------------------------------------------------------------------- making and opening
 
@@ -120,16 +130,21 @@ class RunStore:
                 f"{path / RESOLVED} is damaged or was written by another version of fedmira: {error}"
             ) from None
         store = cls(path, config)
-        if MANIFEST in names and (recorded := store.manifest().get("config_hash")) != config_hash(config):
-            raise IntegrityError(
-                f"{path / RESOLVED} was changed after the run began (its hash is {config_hash(config)}, "
-                f"{MANIFEST} says {recorded}); put the original back"
-            )
+        if MANIFEST in names:
+            manifest = store.manifest()
+            store._begun_rounds = manifest.get("begun_rounds", config.federation.rounds)
+            if (recorded := manifest.get("config_hash")) != store.config_hash:
+                raise IntegrityError(
+                    f"{path / RESOLVED} was changed after the run began (its hash is {store.config_hash}, "
+                    f"{MANIFEST} says {recorded}); put the original back"
+                )
         return store
 
     @classmethod
     def resume(cls, config: RunConfig, source_text: str | None, directory: Path | None = None) -> RunStore:
         """Open the run of `config` for writing, or create it if nothing of that name, method and seed was begun.
+
+        A run that differs in nothing but fewer rounds is opened too, with those of `config`; see `write_rounds`.
 
         Raises:
             IntegrityError: a run of that name, method and seed exists, but under another config; the message lists
@@ -137,9 +152,40 @@ class RunStore:
             UsageError, IntegrityError: as `open` and `create`.
         """
         if not _exists(run_directory(config, directory)):
-            for other in cls._others(config, directory):
+            others = list(cls._others(config, directory))
+            for other in others:
+                if other._leads_to(config):
+                    other._hold_lock()
+                    if (before := other.config.federation.rounds) < config.federation.rounds:
+                        other.config = with_rounds(other.config, config.federation.rounds)
+                        other._prolonged = before, source_text
+                    return other
+            for other in others:
                 other.refuse_other_config(config)
         return cls.open_or_create(config, source_text, directory)
+
+    def _leads_to(self, config: RunConfig) -> bool:
+        """Whether this run has begun, and is that of `config` so far."""
+        rounds = config.federation.rounds
+        fewer_or_equal = self.config.federation.rounds <= rounds
+        same = not config_difference(with_rounds(self.config, rounds), config)
+        return fewer_or_equal and same and bool(self.manifest())
+
+    def write_rounds(self) -> None:
+        """Write down the rounds that `resume` added, if it did, once nothing speaks against going on.
+
+        The directory keeps its name, and the manifest says how many rounds the run began with.
+        """
+        if self._prolonged is None:
+            return
+        before, source_text = self._prolonged
+        self._prolonged = None
+        # the manifest first: with the old config beside it, it describes the run as it was
+        self.write_manifest(self.manifest())
+        write_bytes_atomically(self.path / RESOLVED, resolved_yaml(self.config).encode())
+        if source_text is not None:
+            write_bytes_atomically(self.path / CONFIG, source_text.encode())
+        self.log(f"prolonged from {before} to {self.config.federation.rounds} rounds")
 
     @classmethod
     def open_or_create(cls, config: RunConfig, source_text: str | None, directory: Path | None = None) -> RunStore:
@@ -191,8 +237,9 @@ class RunStore:
     # ---------------------------------------------------------------------------------------------------- small files
 
     def write_manifest(self, facts: Mapping[str, Any]) -> None:
-        """Replace manifest.json by `facts`, the schema number and the hash of the config."""
-        self._write_json(MANIFEST, {"schema": SCHEMA, "config_hash": config_hash(self.config), **facts})
+        """Replace manifest.json by `facts`, the schema number and the hash of the config the run was begun with."""
+        begun = {"begun_rounds": self._begun_rounds} if self._begun_rounds != self.config.federation.rounds else {}
+        self._write_json(MANIFEST, {"schema": SCHEMA, "config_hash": self.config_hash, **begun, **facts})
 
     def manifest(self) -> dict[str, Any]:
         """Return the content of manifest.json; {} if none was written yet.

@@ -13,10 +13,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from fedmira.config import RunConfig, refusal, refusal_under_noise
+from fedmira.config import RunConfig
 from fedmira.config_file import resolved_yaml
 from fedmira.errors import ConfigError, DivergedError
 from fedmira.experiment import Display, SilentDisplay, carry_out
+from fedmira.refusals import refusal, refusal_of_scalars, refusal_under_noise
 from fedmira.runs.atomic import write_bytes_atomically
 from fedmira.runs.store import RunStore
 
@@ -85,7 +86,11 @@ def _refuse_unusable(config: RunConfig) -> None:
     """Not a rule of the config: `fedmira run` reads the same file and does not look at this section."""
     for name in config.compare.methods:
         method, private = config.method_named(name), config.exchange.privacy.enabled
-        if reason := refusal(method, config.model.adapter.kind) or (private and refusal_under_noise(method)):
+        if reason := (
+            refusal(method, config.model.adapter.kind)
+            or refusal_of_scalars(method, config.exchange, bool(config.model.adapter.client_ranks))
+            or (private and refusal_under_noise(method))
+        ):
             raise ConfigError(f"compare.methods names {name}: {reason}")
 
 

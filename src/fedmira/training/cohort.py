@@ -26,10 +26,12 @@ from fedmira.model.shift import shifted
 from fedmira.randomness import torch_generator
 from fedmira.stages import stage
 from fedmira.training import progress as progress_
+from fedmira.training.continuity import Continuity, Place
 from fedmira.training.objective import pull_gradient, sum_of_client_means, sums_per_client, token_losses
 from fedmira.training.optimizers import clip_factor, fresh_moments, schedule_factor, update_
 from fedmira.training.progress import Cohort, Progress, Standing, StopRequested, Tally
-from fedmira.types import Arena, Client, ClientReport, Job, Layout, Pull
+from fedmira.training.zeroth_order import direction, direction_number, slopes
+from fedmira.types import Arena, Client, ClientReport, Job, Layout, Pull, SeedPool
 
 __all__ = ["Progress", "StopRequested", "train"]
 
@@ -58,6 +60,8 @@ class _Work(NamedTuple):
     total_rounds: int
     seed: int
     dropout: float
+    continuity: Continuity | None
+    """What optimizers remember from round to round; None if they begin afresh."""
 
 
 def train(
@@ -71,26 +75,29 @@ def train(
     seed: int,
     cohort_size: int,
     dropout: float,
+    continuity: Continuity | None = None,
     progress: Progress | None = None,
     should_stop: Callable[[], bool] = _never,
     on_step: Callable[[int, int], None] = _ignore,
 ) -> tuple[torch.Tensor, tuple[ClientReport, ...]]:
     """Train every participant of `job` on its own examples.
 
-    Optimizer state starts fresh each round. A client whose loss or gradient is not finite is stopped and named in its
-    report, and the step is done again without it; if that was its first step, the others' numbers are bit for bit what
-    they are without it.
+    Optimizer state starts fresh each round, or goes on from `continuity`. A client whose loss or gradient is not
+    finite is stopped and named in its report, and the step is done again without it; if that was its first step, the
+    others' numbers are bit for bit what they are without it.
 
     Args:
         base: the frozen model.
         layout: of the adapters in `job.start_SP`.
-        job: who starts where, what moves, and what it is pulled towards.
+        job: who starts where, what moves, and what it is pulled towards. With `job.seeds` rows move along directions by
+            `training.learning_rate` and `training.schedule` alone.
         clients: all clients of the federation; `job.ids` selects from them.
         training: optimizer, learning rate, batch size and amount of work.
         total_rounds: for schedules.
         seed: of the run; batches and dropout masks are drawn from streams named by client and round.
         cohort_size: participants trained together; consecutive ones form a cohort.
         dropout: rate on the input of the low-rank branch.
+        continuity: what optimizers remember from round to round; a client's part of it changes when its cohort is done.
         progress: of an interrupted call with the same arguments; continues it bit for bit, with its cohort size.
         should_stop: asked before each step.
         on_step: told (client steps done, client steps in all) after each step.
@@ -102,6 +109,7 @@ def train(
     Raises:
         StopRequested: `should_stop` returned true; carries the progress.
         IntegrityError: `progress` belongs to another job.
+        ValueError: `job` has seeds and a pull.
     """
     if job.pooled:
         row_SP, (report,) = train(
@@ -112,13 +120,14 @@ def train(
             seed=seed,
             cohort_size=cohort_size,
             dropout=dropout,
+            continuity=continuity,
             progress=progress,
             should_stop=should_stop,
             on_step=on_step,
         )
         return row_SP.repeat(len(job.ids), 1) if len(row_SP) else row_SP, _for_all(report, job, clients)
     with stage("data"):
-        work = _prepare(base, layout, job, clients, training, total_rounds, seed, dropout)
+        work = _prepare(base, layout, job, clients, training, total_rounds, seed, dropout, continuity)
     standing = Standing(cohort_size) if progress is None else progress_.restore(progress, job, base.device)
     with shifted(base, layout, job.shift_W):
         _train_all(work, standing, should_stop, on_step)
@@ -156,8 +165,11 @@ def _train_all(
         if standing.cohort is None:
             standing.cohort = _new_cohort(work, first=len(standing.reports), size=standing.cohort_size)
         cohort = standing.cohort
-        arena = Arena(work.layout, cohort.values_CP)
-        with AdaptedModel(work.base, arena, gradient_CP=cohort.gradient_CP, trainable=job.trainable) as adapted:
+        # without gradients the model sees copies that move to and fro, so that the adapters stay exactly themselves
+        seen_CP = cohort.values_CP if job.seeds is None else torch.empty_like(cohort.values_CP)
+        gradient_CP = cohort.gradient_CP if job.seeds is None else None
+        arena = Arena(work.layout, seen_CP)
+        with AdaptedModel(work.base, arena, gradient_CP=gradient_CP, trainable=job.trainable) as adapted:
             while _active(work, cohort):
                 if should_stop():
                     raise StopRequested(progress_.save(standing, job))
@@ -166,7 +178,7 @@ def _train_all(
         _finish(work, standing, cohort)
         standing.cohort = None
         # the moments and gradients must not lie beside the next cohort's, nor beside the joined results
-        del cohort, arena, adapted
+        del cohort, seen_CP, gradient_CP, arena, adapted
 
 
 def _prepare(
@@ -178,6 +190,7 @@ def _prepare(
     total_rounds: int,
     seed: int,
     dropout: float,
+    continuity: Continuity | None,
 ) -> _Work:
     participants = tuple(clients[id_] for id_ in job.ids)
     whole = (
@@ -194,19 +207,30 @@ def _prepare(
     )
     batches = tuple(steps[: max(1, round(job.work * len(steps)))] for steps in whole)
     trainable_P = None
+    if job.seeds is not None:
+        if job.pull is not None:
+            raise ValueError("a job with seeds is trained without gradients, so a pull cannot act; leave one out")
+        training = training.plain_sgd
     if not set(layout.groups) <= job.trainable:
         trainable_P = torch.zeros(layout.num_parameters, dtype=torch.bool)
         for group in job.trainable:
             for columns in layout.slices(group):
                 trainable_P[columns] = True
         trainable_P = trainable_P.to(base.device)
-    return _Work(base, layout, job, participants, batches, training, trainable_P, total_rounds, seed, dropout)
+    if not training.keep_moments:
+        continuity = None
+    return _Work(
+        base, layout, job, participants, batches, training, trainable_P, total_rounds, seed, dropout, continuity
+    )
 
 
 def _new_cohort(work: _Work, first: int, size: int) -> Cohort:
     # a copy: the cohort is trained in place, the start belongs to the caller
     values_CP = work.job.start_SP[first : first + size].to(work.base.device, copy=True)
-    moments = fresh_moments(work.training, values_CP)
+    if work.continuity is None:
+        moments = fresh_moments(work.training, values_CP)
+    else:
+        moments = work.continuity.begin(_places(work, first, size), values_CP)
     return Cohort(first, values_CP, torch.zeros_like(values_CP), moments, [Tally() for _ in range(len(values_CP))])
 
 
@@ -280,6 +304,8 @@ def _examples(work: _Work, cohort: Cohort, row: int) -> list[TokenizedExample]:
 def _gradients(work: _Work, cohort: Cohort, adapted: AdaptedModel, batch: PackedBatch, isolate: bool) -> torch.Tensor:
     """Fill `cohort.gradient_CP` with the gradients of every client's mean loss and pull; the loss sums (C,) in nats."""
     cohort.gradient_CP.zero_()
+    if work.job.seeds is not None:
+        return _estimated_gradients(work, cohort, adapted, batch, isolate, work.job.seeds)
     with torch.enable_grad():
         with stage("forward"):
             hidden_Md = adapted.hidden(batch, _dropout(work, cohort), isolate=isolate)
@@ -297,6 +323,38 @@ def _gradients(work: _Work, cohort: Cohort, adapted: AdaptedModel, batch: Packed
             if strength:
                 gradient_P += pull_gradient(value_P, target_P.to(value_P), strength, work.trainable_P)
     return sums_per_client(losses_M, batch.supervised_per_client)
+
+
+def _estimated_gradients(
+    work: _Work, cohort: Cohort, adapted: AdaptedModel, batch: PackedBatch, isolate: bool, pool: SeedPool
+) -> torch.Tensor:
+    """Fill `cohort.gradient_CP`, which is zero, with every client's slope times its direction; the loss sums (C,)."""
+
+    def loss_sums() -> torch.Tensor:
+        with stage("forward"):
+            hidden_Md = adapted.hidden(batch, _dropout(work, cohort), isolate=isolate)
+            losses_M = token_losses(work.base, hidden_Md, batch.labels_M)
+            return sums_per_client(losses_M, batch.supervised_per_client)
+
+    direction_CP = cohort.gradient_CP
+    with stage("optimizer"), torch.inference_mode():
+        for row, direction_P in enumerate(direction_CP):
+            if batch.supervised_per_client[row]:
+                name = work.participants[cohort.first + row].name
+                number = direction_number(pool, work.seed, name, work.job.round, cohort.step)
+                direction_P.copy_(direction(work.seed, number, len(direction_P)))
+        if work.trainable_P is not None:
+            direction_CP *= work.trainable_P
+        slope_C, losses_C = slopes(
+            cohort.values_CP,
+            direction_CP,
+            adapted.arena.values_KP,
+            pool.epsilon,
+            loss_sums,
+            batch.supervised_per_client,
+        )
+        direction_CP *= slope_C.to(direction_CP.dtype)[:, None]
+    return losses_C
 
 
 def _dropout(work: _Work, cohort: Cohort) -> Dropout | None:
@@ -347,6 +405,15 @@ def _finish(work: _Work, standing: Standing, cohort: Cohort) -> None:
     kept = [row for row, tally in enumerate(cohort.tallies) if not tally.failure]
     rows_FP = cohort.values_CP if len(kept) == len(cohort.tallies) else cohort.values_CP[kept]
     standing.finished_FP.append(rows_FP.to(work.job.start_SP.device))
+    if work.continuity is not None:
+        finished = [not tally.failure for tally in cohort.tallies]
+        work.continuity.end(_places(work, cohort.first, len(finished)), cohort.values_CP, cohort.moments, finished)
+
+
+def _places(work: _Work, first: int, size: int) -> list[Place]:
+    """Whose memory the rows of a cohort have."""
+    rows = slice(first, first + size)
+    return [Place(*place) for place in zip(work.job.ids[rows], work.job.blocks[rows], strict=True)]
 
 
 def _describe_failure(work: _Work, cohort: Cohort, row: int, what: str) -> str:

@@ -5,7 +5,7 @@ A reference, not a federated method: examples leave their clients, no adapter cr
 
 from __future__ import annotations
 
-from fedmira.federation.averaging import one_start
+from fedmira.federation.averaging import follow, one_start
 from fedmira.federation.method import Info, Method, State
 from fedmira.federation.receiving import exchange_everything, own_adapters, received
 from fedmira.types import Job, Participants, Results
@@ -27,4 +27,4 @@ def build() -> Method:
             )
         return State(adapters, last_round_K), Info({"returned": float(len(results.ids))})
 
-    return Method(init=one_start, plan=plan, merge=merge, personalise=own_adapters)
+    return Method(init=one_start, plan=plan, merge=merge, personalise=own_adapters, join=follow())

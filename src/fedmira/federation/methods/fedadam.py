@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import torch
 
-from fedmira.federation.averaging import mean_of, one_start
+from fedmira.federation.averaging import follow, mean_of, one_start
 from fedmira.federation.method import Info, Method, State
 from fedmira.federation.receiving import exchange_everything, own_adapters, received
 from fedmira.method_config import FedAdamConfig
@@ -48,4 +48,4 @@ def build(config: FedAdamConfig, clients: Clients) -> Method:
         moved = adapters.replace(moved_P.expand_as(adapters.values_KP).clone())
         return State(moved, last_round_K, memory), info
 
-    return Method(init=init, plan=exchange_everything, merge=merge, personalise=own_adapters)
+    return Method(init=init, plan=exchange_everything, merge=merge, personalise=own_adapters, join=follow())

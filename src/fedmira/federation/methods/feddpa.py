@@ -5,7 +5,7 @@ y = W0 x + s B A x + s B_k A_k x. The two are trained in turn. Knows nothing abo
 
 from __future__ import annotations
 
-from fedmira.federation.averaging import mean_of, one_start
+from fedmira.federation.averaging import follow, mean_of, one_start
 from fedmira.federation.method import Info, Method, State
 from fedmira.federation.receiving import exchange_everything, own_adapters, received
 from fedmira.types import Clients, Job, Participants, Results
@@ -29,4 +29,4 @@ def build(clients: Clients) -> Method:
             adapters = mean_of(clients, results.ids, _GLOBAL, _OWN)(adapters)
         return State(adapters, last_round_K), Info({"returned": float(len(results.ids))})
 
-    return Method(init=one_start, plan=plan, merge=merge, personalise=own_adapters)
+    return Method(init=one_start, plan=plan, merge=merge, personalise=own_adapters, join=follow(_GLOBAL))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from fedmira.federation.averaging import mean_of, one_start, returned_weights
+from fedmira.federation.averaging import follow, mean_of, one_start, returned_weights
 from fedmira.federation.method import Info, Method, State
 from fedmira.federation.products import stacked
 from fedmira.federation.receiving import exchange_everything, received
@@ -43,4 +43,4 @@ def build(clients: Clients) -> Method:
             own_bytes.append((b_OQ.numel() + a_QI.numel()) * adapters.values_KP.element_size())
         return State(mean, last_round_K, shifted_by(state, factors, own_bytes, results.ids)), info
 
-    return Method(init=init, plan=plan, merge=merge, personalise=shifted_adapters)
+    return Method(init=init, plan=plan, merge=merge, personalise=shifted_adapters, join=follow())

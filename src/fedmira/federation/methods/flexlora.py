@@ -9,6 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from fedmira.federation.averaging import one_start, returned_weights
+from fedmira.federation.joining import with_rows
 from fedmira.federation.method import Info, Method, State
 from fedmira.federation.products import in_products
 from fedmira.federation.receiving import exchange_everything, own_adapters, received
@@ -35,4 +36,10 @@ def build(config: FlexLoraConfig, clients: Clients) -> Method:
         mixed = in_products(share_MK, config.align, ranks_M, before)(adapters)
         return State(mixed.replace(mixed.values_KP[place_K]), last_round_K), info
 
-    return Method(init=one_start, plan=exchange_everything, merge=merge, personalise=own_adapters)
+    def join(state: State, num_before: int) -> State:
+        # the pair of their own rank, or else the largest, which `within_ranks` cuts
+        held = ranks_K[:num_before]
+        rows = [held.index(rank if rank in held else max(held)) for rank in ranks_K[num_before:]]
+        return with_rows(state, num_before, state.adapters.values_KP[rows])
+
+    return Method(init=one_start, plan=exchange_everything, merge=merge, personalise=own_adapters, join=join)

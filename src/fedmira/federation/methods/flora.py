@@ -11,7 +11,7 @@ import math
 
 import torch
 
-from fedmira.federation.averaging import one_start, returned_weights
+from fedmira.federation.averaging import follow, one_start, returned_weights
 from fedmira.federation.method import Info, Method, State
 from fedmira.federation.products import energy_rank, spectrum, stacked
 from fedmira.federation.receiving import exchange_everything, received
@@ -52,7 +52,7 @@ def build(clients: Clients, energy: float | None = None) -> Method:
         info = Info({"returned": float(len(results.ids)), "merged_rank": sum(ranks) / len(ranks)})
         return State(_fresh(adapters, clients.seed, participants.round), last_round_K, memory), info
 
-    return Method(init=init, plan=plan, merge=merge, personalise=shifted_adapters)
+    return Method(init=init, plan=plan, merge=merge, personalise=shifted_adapters, join=follow())
 
 
 def _fresh(arena: Arena, seed: int, round_: int) -> Arena:

@@ -6,7 +6,7 @@ client gets its first r_k components of it (`federation/ranks.py`). Knows nothin
 
 from __future__ import annotations
 
-from fedmira.federation.averaging import one_start, returned_weights
+from fedmira.federation.averaging import follow, one_start, returned_weights
 from fedmira.federation.method import Info, Method, State
 from fedmira.federation.mixing import average
 from fedmira.federation.products import squared_norms
@@ -28,4 +28,4 @@ def build(clients: Clients) -> Method:
             weights_K = returned_weights(clients, results.ids)
         return State(average(weights_K)(adapters), last_round_K), info
 
-    return Method(init=one_start, plan=exchange_everything, merge=merge, personalise=own_adapters)
+    return Method(init=one_start, plan=exchange_everything, merge=merge, personalise=own_adapters, join=follow())

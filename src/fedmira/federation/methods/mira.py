@@ -7,6 +7,7 @@ is given. Stable for any strength. Knows nothing about models, data or how the u
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import numpy as np
@@ -15,8 +16,9 @@ from fedmira.federation.choosing import ask, blend, choose, first_choice
 from fedmira.federation.graph import Graph
 from fedmira.federation.learned_graphs import Seen, learner
 from fedmira.federation.method import Info, Method, State
-from fedmira.federation.mixing import laplacian_implicit, step_numbers
-from fedmira.federation.receiving import exchange_everything, first_state, own_adapters, received
+from fedmira.federation.receiving import exchange_groups, first_state, own_adapters, received
+from fedmira.federation.server_step import Mixture, server_step
+from fedmira.federation.strengths import chosen_together, in_use
 from fedmira.method_config import MiraConfig
 from fedmira.types import Arena, Clients, Participants, Results, Trial
 
@@ -28,8 +30,8 @@ def build(config: MiraConfig, clients: Clients, graph: Graph | None) -> Method:
     from them on return and are judged by them until then. A client never seen starts from its neighbours where the
     graph knows them, else from its initial adapter.
     """
-    mean_examples = float(np.mean(clients.num_examples_K))
-    choice = config.choice
+    mean_examples, factors_K = float(np.mean(clients.num_examples_K)), config.factors_of(clients.names)
+    choice, decay, step = config.choice, config.staleness_decay, server_step(config, clients)
     learns = None if graph is not None else learner(config.graph, clients)
 
     def init(initial: Arena, clients: Clients) -> State:
@@ -40,6 +42,15 @@ def build(config: MiraConfig, clients: Clients, graph: Graph | None) -> Method:
         if choice.enabled:
             memory |= {"mixed": initial.values_KP.clone(), **first_choice(choice, initial.num_clients)}
         return State(state.adapters, state.last_round_K, memory)
+
+    def mixtures(
+        related: Graph, uploads: Arena, last_round_K: tuple[int, ...], round_: int
+    ) -> Callable[[float], Mixture]:
+        confidence_K = [
+            0.0 if not last else np.inf if not factor else n / mean_examples * decay ** (round_ - last) / factor
+            for n, last, factor in zip(clients.num_examples_K, last_round_K, factors_K, strict=True)
+        ]
+        return step.mixtures(related, uploads, confidence_K)
 
     def merge(state: State, participants: Participants, results: Results) -> tuple[State, Info]:
         stored = state.adapters.replace(state.memory["uploads"])
@@ -53,23 +64,19 @@ def build(config: MiraConfig, clients: Clients, graph: Graph | None) -> Method:
             learned, related = learns.learn(memory, seen)
             memory |= {"starts": starts.values_KP, **learned}
         assert related is not None
-        confidence_K = [
-            num_examples / mean_examples * config.staleness_decay ** (participants.round - last) if last else 0.0
-            for num_examples, last in zip(clients.num_examples_K, last_round_K, strict=True)
-        ]
-        mixer = laplacian_implicit(related, config.strength, confidence_K)
-        mixed = mixer(uploads)
-        numbers = {"returned": float(len(results.ids)), **step_numbers(related, mixer, uploads, mixed)}
+        related = step.faded(related, uploads)
+        mixture = mixtures(related, uploads, last_round_K, participants.round)(in_use(config.strength, memory))
+        mixed, numbers = mixture.adapters, {"returned": float(len(results.ids)), **mixture.numbers()}
         if choice.enabled:
             memory["mixed"] = mixed.values_KP
             mixed = blend(uploads, mixed, memory["choice"])
         return State(mixed, last_round_K, memory), Info(numbers, related)
 
-    if not choice.enabled:
-        return Method(init=init, plan=exchange_everything, merge=merge, personalise=own_adapters)
-
     def trial(state: State, participants: Participants, results: Results) -> Trial | None:
         own, mixed = (state.adapters.replace(state.memory[name]) for name in ("uploads", "mixed"))
         return ask(choice, own, mixed, results)
 
-    return Method(init, exchange_everything, merge, own_adapters, trial, partial(choose, choice))
+    method = Method(init, exchange_groups(step.form.crossing), merge, own_adapters)
+    if choice.enabled:
+        method = method._replace(trial=trial, decide=partial(choose, choice))
+    return chosen_together(method, mixtures) if config.strength == "auto" else method

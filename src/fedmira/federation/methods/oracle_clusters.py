@@ -10,6 +10,7 @@ import numpy as np
 from fedmira.federation.averaging import returned_weights
 from fedmira.federation.client_clusters import cluster_means
 from fedmira.federation.graph import Graph, connected_components
+from fedmira.federation.joining import with_rows
 from fedmira.federation.method import Info, Method, State
 from fedmira.federation.mixing import linear
 from fedmira.federation.receiving import exchange_everything, first_state, own_adapters, received
@@ -31,4 +32,10 @@ def build(clients: Clients, graph: Graph) -> Method:
         numbers = {"returned": float(len(results.ids)), "clusters": float(labels_K.max() + 1)}
         return State(mixed, last_round_K), Info(numbers, graph)
 
-    return Method(init=first_state, plan=exchange_everything, merge=merge, personalise=own_adapters)
+    def join(state: State, num_before: int) -> State:
+        groups = labels_K.tolist()
+        # a group of its own begins with its initial adapter
+        rows = [groups.index(groups[k]) for k in range(num_before, len(groups))]
+        return with_rows(state, num_before, state.adapters.values_KP[rows])
+
+    return Method(init=first_state, plan=exchange_everything, merge=merge, personalise=own_adapters, join=join)

@@ -6,7 +6,7 @@ Knows nothing about tasks or graphs.
 
 from __future__ import annotations
 
-from fedmira.federation.averaging import share
+from fedmira.federation.averaging import follow, share
 from fedmira.federation.method import Method, State
 from fedmira.types import Clients, Job, Participants
 
@@ -24,4 +24,6 @@ def build(clients: Clients) -> Method:
         download = moving[(round_ - 1) % 2] if up_to_date else moving[0] | moving[1]
         return job._replace(trainable=moving[round_ % 2], download=download)
 
-    return averaged[1]._replace(plan=plan, merge=lambda *round_: averaged[round_[1].round % 2].merge(*round_))
+    return averaged[1]._replace(
+        plan=plan, merge=lambda *round_: averaged[round_[1].round % 2].merge(*round_), join=follow()
+    )

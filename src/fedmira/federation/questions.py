@@ -1,0 +1,55 @@
+"""Several questions to the same clients, asked as one trial and taken apart when the answers are in.
+
+Knows nothing about what is asked. Axes: S asked, Q candidates, P parameters of one adapter.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from fedmira.types import Losses, Trial
+
+
+def together(first: Trial | None, rest: Trial | None) -> Trial | None:
+    """Return both questions as one; `apart` undoes it. None if there is nothing to ask.
+
+    Raises:
+        ValueError: the two go to other clients, or to other examples.
+    """
+    if first is None and rest is None:
+        return None
+    one = first or rest
+    assert one is not None
+    if rest is not None and (one.ids, one.split) != (rest.ids, rest.split):
+        raise ValueError("questions that are asked together go to other clients, or to other examples")
+    before = 0 if first is None else first.num_candidates
+
+    def candidate(number: int) -> torch.Tensor:
+        part, place = (first, number) if number < before else (rest, number - before)
+        assert part is not None
+        return part.candidate(place)
+
+    return one._replace(
+        num_candidates=before + (rest.num_candidates if rest is not None else 0),
+        candidate=candidate,
+        sent=sum(part.sent for part in (first, rest) if part is not None),
+        parts=(before, *((rest.parts or (rest.num_candidates,)) if rest is not None else ())),
+    )
+
+
+def apart(trial: Trial, losses: Losses) -> tuple[tuple[Trial | None, Losses], tuple[Trial | None, Losses]]:
+    """Return the first question and the rest of a trial made by `together`, each with its answers."""
+    before, *others = trial.parts
+    first = trial._replace(num_candidates=before, parts=()) if before or trial.compare_SP is not None else None
+    rest = None
+    if others:
+        rest = trial._replace(
+            num_candidates=trial.num_candidates - before,
+            candidate=lambda number: trial.candidate(before + number),
+            parts=tuple(others),
+            compare_SP=None,
+        )
+    return (
+        (first, losses._replace(mean_SQ=losses.mean_SQ[:, :before])),
+        (rest, losses._replace(mean_SQ=losses.mean_SQ[:, before:])),
+    )

@@ -1,0 +1,56 @@
+"""The implicit step with all that can be chosen about it: the form that is mixed, whom to distrust, how depth fades it.
+
+Knows nothing about rounds, who takes part, or where graph and confidences come from. Axes: K clients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from fedmira.federation.blocks import faded
+from fedmira.federation.forms import Form, form
+from fedmira.federation.graph import Graph, Matrix
+from fedmira.federation.mixing import laplacian_implicit, step_numbers
+from fedmira.federation.robust import ROBUST
+from fedmira.method_config import MiraConfig
+from fedmira.types import Arena, Clients
+
+
+class Mixture(NamedTuple):
+    """What one step made of the uploads."""
+
+    adapters: Arena
+    numbers: Callable[[], dict[str, float]]
+    """What people look at, see `mixing.step_numbers`."""
+
+
+class ServerStep(NamedTuple):
+    """The step of one config."""
+
+    form: Form
+    mixtures: Callable[[Graph, Arena, Sequence[float]], Callable[[float], Mixture]]
+    """From the graph, the uploads and the clients' confidences to the mixture of each strength."""
+    faded: Callable[[Graph, Arena], Graph]
+    """The graph that adapters like these are mixed with in place of another; see `blocks.faded`."""
+
+
+def server_step(config: MiraConfig, clients: Clients) -> ServerStep:
+    """Return the step that `config` describes, for clients of the given ranks."""
+    mixed_as = form(config.mixing, clients.ranks_K)
+
+    def mixtures(graph: Graph, uploads: Arena, confidence_K: Sequence[float]) -> Callable[[float], Mixture]:
+        trusting = ROBUST.get(config.robust)
+        distance_KK = None if trusting is None else mixed_as.distances(uploads)
+
+        def revised(matrix_KK: Matrix) -> Matrix:
+            return matrix_KK if trusting is None or distance_KK is None else trusting(matrix_KK, distance_KK)
+
+        def of_strength(tau: float) -> Mixture:
+            on_rows = laplacian_implicit(graph, tau, confidence_K, revised)
+            mixed = mixed_as.of(on_rows)(uploads)
+            return Mixture(mixed, lambda: step_numbers(graph, on_rows, uploads, mixed, mixed_as.energy))
+
+        return of_strength
+
+    return ServerStep(mixed_as, mixtures, lambda graph, uploads: faded(graph, uploads.layout.layers, config.depth))

@@ -1,0 +1,104 @@
+"""Strength chosen without labels: clients judge the mixtures of a few strengths, and all of them together choose one.
+
+One number for everybody, from what all clients say over many rounds, cannot fit the noise of one client's few examples;
+how much a client takes of its mixture is for itself to choose, see `choosing`. Knows nothing about how mixtures are
+made. Axes: S asked, Q candidates, K clients, P parameters of one adapter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+
+import torch
+
+from fedmira.federation.blocks import from_blocks, places, to_blocks
+from fedmira.federation.graph import Graph
+from fedmira.federation.method import Info, Method, State
+from fedmira.federation.questions import apart, together
+from fedmira.federation.server_step import Mixture
+from fedmira.types import Arena, Clients, Losses, Participants, Results, Trial
+
+GRID = (0.0625, 0.25, 1.0, 4.0)
+"""Strengths that are judged: among four clients joined with weight 1 they take 15, 38, 60 and 71 % from the others, of
+75 % without bound."""
+FIRST = 4.0
+"""Before anybody was heard: the default of `method.strength`."""
+_MEMORY = 0.7
+"""Weight of the past in the moving average over rounds: some three rounds together decide."""
+
+
+def in_use(strength: float | str, memory: Mapping[str, torch.Tensor]) -> float:
+    """Return the strength of this round: the one that was set, or with `auto` the one that was chosen."""
+    return float(memory["strength"]) if isinstance(strength, str) else strength
+
+
+def chosen_together(
+    method: Method, mixtures: Callable[[Graph, Arena, tuple[int, ...], int], Callable[[float], Mixture]]
+) -> Method:
+    """Return `method` with the question which strength to use in the next round, asked together with its own.
+
+    All mixtures but one cross for it: a client gets that of the strength in use anyway. What they were made of must be
+    at hand when clients are asked, so the graph is remembered by blocks of layers.
+
+    Args:
+        method: keeps what it mixes in its memory as `uploads`, and mixes with `in_use` on the graph of its `Info`.
+        mixtures: the mixture of each strength, from the graph, the uploads, their rounds and the round.
+    """
+
+    def init(initial: Arena, clients: Clients) -> State:
+        state, layers = method.init(initial, clients), initial.layout.layers
+        num_clients, num_blocks = initial.num_clients, len(set(places(layers).values()))
+        memory = {
+            "strength": torch.tensor([FIRST], dtype=torch.float64),
+            "strength_evidence": torch.zeros(len(GRID), dtype=torch.float64),
+            "relations": torch.zeros(num_blocks, num_clients, num_clients, dtype=torch.float64),
+        }
+        return replace(state, memory={**state.memory, **memory})
+
+    def merge(state: State, participants: Participants, results: Results) -> tuple[State, Info]:
+        after, info = method.merge(state, participants, results)
+        assert info.graph is not None
+        relations_GKK = to_blocks(info.graph, after.adapters.layout.layers)
+        numbers = {**info.numbers, "strength": in_use("auto", state.memory)}
+        return replace(after, memory={**after.memory, "relations": relations_GKK}), info._replace(numbers=numbers)
+
+    def trial(state: State, participants: Participants, results: Results) -> Trial | None:
+        own = method.trial(state, participants, results) if method.trial else None
+        if not results.ids:
+            return own
+        rows, uploads = list(results.ids), state.adapters.replace(state.memory["uploads"])
+        related = from_blocks(state.memory["relations"], uploads.layout.layers, "remembered")
+        of_strength = mixtures(related, uploads, state.last_round_K, participants.round)
+
+        def candidate(number: int) -> torch.Tensor:
+            return of_strength(GRID[number]).adapters.values_KP[rows]
+
+        return together(Trial(results.ids, len(GRID), candidate, sent=len(GRID) - 1), own)
+
+    def decide(state: State, trial: Trial, losses: Losses) -> tuple[State, Info]:
+        (_, answers), (own, own_answers) = apart(trial, losses)
+        state = replace(state, memory={**state.memory, **judged(state.memory, answers)})
+        if own is None or method.decide is None:
+            return state, Info({})
+        return method.decide(state, own, own_answers)
+
+    return method._replace(init=init, merge=merge, trial=trial, decide=decide)
+
+
+def judged(memory: Mapping[str, torch.Tensor], losses: Losses) -> dict[str, torch.Tensor]:
+    """Return the evidence after these answers, and the strength of the smallest sum of relative losses.
+
+    A client says by what share its loss with a mixture differs from its mean over all of them, so that hard and easy
+    tasks count the same; the mean over clients joins a moving average over rounds. A client without validation examples
+    says nothing.
+    """
+    relative_SQ = losses.mean_SQ / losses.mean_SQ.mean(dim=1, keepdim=True) - 1.0
+    heard_S = torch.isfinite(relative_SQ).all(dim=1)
+    if not heard_S.any():
+        return {}
+    evidence_Q = memory["strength_evidence"]
+    past = _MEMORY if evidence_Q.any() else 0.0
+    evidence_Q = past * evidence_Q + (1 - past) * relative_SQ[heard_S].mean(dim=0).to(evidence_Q)
+    strength = torch.tensor([GRID[int(evidence_Q.argmin())]]).to(evidence_Q)
+    return {"strength": strength, "strength_evidence": evidence_Q}

@@ -1,0 +1,109 @@
+"""Clients that joined the data of a run that goes on: who may, and what the run has once they are in.
+
+Clients that the run knows must hold the same examples as ever; they keep adapters, memory and random streams bit for
+bit. Who joined comes after them and enters as a client never seen (`federation/joining.py`). Knows nothing about the
+round loop or files.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fedmira.assembly import Assembly
+from fedmira.errors import IntegrityError, UsageError
+from fedmira.federation.joining import joined
+from fedmira.federation.method import State
+
+_SPLITS = ("train", "validation", "test")
+_NAMED = 5
+
+
+def known_clients(manifest: Mapping[str, Any]) -> tuple[str, ...]:
+    """The clients of the run with that manifest, in the order of its rows; none if nothing was written yet."""
+    return tuple(client["name"] for client in manifest.get("clients", ()))
+
+
+def refuse_other_data(manifest: Mapping[str, Any], parts: Assembly) -> None:
+    """Refuse to go on where a client that the run knows is gone or changed, or the given graph between such clients is.
+
+    Args:
+        manifest: of the run so far.
+        parts: assembled from the data as it is now, the known clients first.
+
+    Raises:
+        IntegrityError: names what changed.
+    """
+    # through JSON, as the manifest went
+    now, before = json.loads(json.dumps(parts.manifest())), manifest["clients"]
+    there = {client["name"]: client for client in now["clients"]}
+    if gone := [client["name"] for client in before if client["name"] not in there]:
+        raise _refusal("data", f"it no longer has {_listed(gone)}, whose adapters the run keeps")
+    if all("sha256" in client for client in before):
+        pairs = [(client, there[client["name"]]) for client in before]
+        changed = [f"{old['name']}: {_change(old, new)}" for old, new in pairs if old["sha256"] != new["sha256"]]
+    else:
+        # begun by a version that wrote down only what the files were
+        changed = _differing(manifest["data"], now["data"])
+    if changed:
+        raise _refusal("data", f"{_listed(changed)} differ; only new clients may be added")
+    graph = parts.graph_facts(first=len(before))
+    if changed := _differing(manifest.get("graph", graph), graph):
+        raise _refusal("graph", f"{_listed(changed)} differ")
+
+
+def refuse_to_end(names: Sequence[str], rounds: int) -> None:
+    """Refuse to let clients join a run that has no round left for them.
+
+    Raises:
+        UsageError: says what to raise.
+    """
+    raise UsageError(
+        f"{_listed(names)} joined the data, but all {rounds} rounds of the run are over; raise federation.rounds, for "
+        f"example to {rounds + max(1, rounds // 4)}, and resume again"
+    )
+
+
+def take_in(before: Assembly, after: Assembly, state: State, round_: int) -> State:
+    """Return `state` with the clients of `after` that `before` lacks, who join when round `round_` is over.
+
+    What clients and server remember about messages goes over to the exchange of `after`.
+    """
+    after.exchange.restore(before.exchange.state())
+    first = after.method.init(after.initial_adapters(), after.clients)
+    return joined(after.method, state, first, round_)
+
+
+def grown_manifest(manifest: Mapping[str, Any], parts: Assembly, num_before: int, round_: int) -> dict[str, Any]:
+    """Return `manifest` with the clients that joined after round `round_` and the data as it is now.
+
+    The facts of the data that the run had before are kept, the oldest first, in `data_before`.
+    """
+    now = parts.manifest()
+    newcomers = [{**client, "joined_after": round_} for client in now["clients"][num_before:]]
+    before = manifest.get("data_before", [])
+    if manifest["data"] != now["data"]:
+        before = [*before, manifest["data"]]
+    clients = [*manifest["clients"][:num_before], *newcomers]
+    return {**manifest, "data": now["data"], "data_before": before, "clients": clients, "graph": now["graph"]}
+
+
+def _change(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    sizes = [f"{split} {before[split]} -> {now[split]}" for split in _SPLITS if before[split] != now[split]]
+    return ", ".join(sizes) or "other texts or another task"
+
+
+def _differing(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    return sorted(key for key in {**before, **now} if before.get(key) != now.get(key))
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f", ... ({len(names)} in all)" if len(names) > _NAMED else ""
+    return ", ".join(names[:_NAMED]) + more
+
+
+def _refusal(what: str, how: str) -> IntegrityError:
+    return IntegrityError(
+        f"the {what} changed since the run was started ({how}); restore the files, or start a new run"
+    )

@@ -1,0 +1,112 @@
+"""Why a method cannot be used with other settings of a run, in words for whoever wrote them. No torch, no transformers.
+
+Knows nothing about files; `config` asks when a config is read, `studies` for every method of a comparison.
+"""
+
+from __future__ import annotations
+
+from typing import get_args
+
+from fedmira.exchange_config import ExchangeConfig
+from fedmira.graph_config import GraphConfig
+from fedmira.method_config import METHOD_SECTIONS, AdapterKind, MethodSection
+
+LOW_RANK_GRAPHS = ("gram", "gram_layers", "pfedgraph", "kalofolias", "mtrl", "clusters")
+"""Kinds of graphs that are learned from the low-rank products of the adapters."""
+
+
+def methods_for(kind: AdapterKind) -> tuple[str, ...]:
+    """Names of the methods that can use adapters of `kind`."""
+    return tuple(name for name, section in METHOD_SECTIONS.items() if kind in section.kinds)
+
+
+def refusal(method: MethodSection, kind: AdapterKind) -> str:
+    """Why `method` cannot use adapters of `kind`; empty if it can.
+
+    >>> from fedmira.method_config import method_with_defaults
+    >>> refusal(method_with_defaults("fedit"), "prompt")
+    ''
+    """
+    if kind not in method.kinds:
+        name = getattr(method, "name", type(method).__name__)
+        return f"method.name = {name} cannot use model.adapter.kind = {kind}; it can use {', '.join(method.kinds)}"
+    mixing = getattr(method, "mixing", "factors")
+    if kind != "lora" and mixing != "factors":
+        return (
+            f"method.mixing = {mixing} mixes low-rank products, and model.adapter.kind = {kind} has none; use factors"
+        )
+    if kind in ("prompt", "p_tuning") and getattr(method, "depth", None):
+        return (
+            f"method.depth has no effect with model.adapter.kind = {kind}, which lies before all layers; "
+            "remove it, or use kind: lora or full"
+        )
+    graph = getattr(method, "graph", None)
+    if kind != "lora" and graph is not None and graph.kind in LOW_RANK_GRAPHS:
+        others = (one for one in get_args(GraphConfig.model_fields["kind"].annotation) if one not in LOW_RANK_GRAPHS)
+        return (
+            f"method.graph.kind = {graph.kind} compares low-rank products, and model.adapter.kind = {kind} has none; "
+            f"use {', '.join(others)}"
+        )
+    return ""
+
+
+def refusal_of_scalars(method: MethodSection, exchange: ExchangeConfig, client_ranks: bool) -> str:
+    """Why `method` cannot be used with settings that are about tensors that cross; empty if it can, or sends tensors.
+
+    Args:
+        method: the `method` section.
+        exchange: what happens to what crosses.
+        client_ranks: whether clients have adapters of different ranks.
+
+    >>> from fedmira.method_config import method_with_defaults
+    >>> refusal_of_scalars(method_with_defaults("fedit"), ExchangeConfig(compression="int8"), client_ranks=True)
+    ''
+    """
+    if not method.sends_scalars:
+        return ""
+    name = getattr(method, "name", type(method).__name__)
+    instead = "take a method that sends tensors, such as fedit"
+    for key in ("compression", "download_compression"):
+        if (form := getattr(exchange, key)) != "none":
+            return (
+                f"exchange.{key} = {form} has no effect with method.name = {name}, which sends scalars and no tensors; "
+                f"remove it, or {instead}"
+            )
+    if exchange.privacy.enabled:
+        return (
+            f"exchange.privacy covers tensors only, but method.name = {name} sends a scalar for each step, which "
+            f"nothing would noise; switch exchange.privacy.enabled off, or {instead}"
+        )
+    if client_ranks:
+        return (
+            f"method.name = {name} moves all numbers of an adapter along random directions, so the components that "
+            f"clients of smaller rank leave at 0 would be filled; remove model.adapter.client_ranks, or {instead}"
+        )
+    return ""
+
+
+def refusal_under_noise(method: MethodSection) -> str:
+    """Why `method` cannot be used with `exchange.privacy`, which covers adapters only; empty if it can.
+
+    >>> from fedmira.method_config import method_with_defaults
+    >>> refusal_under_noise(method_with_defaults("fedit"))
+    ''
+    """
+    graph, choice = getattr(method, "graph", None), getattr(method, "choice", None)
+    if choice is not None and choice.enabled:
+        asks, instead = "each client's losses", "set method.choice.enabled: false"
+    elif getattr(method, "strength", None) == "auto":
+        asks, instead = "clients' losses", "set method.strength to a number"
+    elif method.asks_for_losses:
+        asks, instead = "clients' losses", "take a method that asks nobody, such as fedit"
+    elif graph is not None and graph.kind == "trust":
+        asks, instead = "clients' losses", "learn the graph from the adapters, method.graph.kind: gram"
+    elif graph is not None and graph.kind == "embeddings":
+        asks, instead = "embeddings of clients' prompts", "learn the graph from the adapters, method.graph.kind: gram"
+    else:
+        return ""
+    name = getattr(method, "name", type(method).__name__)
+    return (
+        f"exchange.privacy covers adapters only, but method.name = {name} with these settings asks for {asks}, which "
+        f"nothing would noise; {instead}, or switch exchange.privacy.enabled off"
+    )
