@@ -151,11 +151,11 @@ class BaseModel:
         """What final logits are squeezed below, as in Gemma; None if they are not."""
         return getattr(self.model.config.get_text_config(), "final_logit_softcapping", None)
 
-    def logits(self, hidden_MD: torch.Tensor) -> torch.Tensor:
-        """Apply the output embedding to hidden states (M, d) and return logits (M, V)."""
+    def logits(self, hidden_MD: torch.Tensor, room: torch.Tensor | None = None) -> torch.Tensor:
+        """Apply the output embedding to hidden states (M, d) and return logits (M, V), which may lie in `room`."""
         head = self.model.get_output_embeddings()
         tracked = torch.is_grad_enabled() and hidden_MD.requires_grad
-        logits_MV = head(hidden_MD) if tracked else product(hidden_MD, head.weight, head.bias)
+        logits_MV = head(hidden_MD) if tracked else product(hidden_MD, head.weight, head.bias, room)
         if self.softcap is not None:
             logits_MV = torch.tanh(logits_MV / self.softcap) * self.softcap
         return logits_MV

@@ -17,8 +17,9 @@ import torch.nn.functional as F
 
 from fedmira.model.base import BaseModel
 
-_BLOCK_BYTES = {"cpu": 2**25, "cuda": 2**28}
-"""Logits that exist at once; more would leave the cache, fewer would read the head's weights too often."""
+_BLOCK_BYTES = {"cpu": 30 * 2**20, "cuda": 2**28}
+"""Logits that exist at once; more would leave the cache, fewer would read the head's weights too often. From 32 MiB on
+glibc takes new pages from the system for every block."""
 
 
 def token_losses(base: BaseModel, hidden_Md: torch.Tensor, labels_M: torch.Tensor) -> torch.Tensor:
@@ -47,10 +48,12 @@ class _CrossEntropy(torch.autograd.Function):
         block_bytes = _BLOCK_BYTES.get(hidden_Md.device.type, _BLOCK_BYTES["cuda"])
         vocabulary = int(base.model.config.get_text_config().vocab_size)
         block_rows = max(1, block_bytes // (vocabulary * max(4, hidden_Md.element_size())))
+        # a soft cap needs the logits beside what becomes of them
+        room = None if base.softcap is not None else hidden_Md.new_empty(min(len(hidden_Md), block_rows) * vocabulary)
         for hidden_md, labels_m in zip(
             torch.split(hidden_Md, block_rows), torch.split(labels_M, block_rows), strict=True
         ):
-            logits_mV = base.logits(hidden_md)
+            logits_mV = base.logits(hidden_md, room)
             wide = torch.promote_types(logits_mV.dtype, torch.float32)
             shares_mV = logits_mV.to(wide, copy=base.softcap is not None)
             own_m1 = shares_mV.gather(1, labels_m[:, None])

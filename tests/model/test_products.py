@@ -1,0 +1,36 @@
+"""Products with frozen weights are the same by either library, and may lie in memory that is there already."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fedmira.model import products
+
+X_NI, WEIGHT_OI, BIAS_O = torch.randn(5, 7), torch.randn(3, 7), torch.randn(3)
+
+
+@pytest.mark.parametrize("onednn", [False, True])
+@pytest.mark.parametrize("bias_O", [None, BIAS_O], ids=["no bias", "bias"])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_both_libraries_multiply(
+    monkeypatch: pytest.MonkeyPatch, onednn: bool, bias_O: torch.Tensor | None, transposed: bool
+) -> None:
+    monkeypatch.setattr(products, "_ONEDNN", onednn and hasattr(torch.ops.mkldnn, "_linear_pointwise"))
+    weight_OI = WEIGHT_OI.T.contiguous().T if transposed else WEIGHT_OI
+    expected = X_NI.double() @ WEIGHT_OI.double().T + (0.0 if bias_O is None else bias_O.double())
+    for room in (None, torch.full((40,), torch.nan)):
+        found = products.product(X_NI, weight_OI, bias_O, room)
+        assert torch.allclose(found.double(), expected, atol=1e-5)
+
+
+def test_a_result_lies_in_the_room_that_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "_ONEDNN", False)
+    room = torch.zeros(40)
+    assert products.product(X_NI, WEIGHT_OI, room=room).data_ptr() == room.data_ptr()
+    assert not room[15:].any()
+
+
+def test_no_rows_and_other_dtypes_are_multiplied_too() -> None:
+    assert products.product(X_NI[:0], WEIGHT_OI).shape == (0, 3)
+    assert products.product(X_NI.double(), WEIGHT_OI.double()).dtype == torch.float64
