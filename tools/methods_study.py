@@ -19,6 +19,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
@@ -31,6 +32,11 @@ STUDIES = REPOSITORY / "studies"
 RESULTS = STUDIES / "results"
 KEY = ("study", "method", "seed", "learning_rate", "tuning", "digest")
 _PATHLESS = {"name", "output", "compare"}
+_LATER: Mapping[str, Mapping[str, Any]] = {
+    "training": {"keep_moments": False},
+    "method": {"mixing": "factors", "robust": "none", "depth": 0.0, "client_strength": {}},
+}
+"""Keys that came after the first results, with the values that leave everything as it was before them."""
 
 
 class Task(NamedTuple):
@@ -53,6 +59,9 @@ def digest(config: Mapping[str, Any]) -> str:
     """A short hash of what decides the numbers: not where data lies or results go."""
     kept = {key: value for key, value in config.items() if key not in _PATHLESS}
     kept["data"] = {key: value for key, value in kept["data"].items() if key != "path"}
+    for section, later in _LATER.items():
+        of_section = kept[section].items()
+        kept[section] = {key: value for key, value in of_section if key not in later or value != later[key]}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:12]
 
 
@@ -113,7 +122,7 @@ def carry_out(task: Task) -> dict[str, Any]:
     from fedmira.studies.compare import final_validation_loss
 
     line: dict[str, Any] = dict(zip(KEY, task.key, strict=True))
-    folder = Path(tempfile.mkdtemp(prefix="fedmira-study-"))
+    folder, begun = Path(tempfile.mkdtemp(prefix="fedmira-study-")), time.process_time()
     try:
         config = RunConfig.model_validate(task.config)
         path = carry_out_run(RunStore.open_or_create(config, resolved_yaml(config), folder))
@@ -124,7 +133,7 @@ def carry_out(task: Task) -> dict[str, Any]:
         line |= {
             "upload_bytes": record.upload_bytes,
             "download_bytes": record.download_bytes,
-            "seconds": round(record.seconds, 1),
+            "seconds": round(time.process_time() - begun, 1),
             "clients": {
                 one.name: [
                     one.task,
