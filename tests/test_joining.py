@@ -90,6 +90,11 @@ def files(folder: Path) -> dict[str, bytes]:
 # --------------------------------------------------------------------------------------------------------- more rounds
 
 
+def without_questions(recorded: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The last round also asks what clients keep: that shows in its bytes and numbers, and in what is judged after it."""
+    return [{**event, **dict.fromkeys(("numbers", "upload_bytes", "clients"))} for event in recorded[:-1]]
+
+
 @pytest.mark.parametrize("method", ["local_only", MIRA, {"name": "mira"}])
 def test_a_run_that_is_prolonged_is_the_run_begun_with_its_rounds(data: Path, method: Any) -> None:
     path = run(config(data, 2, method))
@@ -97,7 +102,9 @@ def test_a_run_that_is_prolonged_is_the_run_begun_with_its_rounds(data: Path, me
     begun_so = run(config(data, 3, method), directory=data.parent / "others")
     assert same(newest(path), newest(begun_so))
     for kind in ("round", "evaluation"):
-        assert events(path, kind) == events(begun_so, kind)
+        one, other = events(path, kind), events(begun_so, kind)
+        assert one == other if method in ("local_only", MIRA) else without_questions(one) == without_questions(other)
+        assert one[-1] == other[-1]
     assert [event["round"] for event in events(path, "final")] == [2, 3]
     assert (path / "config.yaml").read_text() == "# three"
     assert run(config(data, 3, method), resume=True) == path, "finished again, and found again"

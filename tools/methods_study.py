@@ -88,24 +88,36 @@ def task_of(study: str, config: Any, method: str, seed: int, rate: float, *, tun
 
 
 def missing(study: str, config: Any, methods: Sequence[str], found: Mapping[Any, Any]) -> Iterator[Task]:
-    """The runs that can be done now: the grid of every method, and the reported draws of methods whose grid is done."""
-    compare = config.compare
+    """The runs that can be done now: rates to try for every method, reported draws of those whose rate is chosen."""
     for name in methods:
-        trials = [task_of(study, config, name, compare.tuning_seed, r, tuning=True) for r in compare.learning_rates]
-        undone = [task for task in trials if task.key not in found]
-        yield from undone
-        if undone:
+        rate, untried = choose_rate(study, config, name, found)
+        yield from untried
+        if rate is None:
             continue
-        rate = best_rate({task.learning_rate: found[task.key] for task in trials})
-        for seed in range(config.seed, config.seed + compare.seeds):
+        for seed in range(config.seed, config.seed + config.compare.seeds):
             task = task_of(study, config, name, seed, rate, tuning=False)
             if task.key not in found:
                 yield task
 
 
-def best_rate(tried: Mapping[float, Mapping[str, Any]]) -> float:
-    """The rate with the lowest validation loss; one that diverged counts as infinite."""
-    return min(tried, key=lambda rate: tried[rate]["validation_loss"] or math.inf)
+def choose_rate(study: str, config: Any, name: str, found: Mapping[Any, Any]) -> tuple[float | None, list[Task]]:
+    """The rate with the lowest validation loss on the tuning draw, or None and the runs that must be tried first.
+
+    Three neighbours in the middle of the grid are tried, and while the best of those tried is the outermost, the next
+    one on its side. One that diverged counts as infinite; ties go to the smaller rate.
+    """
+    grid = sorted(config.compare.learning_rates)
+    trials = [task_of(study, config, name, config.compare.tuning_seed, rate, tuning=True) for rate in grid]
+    low = max(0, (len(grid) - 3) // 2)
+    high = min(len(grid), low + 3)
+    while not (untried := [task for task in trials[low:high] if task.key not in found]):
+        losses = [found[task.key]["validation_loss"] for task in trials[low:high]]
+        best = low + int(np.argmin([math.inf if loss is None else loss for loss in losses]))
+        wider = max(0, low - (best == low)), min(len(grid), high + (best == high - 1))
+        if wider == (low, high):
+            return grid[best], []
+        low, high = wider
+    return None, untried
 
 
 # ------------------------------------------------------------------------------------------------------------- running
@@ -228,13 +240,9 @@ def chosen(study: str, config: Any) -> dict[str, tuple[float, list[Judged]]]:
     found = by_key(read_lines(study))
     compare, reported = config.compare, {}
     for name in compare.methods:
-        trials = {
-            rate: found.get(task_of(study, config, name, compare.tuning_seed, rate, tuning=True).key)
-            for rate in compare.learning_rates
-        }
-        if not all(trials.values()):
+        rate, _ = choose_rate(study, config, name, found)
+        if rate is None:
             continue
-        rate = best_rate({rate: line for rate, line in trials.items() if line is not None})
         seeds = range(config.seed, config.seed + compare.seeds)
         lines = [found.get(task_of(study, config, name, seed, rate, tuning=False).key) for seed in seeds]
         if all(line is not None and line.get("clients") for line in lines):

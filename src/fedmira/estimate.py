@@ -8,6 +8,7 @@ memory is the peak of this process, which has done the heaviest of everything.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -43,6 +44,7 @@ class Estimate(NamedTuple):
     memory_bytes: int
     """Peak of the process that carries out the run, with the interpreter and the base; of torch's memory on a GPU."""
     upload_bytes_per_round: int
+    """Mean over the rounds, as is that of downloads: some rounds ask clients to judge adapters."""
     download_bytes_per_round: int
     rounds: int
     start_seconds: float
@@ -88,10 +90,15 @@ def dry_run(config: RunConfig) -> Estimate:
     loaded_bytes = memory_bytes(parts.base.device)
     planned = planned_steps(parts)
 
-    state, mixing, trial = _mix(parts, state, 1)
+    state, mixing, asked = _mix(parts, state, 1)
     if mixing < _PATIENCE_SECONDS:
         # the first mixing of a process pays for what later ones find ready
-        state, mixing, trial = _mix(parts, state, 2)
+        del asked
+        state, mixing, asked = _mix(parts, state, 2)
+    questions = [trial for trial in map(asked, range(1, rounds + 1)) if trial is not None]
+    asked_tokens = sum(_tokens_of(parts, trial) for trial in questions)
+    crossing = [trial_bytes(trial, parts.layout, parts.base.adapter_dtype) for trial in questions]
+    del asked, questions
     participants = participation.draw(len(parts.clients.names), config.federation, config.seed, 1)
     job = method.plan(state, participants)
     step = try_training(parts, job, planned)
@@ -111,10 +118,9 @@ def dry_run(config: RunConfig) -> Estimate:
         judged += sum(len(e.tokens) - 1 for client in parts.tokenized for e in client.test)
         if evaluation.generation.enabled:
             answers = try_generation(parts, adapters, per_token)
-    if trial is not None:
-        judged += rounds * _tokens_of(parts, trial)
-        answer_bytes, sent_bytes = trial_bytes(trial, parts.layout, parts.base.adapter_dtype)
-        upload_bytes, download_bytes = upload_bytes + answer_bytes, download_bytes + sent_bytes
+    judged += asked_tokens
+    upload_bytes += sum(answers_bytes for answers_bytes, _ in crossing) // rounds
+    download_bytes += sum(sent_bytes for _, sent_bytes in crossing) // rounds
     num_saves = sum(1 for r in range(1, rounds + 1) if r == rounds or r % config.output.checkpoint_every == 0)
 
     training_seconds = (
@@ -160,16 +166,21 @@ def _of_a_long_run(device: torch.device, loaded_bytes: int, peak_bytes: int) -> 
     return peak_bytes + round(growth * max(0, peak_bytes - loaded_bytes))
 
 
-def _mix(parts: Assembly, state: State, round_: int) -> tuple[State, float, Trial | None]:
+def _mix(parts: Assembly, state: State, round_: int) -> tuple[State, float, Callable[[int], Trial | None]]:
     """The state after round `round_` with made-up results, the seconds of planning and merging, and what clients are
-    then asked."""
+    asked after each round."""
     participants = participation.draw(len(parts.clients.names), parts.config.federation, parts.config.seed, round_)
     job, planning = timed(parts, lambda: parts.method.plan(state, participants))
     results = _made_up_results(job, parts.config.seed)
     del job
     (mixed, _), merging = timed(parts, lambda: parts.method.merge(state, participants, results))
-    trial = parts.method.trial(mixed, participants, results) if parts.method.trial else None
-    return mixed, planning + merging, trial
+    last = parts.config.federation.rounds
+
+    def asked(number: int) -> Trial | None:
+        here = participants._replace(round=number, last=number == last)
+        return parts.method.trial(mixed, here, results) if parts.method.trial else None
+
+    return mixed, planning + merging, asked
 
 
 def _tokens_of(parts: Assembly, trial: Trial) -> int:

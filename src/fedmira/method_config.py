@@ -64,22 +64,27 @@ class MiraPublishedConfig(MethodSection):
 
 class ChoiceConfig(Section):
     enabled: bool = True
-    """Validated mixing: each client chooses by its validation loss how much of the mixed adapter it takes."""
+    """Validated mixing: each client decides by its validation loss how much of the mixed adapter it keeps, and whether
+    it trains on from it."""
+    every: PositiveInt = 1
+    """Rounds from one question to the next. In the last round all clients with a stored adapter are asked."""
+    tolerance: NonNegativeFloat = 0.2
+    """Share by which the whole mixture may raise a client's validation loss above that of its own upload for it to be
+    what the client trains on from; beyond, it is the own upload."""
     margin: Share = 0.01
-    """Share of its loss by which a client's validation loss must fall for anything but the smallest share to be chosen.
-    A client counts as harmed when its test loss is more than 1 % above that of training alone."""
+    """Share of its loss by which a client's validation loss must fall for it to keep anything but its own upload. A
+    client counts as harmed when its test loss is more than 1 % above that of training alone."""
     grid: tuple[Annotated[float, Field(ge=0, le=1)], ...] = (0.0, 0.5, 1.0)
-    """Shares of the mixed adapter that a client may choose between, ascending; the rest is its own upload."""
-    memory: Share = 0.5
-    """Weight of the past in the moving average of a client's validation losses."""
+    """Shares of the mixed adapter that a client may keep at the end, from 0 to 1 and ascending; the rest is its own
+    upload. Before the last round only 0 and 1 are judged."""
     pooling: NonNegativeFloat = 0.0
     """Tokens that the mean over all clients counts as, beside a client's own validation tokens; 0 trusts each client's
     own examples alone."""
 
     @model_validator(mode="after")
     def _ascending(self) -> ChoiceConfig:
-        if len(self.grid) < 2 or list(self.grid) != sorted(set(self.grid)):
-            raise ValueError(f"grid = {list(self.grid)} needs at least two different shares in ascending order")
+        if list(self.grid) != sorted({0.0, *self.grid, 1.0}):
+            raise ValueError(f"grid = {list(self.grid)} must be different shares in ascending order, from 0 to 1")
         return self
 
 

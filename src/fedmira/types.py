@@ -184,6 +184,8 @@ class Participants(NamedTuple):
     """1 for the first round."""
     ids: tuple[int, ...]
     """Rows of the arena, ascending."""
+    last: bool = False
+    """Whether no round follows: what clients have after it is what they keep."""
 
 
 class Pull(NamedTuple):

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from tests.federation.builders import clients, initial, mira, play, same_bytes
 
-from fedmira.federation.choosing import ask, blend, choose, first_choice
+from fedmira.federation.choosing import ENDS, ask, asked, blend, choose, first_choice
 from fedmira.federation.method import State
 from fedmira.federation.registry import build_method
 from fedmira.method_config import ChoiceConfig
-from fedmira.types import Arena, Layout, Losses, Results, TensorSpec
+from fedmira.types import Arena, Layout, Losses, Participants, Results, TensorSpec, Trial
 
 LAYOUT = Layout((TensorSpec("x", "lora_b", "layer", (2,), 0),))
 OWN, MIXED = (Arena(LAYOUT, torch.tensor(values)) for values in ([[0.0, 4.0]] * 3, [[8.0, 0.0]] * 3))
@@ -20,13 +22,18 @@ def returned(*ids: int) -> Results:
     return Results(ids, OWN.values_KP[list(ids)], (), 0, 0, 0.0, 0)
 
 
-def state(config: ChoiceConfig) -> State:
-    memory = {**first_choice(config, 3), "other": torch.ones(1)}
-    return State(MIXED.replace(MIXED.values_KP.clone()), (1, 1, 1), memory)
+def state() -> State:
+    return State(MIXED, (1, 1, 1), {**first_choice(3), "other": torch.ones(1)})
 
 
 def answers(rows: list[list[float]], tokens: tuple[int, ...]) -> Losses:
     return Losses(torch.tensor(rows, dtype=torch.float64), tokens, 0, 0)
+
+
+def question(config: ChoiceConfig, *ids: int) -> Trial:
+    trial = ask(config.grid, OWN, MIXED, ids)
+    assert trial is not None
+    return trial
 
 
 def test_a_blend_is_linear_and_keeps_bytes_at_its_ends() -> None:
@@ -36,70 +43,100 @@ def test_a_blend_is_linear_and_keeps_bytes_at_its_ends() -> None:
     assert same_bytes(blend(odd, MIXED, torch.zeros(3)).values_KP, odd.values_KP)
 
 
-def test_every_client_takes_what_does_best_on_its_own_examples() -> None:
-    config = ChoiceConfig(enabled=True, grid=(0.0, 0.5, 1.0), margin=0.0)
-    trial = ask(config, OWN, MIXED, returned(0, 2))
-    assert trial is not None
+def test_every_client_keeps_what_does_best_on_its_own_examples() -> None:
+    config = ChoiceConfig(grid=(0.0, 0.5, 1.0), margin=0.0)
+    trial = question(config, 0, 2)
     assert (trial.ids, trial.num_candidates, trial.sent) == ((0, 2), 3, 0)
-    after, info = choose(config, state(config), trial, answers([[2.0, 1.0, 3.0], [1.0, 2.0, 3.0]], (10, 10)))
-    assert after.adapters.values_KP.tolist() == [[4.0, 2.0], [8.0, 0.0], [0.0, 4.0]]
-    assert after.memory["choice"].tolist() == [0.5, 1.0, 0.0]
+    assert [trial.candidate(number).tolist() for number in range(3)] == [
+        [[0.0, 4.0]] * 2,
+        [[4.0, 2.0]] * 2,
+        [[8.0, 0.0]] * 2,
+    ]
+    after, info = choose(config, state(), trial, answers([[2.0, 1.0, 2.2], [1.0, 2.0, 3.0]], (10, 10)))
+    assert after.memory["alpha"].tolist() == [0.5, 1.0, 0.0]
     assert after.memory["other"].tolist() == [1.0]
-    assert info.numbers == {"mean_alpha": 0.25, "alpha_zero": 0.5}
+    assert info.numbers == {"mean_alpha": 0.25, "start_from_own": 0.5}
 
 
 def test_a_small_gain_is_not_taken() -> None:
-    config = ChoiceConfig(enabled=True, grid=(0.0, 1.0), margin=0.01)
-    trial = ask(config, OWN, MIXED, returned(0, 1))
-    assert trial is not None
-    after, _ = choose(config, state(config), trial, answers([[2.0, 1.985], [2.0, 1.975]], (10, 10)))
-    assert after.memory["choice"].tolist() == [0.0, 1.0, 1.0]
+    config = ChoiceConfig(grid=(0.0, 1.0), margin=0.01)
+    after, _ = choose(config, state(), question(config, 0, 1), answers([[2.0, 1.985], [2.0, 1.975]], (10, 10)))
+    assert after.memory["alpha"].tolist() == [0.0, 1.0, 1.0]
 
 
 def test_few_examples_are_drawn_towards_what_all_say() -> None:
-    config = ChoiceConfig(enabled=True, grid=(0.0, 1.0), margin=0.0, pooling=100.0)
-    trial = ask(config, OWN, MIXED, returned(0, 1, 2))
-    assert trial is not None
+    config = ChoiceConfig(grid=(0.0, 1.0), margin=0.0, pooling=100.0)
+    trial = question(config, 0, 1, 2)
     rows = [[1.0, 1.1], [1.0, 0.5], [1.0, 0.5]]
-    few, _ = choose(config, state(config), trial, answers(rows, (1, 1, 1)))
-    many, _ = choose(config, state(config), trial, answers(rows, (10_000, 1, 1)))
-    assert few.memory["choice"].tolist() == [1.0, 1.0, 1.0]
-    assert many.memory["choice"].tolist() == [0.0, 1.0, 1.0]
+    few, _ = choose(config, state(), trial, answers(rows, (1, 1, 1)))
+    many, _ = choose(config, state(), trial, answers(rows, (10_000, 1, 1)))
+    assert few.memory["alpha"].tolist() == [1.0, 1.0, 1.0]
+    assert many.memory["alpha"].tolist() == [0.0, 1.0, 1.0]
 
 
-def test_evidence_is_remembered_and_a_client_without_examples_follows_the_others() -> None:
-    config = ChoiceConfig(enabled=True, grid=(0.0, 1.0), margin=0.0, memory=0.75)
-    trial = ask(config, OWN, MIXED, returned(0, 1))
+@pytest.mark.parametrize(("heard", "kept"), [(0.6, 1.0), (1.1, 0.0)])
+def test_a_client_without_examples_follows_the_others(heard: float, kept: float) -> None:
+    config = ChoiceConfig(grid=(0.0, 1.0), margin=0.0)
+    trial = question(config, 0, 1)
+    after, _ = choose(config, state(), trial, answers([[1.0, heard], [torch.nan, torch.nan]], (5, 0)))
+    assert after.memory["alpha"].tolist() == [kept, kept, 1.0]
+
+
+def test_without_any_validation_examples_everybody_keeps_all() -> None:
+    config = ChoiceConfig(grid=(0.0, 1.0))
+    after, info = choose(config, state(), question(config, 0, 1, 2), answers([[torch.nan, torch.nan]] * 3, (0, 0, 0)))
+    assert after.memory["alpha"].tolist() == [1.0, 1.0, 1.0]
+    assert not info.numbers
+
+
+@pytest.mark.parametrize(
+    ("every", "round_", "last", "who"),
+    [(1, 3, False, (2,)), (1, 3, True, (0, 2)), (3, 3, False, (2,)), (3, 4, False, ()), (3, 4, True, (0, 2))],
+)
+def test_the_last_round_asks_all_that_ever_returned(
+    every: int, round_: int, last: bool, who: tuple[int, ...]
+) -> None:
+    participants = Participants(round_, (1, 2), last)
+    assert asked(ChoiceConfig(every=every), participants, returned(2), last_round_K=(1, 0, round_)) == who
+
+
+@pytest.mark.parametrize(("loss", "start"), [(0.9, 1.0), (1.19, 1.0), (1.21, 0.0)])
+def test_a_client_trains_on_from_its_mixture_unless_that_is_much_worse(loss: float, start: float) -> None:
+    config = ChoiceConfig(tolerance=0.2)
+    trial = ask(ENDS, OWN, MIXED, (1,))
     assert trial is not None
-    first, _ = choose(config, state(config), trial, answers([[1.0, 0.6], [torch.nan, torch.nan]], (5, 0)))
-    assert first.memory["choice"].tolist() == [1.0, 1.0, 1.0]
-    second, _ = choose(config, first, trial, answers([[1.0, 1.1], [torch.nan, torch.nan]], (5, 0)))
-    assert second.memory["evidence"][0].tolist() == pytest.approx([0.0, 0.75 * -0.4 + 0.25 * 0.1])
-    assert second.memory["choice"].tolist() == [1.0, 1.0, 1.0]
+    after, _ = choose(config, state(), trial, answers([[1.0, loss]], (10,)))
+    assert after.memory["start_alpha"].tolist() == [1.0, start, 1.0]
+    assert after.memory["alpha"].tolist() == [1.0, float(loss < 1), 1.0]
 
 
-def test_with_the_whole_mixture_as_only_better_choice_mira_is_as_without() -> None:
+def test_what_a_client_keeps_and_starts_from_is_as_it_chose() -> None:
     who = clients()
-    plain = build_method(mira("labels"), who)
-    grid = ChoiceConfig(enabled=True, grid=(0.5, 1.0), margin=0.0)
-    chosen = build_method(mira("labels").model_copy(update={"choice": grid}), who)
-    asked = play(plain, plain.init(initial(), who), who.names, [(0, 1, 2, 3, 4, 5)])
-    same = play(chosen, chosen.init(initial(), who), who.names, [(0, 1, 2, 3, 4, 5)])
-    taken = same.memory["choice"] == 1
-    assert torch.allclose(same.adapters.values_KP[taken], asked.adapters.values_KP[taken])
+    section = ChoiceConfig(margin=0.2, tolerance=0.2)
+    method = build_method(mira("labels").model_copy(update={"choice": section}), who)
+    state = play(method, method.init(initial(), who), who.names, [(0, 1, 2, 3, 4, 5), (1, 2, 5)])
+    uploads = state.adapters.replace(state.memory["uploads"])
+    alpha_K, start_K = state.memory["alpha"], state.memory["start_alpha"]
+    assert 0 < int((alpha_K == 1).sum()) < len(alpha_K)
+    assert same_bytes(method.personalise(state).values_KP, blend(uploads, state.adapters, alpha_K).values_KP)
+    state = replace(state, memory={**state.memory, "start_alpha": 1 - start_K})
+    job = method.plan(state, Participants(3, (0, 5)))
+    expected = blend(uploads, state.adapters, 1 - start_K).values_KP[[0, 5]]
+    assert same_bytes(job.start_SP, expected)
+    assert not same_bytes(job.start_SP, state.adapters.values_KP[[0, 5]])
 
 
-@pytest.mark.parametrize("grid", [(0.5,), (0.0, 0.0, 1.0), (1.0, 0.0)])
+def test_one_that_tolerates_everything_leaves_all_starts_as_they_are_without_choice() -> None:
+    who = clients()
+    rounds = [(0, 1, 2, 3, 4, 5), (1, 2, 5), (0, 1, 2)]
+    adapters = []
+    for section in (ChoiceConfig(tolerance=1e9), ChoiceConfig(enabled=False)):
+        method = build_method(mira("gram").model_copy(update={"choice": section}), who)
+        adapters.append(play(method, method.init(initial(), who), who.names, rounds).adapters.values_KP)
+    assert same_bytes(*adapters)
+
+
+@pytest.mark.parametrize("grid", [(0.5,), (0.0, 0.0, 1.0), (1.0, 0.0), (0.0, 0.5), (0.5, 1.0)])
 def test_a_grid_that_leaves_no_choice_is_refused(grid: tuple[float, ...]) -> None:
     with pytest.raises(ValueError, match="ascending order"):
-        ChoiceConfig(enabled=True, grid=grid)
-
-
-def test_without_any_validation_examples_everybody_takes_all() -> None:
-    config = ChoiceConfig(enabled=True, grid=(0.0, 1.0))
-    trial = ask(config, OWN, MIXED, returned(0, 1, 2))
-    assert trial is not None
-    after, info = choose(config, state(config), trial, answers([[torch.nan, torch.nan]] * 3, (0, 0, 0)))
-    assert same_bytes(after.adapters.values_KP, MIXED.values_KP)
-    assert after.memory["choice"].tolist() == [1.0, 1.0, 1.0]
-    assert not info.numbers
+        ChoiceConfig(grid=grid)

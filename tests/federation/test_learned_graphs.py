@@ -358,7 +358,7 @@ def test_an_adapter_that_predicts_nothing_finite_is_left_out_alone() -> None:
 
 def test_a_graph_and_its_method_ask_together_and_hear_their_own_answers() -> None:
     who = clients()
-    both = MiraConfig(graph=graph_section("trust"), choice=ChoiceConfig(enabled=True, grid=(0.0, 1.0)))
+    both = MiraConfig(graph=graph_section("trust"), choice=ChoiceConfig(grid=(0.0, 1.0)))
     only = mira("trust")
     states = {}
     for name, config in (("both", both), ("trust", only)):
@@ -368,7 +368,7 @@ def test_a_graph_and_its_method_ask_together_and_hear_their_own_answers() -> Non
         states[name] = state
     assert torch.equal(states["both"].memory["regret"], states["trust"].memory["regret"])
     assert states["both"].memory["regret"].any()
-    assert set(states["both"].memory["choice"][[0, 1, 2, 4]].tolist()) <= {0.0, 1.0}
+    assert set(states["both"].memory["alpha"][[0, 1, 2, 4]].tolist()) <= {0.0, 1.0}
     method = build_method(both, who)
     state = method.init(initial(dtype=torch.float64), who)
     results = Results((0, 1, 2), state.adapters.values_KP[:3] + torch.arange(3.0)[:, None], (), 0, 0, 0.0, 0)
@@ -379,6 +379,13 @@ def test_a_graph_and_its_method_ask_together_and_hear_their_own_answers() -> Non
     # own, two foreign uploads, and two shares
     assert (trial.num_candidates, trial.sent) == (3 + 2, 2)
     assert judged(trial, who.names).mean_SQ.shape == (3, 5)
+    # the graph is for the next round
+    trial = method.trial(merged, Participants(1, (0, 1, 2), last=True), results)
+    assert trial is not None
+    assert (trial.num_candidates, trial.sent) == (2, 0)
+    decided, _ = method.decide(merged, trial, judged(trial, who.names)) if method.decide else (None, None)
+    assert decided is not None
+    assert torch.equal(decided.memory["regret"], merged.memory["regret"])
 
 
 def test_embeddings_join_like_prompts_whatever_the_template() -> None:

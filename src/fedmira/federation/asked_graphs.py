@@ -147,14 +147,17 @@ ASKED: Mapping[str, Callable[[GraphConfig, Clients], Learner]] = {"trust": trust
 
 
 def asking(method: Method, learns: Learner) -> Method:
-    """Return `method` with the question of its graph, if there is one, asked together with its own."""
+    """Return `method` with the question of its graph, if there is one, asked together with its own.
+
+    The graph is for the next round, so the last one does not ask.
+    """
     if learns.ask is None or learns.hear is None:
         return method
     ask, hear = learns.ask, learns.hear
 
     def trial(state: State, participants: Participants, results: Results) -> Trial | None:
         own = method.trial(state, participants, results) if method.trial else None
-        return together(ask(participants, results), own)
+        return together(None if participants.last else ask(participants, results), own)
 
     def decide(state: State, trial: Trial, losses: Losses) -> tuple[State, Info]:
         (of_graph, its_losses), (own, own_losses) = apart(trial, losses)

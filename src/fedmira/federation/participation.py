@@ -37,16 +37,16 @@ def num_participants(num_clients: int, federation: FederationConfig) -> int:
 def draw(num_clients: int, federation: FederationConfig, seed: int, round_: int) -> Participants:
     """Return the participants of round `round_` (1 for the first), uniform without replacement.
 
-    The draw depends on `seed`, `round_`, `num_clients` and their number alone, so every method meets the same ones.
+    Who they are depends on `seed`, `round_`, `num_clients` and their number alone, so every method meets the same ones.
 
     Raises:
         ConfigError: more clients per round than clients.
     """
-    size = num_participants(num_clients, federation)
+    size, last = num_participants(num_clients, federation), round_ == federation.rounds
     if size == num_clients:
-        return Participants(round_, tuple(range(num_clients)))
+        return Participants(round_, tuple(range(num_clients)), last)
     ids = generator(seed, "participation", round_).choice(num_clients, size=size, replace=False)
-    return Participants(round_, tuple(sorted(int(id_) for id_ in ids)))
+    return Participants(round_, tuple(sorted(int(id_) for id_ in ids)), last)
 
 
 def planned_ids(num_clients: int, federation: FederationConfig, seed: int) -> frozenset[tuple[int, ...]]:

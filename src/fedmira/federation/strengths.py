@@ -38,6 +38,7 @@ def chosen_together(
 ) -> Method:
     """Return `method` with the question which strength to use in the next round, asked together with its own.
 
+    The last round does not ask it.
     All mixtures but one cross for it: a client gets that of the strength in use anyway. What they were made of must be
     at hand when clients are asked, so the graph is remembered by blocks of layers.
 
@@ -65,8 +66,8 @@ def chosen_together(
 
     def trial(state: State, participants: Participants, results: Results) -> Trial | None:
         own = method.trial(state, participants, results) if method.trial else None
-        if not results.ids:
-            return own
+        if participants.last or not results.ids:
+            return together(None, own)
         rows, uploads = list(results.ids), state.adapters.replace(state.memory["uploads"])
         related = from_blocks(state.memory["relations"], uploads.layout.layers, "remembered")
         of_strength = mixtures(related, uploads, state.last_round_K, participants.round)
@@ -77,8 +78,9 @@ def chosen_together(
         return together(Trial(results.ids, len(GRID), candidate, sent=len(GRID) - 1), own)
 
     def decide(state: State, trial: Trial, losses: Losses) -> tuple[State, Info]:
-        (_, answers), (own, own_answers) = apart(trial, losses)
-        state = replace(state, memory={**state.memory, **judged(state.memory, answers)})
+        (of_strength, answers), (own, own_answers) = apart(trial, losses)
+        if of_strength is not None:
+            state = replace(state, memory={**state.memory, **judged(state.memory, answers)})
         if own is None or method.decide is None:
             return state, Info({})
         return method.decide(state, own, own_answers)

@@ -8,26 +8,28 @@ is given. Stable for any strength. Knows nothing about models, data or how the u
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
+import torch
 
-from fedmira.federation.choosing import ask, blend, choose, first_choice
+from fedmira.federation.choosing import ENDS, ask, asked, blend, choose, first_choice
 from fedmira.federation.graph import Graph
 from fedmira.federation.learned_graphs import Seen, learner
 from fedmira.federation.method import Info, Method, State
-from fedmira.federation.receiving import exchange_groups, first_state, own_adapters, received
+from fedmira.federation.receiving import exchange_groups, first_state, received
 from fedmira.federation.server_step import Mixture, server_step
 from fedmira.federation.strengths import chosen_together, in_use
 from fedmira.method_config import MiraConfig
-from fedmira.types import Arena, Clients, Participants, Results, Trial
+from fedmira.types import Arena, Clients, Job, Participants, Results, Trial
 
 
 def build(config: MiraConfig, clients: Clients, graph: Graph | None) -> Method:
     """Return the method on `graph`; None means the graph is learned from the stored uploads.
 
-    All rows of `state.adapters` are mixed anew each round: also those of clients that were not sampled, which start
-    from them on return and are judged by them until then. A client never seen starts from its neighbours where the
+    All rows of `state.adapters` are mixed anew each round, also those of clients that were not sampled. What a client
+    starts from and is judged by is as much of its row as it has chosen, see `choosing`. A client never seen starts from its neighbours where the
     graph knows them, else from its initial adapter.
     """
     mean_examples, factors_K = float(np.mean(clients.num_examples_K)), config.factors_of(clients.names)
@@ -40,7 +42,7 @@ def build(config: MiraConfig, clients: Clients, graph: Graph | None) -> Method:
         if learns is not None:
             memory |= {"starts": initial.values_KP.clone(), **learns.init(initial)}
         if choice.enabled:
-            memory |= {"mixed": initial.values_KP.clone(), **first_choice(choice, initial.num_clients)}
+            memory |= first_choice(initial.num_clients)
         return State(state.adapters, state.last_round_K, memory)
 
     def mixtures(
@@ -59,24 +61,30 @@ def build(config: MiraConfig, clients: Clients, graph: Graph | None) -> Method:
         related = graph
         if learns is not None:
             starts = state.adapters.replace(memory["starts"].clone())
-            starts.values_KP[list(results.ids)] = state.adapters.values_KP[list(results.ids)]
+            starts.values_KP[list(results.ids)] = taken(state, "start_alpha").values_KP[list(results.ids)]
             seen = Seen(uploads, starts, last_round_K, results.ids, participants.round)
             learned, related = learns.learn(memory, seen)
             memory |= {"starts": starts.values_KP, **learned}
         assert related is not None
         related = step.faded(related, uploads)
         mixture = mixtures(related, uploads, last_round_K, participants.round)(in_use(config.strength, memory))
-        mixed, numbers = mixture.adapters, {"returned": float(len(results.ids)), **mixture.numbers()}
-        if choice.enabled:
-            memory["mixed"] = mixed.values_KP
-            mixed = blend(uploads, mixed, memory["choice"])
-        return State(mixed, last_round_K, memory), Info(numbers, related)
+        numbers = {"returned": float(len(results.ids)), **mixture.numbers()}
+        return State(mixture.adapters, last_round_K, memory), Info(numbers, related)
+
+    def taken(state: State, share: str) -> Arena:
+        own = state.adapters.replace(state.memory["uploads"])
+        return blend(own, state.adapters, state.memory.get(share, torch.ones(1)))
+
+    def plan(state: State, participants: Participants) -> Job:
+        return exchange(replace(state, adapters=taken(state, "start_alpha")), participants)
 
     def trial(state: State, participants: Participants, results: Results) -> Trial | None:
-        own, mixed = (state.adapters.replace(state.memory[name]) for name in ("uploads", "mixed"))
-        return ask(choice, own, mixed, results)
+        who = asked(choice, participants, results, state.last_round_K)
+        grid = choice.grid if participants.last else ENDS
+        return ask(grid, state.adapters.replace(state.memory["uploads"]), state.adapters, who)
 
-    method = Method(init, exchange_groups(step.form.crossing), merge, own_adapters)
+    exchange = exchange_groups(step.form.crossing)
+    method = Method(init, plan, merge, partial(taken, share="alpha"))
     if choice.enabled:
         method = method._replace(trial=trial, decide=partial(choose, choice))
     return chosen_together(method, mixtures) if config.strength == "auto" else method
