@@ -68,15 +68,17 @@ class ChoiceConfig(Section):
     it trains on from it."""
     every: PositiveInt = 1
     """Rounds from one question to the next. In the last round all clients with a stored adapter are asked."""
-    tolerance: NonNegativeFloat = 0.2
+    memory: Share = 0.5
+    """Weight of the past in the moving average of a client's answers."""
+    tolerance: NonNegativeFloat = 0.1
     """Share by which the whole mixture may raise a client's validation loss above that of its own upload for it to be
     what the client trains on from; beyond, it is the own upload."""
     margin: Share = 0.01
     """Share of its loss by which a client's validation loss must fall for it to keep anything but its own upload. A
     client counts as harmed when its test loss is more than 1 % above that of training alone."""
-    grid: tuple[Annotated[float, Field(ge=0, le=1)], ...] = (0.0, 0.5, 1.0)
-    """Shares of the mixed adapter that a client may keep at the end, from 0 to 1 and ascending; the rest is its own
-    upload. Before the last round only 0 and 1 are judged."""
+    grid: tuple[Annotated[float, Field(ge=0, le=1)], ...] = (0.0, 1.0)
+    """Shares of the mixed adapter that a client may keep, from 0 to 1 and ascending; the rest is its own upload. Each
+    is judged whenever clients are asked."""
     pooling: NonNegativeFloat = 0.0
     """Tokens that the mean over all clients counts as, beside a client's own validation tokens; 0 trusts each client's
     own examples alone."""

@@ -8,7 +8,7 @@ import pytest
 import torch
 from tests.federation.builders import clients, initial, mira, play, same_bytes
 
-from fedmira.federation.choosing import ENDS, ask, asked, blend, choose, first_choice
+from fedmira.federation.choosing import ask, asked, blend, choose, first_choice
 from fedmira.federation.method import State
 from fedmira.federation.registry import build_method
 from fedmira.method_config import ChoiceConfig
@@ -22,8 +22,8 @@ def returned(*ids: int) -> Results:
     return Results(ids, OWN.values_KP[list(ids)], (), 0, 0, 0.0, 0)
 
 
-def state() -> State:
-    return State(MIXED, (1, 1, 1), {**first_choice(3), "other": torch.ones(1)})
+def state(config: ChoiceConfig) -> State:
+    return State(MIXED, (1, 1, 1), {**first_choice(config, 3), "other": torch.ones(1)})
 
 
 def answers(rows: list[list[float]], tokens: tuple[int, ...]) -> Losses:
@@ -31,7 +31,7 @@ def answers(rows: list[list[float]], tokens: tuple[int, ...]) -> Losses:
 
 
 def question(config: ChoiceConfig, *ids: int) -> Trial:
-    trial = ask(config.grid, OWN, MIXED, ids)
+    trial = ask(config, OWN, MIXED, ids)
     assert trial is not None
     return trial
 
@@ -52,7 +52,7 @@ def test_every_client_keeps_what_does_best_on_its_own_examples() -> None:
         [[4.0, 2.0]] * 2,
         [[8.0, 0.0]] * 2,
     ]
-    after, info = choose(config, state(), trial, answers([[2.0, 1.0, 2.2], [1.0, 2.0, 3.0]], (10, 10)))
+    after, info = choose(config, state(config), trial, answers([[2.0, 1.0, 2.1], [1.0, 2.0, 3.0]], (10, 10)))
     assert after.memory["alpha"].tolist() == [0.5, 1.0, 0.0]
     assert after.memory["other"].tolist() == [1.0]
     assert info.numbers == {"mean_alpha": 0.25, "start_from_own": 0.5}
@@ -60,7 +60,7 @@ def test_every_client_keeps_what_does_best_on_its_own_examples() -> None:
 
 def test_a_small_gain_is_not_taken() -> None:
     config = ChoiceConfig(grid=(0.0, 1.0), margin=0.01)
-    after, _ = choose(config, state(), question(config, 0, 1), answers([[2.0, 1.985], [2.0, 1.975]], (10, 10)))
+    after, _ = choose(config, state(config), question(config, 0, 1), answers([[2.0, 1.985], [2.0, 1.975]], (10, 10)))
     assert after.memory["alpha"].tolist() == [0.0, 1.0, 1.0]
 
 
@@ -68,23 +68,33 @@ def test_few_examples_are_drawn_towards_what_all_say() -> None:
     config = ChoiceConfig(grid=(0.0, 1.0), margin=0.0, pooling=100.0)
     trial = question(config, 0, 1, 2)
     rows = [[1.0, 1.1], [1.0, 0.5], [1.0, 0.5]]
-    few, _ = choose(config, state(), trial, answers(rows, (1, 1, 1)))
-    many, _ = choose(config, state(), trial, answers(rows, (10_000, 1, 1)))
+    few, _ = choose(config, state(config), trial, answers(rows, (1, 1, 1)))
+    many, _ = choose(config, state(config), trial, answers(rows, (10_000, 1, 1)))
     assert few.memory["alpha"].tolist() == [1.0, 1.0, 1.0]
     assert many.memory["alpha"].tolist() == [0.0, 1.0, 1.0]
+
+
+def test_answers_are_remembered() -> None:
+    config = ChoiceConfig(margin=0.0, memory=0.75)
+    trial = question(config, 0)
+    first, _ = choose(config, state(config), trial, answers([[1.0, 0.6]], (5,)))
+    assert first.memory["changes"][0].tolist() == pytest.approx([0.0, -0.4]), "nothing came before"
+    second, _ = choose(config, first, trial, answers([[1.0, 1.1]], (5,)))
+    assert second.memory["changes"][0].tolist() == pytest.approx([0.0, 0.75 * -0.4 + 0.25 * 0.1])
+    assert second.memory["alpha"].tolist() == [1.0, 1.0, 1.0]
 
 
 @pytest.mark.parametrize(("heard", "kept"), [(0.6, 1.0), (1.1, 0.0)])
 def test_a_client_without_examples_follows_the_others(heard: float, kept: float) -> None:
     config = ChoiceConfig(grid=(0.0, 1.0), margin=0.0)
     trial = question(config, 0, 1)
-    after, _ = choose(config, state(), trial, answers([[1.0, heard], [torch.nan, torch.nan]], (5, 0)))
+    after, _ = choose(config, state(config), trial, answers([[1.0, heard], [torch.nan, torch.nan]], (5, 0)))
     assert after.memory["alpha"].tolist() == [kept, kept, 1.0]
 
 
 def test_without_any_validation_examples_everybody_keeps_all() -> None:
     config = ChoiceConfig(grid=(0.0, 1.0))
-    after, info = choose(config, state(), question(config, 0, 1, 2), answers([[torch.nan, torch.nan]] * 3, (0, 0, 0)))
+    after, info = choose(config, state(config), question(config, 0, 1, 2), answers([[torch.nan, torch.nan]] * 3, (0, 0, 0)))
     assert after.memory["alpha"].tolist() == [1.0, 1.0, 1.0]
     assert not info.numbers
 
@@ -103,9 +113,7 @@ def test_the_last_round_asks_all_that_ever_returned(
 @pytest.mark.parametrize(("loss", "start"), [(0.9, 1.0), (1.19, 1.0), (1.21, 0.0)])
 def test_a_client_trains_on_from_its_mixture_unless_that_is_much_worse(loss: float, start: float) -> None:
     config = ChoiceConfig(tolerance=0.2)
-    trial = ask(ENDS, OWN, MIXED, (1,))
-    assert trial is not None
-    after, _ = choose(config, state(), trial, answers([[1.0, loss]], (10,)))
+    after, _ = choose(config, state(config), question(config, 1), answers([[1.0, loss]], (10,)))
     assert after.memory["start_alpha"].tolist() == [1.0, start, 1.0]
     assert after.memory["alpha"].tolist() == [1.0, float(loss < 1), 1.0]
 

@@ -20,15 +20,13 @@ from fedmira.federation.method import Info, State
 from fedmira.method_config import ChoiceConfig
 from fedmira.types import Arena, Losses, Participants, Results, Trial
 
-ENDS = (0.0, 1.0)
-"""What is judged while the run goes on: the own upload and the whole mixture."""
-
-
-def first_choice(num_clients: int) -> dict[str, torch.Tensor]:
-    """What is remembered before round 1: everybody keeps all of its mixture and trains on from it."""
+def first_choice(config: ChoiceConfig, num_clients: int) -> dict[str, torch.Tensor]:
+    """What is remembered before round 1: everybody keeps all of its mixture and trains on from it; nobody was asked."""
     return {
         "alpha": torch.ones(num_clients, dtype=torch.float64),
         "start_alpha": torch.ones(num_clients, dtype=torch.float64),
+        "changes": torch.zeros(num_clients, len(config.grid), dtype=torch.float64),
+        "change_tokens": torch.zeros(num_clients, dtype=torch.float64),
     }
 
 
@@ -51,13 +49,13 @@ def asked(
     return results.ids if participants.round % config.every == 0 else ()
 
 
-def ask(grid: Sequence[float], own: Arena, mixed: Arena, ids: tuple[int, ...]) -> Trial | None:
-    """Return the question to `ids`: which alpha of `grid`? None if it goes to nobody.
+def ask(config: ChoiceConfig, own: Arena, mixed: Arena, ids: tuple[int, ...]) -> Trial | None:
+    """Return the question to `ids`: which alpha of the grid? None if it goes to nobody.
 
     Nothing more crosses than without the question: x_k is what a client gets anyway, and it holds theta_k.
 
     Args:
-        grid: shares of the mixture.
+        config: has the grid.
         own: theta of all K clients.
         mixed: x of all K clients.
         ids: rows of those asked, ascending.
@@ -65,38 +63,40 @@ def ask(grid: Sequence[float], own: Arena, mixed: Arena, ids: tuple[int, ...]) -
     rows = list(ids)
 
     def candidate(number: int) -> torch.Tensor:
-        alpha_S = torch.full((len(rows),), grid[number], device=own.values_KP.device)
+        alpha_S = torch.full((len(rows),), config.grid[number], device=own.values_KP.device)
         own_S, mixed_S = own.replace(own.values_KP[rows]), mixed.replace(mixed.values_KP[rows])
         return blend(own_S, mixed_S, alpha_S).values_KP
 
-    return Trial(ids, len(grid), candidate, sent=0) if rows else None
+    return Trial(ids, len(config.grid), candidate, sent=0) if rows else None
 
 
 def choose(config: ChoiceConfig, state: State, trial: Trial, losses: Losses) -> tuple[State, Info]:
     """Return the state in which those asked keep the alpha that did best and start from what they tolerate.
 
-    What counts is the change of a client's loss relative to that of its own upload; its weight is its validation
-    tokens against `pooling` tokens of the mean over all that were asked. To keep anything but its own a client must
-    lower the loss by `margin`; ties go to the smaller alpha. To leave the mixture as a start its loss must rise by
-    more than `tolerance`. A client without validation examples follows the mean.
+    What counts is the change of a client's loss relative to that of its own upload, a moving average over the rounds it
+    was asked in; its weight is its validation tokens against `pooling` tokens of the mean over all clients. To keep
+    anything but its own a client must lower the loss by `margin`; ties go to the smaller alpha. To leave the mixture as
+    a start its loss must rise by more than `tolerance`. A client without validation examples follows the mean.
     """
-    grid = torch.tensor(config.grid if trial.num_candidates == len(config.grid) else ENDS, dtype=torch.float64)
-    change_SQ = losses.mean_SQ / losses.mean_SQ[:, :1] - 1.0
-    heard_S = torch.isfinite(change_SQ).all(dim=1)
-    if not heard_S.any():
+    rows, memory = list(trial.ids), dict(state.memory)
+    for name in ("alpha", "start_alpha", "changes", "change_tokens"):
+        memory[name] = memory[name].clone()
+    changes_KQ, tokens_K = memory["changes"], memory["change_tokens"]
+    now_SQ = (losses.mean_SQ / losses.mean_SQ[:, :1] - 1.0).to(changes_KQ)
+    for s, k in enumerate(rows):
+        if torch.isfinite(now_SQ[s]).all():
+            past = config.memory if tokens_K[k] else 0.0
+            changes_KQ[k] = past * changes_KQ[k] + (1 - past) * now_SQ[s]
+            tokens_K[k] = losses.tokens_S[s]
+    heard_K = tokens_K > 0
+    if not heard_K.any():
         # nobody holds validation examples: everybody goes on as before
         return state, Info({})
-    common_Q = change_SQ[heard_S].mean(dim=0)
-    tokens_S = torch.where(heard_S, torch.tensor(losses.tokens_S, dtype=torch.float64), 0.0)
-    weight_S1 = (tokens_S / (tokens_S + config.pooling).clamp(min=1e-9))[:, None]
-    expected_SQ = weight_S1 * change_SQ.nan_to_num() + (1 - weight_S1) * common_Q
+    weight_S1 = (tokens_K / (tokens_K + config.pooling).clamp(min=1e-9))[rows, None]
+    expected_SQ = weight_S1 * changes_KQ[rows] + (1 - weight_S1) * changes_KQ[heard_K].mean(dim=0)
     start_S = (expected_SQ[:, -1] <= config.tolerance).double()
     expected_SQ[:, 1:] += config.margin
-    alpha_S = grid[expected_SQ.argmin(dim=1)]
-    chosen = {"alpha": alpha_S, "start_alpha": start_S}
-    memory = dict(state.memory)
-    for name, chosen_S in chosen.items():
-        memory[name] = memory[name].clone()
-        memory[name][list(trial.ids)] = chosen_S.to(memory[name])
+    alpha_S = torch.tensor(config.grid, dtype=torch.float64)[expected_SQ.argmin(dim=1).cpu()]
+    memory["alpha"][rows], memory["start_alpha"][rows] = alpha_S.to(tokens_K), start_S
     numbers = {"mean_alpha": float(alpha_S.mean()), "start_from_own": float((start_S == 0).double().mean())}
     return replace(state, memory=memory), Info(numbers)

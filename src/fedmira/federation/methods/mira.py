@@ -14,7 +14,7 @@ from functools import partial
 import numpy as np
 import torch
 
-from fedmira.federation.choosing import ENDS, ask, asked, blend, choose, first_choice
+from fedmira.federation.choosing import ask, asked, blend, choose, first_choice
 from fedmira.federation.graph import Graph
 from fedmira.federation.learned_graphs import Seen, learner
 from fedmira.federation.method import Info, Method, State
@@ -42,7 +42,7 @@ def build(config: MiraConfig, clients: Clients, graph: Graph | None) -> Method:
         if learns is not None:
             memory |= {"starts": initial.values_KP.clone(), **learns.init(initial)}
         if choice.enabled:
-            memory |= first_choice(initial.num_clients)
+            memory |= first_choice(choice, initial.num_clients)
         return State(state.adapters, state.last_round_K, memory)
 
     def mixtures(
@@ -80,8 +80,7 @@ def build(config: MiraConfig, clients: Clients, graph: Graph | None) -> Method:
 
     def trial(state: State, participants: Participants, results: Results) -> Trial | None:
         who = asked(choice, participants, results, state.last_round_K)
-        grid = choice.grid if participants.last else ENDS
-        return ask(grid, state.adapters.replace(state.memory["uploads"]), state.adapters, who)
+        return ask(choice, state.adapters.replace(state.memory["uploads"]), state.adapters, who)
 
     exchange = exchange_groups(step.form.crossing)
     method = Method(init, plan, merge, partial(taken, share="alpha"))
