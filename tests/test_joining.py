@@ -91,7 +91,7 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 def without_questions(recorded: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The last round also asks what clients keep: that shows in its bytes and numbers, and in what is judged after it."""
+    """The last round also asks what clients keep: it shows in its bytes and numbers, and in what is judged after it."""
     return [{**event, **dict.fromkeys(("numbers", "upload_bytes", "clients"))} for event in recorded[:-1]]
 
 

@@ -32,10 +32,11 @@ def study() -> ModuleType:
 def tried(study: ModuleType, loss: Callable[[float], float | None], grid: list[float]) -> tuple[list[list[float]], Any]:
     """The batches of rates that are asked for until one is chosen, and that one."""
     config = RunConfig.model_validate({"name": "s", "compare": {"learning_rates": grid, "methods": ["fedit"]}})
+    of = study.Study("s", config, {})
     found: dict[Any, Any] = {}
     batches = []
     while True:
-        rate, untried = study.choose_rate("s", config, "fedit", found)
+        rate, untried = study.choose_rate(of, "fedit", found)
         if rate is not None:
             return batches, rate
         batches.append([task.learning_rate for task in untried])

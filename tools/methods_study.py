@@ -3,7 +3,8 @@
     python tools/methods_study.py run  --data DIR [--only planted flan] [--methods mira fedit] [--workers 2]
     python tools/methods_study.py page > docs/results/methods.md
 
-`studies/*.yaml` say which methods, draws and learning rates. Every finished run becomes one line of
+`studies/*.yaml` say which methods, draws and learning rates; `studies/settings/*.yaml` name further runs of them that
+differ in other sections of the config, such as compression. Every finished run becomes one line of
 `studies/results/NAME.jsonl`, a file that is kept under version control: a run whose line is there is not done again,
 also on another machine. A line belongs to the config it was made with (without paths); when that changes, it is done
 anew. Learning rates are chosen per method on validation data of another draw; test data is looked at by `page` only.
@@ -26,6 +27,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import yaml
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 STUDIES = REPOSITORY / "studies"
@@ -37,6 +39,23 @@ _LATER: Mapping[str, Mapping[str, Any]] = {
     "method": {"mixing": "factors", "robust": "none", "depth": 0.0, "client_strength": {}},
 }
 """Keys that came after the first results, with the values that leave everything as it was before them."""
+
+
+class Study(NamedTuple):
+    """One federation and what is compared on it."""
+
+    name: str
+    config: Any
+    settings: Mapping[str, Mapping[str, Any]]
+    """Further names to compare: the method and the sections of the config that differ."""
+
+    @property
+    def methods(self) -> list[str]:
+        return [*self.config.compare.methods, *self.settings]
+
+    @property
+    def seeds(self) -> range:
+        return range(self.config.seed, self.config.seed + self.config.compare.seeds)
 
 
 class Task(NamedTuple):
@@ -68,46 +87,53 @@ def digest(config: Mapping[str, Any]) -> str:
 # ------------------------------------------------------------------------------------------------------------ planning
 
 
-def load_study(path: Path, data: Path | None) -> Any:
-    """The config of a study; relative data paths are below `data`."""
+def load_study(path: Path, data: Path | None) -> Study:
+    """The study of a file; relative data paths are below `data`."""
     from fedmira.config_file import load_config
 
-    config = load_config(path)
+    config, beside = load_config(path), STUDIES / "settings" / path.name
+    settings = yaml.safe_load(beside.read_text("utf-8")) if beside.is_file() else {}
     where = getattr(config.data, "path", None)
-    if where is None or data is None:
-        return config
-    return config.model_copy(update={"data": config.data.model_copy(update={"path": str(data / where)})})
+    if where is not None and data is not None:
+        config = config.model_copy(update={"data": config.data.model_copy(update={"path": str(data / where)})})
+    return Study(path.stem, config, settings)
 
 
-def task_of(study: str, config: Any, method: str, seed: int, rate: float, *, tuning: bool) -> Task:
+def task_of(study: Study, name: str, seed: int, rate: float, *, tuning: bool) -> Task:
+    from fedmira.config import RunConfig
     from fedmira.studies.compare import variant
 
-    chosen = variant(config, method, seed, rate, tuning=tuning).model_dump(mode="json")
+    differs = dict(study.settings.get(name, {"method": name}))
+    chosen = variant(study.config, differs.pop("method"), seed, rate, tuning=tuning).model_dump(mode="json")
     chosen["compare"] = {}
-    return Task(study, chosen, method, seed, rate, tuning)
+    if differs:
+        changed = {section: {**chosen[section], **values} for section, values in differs.items()}
+        chosen = RunConfig.model_validate({**chosen, **changed}).model_dump(mode="json")
+        chosen["compare"] = {}
+    return Task(study.name, chosen, name, seed, rate, tuning)
 
 
-def missing(study: str, config: Any, methods: Sequence[str], found: Mapping[Any, Any]) -> Iterator[Task]:
+def missing(study: Study, methods: Sequence[str], found: Mapping[Any, Any]) -> Iterator[Task]:
     """The runs that can be done now: rates to try for every method, reported draws of those whose rate is chosen."""
     for name in methods:
-        rate, untried = choose_rate(study, config, name, found)
+        rate, untried = choose_rate(study, name, found)
         yield from untried
         if rate is None:
             continue
-        for seed in range(config.seed, config.seed + config.compare.seeds):
-            task = task_of(study, config, name, seed, rate, tuning=False)
+        for seed in study.seeds:
+            task = task_of(study, name, seed, rate, tuning=False)
             if task.key not in found:
                 yield task
 
 
-def choose_rate(study: str, config: Any, name: str, found: Mapping[Any, Any]) -> tuple[float | None, list[Task]]:
+def choose_rate(study: Study, name: str, found: Mapping[Any, Any]) -> tuple[float | None, list[Task]]:
     """The rate with the lowest validation loss on the tuning draw, or None and the runs that must be tried first.
 
     Three neighbours in the middle of the grid are tried, and while the best of those tried is the outermost, the next
     one on its side. One that diverged counts as infinite; ties go to the smaller rate.
     """
-    grid = sorted(config.compare.learning_rates)
-    trials = [task_of(study, config, name, config.compare.tuning_seed, rate, tuning=True) for rate in grid]
+    grid, seed = sorted(study.config.compare.learning_rates), study.config.compare.tuning_seed
+    trials = [task_of(study, name, seed, rate, tuning=True) for rate in grid]
     low = max(0, (len(grid) - 3) // 2)
     high = min(len(grid), low + 3)
     while not (untried := [task for task in trials[low:high] if task.key not in found]):
@@ -183,10 +209,10 @@ def run(arguments: argparse.Namespace) -> None:
         for path in sorted(STUDIES.glob("*.yaml")):
             if arguments.only and path.stem not in arguments.only:
                 continue
-            config = load_study(path, arguments.data)
-            methods = [name for name in config.compare.methods if not arguments.methods or name in arguments.methods]
+            study = load_study(path, arguments.data)
+            methods = [name for name in study.methods if not arguments.methods or name in arguments.methods]
             # first all grids, then all reported draws
-            while todo := list(missing(path.stem, config, methods, by_key(read_lines(path.stem)))):
+            while todo := list(missing(study, methods, by_key(read_lines(path.stem)))):
                 print(f"{path.stem}: {len(todo)} runs to do", flush=True)
                 for done in as_completed([pool.submit(carry_out, task) for task in todo]):
                     line = {**done.result(), "commit": commit}
@@ -235,26 +261,24 @@ def difference(ones: Sequence[Judged], others: Sequence[Judged]) -> tuple[float,
     return float(np.mean([pair.mean() for pair in pairs])), float(low), float(high)
 
 
-def chosen(study: str, config: Any) -> dict[str, tuple[float, list[Judged]]]:
-    """Per method the chosen learning rate and the reported runs in the order of their draws; whole ones only."""
-    found = by_key(read_lines(study))
-    compare, reported = config.compare, {}
-    for name in compare.methods:
-        rate, _ = choose_rate(study, config, name, found)
+def chosen(study: Study) -> dict[str, tuple[float, list[Judged]]]:
+    """Per name the chosen learning rate and the reported runs in the order of their draws; whole ones only."""
+    found, reported = by_key(read_lines(study.name)), {}
+    for name in study.methods:
+        rate, _ = choose_rate(study, name, found)
         if rate is None:
             continue
-        seeds = range(config.seed, config.seed + compare.seeds)
-        lines = [found.get(task_of(study, config, name, seed, rate, tuning=False).key) for seed in seeds]
+        lines = [found.get(task_of(study, name, seed, rate, tuning=False).key) for seed in study.seeds]
         if all(line is not None and line.get("clients") for line in lines):
             reported[name] = (rate, [judged(line) for line in lines if line is not None])
     return reported
 
 
-def section(study: str, config: Any) -> str:
+def section(study: Study) -> str:
     """The table of one study, best first."""
-    reported = chosen(study, config)
+    reported = chosen(study)
     if "local_only" not in reported:
-        return f"## {study}\n\nNot run yet."
+        return f"## {study.name}\n\nNot run yet."
     local = reported["local_only"][1]
     header = ["method", "mean loss", "vs local_only [95 %]", "vs mira [95 %]", "worst tenth", "harmed", "Rouge-L"]
     rows = [[*header, "MB up + down", "s", "learning rate"], ["---", *["---:"] * 9]]
@@ -278,14 +302,14 @@ def section(study: str, config: Any) -> str:
             ]
         )
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
-    compare = config.compare
+    config, compare = study.config, study.config.compare
     facts = (
         f"{len(local[0].losses_K)} clients, {config.federation.rounds} rounds of {config.training.steps_or_default} "
         f"steps, {compare.seeds} draws; learning rates {', '.join(f'{rate:g}' for rate in compare.learning_rates)} "
         f"tried on draw {compare.tuning_seed}."
     )
-    absent = [name for name in compare.methods if name not in reported]
-    return "\n\n".join([f"## {study}", facts, table, *([f"Not run yet: {', '.join(absent)}."] if absent else [])])
+    absent = [name for name in study.methods if name not in reported]
+    return "\n\n".join([f"## {study.name}", facts, table, *([f"Not run yet: {', '.join(absent)}."] if absent else [])])
 
 
 def mean_loss(runs: Sequence[Judged]) -> float:
@@ -301,19 +325,20 @@ def interval(runs: Sequence[Judged], others: Sequence[Judged]) -> str:
     return f"{middle:+.3f} [{low:+.3f}, {high:+.3f}]"
 
 
-def aims(studies: Mapping[str, Any]) -> str:
+def aims(studies: Sequence[Study]) -> str:
     """What `mira` with its defaults should reach on each federation, and whether it did."""
     rows = [
         ["federation", "best", "mira - best (SE of it)", "vs local_only", "vs fedit", "harmed", "gap to oracle closed"]
     ]
     rows.append(["---", *["---:"] * 6])
-    for study, config in studies.items():
-        reported = {name: runs for name, (_, runs) in chosen(study, config).items()}
+    for study in studies:
+        reported = {name: runs for name, (_, runs) in chosen(study).items()}
         if not {"mira", "local_only", "fedit"} <= set(reported):
             continue
         mira, local = reported["mira"], reported["local_only"]
         told = {name for name in reported if name.startswith(("oracle", "mira-", "centralised"))}
-        best = min((name for name in reported if name not in told), key=lambda name: mean_loss(reported[name]))
+        others = [name for name in reported if name not in told and name not in study.settings]
+        best = min(others, key=lambda name: mean_loss(reported[name]))
         gaps = [m.losses_K.mean() - b.losses_K.mean() for m, b in zip(mira, reported[best], strict=True)]
         error = float(np.std(gaps, ddof=1) / math.sqrt(len(gaps))) if len(gaps) > 1 else 0.0
         harmed = np.mean([(m.losses_K > 1.01 * b.losses_K).mean() for m, b in zip(mira, local, strict=True)])
@@ -324,7 +349,7 @@ def aims(studies: Mapping[str, Any]) -> str:
             closed = f"{share:.0%} of {oracle}"
         rows.append(
             [
-                study,
+                study.name,
                 best,
                 f"{np.mean(gaps):+.3f} ({error:.3f})",
                 interval(mira, local),
@@ -337,9 +362,9 @@ def aims(studies: Mapping[str, Any]) -> str:
 
 
 def page(_arguments: argparse.Namespace) -> None:
-    studies = {path.stem: load_study(path, None) for path in sorted(STUDIES.glob("*.yaml"))}
+    studies = [load_study(path, None) for path in sorted(STUDIES.glob("*.yaml"))]
     words = (STUDIES / "words.md").read_text(encoding="utf-8").rstrip()
-    print("\n\n".join([words, aims(studies), *(section(study, config) for study, config in studies.items())]))
+    print("\n\n".join([words, aims(studies), *map(section, studies)]))
 
 
 def main() -> None:

@@ -103,7 +103,9 @@ CONFIGS: dict[str, MethodConfig] = {
     "mira-gram_layers-auto": mira_with(
         "gram_layers", strength="auto", mixing="least_squares", choice={"enabled": True}
     ),
-    "mira-trust-auto": mira_with("trust", strength="auto", choice={"tolerance": 0.0, "every": 2}, depth=1.0, robust="clip"),
+    "mira-trust-auto": mira_with(
+        "trust", strength="auto", choice={"tolerance": 0.0, "every": 2}, depth=1.0, robust="clip"
+    ),
     "fedprox": FedProxConfig(name="fedprox"),
     "ffa_lora": FfaLoraConfig(name="ffa_lora"),
     "rolora": RoLoraConfig(name="rolora"),

@@ -94,7 +94,9 @@ def test_a_client_without_examples_follows_the_others(heard: float, kept: float)
 
 def test_without_any_validation_examples_everybody_keeps_all() -> None:
     config = ChoiceConfig(grid=(0.0, 1.0))
-    after, info = choose(config, state(config), question(config, 0, 1, 2), answers([[torch.nan, torch.nan]] * 3, (0, 0, 0)))
+    after, info = choose(
+        config, state(config), question(config, 0, 1, 2), answers([[torch.nan, torch.nan]] * 3, (0, 0, 0))
+    )
     assert after.memory["alpha"].tolist() == [1.0, 1.0, 1.0]
     assert not info.numbers
 
@@ -103,9 +105,7 @@ def test_without_any_validation_examples_everybody_keeps_all() -> None:
     ("every", "round_", "last", "who"),
     [(1, 3, False, (2,)), (1, 3, True, (0, 2)), (3, 3, False, (2,)), (3, 4, False, ()), (3, 4, True, (0, 2))],
 )
-def test_the_last_round_asks_all_that_ever_returned(
-    every: int, round_: int, last: bool, who: tuple[int, ...]
-) -> None:
+def test_the_last_round_asks_all_that_ever_returned(every: int, round_: int, last: bool, who: tuple[int, ...]) -> None:
     participants = Participants(round_, (1, 2), last)
     assert asked(ChoiceConfig(every=every), participants, returned(2), last_round_K=(1, 0, round_)) == who
 

@@ -1,5 +1,5 @@
-"""Validated mixing: by the loss on its own validation examples each client decides how much of its mixture it keeps, and
-whether it trains on from it.
+"""Validated mixing: by the loss on its own validation examples each client decides how much of its mixture it keeps,
+and whether it trains on from it.
 
 Client k may keep (1 - alpha) theta_k + alpha x_k, theta_k its own upload and x_k what the server mixed for it, for each
 alpha of a grid. It trains on from x_k unless that raises its loss by more than a tolerance, and then from theta_k: a
@@ -19,6 +19,7 @@ import torch
 from fedmira.federation.method import Info, State
 from fedmira.method_config import ChoiceConfig
 from fedmira.types import Arena, Losses, Participants, Results, Trial
+
 
 def first_choice(config: ChoiceConfig, num_clients: int) -> dict[str, torch.Tensor]:
     """What is remembered before round 1: everybody keeps all of its mixture and trains on from it; nobody was asked."""
@@ -43,7 +44,7 @@ def blend(own: Arena, mixed: Arena, alpha_K: torch.Tensor) -> Arena:
 def asked(
     config: ChoiceConfig, participants: Participants, results: Results, last_round_K: Sequence[int]
 ) -> tuple[int, ...]:
-    """Return who is asked after this round: in the last one all that ever returned, else those that just did, or none."""
+    """Return who is asked after this round: in the last one all that ever returned, else those that just did."""
     if participants.last:
         return tuple(k for k, last in enumerate(last_round_K) if last)
     return results.ids if participants.round % config.every == 0 else ()

@@ -29,8 +29,8 @@ def build(config: MiraConfig, clients: Clients, graph: Graph | None) -> Method:
     """Return the method on `graph`; None means the graph is learned from the stored uploads.
 
     All rows of `state.adapters` are mixed anew each round, also those of clients that were not sampled. What a client
-    starts from and is judged by is as much of its row as it has chosen, see `choosing`. A client never seen starts from its neighbours where the
-    graph knows them, else from its initial adapter.
+    starts from and is judged by is as much of its row as it has chosen, see `choosing`. A client never seen starts from
+    its neighbours where the graph knows them, else from its initial adapter.
     """
     mean_examples, factors_K = float(np.mean(clients.num_examples_K)), config.factors_of(clients.names)
     choice, decay, step = config.choice, config.staleness_decay, server_step(config, clients)
