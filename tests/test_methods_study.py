@@ -29,7 +29,9 @@ def study() -> ModuleType:
     return module
 
 
-def tried(study: ModuleType, loss: Callable[[float], float | None], grid: list[float]) -> tuple[list[list[float]], Any]:
+def tried(
+    study: ModuleType, loss: Callable[[float, int], float | None], grid: list[float]
+) -> tuple[list[list[float]], Any]:
     """The batches of rates that are asked for until one is chosen, and that one."""
     config = RunConfig.model_validate({"name": "s", "compare": {"learning_rates": grid, "methods": ["fedit"]}})
     of = study.Study("s", config, {})
@@ -40,8 +42,10 @@ def tried(study: ModuleType, loss: Callable[[float], float | None], grid: list[f
         if rate is not None:
             return batches, rate
         batches.append([task.learning_rate for task in untried])
-        assert all(task.tuning and task.seed == config.compare.tuning_seed for task in untried)
-        found |= {task.key: {"validation_loss": loss(task.learning_rate)} for task in untried}
+        draws = [task.seed - config.compare.tuning_seed for task in untried]
+        assert all(task.tuning and 0 <= draw < 3 for task, draw in zip(untried, draws, strict=True))
+        answers = [loss(task.learning_rate, draw) for task, draw in zip(untried, draws, strict=True)]
+        found |= {task.key: {"validation_loss": answer} for task, answer in zip(untried, answers, strict=True)}
 
 
 @pytest.mark.parametrize(
@@ -56,13 +60,21 @@ def tried(study: ModuleType, loss: Callable[[float], float | None], grid: list[f
 def test_rates_are_tried_outwards_while_the_outermost_is_best(
     study: ModuleType, best: float, batches: list[list[float]]
 ) -> None:
-    assert tried(study, lambda rate: abs(math.log(rate / best)), GRID) == (batches, best)
+    assert tried(study, lambda rate, _: abs(math.log(rate / best)), GRID) == (batches, best)
 
 
 def test_a_rate_that_diverges_is_never_chosen(study: ModuleType) -> None:
-    assert tried(study, lambda rate: None if rate > 2e-3 else rate, GRID)[1] == 3e-4
+    assert tried(study, lambda rate, _: None if rate > 2e-3 else rate, GRID)[1] == 3e-4
 
 
 @pytest.mark.parametrize("grid", [[1e-3], [1e-3, 1e-2]])
 def test_a_short_grid_is_tried_whole(study: ModuleType, grid: list[float]) -> None:
-    assert tried(study, lambda rate: -rate, grid) == ([grid], grid[-1])
+    assert tried(study, lambda rate, _: 1 / rate, grid) == ([grid], grid[-1])
+
+
+def test_rates_that_are_close_are_tried_on_two_more_draws(study: ModuleType) -> None:
+    """1e-3 is ahead on the first draw only; 1e-2 is out of the race."""
+    losses = {1e-3: [2.00, 2.2, 2.2], 3e-3: [2.05, 2.0, 2.1], 3e-4: [2.3], 1e-2: [3.0]}
+    batches, rate = tried(study, lambda rate, draw: losses[rate][draw], GRID)
+    assert batches == [[1e-3, 3e-3, 1e-2], [3e-4], [1e-3, 1e-3, 3e-3, 3e-3]]
+    assert rate == 3e-3

@@ -127,23 +127,37 @@ def missing(study: Study, methods: Sequence[str], found: Mapping[Any, Any]) -> I
 
 
 def choose_rate(study: Study, name: str, found: Mapping[Any, Any]) -> tuple[float | None, list[Task]]:
-    """The rate with the lowest validation loss on the tuning draw, or None and the runs that must be tried first.
+    """The rate with the lowest validation loss on tuning draws, or None and the runs that must be tried first.
 
-    Three neighbours in the middle of the grid are tried, and while the best of those tried is the outermost, the next
-    one on its side. One that diverged counts as infinite; ties go to the smaller rate.
+    Three neighbours in the middle of the grid are tried on one draw, and while the best of those tried is the
+    outermost, the next one on its side. Those within 5 % of the best are tried on two more draws, and the mean of the
+    three decides. One that diverged counts as infinite; ties go to the smaller rate.
     """
     grid, seed = sorted(study.config.compare.learning_rates), study.config.compare.tuning_seed
-    trials = [task_of(study, name, seed, rate, tuning=True) for rate in grid]
+
+    def trials(rates: Sequence[float], draws: Sequence[int]) -> tuple[list[Task], list[float]]:
+        """What is not known yet, and if everything is, the mean loss of each rate."""
+        tasks = [[task_of(study, name, draw, rate, tuning=True) for draw in draws] for rate in rates]
+        untried = [task for of_rate in tasks for task in of_rate if task.key not in found]
+        losses = [] if untried else [[found[t.key]["validation_loss"] for t in of_rate] for of_rate in tasks]
+        return untried, [math.inf if None in of_rate else float(np.mean(of_rate)) for of_rate in losses]
+
     low = max(0, (len(grid) - 3) // 2)
     high = min(len(grid), low + 3)
-    while not (untried := [task for task in trials[low:high] if task.key not in found]):
-        losses = [found[task.key]["validation_loss"] for task in trials[low:high]]
-        best = low + int(np.argmin([math.inf if loss is None else loss for loss in losses]))
+    while True:
+        untried, losses = trials(grid[low:high], [seed])
+        if untried:
+            return None, untried
+        best = low + int(np.argmin(losses))
         wider = max(0, low - (best == low)), min(len(grid), high + (best == high - 1))
         if wider == (low, high):
-            return grid[best], []
+            break
         low, high = wider
-    return None, untried
+    near = [rate for rate, loss in zip(grid[low:high], losses, strict=True) if loss <= 1.05 * min(losses)]
+    if len(near) > 1:
+        untried, losses = trials(near, [seed, seed + 1, seed + 2])
+        return (None, untried) if untried else (near[int(np.argmin(losses))], [])
+    return grid[best], []
 
 
 # ------------------------------------------------------------------------------------------------------------- running
@@ -305,8 +319,7 @@ def section(study: Study) -> str:
     config, compare = study.config, study.config.compare
     facts = (
         f"{len(local[0].losses_K)} clients, {config.federation.rounds} rounds of {config.training.steps_or_default} "
-        f"steps, {compare.seeds} draws; learning rates {', '.join(f'{rate:g}' for rate in compare.learning_rates)} "
-        f"tried on draw {compare.tuning_seed}."
+        f"steps, {compare.seeds} draws; rates of {', '.join(f'{rate:g}' for rate in compare.learning_rates)}."
     )
     absent = [name for name in study.methods if name not in reported]
     return "\n\n".join([f"## {study.name}", facts, table, *([f"Not run yet: {', '.join(absent)}."] if absent else [])])

@@ -118,8 +118,11 @@ def test_with_labels_who_joins_starts_from_the_uploads_of_its_task(choice: bool)
     assert same_bytes(state.memory["uploads"][4:], initial(2).values_KP)
 
 
-def test_where_the_graph_does_not_know_who_joined_it_starts_from_its_initial_adapter() -> None:
-    assert same_bytes(grown(mira("gram"), [EVERYBODY] * 2).adapters.values_KP[4:], initial(2).values_KP)
+def test_where_the_graph_does_not_know_who_joined_it_starts_from_the_mean_of_all() -> None:
+    adapters_KP = grown(mira("gram"), [EVERYBODY] * 2).adapters.values_KP
+    shares = torch.tensor(clients(4).num_examples_K, dtype=torch.float64)
+    mean = (shares / shares.sum()).to(adapters_KP) @ adapters_KP[:4]
+    assert torch.allclose(adapters_KP[4:], mean.expand(2, -1), rtol=0, atol=1e-6)
     config = MiraConfig(graph=GraphConfig(warmup_rounds=3))
     warming_KP = grown(config, [EVERYBODY] * 2).adapters.values_KP
     assert not torch.allclose(warming_KP[4], initial(1).values_KP[0]), "in the warm-up everybody is related"

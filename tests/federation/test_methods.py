@@ -195,18 +195,25 @@ def _confidence_after_first_round() -> list[float]:
     return [sizes[k] / float(np.mean(sizes)) if k in ROUNDS[0] else 0.0 for k in range(6)]
 
 
-def test_a_client_never_seen_starts_from_its_neighbours_or_else_from_its_initial_adapter() -> None:
+def test_a_client_never_seen_starts_from_its_neighbours_or_else_from_the_mean_of_all() -> None:
     values_SP, state = one_round(build_method(mira("labels"), clients()), (0, 2))
     untouched = initial(dtype=torch.float64).values_KP
     # client 4 shares the task of 0 and 2: with equal weights it lies midway between their mixed adapters
     midway = (state.adapters.values_KP[0] + state.adapters.values_KP[2]) / 2
     assert torch.allclose(state.adapters.values_KP[4], midway, rtol=0, atol=1e-12)
     assert not torch.allclose(state.adapters.values_KP[4], untouched[4], atol=1e-3)
-    assert same_bytes(state.adapters.values_KP[[1, 3, 5]], untouched[[1, 3, 5]])
+    sizes = clients().num_examples_K
+    mean = (sizes[0] * state.adapters.values_KP[0] + sizes[2] * state.adapters.values_KP[2]) / (sizes[0] + sizes[2])
+    assert torch.allclose(state.adapters.values_KP[[1, 3, 5]], mean.expand(3, -1), rtol=0, atol=1e-12)
     assert values_SP.shape[0] == 2
     # the Gram graph knows nothing about clients never seen
     _, learned = one_round(build_method(mira("gram"), clients()), (0, 1, 2, 3))
-    assert same_bytes(learned.adapters.values_KP[4:], untouched[4:])
+    weights = torch.tensor(sizes[:4], dtype=torch.float64) / sum(sizes[:4])
+    mean = weights @ learned.adapters.values_KP[:4]
+    assert torch.allclose(learned.adapters.values_KP[4:], mean.expand(2, -1), rtol=0, atol=1e-12)
+    # without any strength everybody stays alone
+    _, alone = one_round(build_method(mira("gram", strength=0.0), clients()), (0, 1, 2, 3))
+    assert same_bytes(alone.adapters.values_KP[4:], untouched[4:])
 
 
 @pytest.mark.parametrize("kind", ["labels", "gram"])

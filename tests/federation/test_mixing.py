@@ -31,6 +31,7 @@ from fedmira.federation.mixing import (
     laplacian_implicit,
     matrix_of,
     step_numbers,
+    welcome,
 )
 from fedmira.types import Arena
 
@@ -121,6 +122,19 @@ def test_implicit_step_without_bound_is_the_weighted_mean_of_each_component(tau:
         ids = list(members)
         mean = mixing_twin.weighted_mean([values.values_KP[k] for k in ids], [confidence[k] for k in ids])
         assert torch.allclose(mixed[ids], mean.expand(len(ids), -1), atol=1e-8)
+
+
+def test_who_is_in_a_component_without_confidence_gets_the_mean_of_all() -> None:
+    edges = np.zeros((5, 5))
+    edges[0, 1] = edges[1, 0] = edges[2, 3] = edges[3, 2] = 1
+    graph = validated(edges, 5, "given")
+    values = arena(5)
+    mixed = welcome(graph, [1.0, 0.0, 3.0, float("inf"), 0.0])(values).values_KP
+    assert same_bytes(mixed[:4], values.values_KP[:4]), "client 1 has a neighbour that is known"
+    mean = mixing_twin.weighted_mean([values.values_KP[k] for k in (0, 2, 3)], [1.0, 3.0, 1.0])
+    assert np.allclose(mixed[4], mean, rtol=0, atol=1e-12)
+    for confidence in ([0.0] * 5, [1.0, 0.0, 0.0, 1.0, 1.0]):
+        assert same_bytes(welcome(graph, confidence)(values).values_KP, values.values_KP)
 
 
 def test_a_component_nobody_has_confidence_in_keeps_its_bits_and_vanishing_confidence_still_mixes() -> None:

@@ -97,9 +97,10 @@ def smooth_weights(distance_CC: Matrix, neighbours: int) -> Matrix:
         hessian_CC = (np.diag(active_CC.sum(axis=1)) + active_CC) / 2 + np.diag(1.0 / u_C**2)
         step_C = np.linalg.solve(hessian_CC, gradient_C)
         now, falls, share = _dual(u_C, cost_CC), float(gradient_C @ step_C), 1.0
+        rounding = 4 * np.finfo(np.float64).eps * abs(now)
         while share > 1e-12:
             further_C = u_C - share * step_C
-            if (further_C > 0).all() and _dual(further_C, cost_CC) <= now - 1e-4 * share * falls:
+            if (further_C > 0).all() and _dual(further_C, cost_CC) <= now + rounding - 1e-4 * share * falls:
                 break
             share /= 2
         else:

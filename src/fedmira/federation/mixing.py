@@ -143,6 +143,26 @@ def implicit_matrix(graph: Graph, tau: float, confidence_K: Sequence[float]) -> 
     return matrix_KK
 
 
+def welcome(graph: Graph, confidence_K: Sequence[float]) -> Mixer:
+    """Return the mixer that gives those of whom nothing is known the mean of all, weighted by confidence.
+
+    They are the clients in whose component nobody has any confidence, which `laplacian_implicit` leaves as it is. An
+    infinite confidence counts as 1. If nobody has any, everything stays as it is.
+    """
+    confidence = np.nan_to_num(np.asarray(confidence_K, dtype=np.float64), posinf=1.0)
+    strangers = [k for ids in connected_components(graph) if not confidence[list(ids)].any() for k in ids]
+    if not strangers or not confidence.any():
+        return keep()
+
+    def mix(arena: Arena) -> Arena:
+        weight_K = torch.from_numpy(confidence / confidence.sum()).to(arena.values_KP)
+        values_KP = arena.values_KP.clone()
+        values_KP[strangers] = weight_K @ arena.values_KP
+        return arena.replace(values_KP)
+
+    return mix
+
+
 def _around_those_who_stay(graph: Graph, tau: float, confidence_K: Matrix) -> Matrix:
     """Return `implicit_matrix` where some confidences are infinite.
 

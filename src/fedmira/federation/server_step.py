@@ -11,7 +11,7 @@ from typing import NamedTuple
 from fedmira.federation.blocks import faded
 from fedmira.federation.forms import Form, form
 from fedmira.federation.graph import Graph, Matrix
-from fedmira.federation.mixing import laplacian_implicit, step_numbers
+from fedmira.federation.mixing import keep, laplacian_implicit, step_numbers, welcome
 from fedmira.federation.robust import ROBUST
 from fedmira.method_config import MiraConfig
 from fedmira.types import Arena, Clients
@@ -48,7 +48,7 @@ def server_step(config: MiraConfig, clients: Clients) -> ServerStep:
 
         def of_strength(tau: float) -> Mixture:
             on_rows = laplacian_implicit(graph, tau, confidence_K, revised)
-            mixed = mixed_as.of(on_rows)(uploads)
+            mixed = (welcome(graph, confidence_K) if tau > 0 else keep())(mixed_as.of(on_rows)(uploads))
             return Mixture(mixed, lambda: step_numbers(graph, on_rows, uploads, mixed, mixed_as.energy))
 
         return of_strength
