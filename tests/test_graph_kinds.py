@@ -58,19 +58,22 @@ def test_a_run_learns_a_graph_and_says_what_it_is(tmp_path: Path, kind: str) -> 
 
 
 def test_trust_costs_the_adapters_that_are_judged_and_a_probe_costs_nothing(tmp_path: Path) -> None:
-    bytes_of = {}
+    bytes_of, in_the_last = {}, set()
     for name, wanted in (
-        ("gram", config("gram", rounds=1)),
-        ("probe", config("probe", rounds=1)),
-        ("trust", config("trust", rounds=1, judged=2)),
+        ("gram", config("gram", rounds=2)),
+        ("probe", config("probe", rounds=2)),
+        ("trust", config("trust", rounds=2, judged=2)),
     ):
         path = run(wanted, directory=tmp_path / name)
-        [event] = [event for event in RunStore.open(path).events() if event["event"] == "round"]
-        bytes_of[name] = (event["upload_bytes"], event["download_bytes"])
+        events = [event for event in RunStore.open(path).events() if event["event"] == "round"]
+        first, last = ((event["upload_bytes"], event["download_bytes"]) for event in events)
+        bytes_of[name] = first
+        in_the_last.add(last)
     up, down = bytes_of["gram"]
     assert bytes_of["probe"] == (up, down)
     # nine clients: two foreign adapters each, and the losses of three
     assert bytes_of["trust"] == (up + 9 * 3 * 4, down + 2 * down)
+    assert in_the_last == {(up, down)}, "no round follows that a graph could serve"
 
 
 def test_embeddings_tell_families_apart_that_speak_differently() -> None:
