@@ -95,10 +95,15 @@ def dry_run(config: RunConfig) -> Estimate:
         # the first mixing of a process pays for what later ones find ready
         del asked
         state, mixing, asked = _mix(parts, state, 2)
-    questions = [trial for trial in map(asked, range(1, rounds + 1)) if trial is not None]
-    asked_tokens = sum(_tokens_of(parts, trial) for trial in questions)
-    crossing = [trial_bytes(trial, parts.layout, parts.base.adapter_dtype) for trial in questions]
-    del asked, questions
+    asked_tokens, crossing = 0, []
+    for round_ in range(1, rounds + 1):
+        # one at a time: a question may hold adapters
+        trial = asked(round_)
+        if trial is not None:
+            asked_tokens += _tokens_of(parts, trial)
+            crossing.append(trial_bytes(trial, parts.layout, parts.base.adapter_dtype))
+        del trial
+    del asked
     participants = participation.draw(len(parts.clients.names), config.federation, config.seed, 1)
     job = method.plan(state, participants)
     step = try_training(parts, job, planned)

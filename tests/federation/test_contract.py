@@ -126,11 +126,13 @@ def test_a_returning_client_starts_from_an_adapter_that_it_was_judged_by(name: s
         kept = method.personalise(state)
         job = method.plan(state, Participants(round_ + 1, tuple(range(6))))
         for k in range(6):
-            if "alpha" in state.memory and state.memory["alpha"][k] < 1:
-                # it keeps less than all of its mixture, and trains on from all of it
-                continue
             own = [row_P for id_, row_P in zip(job.ids, job.start_SP, strict=True) if id_ == k]
-            assert any(same_bytes(row_P, kept.values_KP[k]) for row_P in own)
+            judged_by = [kept.values_KP[k]]
+            if "start_alpha" in state.memory:
+                # it judged its upload and its mixture, and may keep one and train on from the other
+                judged_by = [state.memory["uploads"][k], state.adapters.values_KP[k]]
+                assert any(same_bytes(kept.values_KP[k], row_P) for row_P in judged_by)
+            assert any(same_bytes(row_P, one_P) for row_P in own for one_P in judged_by)
         assert (job.shift_W is None) == (kept.shift_W is None)
         assert kept.shift_W is None or same_bytes(job.shift_W, kept.shift_W)
 
