@@ -36,7 +36,7 @@ KEY = ("study", "method", "seed", "learning_rate", "tuning", "digest")
 _PATHLESS = {"name", "output", "compare"}
 _LATER: Mapping[str, Mapping[str, Any]] = {
     "training": {"keep_moments": False},
-    "method": {"mixing": "factors", "robust": "none", "depth": 0.0, "client_strength": {}},
+    "method": {"mixing": "factors", "robust": "none", "depth": 0.0, "client_strength": {}, "ema_decay": 0.0},
 }
 """Keys that came after the first results, with the values that leave everything as it was before them."""
 
@@ -75,12 +75,18 @@ class Task(NamedTuple):
 
 
 def digest(config: Mapping[str, Any]) -> str:
-    """A short hash of what decides the numbers: not where data lies or results go."""
+    """A short hash of what decides the numbers: not where data lies or results go, nor what a kind of graph ignores."""
+    from fedmira.graph_config import GraphConfig
+
     kept = {key: value for key, value in config.items() if key not in _PATHLESS}
     kept["data"] = {key: value for key, value in kept["data"].items() if key != "path"}
     for section, later in _LATER.items():
         of_section = kept[section].items()
         kept[section] = {key: value for key, value in of_section if key not in later or value != later[key]}
+    if "graph" in kept["method"]:
+        graph = GraphConfig.model_validate(kept["method"]["graph"])
+        used = {key: value for key, value in graph.model_dump(mode="json").items() if key == "kind" or graph.uses(key)}
+        kept["method"]["graph"] = used
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:12]
 
 

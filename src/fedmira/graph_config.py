@@ -43,7 +43,7 @@ class GraphConfig(Section):
     memory: Share = 0.0
     """With graphs learned over rounds: weight of the past in the moving average of what is compared. What clients learn
     first is what their answers look like; remembering it blurs which tasks are alike."""
-    warmup_rounds: NonNegativeInt = 3
+    warmup_rounds: NonNegativeInt = 1
     """With graphs learned over rounds: rounds before the graph is trusted."""
     warmup: Literal["uniform", "none"] = "uniform"
     """With graphs learned over rounds: who is related to whom during the warm-up: everyone with everyone, so that all

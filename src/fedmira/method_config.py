@@ -29,6 +29,18 @@ class MethodSection(Section):
     """Whether clients always tell the server losses on examples of theirs."""
     sends_scalars: ClassVar[bool] = False
     """Whether clients train without gradients and send scalars instead of tensors."""
+    moves_the_base: ClassVar[bool] = False
+    """Whether the server adds to the base what adapters cannot hold."""
+
+    ema_decay: Share = 0.0
+    """Share of what a client had after the round before in what it takes home: a moving average over rounds. Clients
+    train on from the last round all the same. 0: what the last round gave it."""
+
+    @model_validator(mode="after")
+    def _average_fits_the_base(self) -> MethodSection:
+        if self.ema_decay and self.moves_the_base:
+            raise ValueError("ema_decay = 0 is needed: this method moves the base, earlier adapters no longer fit it")
+        return self
 
 
 class LocalOnlyConfig(MethodSection):
@@ -98,7 +110,7 @@ class MiraConfig(MethodSection):
     """Which method this section describes; the other keys follow from it."""
     graph: GraphConfig = GraphConfig()
     """Who is related to whom."""
-    strength: NonNegativeFloat | Literal["auto"] = 4.0
+    strength: NonNegativeFloat | Literal["auto"] = 2.0
     """tau: how hard related clients are pulled together; any value is stable. `auto`: after each round clients judge
     the mixtures of 0.0625, 0.25, 1 and 4 on their validation examples; the strength of the smallest losses on the whole
     is used in the next: three more adapters down and four more passes for each participant."""
@@ -117,6 +129,9 @@ class MiraConfig(MethodSection):
     """Factors on the strength of some clients by name, such as `{anna: 2.0}`; with 0 a client keeps its own upload."""
     staleness_decay: Fraction = 0.7
     """Confidence of a stored adapter falls by this factor for each round its client was not sampled."""
+    ema_decay: Share = 0.5
+    """Share of what a client had after the round before in what it takes home: a moving average over rounds. Clients
+    train on from the last round all the same. 0: what the last round gave it."""
     choice: ChoiceConfig = ChoiceConfig()
     """How much of the mixed adapter each client takes; all of it unless `enabled`."""
 
@@ -411,6 +426,7 @@ class HetLoraConfig(MethodSection):
 class FedExLoraConfig(MethodSection):
     """The factors are averaged, and the difference to the mean of the products is added to the base."""
 
+    moves_the_base: ClassVar[bool] = True
     name: Literal["fedex_lora"]
     """Which method this section describes; the other keys follow from it."""
 
@@ -418,6 +434,7 @@ class FedExLoraConfig(MethodSection):
 class FloraConfig(MethodSection):
     """The mean of the products is merged into the base after each round, exactly."""
 
+    moves_the_base: ClassVar[bool] = True
     name: Literal["flora"]
     """Which method this section describes; the other keys follow from it."""
 
@@ -425,6 +442,7 @@ class FloraConfig(MethodSection):
 class FloristConfig(MethodSection):
     """The mean of the products is merged into the base after each round, cut to the rank that its energy needs."""
 
+    moves_the_base: ClassVar[bool] = True
     name: Literal["florist"]
     """Which method this section describes; the other keys follow from it."""
     energy: Fraction = 0.9

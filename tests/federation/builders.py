@@ -72,14 +72,14 @@ def graph_section(kind: str, **settings: object) -> GraphConfig:
 
 
 def mira(kind: str = "gram", strength: float = 1.0, **settings: object) -> MiraConfig:
-    """Without choice: everybody takes all of the mixture."""
+    """Without choice and average: everybody takes all of the last mixture."""
     taken = ChoiceConfig(enabled=False)
-    return MiraConfig(graph=graph_section(kind, **settings), strength=strength, choice=taken)
+    return MiraConfig(graph=graph_section(kind, **settings), strength=strength, choice=taken, ema_decay=0.0)
 
 
 def mira_with(kind: str = "gram", **settings: object) -> MiraConfig:
-    """With settings of its own, without choice unless they say so."""
-    first = {"graph": graph_section(kind), "strength": 1.0, "choice": {"enabled": False}}
+    """With settings of its own, without choice and average unless they say so."""
+    first = {"graph": graph_section(kind), "strength": 1.0, "choice": {"enabled": False}, "ema_decay": 0.0}
     return MiraConfig.model_validate({**first, **settings})
 
 
@@ -91,7 +91,8 @@ CONFIGS: dict[str, MethodConfig] = {
     **{f"mira-{kind}": mira(kind) for kind in ("gram_layers", "pfedgraph", "kalofolias", "mtrl", "clusters")},
     **{f"mira-{kind}": mira(kind) for kind in ("trust", "probe", "embeddings")},
     "mira_published-trust": published("trust"),
-    "mira-gram-choice": MiraConfig(graph=graph_section("gram"), choice=ChoiceConfig(enabled=True)),
+    "mira-gram-choice": mira_with(choice={"enabled": True}),
+    "mira-gram-average": MiraConfig(graph=graph_section("gram")),
     "mira-gram-memory": mira("gram", memory=0.5, warmup_rounds=1, neighbours=2, power=2.0),
     **{f"mira-gram-{mixing}": mira_with(mixing=mixing) for mixing in ("products", "least_squares", "shared_a")},
     "mira-gram_layers-products": mira_with("gram_layers", mixing="products", choice={"enabled": True}),
@@ -127,6 +128,7 @@ CONFIGS: dict[str, MethodConfig] = {
     "fedalt": FedALTConfig(name="fedalt", own_weight=0.6),
     "fedamp": FedAMPConfig(name="fedamp"),
     "pfedgraph": PFedGraphConfig(name="pfedgraph"),
+    "pfedgraph-average": PFedGraphConfig(name="pfedgraph", ema_decay=0.7),
     "pfedgraph-pull": PFedGraphConfig(name="pfedgraph", strength=2.0, pull=0.1),
     "ifca": IFCAConfig(name="ifca", models=2),
     "fedlease": FedLEASEConfig(name="fedlease", warmup_rounds=2),

@@ -161,7 +161,7 @@ def test_warm_up_joins_everyone_or_nobody(kind: str) -> None:
         ("labels", {"neighbours": 3}, "neighbours has no effect with kind = labels"),
         ("clusters", {"power": 2.0}, "power has no effect with kind = clusters; it goes with gram"),
         ("uniform", {"memory": 0.1}, "memory has no effect"),
-        ("embeddings", {"warmup_rounds": 1}, "warmup_rounds has no effect"),
+        ("embeddings", {"warmup_rounds": 2}, "warmup_rounds has no effect"),
         ("gram", {"pooling": 0.1}, "pooling has no effect with kind = gram; it goes with gram_layers"),
         ("gram", {"spread": 0.1}, "spread has no effect"),
         ("probe", {"judged": 3}, "judged has no effect"),

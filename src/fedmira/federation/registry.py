@@ -45,6 +45,7 @@ from fedmira.federation.methods import (
     rolora,
 )
 from fedmira.federation.ranks import within_ranks
+from fedmira.federation.taking_home import averaged
 from fedmira.method_config import MethodConfig
 from fedmira.types import Clients
 
@@ -116,7 +117,7 @@ def build_method(
     """
     section = getattr(config, "graph", None)
     graph = None if section is None else resolve_graph(section, clients, given_graph)
-    method = METHODS[config.name](config, clients, graph, federation)
+    method = averaged(METHODS[config.name](config, clients, graph, federation), config.ema_decay)
     if clients.ranks_K is not None:
         method = within_ranks(method, clients.ranks_K)
     if section is None:

@@ -23,7 +23,7 @@ GRID = (0.0625, 0.25, 1.0, 4.0)
 """Strengths that are judged: among four clients joined with weight 1 they take 15, 38, 60 and 71 % from the others, of
 75 % without bound."""
 FIRST = 4.0
-"""Before anybody was heard: the default of `method.strength`."""
+"""Before anybody was heard."""
 _MEMORY = 0.7
 """Weight of the past in the moving average over rounds: some three rounds together decide."""
 

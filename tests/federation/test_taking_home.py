@@ -1,0 +1,99 @@
+"""What clients take home: a moving average over rounds of what they would take home without it, for every method."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from tests.federation.builders import (
+    CONFIGS,
+    LOCAL,
+    clients,
+    handed_over,
+    initial,
+    layout_for,
+    mira,
+    one_round,
+    play,
+    same_bytes,
+)
+
+from fedmira.config import RunConfig
+from fedmira.federation.joining import joined
+from fedmira.federation.methods import local_only
+from fedmira.federation.registry import build_method
+from fedmira.federation.taking_home import averaged
+from fedmira.types import Participants
+
+ROUNDS = [(0, 1, 3), (1, 2, 4), (0, 1, 2, 3, 4, 5), (5,)]
+AVERAGED = {name: config for name, config in CONFIGS.items() if not config.moves_the_base}
+
+
+@pytest.mark.parametrize("name", list(AVERAGED))
+def test_it_is_the_weighted_mean_of_all_rounds_and_changes_nothing_else(name: str) -> None:
+    who, decay = clients(), 0.75
+    given = handed_over(getattr(getattr(AVERAGED[name], "graph", None), "kind", None))
+    plain, method = (
+        build_method(AVERAGED[name].model_copy(update={"ema_decay": share}), who, given) for share in (0.0, decay)
+    )
+    first = initial(of=layout_for(AVERAGED[name]))
+    one, other = plain.init(first, who), method.init(first, who)
+    assert same_bytes(plain.personalise(one).values_KP, method.personalise(other).values_KP)
+    taken = []
+    for round_, ids in enumerate(ROUNDS, start=1):
+        one, _ = one_round(plain, one, who.names, Participants(round_, ids))
+        other, _ = one_round(method, other, who.names, Participants(round_, ids))
+        assert same_bytes(one.adapters.values_KP, other.adapters.values_KP)
+        taken.append(plain.personalise(one).values_KP.double().numpy())
+        # twin: the weights written out, the first round has what is left
+        ages = np.arange(len(taken))[::-1]
+        weights = np.where(ages == len(taken) - 1, decay**ages, (1 - decay) * decay**ages)
+        expected = sum(weight * of_round for weight, of_round in zip(weights, taken, strict=True))
+        np.testing.assert_allclose(method.personalise(other).values_KP.double().numpy(), expected, atol=1e-5)
+
+
+def test_what_never_moves_keeps_its_bits() -> None:
+    # A of a method that freezes it is the same in all rounds, and B of a client that is never sampled
+    who = clients()
+    method = build_method(CONFIGS["ffa_lora"].model_copy(update={"ema_decay": 0.3}), who)
+    state = play(method, method.init(initial(), who), who.names, ROUNDS)
+    for part in initial().layout.slices("lora_a"):
+        assert same_bytes(method.personalise(state).values_KP[:, part], initial().values_KP[:, part])
+
+
+def test_without_decay_nothing_is_kept() -> None:
+    method = local_only.build()
+    assert averaged(method, 0.0) is method
+
+
+def test_one_that_joins_has_no_past_before_its_first_round() -> None:
+    fewer, everybody = clients(4), clients(6)
+    config = mira("gram").model_copy(update={"ema_decay": 0.5})
+    before, method, plain = build_method(config, fewer), build_method(config, everybody), build_method(
+        config.model_copy(update={"ema_decay": 0.0}), everybody
+    )
+    state = play(before, before.init(initial(4), fewer), fewer.names, [(0, 1, 2, 3), (0, 2)])
+    grown = joined(method, state, method.init(initial(6), everybody), 2)
+    assert same_bytes(before.personalise(state).values_KP, method.personalise(grown).values_KP[:4])
+    assert same_bytes(plain.personalise(grown).values_KP[4:], method.personalise(grown).values_KP[4:])
+    starts = method.personalise(grown).values_KP[4:]
+    after = play(method, grown, everybody.names, [(0, 4)], first=3)
+    expected = (plain.personalise(after).values_KP[4:] + starts) / 2
+    torch.testing.assert_close(method.personalise(after).values_KP[4:], expected)
+
+
+def test_what_stands_in_memory_is_not_changed_by_the_next_round() -> None:
+    who = clients()
+    method = build_method(LOCAL.model_copy(update={"ema_decay": 0.5}), who)
+    state = play(method, method.init(initial(), who), who.names, ROUNDS[:2])
+    home = state.memory["home"].clone()
+    play(method, replace(state), who.names, ROUNDS[2:], first=3)
+    assert same_bytes(home, state.memory["home"])
+
+
+@pytest.mark.parametrize("name", ["flora", "florist", "fedex_lora"])
+def test_a_method_that_moves_the_base_refuses(name: str) -> None:
+    with pytest.raises(ValueError, match="moves the base"):
+        RunConfig.model_validate({"method": {"name": name, "ema_decay": 0.5}})
