@@ -71,8 +71,10 @@ def test_without_decay_nothing_is_kept() -> None:
 def test_one_that_joins_has_no_past_before_its_first_round() -> None:
     fewer, everybody = clients(4), clients(6)
     config = mira("gram").model_copy(update={"ema_decay": 0.5})
-    before, method, plain = build_method(config, fewer), build_method(config, everybody), build_method(
-        config.model_copy(update={"ema_decay": 0.0}), everybody
+    before, method, plain = (
+        build_method(config, fewer),
+        build_method(config, everybody),
+        build_method(config.model_copy(update={"ema_decay": 0.0}), everybody),
     )
     state = play(before, before.init(initial(4), fewer), fewer.names, [(0, 1, 2, 3), (0, 2)])
     grown = joined(method, state, method.init(initial(6), everybody), 2)

@@ -6,8 +6,8 @@
     run.log                 what people were told       checkpoints/    see `checkpoint`
     profile.json            where the time went, if that was asked for
 
-One process writes a run at a time (a lock says so), any number may read it. A line of metrics.jsonl that a crash tore
-is ignored by readers and cut by the next writer. Knows nothing about what events and facts mean.
+One process writes a run at a time (a lock says so), any number may read it. Knows nothing about what events and facts
+mean.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
-import math
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -33,11 +32,11 @@ from fedmira.runs.atomic import (
     make_folder,
     read_bytes,
     sync_folder,
-    write_all,
     write_bytes_atomically,
 )
 from fedmira.runs.generations import FOLDER as CHECKPOINTS
 from fedmira.runs.generations import has_checkpoints
+from fedmira.runs.lines import add_line, cut_back, event_line, open_lines, plain, read_events, synced_size
 from fedmira.runs.naming import run_directory, run_stem
 from fedmira.stages import stage
 
@@ -273,7 +272,7 @@ class RunStore:
     def _write_json(self, name: str, value: Mapping[str, Any]) -> None:
         self._hold_lock()
         with stage("disk"):
-            text = json.dumps(_plain(value)[0], indent=1, ensure_ascii=False, allow_nan=False)
+            text = json.dumps(plain(value)[0], indent=1, ensure_ascii=False, allow_nan=False)
             write_bytes_atomically(self.path / name, text.encode() + b"\n")
 
     def _read_json(self, name: str) -> dict[str, Any]:
@@ -293,93 +292,38 @@ class RunStore:
     # --------------------------------------------------------------------------------------------------------- events
 
     def append(self, event: Mapping[str, Any]) -> None:
-        """Add one event to metrics.jsonl. JSON has no NaN and no infinity: null is stored, `non_finite` says where.
+        """Add one event to metrics.jsonl, as `lines.event_line` writes it.
 
         Raises:
             IntegrityError: the disk refused; no part of the event is left in the file.
             UsageError: another process writes this run.
         """
         with stage("disk"):
-            plain, non_finite = _plain(event)
-            if non_finite:
-                plain["non_finite"] = non_finite
-            self._append_line(METRICS, json.dumps(plain, ensure_ascii=False, allow_nan=False, separators=(",", ":")))
+            add_line(self.path / METRICS, self._descriptor(METRICS), event_line(event))
 
     def events(self) -> list[dict[str, Any]]:
-        """Return all events, oldest first; a torn last line is left out.
-
-        Raises:
-            IntegrityError: any other line is damaged, or the file cannot be read.
-        """
-        path = self.path / METRICS
-        try:
-            data = read_bytes(path)
-        except FileNotFoundError:
-            return []
-        except OSError as error:
-            raise disk_error(error, path, "read") from error
-        events = []
-        for number, line in enumerate(data[: data.rfind(b"\n") + 1].splitlines(), 1):
-            try:
-                event = json.loads(line)
-            except (ValueError, RecursionError):
-                event = None
-            if not isinstance(event, dict):
-                raise IntegrityError(
-                    f"{path}, line {number}, is damaged; resume the run to write it again from a checkpoint"
-                )
-            events.append(event)
-        return events
+        """Return all events, oldest first; see `lines.read_events`."""
+        return read_events(self.path / METRICS)
 
     def metrics_position(self) -> int:
         """Make all events durable and return the size of metrics.jsonl in bytes, for a checkpoint to remember."""
-        descriptor = self._descriptor(METRICS)
-        with disk_errors_named(self.path / METRICS, "sync"):
-            os.fsync(descriptor)
-            return os.fstat(descriptor).st_size
+        return synced_size(self.path / METRICS, self._descriptor(METRICS))
 
     def truncate_metrics(self, position: int) -> None:
-        """Cut metrics.jsonl back to a `metrics_position` of the past.
-
-        Raises:
-            IntegrityError: the file is shorter, or no line ends there: it is not the file the checkpoint knew.
-        """
-        path = self.path / METRICS
-        descriptor = self._descriptor(METRICS)
-        with disk_errors_named(path, "cut"):
-            size = os.fstat(descriptor).st_size
-            if not 0 <= position <= size or (position and os.pread(descriptor, 1, position - 1) != b"\n"):
-                raise IntegrityError(
-                    f"{path} has {size} bytes and no line that ends at byte {position}, where the checkpoint expects "
-                    "one: events were lost or changed. Restore the file, or remove the run directory and start again"
-                )
-            os.ftruncate(descriptor, position)
-            os.fsync(descriptor)
+        """Cut metrics.jsonl back to a `metrics_position` of the past; see `lines.cut_back`."""
+        cut_back(self.path / METRICS, self._descriptor(METRICS), position)
 
     def log(self, line: str) -> None:
         """Add a line to run.log with the time in UTC; control characters are shown, not obeyed."""
         clean = _CONTROL.sub(lambda match: ascii(match.group())[1:-1], line)
         now = datetime.now(UTC).isoformat(timespec="milliseconds").removesuffix("+00:00")
-        self._append_line(LOG, f"{now}Z {clean}")
-
-    def _append_line(self, name: str, line: str) -> None:
-        descriptor = self._descriptor(name)
-        size = os.fstat(descriptor).st_size
-        try:
-            write_all(descriptor, line.encode("utf-8", "backslashreplace") + b"\n")
-        except OSError as error:
-            os.ftruncate(descriptor, size)
-            raise disk_error(error, self.path / name, "add a line to") from error
+        add_line(self.path / LOG, self._descriptor(LOG), f"{now}Z {clean}")
 
     def _descriptor(self, name: str) -> int:
-        """The file `name` open for appending, without the part after its last newline."""
+        """The file `name` open for appending."""
         self._hold_lock()
         if name not in self._files:
-            path = self.path / name
-            with disk_errors_named(path, "open"):
-                descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
-                self._files[name] = descriptor
-                _cut_torn_line(descriptor)
+            self._files[name] = open_lines(self.path / name)
         return self._files[name]
 
     # ----------------------------------------------------------------------------------------------------------- lock
@@ -446,39 +390,3 @@ def _names(path: Path) -> list[str]:
 def _runs_inside(path: Path) -> str:
     runs = sorted(item.name for item in path.iterdir() if (item / RESOLVED).is_file())
     return f"; give one of the runs in it: {', '.join(runs[:5])}" if runs else ""
-
-
-def _cut_torn_line(descriptor: int) -> None:
-    """Cut what follows the last newline: a line that a crash tore."""
-    size = end = os.fstat(descriptor).st_size
-    while end:
-        start = max(0, end - 65536)
-        newline = os.pread(descriptor, end - start, start).rfind(b"\n")
-        if newline >= 0:
-            end = start + newline + 1
-            break
-        end = start
-    if end < size:
-        os.ftruncate(descriptor, end)
-
-
-def _plain(value: Any) -> tuple[Any, dict[str, str]]:
-    """Return `value` as JSON can hold it, and the places where a number that is not finite became null."""
-    non_finite: dict[str, str] = {}
-
-    def convert(item: Any, place: str) -> Any:
-        if isinstance(item, Mapping):
-            return {str(key): convert(part, f"{place}.{key}" if place else str(key)) for key, part in item.items()}
-        if isinstance(item, list | tuple):
-            return [convert(part, f"{place}[{index}]") for index, part in enumerate(item)]
-        if hasattr(item, "tolist"):
-            # numpy arrays and scalars, torch tensors
-            return convert(item.tolist(), place)
-        if isinstance(item, float) and not math.isfinite(item):
-            non_finite[place] = str(item)
-            return None
-        if isinstance(item, Path):
-            return str(item)
-        return item
-
-    return convert(value, ""), non_finite
