@@ -21,6 +21,9 @@ ALL_KINDS: tuple[AdapterKind, ...] = get_args(AdapterKind)
 
 
 class MethodSection(Section):
+    name: str
+    """Which method this section describes; the other keys follow from it."""
+
     num_pairs: ClassVar[int] = 1
     """Low-rank pairs per layer that the method needs at each client."""
     kinds: ClassVar[tuple[AdapterKind, ...]] = ("lora",)
@@ -48,7 +51,6 @@ class LocalOnlyConfig(MethodSection):
 
     kinds: ClassVar[tuple[AdapterKind, ...]] = ALL_KINDS
     name: Literal["local_only"]
-    """Which method this section describes; the other keys follow from it."""
 
 
 class FedITConfig(MethodSection):
@@ -57,7 +59,6 @@ class FedITConfig(MethodSection):
 
     kinds: ClassVar[tuple[AdapterKind, ...]] = ALL_KINDS
     name: Literal["fedit"]
-    """Which method this section describes; the other keys follow from it."""
 
 
 class MiraPublishedConfig(MethodSection):
@@ -65,7 +66,6 @@ class MiraPublishedConfig(MethodSection):
 
     kinds: ClassVar[tuple[AdapterKind, ...]] = ALL_KINDS
     name: Literal["mira_published"]
-    """Which method this section describes; the other keys follow from it."""
     graph: GraphConfig = GraphConfig(kind="random")
     """Who is related to whom."""
     strength: NonNegativeFloat = 0.5
@@ -107,7 +107,6 @@ class MiraConfig(MethodSection):
 
     kinds: ClassVar[tuple[AdapterKind, ...]] = ALL_KINDS
     name: Literal["mira"] = "mira"
-    """Which method this section describes; the other keys follow from it."""
     graph: GraphConfig = GraphConfig()
     """Who is related to whom."""
     strength: NonNegativeFloat | Literal["auto"] = 2.0
@@ -130,8 +129,6 @@ class MiraConfig(MethodSection):
     staleness_decay: Fraction = 0.7
     """Confidence of a stored adapter falls by this factor for each round its client was not sampled."""
     ema_decay: Share = 0.5
-    """Share of what a client had after the round before in what it takes home: a moving average over rounds. Clients
-    train on from the last round all the same. 0: what the last round gave it."""
     choice: ChoiceConfig = ChoiceConfig()
     """How much of the mixed adapter each client takes; all of it unless `enabled`."""
 
@@ -165,7 +162,6 @@ class FedITFinetunedConfig(MethodSection):
 
     kinds: ClassVar[tuple[AdapterKind, ...]] = ALL_KINDS
     name: Literal["fedit_finetuned"]
-    """Which method this section describes; the other keys follow from it."""
     local_rounds: NonNegativeInt | None = None
     """Rounds at the end in which each client trains alone; null: a quarter of `federation.rounds`."""
 
@@ -175,7 +171,6 @@ class DittoConfig(MethodSection):
 
     kinds: ClassVar[tuple[AdapterKind, ...]] = ALL_KINDS
     name: Literal["ditto"]
-    """Which method this section describes; the other keys follow from it."""
     strength: NonNegativeFloat = 0.1
     """lambda, in units of the loss per squared distance of the factors. The authors choose it on validation data."""
 
@@ -185,7 +180,6 @@ class MrMtlConfig(MethodSection):
 
     kinds: ClassVar[tuple[AdapterKind, ...]] = ALL_KINDS
     name: Literal["mr_mtl"]
-    """Which method this section describes; the other keys follow from it."""
     strength: NonNegativeFloat = 0.1
     """lambda, in units of the loss per squared distance of the factors. The authors choose it on validation data."""
 
@@ -194,14 +188,12 @@ class FedSALoRAConfig(MethodSection):
     """A is averaged, B stays with its client."""
 
     name: Literal["fedsa_lora"]
-    """Which method this section describes; the other keys follow from it."""
 
 
 class FedALoRAConfig(MethodSection):
     """B is averaged, A stays with its client."""
 
     name: Literal["fed_alora"]
-    """Which method this section describes; the other keys follow from it."""
 
 
 class FedDPAConfig(MethodSection):
@@ -209,7 +201,6 @@ class FedDPAConfig(MethodSection):
 
     num_pairs: ClassVar[int] = 2
     name: Literal["feddpa"]
-    """Which method this section describes; the other keys follow from it."""
 
 
 class FedALTConfig(MethodSection):
@@ -217,7 +208,6 @@ class FedALTConfig(MethodSection):
 
     num_pairs: ClassVar[int] = 2
     name: Literal["fedalt"]
-    """Which method this section describes; the other keys follow from it."""
     own_weight: Fraction = 0.5
     """Weight of the own adapter; 1 minus it is that of the others' mean. The authors learn it for every input."""
 
@@ -227,7 +217,6 @@ class FedAMPConfig(MethodSection):
 
     kinds: ClassVar[tuple[AdapterKind, ...]] = ALL_KINDS
     name: Literal["fedamp"]
-    """Which method this section describes; the other keys follow from it."""
     strength: NonNegativeFloat = 0.1
     """lambda / alpha of the paper: of the pull, in units of the loss per squared distance of the factors."""
     attention: Share = 0.5
@@ -241,7 +230,6 @@ class PFedGraphConfig(MethodSection):
 
     kinds: ClassVar[tuple[AdapterKind, ...]] = ALL_KINDS
     name: Literal["pfedgraph"]
-    """Which method this section describes; the other keys follow from it."""
     strength: FinitePositiveFloat = 0.8
     """lambda: how much data sizes count beside similarity; without bound it is FedIT. The authors' code: 0.8."""
     pull: NonNegativeFloat = 0.0
@@ -254,7 +242,6 @@ class IFCAConfig(MethodSection):
     kinds: ClassVar[tuple[AdapterKind, ...]] = ALL_KINDS
     asks_for_losses: ClassVar[bool] = True
     name: Literal["ifca"]
-    """Which method this section describes; the other keys follow from it."""
     models: PositiveInt = 4
     """Number of models; at most that of the clients is used. The authors: the true number of clusters."""
 
@@ -263,7 +250,6 @@ class FedLEASEConfig(MethodSection):
     """Clusters found once from B; each shares one adapter."""
 
     name: Literal["fedlease"]
-    """Which method this section describes; the other keys follow from it."""
     warmup_rounds: PositiveInt = 1
     """Rounds of training alone, after the last of which clusters are found. The authors: a few epochs."""
     most_clusters: Annotated[int, Field(ge=2)] = 8
@@ -274,7 +260,6 @@ class FedTreeLoRAConfig(MethodSection):
     """One tree of clients, cut deeper for deeper layers; each layer is averaged within its clusters."""
 
     name: Literal["fedtreelora"]
-    """Which method this section describes; the other keys follow from it."""
     warmup_rounds: PositiveInt = 1
     """Rounds of training alone, after the last of which the tree is grown."""
     most_clusters: PositiveInt = 8
@@ -287,7 +272,6 @@ class PCLConfig(MethodSection):
     kinds: ClassVar[tuple[AdapterKind, ...]] = ALL_KINDS
     asks_for_losses: ClassVar[bool] = True
     name: Literal["pcl"]
-    """Which method this section describes; the other keys follow from it."""
     temperature: FinitePositiveFloat = 0.1
     """Nats per token by which a loss must be higher for e times less trust."""
 
@@ -297,7 +281,6 @@ class FedUConfig(MethodSection):
 
     kinds: ClassVar[tuple[AdapterKind, ...]] = ALL_KINDS
     name: Literal["fedu"]
-    """Which method this section describes; the other keys follow from it."""
     graph: GraphConfig = GraphConfig(kind="random")
     """Who is related to whom; known in advance. The authors' code draws it at random."""
     strength: NonNegativeFloat = 0.5
@@ -316,7 +299,6 @@ class OracleClustersConfig(MethodSection):
 
     kinds: ClassVar[tuple[AdapterKind, ...]] = ALL_KINDS
     name: Literal["oracle_clusters"]
-    """Which method this section describes; the other keys follow from it."""
     graph: GraphConfig = GraphConfig(kind="labels")
     """Its connected components are the groups; known in advance, such as `labels` or `true`."""
 
@@ -331,7 +313,6 @@ class CentralisedConfig(MethodSection):
 
     kinds: ClassVar[tuple[AdapterKind, ...]] = ALL_KINDS
     name: Literal["centralised"]
-    """Which method this section describes; the other keys follow from it."""
 
 
 def _refuse_learned(graph: GraphConfig) -> None:
@@ -347,7 +328,6 @@ class FedProxConfig(MethodSection):
 
     kinds: ClassVar[tuple[AdapterKind, ...]] = ALL_KINDS
     name: Literal["fedprox"]
-    """Which method this section describes; the other keys follow from it."""
     strength: NonNegativeFloat = 0.01
     """mu: how hard clients are held; 0 is fedit. The authors try 0.001 to 1 on whole models."""
 
@@ -356,14 +336,12 @@ class FfaLoraConfig(MethodSection):
     """A stays at its initial values, B is trained and averaged."""
 
     name: Literal["ffa_lora"]
-    """Which method this section describes; the other keys follow from it."""
 
 
 class RoLoraConfig(MethodSection):
     """B and A are trained and averaged in turn, B first."""
 
     name: Literal["rolora"]
-    """Which method this section describes; the other keys follow from it."""
 
 
 class FedAdamConfig(MethodSection):
@@ -371,7 +349,6 @@ class FedAdamConfig(MethodSection):
 
     kinds: ClassVar[tuple[AdapterKind, ...]] = ALL_KINDS
     name: Literal["fedadam"]
-    """Which method this section describes; the other keys follow from it."""
     rule: Literal["adam", "momentum"] = "adam"
     """`adam`: FedAdam. `momentum`: FedAvgM."""
     server_lr: FinitePositiveFloat = 0.01
@@ -399,7 +376,6 @@ class FedKSeedConfig(MethodSection):
     kinds: ClassVar[tuple[AdapterKind, ...]] = ALL_KINDS
     sends_scalars: ClassVar[bool] = True
     name: Literal["fedkseed"]
-    """Which method this section describes; the other keys follow from it."""
     seeds: PositiveInt = 4096
     """K: seeds in the pool; as many scalars are downloaded. The authors: 4096."""
     epsilon: FinitePositiveFloat = 0.0005
@@ -411,16 +387,20 @@ class FlexLoraConfig(MethodSection):
     """The mean of the products, decomposed into a pair for each client's rank."""
 
     name: Literal["flexlora"]
-    """Which method this section describes; the other keys follow from it."""
     align: bool = True
     """Turn each new pair by the rotation that brings it nearest to the one it replaces. The authors do not."""
+
+    @model_validator(mode="after")
+    def _average_of_aligned_pairs(self) -> FlexLoraConfig:
+        if self.ema_decay and not self.align:
+            raise ValueError("ema_decay = 0 is needed with align: false, where the pairs of two rounds do not match")
+        return self
 
 
 class HetLoraConfig(MethodSection):
     """Zero-padded mean of adapters of different ranks, weighted by the norm of each one's product."""
 
     name: Literal["hetlora"]
-    """Which method this section describes; the other keys follow from it."""
 
 
 class FedExLoraConfig(MethodSection):
@@ -428,7 +408,6 @@ class FedExLoraConfig(MethodSection):
 
     moves_the_base: ClassVar[bool] = True
     name: Literal["fedex_lora"]
-    """Which method this section describes; the other keys follow from it."""
 
 
 class FloraConfig(MethodSection):
@@ -436,7 +415,6 @@ class FloraConfig(MethodSection):
 
     moves_the_base: ClassVar[bool] = True
     name: Literal["flora"]
-    """Which method this section describes; the other keys follow from it."""
 
 
 class FloristConfig(MethodSection):
@@ -444,7 +422,6 @@ class FloristConfig(MethodSection):
 
     moves_the_base: ClassVar[bool] = True
     name: Literal["florist"]
-    """Which method this section describes; the other keys follow from it."""
     energy: Fraction = 0.9
     """Share of the squared singular values of each layer that is kept; 1 is flora. The authors tune it."""
 

@@ -28,8 +28,8 @@ def refusal(method: MethodSection, kind: AdapterKind) -> str:
     ''
     """
     if kind not in method.kinds:
-        name = getattr(method, "name", type(method).__name__)
-        return f"method.name = {name} cannot use model.adapter.kind = {kind}; it can use {', '.join(method.kinds)}"
+        usable = ", ".join(method.kinds)
+        return f"method.name = {method.name} cannot use model.adapter.kind = {kind}; it can use {usable}"
     mixing = getattr(method, "mixing", "factors")
     if kind != "lora" and mixing != "factors":
         return (
@@ -64,7 +64,7 @@ def refusal_of_scalars(method: MethodSection, exchange: ExchangeConfig, client_r
     """
     if not method.sends_scalars:
         return ""
-    name = getattr(method, "name", type(method).__name__)
+    name = method.name
     instead = "take a method that sends tensors, such as fedit"
     for key in ("compression", "download_compression"):
         if (form := getattr(exchange, key)) != "none":
@@ -105,7 +105,7 @@ def refusal_under_noise(method: MethodSection) -> str:
         asks, instead = "embeddings of clients' prompts", "learn the graph from the adapters, method.graph.kind: gram"
     else:
         return ""
-    name = getattr(method, "name", type(method).__name__)
+    name = method.name
     return (
         f"exchange.privacy covers adapters only, but method.name = {name} with these settings asks for {asks}, which "
         f"nothing would noise; {instead}, or switch exchange.privacy.enabled off"

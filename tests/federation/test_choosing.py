@@ -31,9 +31,21 @@ def answers(rows: list[list[float]], tokens: tuple[int, ...]) -> Losses:
 
 
 def question(config: ChoiceConfig, *ids: int) -> Trial:
-    trial = ask(config, OWN, MIXED, ids)
+    trial = ask(config, OWN, MIXED, ids, Participants(1, (0, 1, 2)))
     assert trial is not None
     return trial
+
+
+def test_a_mixture_that_is_not_trained_on_from_crosses_only_to_be_judged() -> None:
+    def sent(participants: Participants) -> int:
+        trial = ask(ChoiceConfig(), OWN, MIXED, participants.ids, participants)
+        assert trial is not None
+        return trial.sent
+
+    assert sent(Participants(1, (0, 1, 2))) == 0
+    assert sent(Participants(1, (0, 2))) == 1
+    # after the last round it is taken home
+    assert sent(Participants(9, (0, 2), last=True)) == 0
 
 
 def test_a_blend_is_linear_and_keeps_bytes_at_its_ends() -> None:

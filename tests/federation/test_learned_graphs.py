@@ -376,8 +376,8 @@ def test_a_graph_and_its_method_ask_together_and_hear_their_own_answers() -> Non
     assert method.trial is not None
     trial = method.trial(merged, Participants(1, (0, 1, 2)), results)
     assert trial is not None
-    # own, two foreign uploads, and two shares
-    assert (trial.num_candidates, trial.sent) == (3 + 2, 2)
+    # own, two foreign uploads, and two shares of what will be another mixture when it takes part again
+    assert (trial.num_candidates, trial.sent) == (3 + 2, 2 + 1)
     assert judged(trial, who.names).mean_SQ.shape == (3, 5)
     # the graph is for the next round
     trial = method.trial(merged, Participants(1, (0, 1, 2), last=True), results)

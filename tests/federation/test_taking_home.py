@@ -15,6 +15,7 @@ from tests.federation.builders import (
     initial,
     layout_for,
     mira,
+    mira_with,
     one_round,
     play,
     same_bytes,
@@ -23,8 +24,9 @@ from tests.federation.builders import (
 from fedmira.config import RunConfig
 from fedmira.federation.joining import joined
 from fedmira.federation.methods import local_only
+from fedmira.federation.ranks import trimmed
 from fedmira.federation.registry import build_method
-from fedmira.federation.taking_home import averaged
+from fedmira.federation.taking_home import over_rounds
 from fedmira.types import Participants
 
 ROUNDS = [(0, 1, 3), (1, 2, 4), (0, 1, 2, 3, 4, 5), (5,)]
@@ -41,21 +43,25 @@ def test_it_is_the_weighted_mean_of_all_rounds_and_changes_nothing_else(name: st
     first = initial(of=layout_for(AVERAGED[name]))
     one, other = plain.init(first, who), method.init(first, who)
     assert same_bytes(plain.personalise(one).values_KP, method.personalise(other).values_KP)
-    taken = []
+    taken: list[np.ndarray] = []
+    first_round_K = np.array([next(r for r, ids in enumerate(ROUNDS) if k in ids) for k in range(6)])
     for round_, ids in enumerate(ROUNDS, start=1):
         one, _ = one_round(plain, one, who.names, Participants(round_, ids))
         other, _ = one_round(method, other, who.names, Participants(round_, ids))
         assert same_bytes(one.adapters.values_KP, other.adapters.values_KP)
         taken.append(plain.personalise(one).values_KP.double().numpy())
-        # twin: the weights written out, the first round has what is left
-        ages = np.arange(len(taken))[::-1]
-        weights = np.where(ages == len(taken) - 1, decay**ages, (1 - decay) * decay**ages)
-        expected = sum(weight * of_round for weight, of_round in zip(weights, taken, strict=True))
+        # twin: the weights of each client written out; its first round has what is left, rounds before it nothing
+        expected = np.zeros_like(taken[0])
+        for k in range(6):
+            begun = min(int(first_round_K[k]), len(taken) - 1)
+            for index in range(begun, len(taken)):
+                age = len(taken) - 1 - index
+                expected[k] += decay**age * (1.0 if index == begun else 1 - decay) * taken[index][k]
         np.testing.assert_allclose(method.personalise(other).values_KP.double().numpy(), expected, atol=1e-5)
 
 
 def test_what_never_moves_keeps_its_bits() -> None:
-    # A of a method that freezes it is the same in all rounds, and B of a client that is never sampled
+    # A of a method that freezes it is the same in all rounds
     who = clients()
     method = build_method(CONFIGS["ffa_lora"].model_copy(update={"ema_decay": 0.3}), who)
     state = play(method, method.init(initial(), who), who.names, ROUNDS)
@@ -65,7 +71,7 @@ def test_what_never_moves_keeps_its_bits() -> None:
 
 def test_without_decay_nothing_is_kept() -> None:
     method = local_only.build()
-    assert averaged(method, 0.0) is method
+    assert over_rounds(method, 0.0) is method
 
 
 def test_one_that_joins_has_no_past_before_its_first_round() -> None:
@@ -80,10 +86,12 @@ def test_one_that_joins_has_no_past_before_its_first_round() -> None:
     grown = joined(method, state, method.init(initial(6), everybody), 2)
     assert same_bytes(before.personalise(state).values_KP, method.personalise(grown).values_KP[:4])
     assert same_bytes(plain.personalise(grown).values_KP[4:], method.personalise(grown).values_KP[4:])
-    starts = method.personalise(grown).values_KP[4:]
     after = play(method, grown, everybody.names, [(0, 4)], first=3)
-    expected = (plain.personalise(after).values_KP[4:] + starts) / 2
-    torch.testing.assert_close(method.personalise(after).values_KP[4:], expected)
+    assert same_bytes(plain.personalise(after).values_KP[4:], method.personalise(after).values_KP[4:])
+    later = play(method, after, everybody.names, [(4,)], first=4)
+    expected = (plain.personalise(after).values_KP + plain.personalise(later).values_KP) / 2
+    torch.testing.assert_close(method.personalise(later).values_KP[4], expected[4])
+    assert same_bytes(plain.personalise(later).values_KP[5], method.personalise(later).values_KP[5])
 
 
 def test_what_stands_in_memory_is_not_changed_by_the_next_round() -> None:
@@ -93,6 +101,20 @@ def test_what_stands_in_memory_is_not_changed_by_the_next_round() -> None:
     home = state.memory["home"].clone()
     play(method, replace(state), who.names, ROUNDS[2:], first=3)
     assert same_bytes(home, state.memory["home"])
+
+
+def test_ranks_hold_for_what_is_averaged() -> None:
+    who = clients()._replace(ranks_K=(1, 2, 2, 2, 1, 2))
+    method, plain = (build_method(mira_with("labels", ema_decay=decay), who) for decay in (0.5, 0.0))
+    state = play(method, method.init(initial(), who), who.names, ROUNDS)
+    values_KP = method.personalise(state).values_KP
+    assert same_bytes(values_KP, trimmed(initial().layout, values_KP, who.ranks_K or ()))
+    assert not same_bytes(values_KP, plain.personalise(state).values_KP)
+
+
+def test_unaligned_pairs_of_two_rounds_are_not_averaged() -> None:
+    with pytest.raises(ValueError, match="align: false"):
+        RunConfig.model_validate({"method": {"name": "flexlora", "align": False, "ema_decay": 0.5}})
 
 
 @pytest.mark.parametrize("name", ["flora", "florist", "fedex_lora"])

@@ -17,6 +17,7 @@ from dataclasses import replace
 import torch
 
 from fedmira.federation.method import Info, State
+from fedmira.federation.questions import only_to_judge
 from fedmira.method_config import ChoiceConfig
 from fedmira.types import Arena, Losses, Participants, Results, Trial
 
@@ -41,6 +42,22 @@ def blend(own: Arena, mixed: Arena, alpha_K: torch.Tensor) -> Arena:
     return own.replace(torch.where(share_K1 == 1, mixed.values_KP, values_KP))
 
 
+def taken(state: State, share: str, ids: Sequence[int] | None = None) -> Arena:
+    """Return what clients chose, (S, P): as much of the mixture as `share` of the memory says, all of it without one.
+
+    Args:
+        state: its adapters are x, `uploads` in its memory is theta.
+        share: `alpha`, what they keep, or `start_alpha`, what they train on from.
+        ids: whose; None for all clients.
+    """
+    own, mixed = state.adapters.replace(state.memory["uploads"]), state.adapters
+    alpha_K = state.memory.get(share, torch.ones(own.num_clients))
+    if ids is None:
+        return blend(own, mixed, alpha_K)
+    rows = list(ids)
+    return blend(own.replace(own.values_KP[rows]), mixed.replace(mixed.values_KP[rows]), alpha_K[rows])
+
+
 def asked(
     config: ChoiceConfig, participants: Participants, results: Results, last_round_K: Sequence[int]
 ) -> tuple[int, ...]:
@@ -50,16 +67,19 @@ def asked(
     return results.ids if participants.round % config.every == 0 else ()
 
 
-def ask(config: ChoiceConfig, own: Arena, mixed: Arena, ids: tuple[int, ...]) -> Trial | None:
+def ask(
+    config: ChoiceConfig, own: Arena, mixed: Arena, ids: tuple[int, ...], participants: Participants
+) -> Trial | None:
     """Return the question to `ids`: which alpha of the grid? None if it goes to nobody.
 
-    Nothing more crosses than without the question: x_k is what a client gets anyway, and it holds theta_k.
+    A client holds theta_k; x_k crosses for it only where it would not get that anyway, see `only_to_judge`.
 
     Args:
         config: has the grid.
         own: theta of all K clients.
         mixed: x of all K clients.
         ids: rows of those asked, ascending.
+        participants: of the round that is over.
     """
     rows = list(ids)
 
@@ -68,7 +88,7 @@ def ask(config: ChoiceConfig, own: Arena, mixed: Arena, ids: tuple[int, ...]) ->
         own_S, mixed_S = own.replace(own.values_KP[rows]), mixed.replace(mixed.values_KP[rows])
         return blend(own_S, mixed_S, alpha_S).values_KP
 
-    return Trial(ids, len(config.grid), candidate, sent=0) if rows else None
+    return Trial(ids, len(config.grid), candidate, only_to_judge(participants, own.num_clients)) if rows else None
 
 
 def choose(config: ChoiceConfig, state: State, trial: Trial, losses: Losses) -> tuple[State, Info]:

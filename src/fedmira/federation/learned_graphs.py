@@ -16,6 +16,7 @@ from fedmira.federation.asked_graphs import ASKED
 from fedmira.federation.blocks import block_of
 from fedmira.federation.graph import Graph, Matrix, agreement, explained, validated
 from fedmira.federation.learning import Builder, Learner, Memory, Seen, neighbour_graph
+from fedmira.federation.ranks import trimmed
 from fedmira.federation.similarity import (
     MINIMUM_CLIENTS,
     centred_cosine,
@@ -43,6 +44,10 @@ def learner(config: GraphConfig, clients: Clients) -> Learner:
         return {**of_kind.init(initial), "weights": torch.zeros(num_clients, num_clients, dtype=torch.float64)}
 
     def learn(memory: Memory, seen: Seen) -> tuple[dict[str, torch.Tensor], Graph]:
+        if clients.ranks_K is not None:
+            # clients of a smaller rank started from what fits it
+            started_KP = trimmed(seen.starts.layout, seen.starts.values_KP, clients.ranks_K)
+            seen = seen._replace(starts=seen.starts.replace(started_KP))
         learned, graph = of_kind.learn(memory, seen)
         details = {"memory": config.memory, "round": seen.round}
         if seen.round <= config.warmup_rounds:

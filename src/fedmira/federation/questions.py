@@ -7,7 +7,16 @@ from __future__ import annotations
 
 import torch
 
-from fedmira.types import Losses, Trial
+from fedmira.types import Losses, Participants, Trial
+
+
+def only_to_judge(participants: Participants, num_clients: int) -> int:
+    """Return how many more adapters cross when a client judges what it will start from: 0 or 1.
+
+    Where everybody takes part it gets them anyway, and after the last round it takes them home. Else they are something
+    else by the time of its next turn.
+    """
+    return int(not participants.last and len(participants.ids) < num_clients)
 
 
 def together(first: Trial | None, rest: Trial | None) -> Trial | None:

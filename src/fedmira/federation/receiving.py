@@ -42,9 +42,9 @@ def received(into: Arena, state: State, participants: Participants, results: Res
             f"round {participants.round}: the adapters of the clients {bad} (row numbers) hold values that are not "
             "finite; they would spread to their neighbours. Lower training.learning_rate, or set training.clip_norm"
         )
-    values_KP = into.values_KP.clone()
+    values_KP, here = into.values_KP.clone(), set(ids)
     values_KP[list(ids)] = values_SP.to(values_KP)
-    last_round_K = tuple(participants.round if k in set(ids) else last for k, last in enumerate(state.last_round_K))
+    last_round_K = tuple(participants.round if k in here else last for k, last in enumerate(state.last_round_K))
     return into.replace(values_KP), last_round_K
 
 

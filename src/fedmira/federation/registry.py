@@ -45,7 +45,7 @@ from fedmira.federation.methods import (
     rolora,
 )
 from fedmira.federation.ranks import within_ranks
-from fedmira.federation.taking_home import averaged
+from fedmira.federation.taking_home import over_rounds
 from fedmira.method_config import MethodConfig
 from fedmira.types import Clients
 
@@ -117,7 +117,9 @@ def build_method(
     """
     section = getattr(config, "graph", None)
     graph = None if section is None else resolve_graph(section, clients, given_graph)
-    method = averaged(METHODS[config.name](config, clients, graph, federation), config.ema_decay)
+    method = METHODS[config.name](config, clients, graph, federation)
+    # innermost, so that the average is of what clients keep before ranks cut it and diagnostics look at it
+    method = over_rounds(method, config.ema_decay)
     if clients.ranks_K is not None:
         method = within_ranks(method, clients.ranks_K)
     if section is None:

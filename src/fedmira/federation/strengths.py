@@ -15,7 +15,7 @@ import torch
 from fedmira.federation.blocks import from_blocks, places, to_blocks
 from fedmira.federation.graph import Graph
 from fedmira.federation.method import Info, Method, State
-from fedmira.federation.questions import apart, together
+from fedmira.federation.questions import apart, only_to_judge, together
 from fedmira.federation.server_step import Mixture
 from fedmira.types import Arena, Clients, Losses, Participants, Results, Trial
 
@@ -39,7 +39,8 @@ def chosen_together(
     """Return `method` with the question which strength to use in the next round, asked together with its own.
 
     The last round does not ask it.
-    All mixtures but one cross for it: a client gets that of the strength in use anyway. What they were made of must be
+    All mixtures but one cross for it: that of the strength in use is what clients start from, and the method's own
+    question may be about it already. What they were made of must be
     at hand when clients are asked, so the graph is remembered by blocks of layers.
 
     Args:
@@ -75,7 +76,8 @@ def chosen_together(
         def candidate(number: int) -> torch.Tensor:
             return of_strength(GRID[number]).adapters.values_KP[rows]
 
-        return together(Trial(results.ids, len(GRID), candidate, sent=len(GRID) - 1), own)
+        sent = len(GRID) - 1 + (own is None) * only_to_judge(participants, uploads.num_clients)
+        return together(Trial(results.ids, len(GRID), candidate, sent), own)
 
     def decide(state: State, trial: Trial, losses: Losses) -> tuple[State, Info]:
         (of_strength, answers), (own, own_answers) = apart(trial, losses)

@@ -16,6 +16,7 @@ from fedmira.federation.client_clusters import UNKNOWN, cluster_graph, cluster_m
 from fedmira.federation.client_clusters import squared_distances as distances
 from fedmira.federation.method import Info, Method, State
 from fedmira.federation.mixing import linear
+from fedmira.federation.questions import only_to_judge
 from fedmira.federation.receiving import exchange_everything, first_state, own_adapters, received
 from fedmira.method_config import IFCAConfig
 from fedmira.types import Arena, Clients, Job, Losses, Participants, Results, Trial
@@ -65,10 +66,9 @@ def build(config: IFCAConfig, clients: Clients) -> Method:
         models_MP, num_asked = state.memory["models"], len(results.ids)
         if not (state.memory["started"] and num_asked):
             return None
-        # one of the models is what the client gets anyway
-        return Trial(
-            results.ids, num_models, lambda m: models_MP[m : m + 1].repeat(num_asked, 1), num_models - 1, "train"
-        )
+        # one of the models is what the client starts from
+        sent = num_models - 1 + only_to_judge(participants, len(clients.names))
+        return Trial(results.ids, num_models, lambda m: models_MP[m : m + 1].repeat(num_asked, 1), sent, "train")
 
     def decide(state: State, trial: Trial, losses: Losses) -> tuple[State, Info]:
         choice_K, values_KP = state.memory["choice"].clone(), state.adapters.values_KP.clone()

@@ -8,13 +8,11 @@ is given. Stable for any strength. Knows nothing about models, data or how the u
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 
 import numpy as np
-import torch
 
-from fedmira.federation.choosing import ask, asked, blend, choose, first_choice
+from fedmira.federation.choosing import ask, asked, choose, first_choice, taken
 from fedmira.federation.graph import Graph
 from fedmira.federation.learned_graphs import Seen, learner
 from fedmira.federation.method import Info, Method, State
@@ -30,7 +28,7 @@ def build(config: MiraConfig, clients: Clients, graph: Graph | None) -> Method:
 
     All rows of `state.adapters` are mixed anew each round, also those of clients that were not sampled. What a client
     starts from and is judged by is as much of its row as it has chosen, see `choosing`. A client never seen starts from
-    its neighbours where the graph knows them, else from its initial adapter.
+    its neighbours where the graph knows them, else from the mean of all that returned.
     """
     mean_examples, factors_K = float(np.mean(clients.num_examples_K)), config.factors_of(clients.names)
     choice, decay, step = config.choice, config.staleness_decay, server_step(config, clients)
@@ -61,7 +59,7 @@ def build(config: MiraConfig, clients: Clients, graph: Graph | None) -> Method:
         related = graph
         if learns is not None:
             starts = state.adapters.replace(memory["starts"].clone())
-            starts.values_KP[list(results.ids)] = taken(state, "start_alpha").values_KP[list(results.ids)]
+            starts.values_KP[list(results.ids)] = taken(state, "start_alpha", results.ids).values_KP
             seen = Seen(uploads, starts, last_round_K, results.ids, participants.round)
             learned, related = learns.learn(memory, seen)
             memory |= {"starts": starts.values_KP, **learned}
@@ -71,16 +69,13 @@ def build(config: MiraConfig, clients: Clients, graph: Graph | None) -> Method:
         numbers = {"returned": float(len(results.ids)), **mixture.numbers()}
         return State(mixture.adapters, last_round_K, memory), Info(numbers, related)
 
-    def taken(state: State, share: str) -> Arena:
-        own = state.adapters.replace(state.memory["uploads"])
-        return blend(own, state.adapters, state.memory.get(share, torch.ones(1)))
-
     def plan(state: State, participants: Participants) -> Job:
-        return exchange(replace(state, adapters=taken(state, "start_alpha")), participants)
+        job = exchange(state, participants)
+        return job._replace(start_SP=taken(state, "start_alpha", job.ids).values_KP)
 
     def trial(state: State, participants: Participants, results: Results) -> Trial | None:
         who = asked(choice, participants, results, state.last_round_K)
-        return ask(choice, state.adapters.replace(state.memory["uploads"]), state.adapters, who)
+        return ask(choice, state.adapters.replace(state.memory["uploads"]), state.adapters, who, participants)
 
     exchange = exchange_groups(step.form.crossing)
     method = Method(init, plan, merge, partial(taken, share="alpha"))
