@@ -43,8 +43,11 @@ class GraphConfig(Section):
     memory: Share = 0.0
     """With graphs learned over rounds: weight of the past in the moving average of what is compared. What clients learn
     first is what their answers look like; remembering it blurs which tasks are alike."""
-    warmup_rounds: NonNegativeInt = 1
-    """With graphs learned over rounds: rounds before the graph is trusted."""
+    warmup_rounds: NonNegativeInt = 3
+    """With graphs learned over rounds: rounds after which the graph is trusted at the latest; 0 trusts the first."""
+    settled: Annotated[float, Field(ge=0, le=1)] = 0.8
+    """With graphs learned over rounds: the graph is trusted before that as soon as it agrees this much with that of the
+    round before (cosine of the weights). 1: only when the warm-up is over."""
     warmup: Literal["uniform", "none"] = "uniform"
     """With graphs learned over rounds: who is related to whom during the warm-up: everyone with everyone, so that all
     clients start from much the same place when they are first compared, or nobody with anybody."""
@@ -83,6 +86,7 @@ _KINDS_WITH = {
     "power": (*_NEIGHBOUR_KINDS, "embeddings"),
     "memory": _LEARNED_KINDS,
     "warmup_rounds": _LEARNED_KINDS,
+    "settled": _LEARNED_KINDS,
     "warmup": _LEARNED_KINDS,
     "pooling": ("gram_layers",),
     "spread": ("pfedgraph",),

@@ -34,9 +34,11 @@ from fedmira.federation.mixing import (
     linear,
     step_numbers,
 )
+from fedmira.federation.ranks import trimmed
 from fedmira.federation.registry import build_method
 from fedmira.graph_config import GraphConfig
 from fedmira.method_config import ChoiceConfig, MiraConfig
+from fedmira.randomness import torch_generator
 from fedmira.types import Arena, Clients, Losses, Participants, Results
 
 FROM_ADAPTERS = ("gram", "gram_layers", "pfedgraph", "kalofolias", "mtrl", "clusters")
@@ -149,10 +151,53 @@ def test_warm_up_joins_everyone_or_nobody(kind: str) -> None:
     uploads, _ = families((3, 3))
     for warmup, edges in (("none", 0), ("uniform", 15)):
         during, after = (
-            learned(kind, uploads, rounds=rounds, warmup_rounds=3, warmup=warmup).num_edges for rounds in (2, 4)
+            learned(kind, uploads, rounds=rounds, warmup_rounds=3, settled=1.0, warmup=warmup).num_edges
+            for rounds in (2, 4)
         )
         assert during == edges
         assert 0 < after < 15
+
+
+@pytest.mark.parametrize("kind", [*FROM_ADAPTERS, *ASKED])
+def test_the_warm_up_is_over_once_the_graph_repeats_itself(kind: str) -> None:
+    # everybody returns the same upload each round, so what is learned in the second round is that of the first
+    uploads, _ = families((3, 3))
+    assert learned(kind, uploads, rounds=1, warmup_rounds=9).num_edges == 15
+    graph = learned(kind, uploads, rounds=2, warmup_rounds=9)
+    assert 0 < graph.num_edges < 15
+    assert graph.provenance["agreement"] > 0.99
+
+
+def test_a_graph_of_chance_is_not_trusted_before_the_warm_up_is_over() -> None:
+    who, noise = clients(8), torch_generator(5, "chance")
+    learns, start = learner(graph_section("gram", warmup_rounds=3), who), initial(8, torch.float64)
+    memory, everybody = learns.init(start), tuple(range(8))
+    for round_ in range(1, 6):
+        drawn_KP = torch.randn(start.values_KP.shape, generator=noise, dtype=torch.float64)
+        uploads = start.replace(start.values_KP + drawn_KP)
+        memory, graph = learns.learn(memory, Seen(uploads, start, (round_,) * 8, everybody, round_))
+        assert (graph.num_edges == 28) == (round_ <= 3)
+        assert graph.provenance.get("agreement", 0.0) < 0.8
+        # trust that was won is kept, whatever comes
+        assert bool(memory["trusted"]) == (round_ > 3)
+
+
+def test_starts_are_compared_as_clients_of_a_smaller_rank_got_them() -> None:
+    who = clients()._replace(ranks_K=(1, 2, 2, 1, 2, 2))
+    noise = torch_generator(6, "starts")
+    starts, uploads = (
+        initial(6, torch.float64).replace(torch.randn(initial(6).values_KP.shape, generator=noise, dtype=torch.float64))
+        for _ in range(2)
+    )
+    uploads = uploads.replace(trimmed(uploads.layout, uploads.values_KP, who.ranks_K or ()))
+    cut = starts.replace(trimmed(starts.layout, starts.values_KP, who.ranks_K or ()))
+    learns, plain = (learner(graph_section("gram"), of) for of in (who, clients()))
+    found, expected, wrong = (
+        one.learn(one.init(starts), Seen(uploads, began, (1,) * 6, tuple(range(6)), 1))[0]["similarity"]
+        for one, began in ((learns, starts), (plain, cut), (plain, starts))
+    )
+    assert torch.equal(found, expected)
+    assert not torch.allclose(found, wrong)
 
 
 @pytest.mark.parametrize(
@@ -161,7 +206,7 @@ def test_warm_up_joins_everyone_or_nobody(kind: str) -> None:
         ("labels", {"neighbours": 3}, "neighbours has no effect with kind = labels"),
         ("clusters", {"power": 2.0}, "power has no effect with kind = clusters; it goes with gram"),
         ("uniform", {"memory": 0.1}, "memory has no effect"),
-        ("embeddings", {"warmup_rounds": 2}, "warmup_rounds has no effect"),
+        ("embeddings", {"warmup_rounds": 1}, "warmup_rounds has no effect"),
         ("gram", {"pooling": 0.1}, "pooling has no effect with kind = gram; it goes with gram_layers"),
         ("gram", {"spread": 0.1}, "spread has no effect"),
         ("probe", {"judged": 3}, "judged has no effect"),

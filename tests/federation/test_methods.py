@@ -250,7 +250,7 @@ def test_a_factor_for_nobody_is_refused_with_the_nearest_name() -> None:
 
 
 def test_warm_up_rounds_do_not_mix() -> None:
-    who, method = clients(), build_method(mira("gram", warmup_rounds=2, warmup="none"), clients())
+    who, method = clients(), build_method(mira("gram", warmup_rounds=2, settled=1.0, warmup="none"), clients())
     local = build_method(LOCAL, clients())
     names = who.names
     warm, alone = (play(m, fresh(m), names, [EVERYBODY.ids] * 2) for m in (method, local))

@@ -34,14 +34,17 @@ from fedmira.types import Arena, Clients
 def learner(config: GraphConfig, clients: Clients) -> Learner:
     """Return the learner of `config.kind`.
 
-    Whatever the kind, the warm-up joins everyone with everyone, or nobody, and the provenance says the round, how much
-    the graph agrees with that of the round before, and what the server learns by it.
+    Whatever the kind, the warm-up joins everyone with everyone, or nobody, until its rounds are over or what is learned
+    agrees with what was learned a round before: clients that have not yet learned what sets them apart look alike by
+    chance, and chance does not repeat itself. The provenance says the round, that agreement, and what the server learns
+    by the graph.
     """
     of_kind = {**_FROM_ADAPTERS, **ASKED}[config.kind](config, clients)
     num_clients = len(clients.names)
 
     def init(initial: Arena) -> dict[str, torch.Tensor]:
-        return {**of_kind.init(initial), "weights": torch.zeros(num_clients, num_clients, dtype=torch.float64)}
+        weights = torch.zeros(num_clients, num_clients, dtype=torch.float64)
+        return {**of_kind.init(initial), "weights": weights, "trusted": torch.zeros(1)}
 
     def learn(memory: Memory, seen: Seen) -> tuple[dict[str, torch.Tensor], Graph]:
         if clients.ranks_K is not None:
@@ -49,17 +52,20 @@ def learner(config: GraphConfig, clients: Clients) -> Learner:
             started_KP = trimmed(seen.starts.layout, seen.starts.values_KP, clients.ranks_K)
             seen = seen._replace(starts=seen.starts.replace(started_KP))
         learned, graph = of_kind.learn(memory, seen)
+        learned |= {"weights": torch.from_numpy(graph.adjacency_KK.copy())}
         details = {"memory": config.memory, "round": seen.round}
-        if seen.round <= config.warmup_rounds:
+        before_KK, trusted = memory["weights"].cpu().numpy(), bool(memory["trusted"])
+        if before_KK.any() and graph.num_edges:
+            details["agreement"] = agreement(before_KK, graph.adjacency_KK)
+            trusted |= config.settled <= details["agreement"] and config.settled < 1
+        if seen.round > config.warmup_rounds:
+            trusted = True
+        if not trusted:
             weight = 1.0 if config.warmup == "uniform" else 0.0
             first_KK = weight * (np.ones((num_clients, num_clients)) - np.eye(num_clients))
             graph = validated(first_KK, num_clients, config.kind, {"warmup": config.warmup})
-        before_KK = memory["weights"].cpu().numpy()
-        if before_KK.any() and graph.num_edges:
-            details["agreement"] = agreement(before_KK, graph.adjacency_KK)
-        weights = torch.from_numpy(graph.adjacency_KK.copy())
-        graph = explained(replace(graph, provenance={**graph.provenance, **details}))
-        return {**learned, "weights": weights}, graph
+        learned |= {"trusted": torch.full((1,), float(trusted))}
+        return learned, explained(replace(graph, provenance={**graph.provenance, **details}))
 
     return Learner(init, learn, of_kind.ask, of_kind.hear)
 
