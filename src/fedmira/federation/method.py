@@ -24,7 +24,7 @@ class State:
     """What the next round needs. Every field survives a checkpoint unchanged."""
 
     adapters: Arena
-    """(K, P): row k is where client k starts its next round."""
+    """(K, P): row k is where client k starts its next round, unless the method's `plan` says otherwise."""
     last_round_K: tuple[int, ...]
     """The last round each client took part in; 0 if it never did."""
     memory: Mapping[str, torch.Tensor] = field(default_factory=dict)
