@@ -78,3 +78,26 @@ def test_rates_that_are_close_are_tried_on_two_more_draws(study: ModuleType) -> 
     batches, rate = tried(study, lambda rate, draw: losses[rate][draw], GRID)
     assert batches == [[1e-3, 3e-3, 1e-2], [3e-4], [1e-3, 1e-3, 3e-3, 3e-3]]
     assert rate == 3e-3
+
+
+def described(**sections: Any) -> dict[str, Any]:
+    return RunConfig.model_validate({"name": "s", **sections}).model_dump(mode="json")
+
+
+def test_a_result_belongs_to_what_decides_its_numbers(study: ModuleType) -> None:
+    base = described(method={"name": "mira"})
+    assert study.digest(base) == study.digest({**base, "name": "other", "output": {"directory": "elsewhere"}})
+    moved = {"source": "dolly", "path": "here"}
+    one, other = (described(data={**moved, "path": path}) for path in ("here", "there"))
+    assert study.digest(one) == study.digest(other)
+    for changed in ({"strength": 3.0}, {"graph": {"warmup_rounds": 7}}, {"ema_decay": 0.1}):
+        assert study.digest(described(method={"name": "mira", **changed})) != study.digest(base)
+
+
+def test_keys_that_a_graph_ignores_or_that_came_later_leave_old_results_valid(study: ModuleType) -> None:
+    known = described(method={"name": "mira_published", "graph": {"kind": "labels"}})
+    changed = {**known, "method": {**known["method"], "graph": {**known["method"]["graph"], "warmup_rounds": 7}}}
+    assert study.digest(changed) == study.digest(known)
+    before = described(method={"name": "fedit"})
+    assert before["method"].pop("ema_decay") == 0.0
+    assert study.digest(before) == study.digest(described(method={"name": "fedit"}))

@@ -84,7 +84,7 @@ def digest(config: Mapping[str, Any]) -> str:
         of_section = kept[section].items()
         kept[section] = {key: value for key, value in of_section if key not in later or value != later[key]}
     if "graph" in kept["method"]:
-        graph = GraphConfig.model_validate(kept["method"]["graph"])
+        graph = GraphConfig.model_construct(**kept["method"]["graph"])
         used = {key: value for key, value in graph.model_dump(mode="json").items() if key == "kind" or graph.uses(key)}
         kept["method"]["graph"] = used
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:12]

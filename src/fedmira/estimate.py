@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -22,9 +23,9 @@ from fedmira.federation import participation
 from fedmira.federation.method import State
 from fedmira.randomness import torch_generator
 from fedmira.trials import planned_steps, timed, try_checkpoint, try_evaluation, try_generation, try_training
-from fedmira.types import ClientReport, Job, Results, Trial
+from fedmira.types import ClientReport, Job, Losses, Results, Trial
 
-_PATIENCE_SECONDS = 2.0
+_PATIENCE_SECONDS = 20.0
 """Mixing that takes longer is not done a second time."""
 _HEAP_GROWTH = 0.1
 """A heap that has served batches of many sizes holds more than one that has served a few: 0 to 20 % in runs of minutes
@@ -172,26 +173,43 @@ def _of_a_long_run(device: torch.device, loaded_bytes: int, peak_bytes: int) -> 
 
 
 def _mix(parts: Assembly, state: State, round_: int) -> tuple[State, float, Callable[[int], Trial | None]]:
-    """The state after round `round_` with made-up results, the seconds of planning and merging, and what clients are
-    asked after each round."""
-    participants = participation.draw(len(parts.clients.names), parts.config.federation, parts.config.seed, round_)
-    job, planning = timed(parts, lambda: parts.method.plan(state, participants))
-    results = _made_up_results(job, parts.config.seed)
+    """The state after round `round_` with made-up results and answers, the seconds of planning, merging and deciding,
+    and what clients are asked after each round."""
+    method, federation, seed = parts.method, parts.config.federation, parts.config.seed
+    num_clients, last = len(parts.clients.names), federation.rounds
+    participants = participation.draw(num_clients, federation, seed, round_)
+    job, planning = timed(parts, lambda: method.plan(state, participants))
+    results = _made_up_results(job, seed)
     del job
-    (mixed, _), merging = timed(parts, lambda: parts.method.merge(state, participants, results))
-    last = parts.config.federation.rounds
+    (mixed, _), merging = timed(parts, lambda: method.merge(state, participants, results))
 
     def asked(number: int) -> Trial | None:
-        here = participants._replace(round=number, last=number == last)
-        return parts.method.trial(mixed, here, results) if parts.method.trial else None
+        here, then = participants._replace(round=number, last=number == last), mixed
+        if here.last:
+            drawn = {k for r in range(1, last + 1) for k in participation.draw(num_clients, federation, seed, r).ids}
+            then = replace(mixed, last_round_K=tuple(last * (k in drawn) for k in range(num_clients)))
+        return method.trial(then, here, results) if method.trial else None
 
-    return mixed, planning + merging, asked
+    trial = method.trial(mixed, participants, results) if method.trial else None
+    if trial is None or method.decide is None:
+        return mixed, planning + merging, asked
+    losses, decide = _made_up_losses(trial, seed), method.decide
+    (decided, _), deciding = timed(parts, lambda: decide(mixed, trial, losses))
+    return decided, planning + merging + deciding, asked
 
 
 def _tokens_of(parts: Assembly, trial: Trial) -> int:
     clients = [parts.tokenized[id_] for id_ in trial.ids]
     examples = [e for client in clients for e in (client.train if trial.split == "train" else client.validation)]
     return trial.num_candidates * sum(len(example.tokens) - 1 for example in examples)
+
+
+def _made_up_losses(trial: Trial, seed: int) -> Losses:
+    """What clients would answer by chance: some prefer their own, so that all that a method can do is done."""
+    noise = torch_generator(seed, "estimate", "answers")
+    mean_SQ = torch.rand((len(trial.ids), trial.num_candidates), generator=noise, dtype=torch.float64) + 1.0
+    agreement_SS = None if trial.compare_SP is None else torch.eye(len(trial.ids), dtype=torch.float64)
+    return Losses(mean_SQ, (1,) * len(trial.ids), 0, 0, agreement_SS)
 
 
 def _made_up_results(job: Job, seed: int) -> Results:
