@@ -208,7 +208,7 @@ def test_fedit_has_the_same_clients_and_batches_but_one_start(tmp_path: Path, cr
 def test_strength_zero_is_local_only_bit_for_bit_through_the_whole_run(tmp_path: Path, graph: str) -> None:
     federation = {"rounds": 3, "participation": 0.75}
     outcomes = []
-    for method in ("local_only", {"name": "mira", "strength": 0.0, "graph": {"kind": graph}}):
+    for method in ("local_only", {"name": "mira", "strength": 0.0, "ema_decay": 0.0, "graph": {"kind": graph}}):
         path = run(tiny(method, federation=federation), directory=tmp_path)
         arena, _ = personalised_adapters(path)
         judged = [{**event, "timing": None} for event in events(path, "evaluation") + events(path, "final")]
@@ -242,7 +242,9 @@ def test_the_bytes_recorded_are_those_that_crossed(tmp_path: Path, crossing: Cro
     for event, job, results in zip(recorded, crossing.jobs, crossing.results, strict=True):
         sent = 0 if method == "local_only" else results.values_SP.nbytes
         assert event["upload_bytes"] == sent + answers(method, crossing, event["round"])
-        assert event["download_bytes"] == (0 if method == "local_only" else job.start_SP.nbytes)
+        # by its next turn a client of `mira` starts from another mixture than the one that it judges
+        judged = (method == "mira" and event["round"] < len(recorded)) * job.start_SP.nbytes
+        assert event["download_bytes"] == (0 if method == "local_only" else job.start_SP.nbytes + judged)
         assert len(event["participants"]) == len(job.ids) == 3
         assert event["tokens"] == sum(report.num_tokens for report in results.reports) > 0
         assert event["train_loss_sum"] == sum(report.loss_sum for report in results.reports)
