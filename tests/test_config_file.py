@@ -241,7 +241,7 @@ def test_a_difference_shows_both_values() -> None:
     assert "training.learning_rate: 0.002 -> 0.001" in lines
     assert "federation.rounds: 8 -> 9" in lines
     assert "method.name: 'mira' -> 'fedit'" in lines
-    assert "method.strength: 4.0 -> (absent)" in lines
+    assert "method.strength: 2.0 -> (absent)" in lines
 
 
 # -------------------------------------------------------------------------------------------------------------- speed

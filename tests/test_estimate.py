@@ -60,7 +60,7 @@ def test_bytes_are_predicted_exactly_and_nothing_is_left(
 
 HEAVY = {
     "activations": {
-        "training": {"local_steps": 2, "batch_size": 8, "cohort_size": 16},
+        "training": {"local_steps": 2, "batch_size": 16, "cohort_size": 16},
         "data": {"source": "planted", "families": 4, "clients_per_family": 4},
     },
     "adapters": {
