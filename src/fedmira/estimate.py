@@ -190,7 +190,7 @@ def _mix(parts: Assembly, state: State, round_: int) -> tuple[State, float, Call
             then = replace(mixed, last_round_K=tuple(last * (k in drawn) for k in range(num_clients)))
         return method.trial(then, here, results) if method.trial else None
 
-    trial = method.trial(mixed, participants, results) if method.trial else None
+    trial = asked(round_)
     if trial is None or method.decide is None:
         return mixed, planning + merging, asked
     losses, decide = _made_up_losses(trial, seed), method.decide

@@ -145,9 +145,11 @@ class _Run:
             # the rows of this round would otherwise lie beside those of the next one
             del results
             if last or round_ % config.evaluation.every == 0:
-                line += self._evaluate(round_, method.personalise(state))
-            if last and config.evaluation.test:
-                line += f", test loss {self._judge(round_, method.personalise(state)):.4f}"
+                kept = method.personalise(state)
+                line += self._evaluate(round_, kept)
+                if last and config.evaluation.test:
+                    line += f", test loss {self._judge(round_, kept):.4f}"
+                del kept
             self.display.round(round_, line)
             self.store.log(f"round {round_}: {line}")
             if last or round_ % config.output.checkpoint_every == 0 or self.stop():

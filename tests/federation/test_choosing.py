@@ -23,7 +23,7 @@ def returned(*ids: int) -> Results:
 
 
 def state(config: ChoiceConfig) -> State:
-    return State(MIXED, (1, 1, 1), {**first_choice(config, 3), "other": torch.ones(1)})
+    return State(MIXED, (1, 1, 1), {**first_choice(config, 3), "uploads": OWN.values_KP, "other": torch.ones(1)})
 
 
 def answers(rows: list[list[float]], tokens: tuple[int, ...]) -> Losses:
@@ -31,14 +31,14 @@ def answers(rows: list[list[float]], tokens: tuple[int, ...]) -> Losses:
 
 
 def question(config: ChoiceConfig, *ids: int) -> Trial:
-    trial = ask(config, OWN, MIXED, ids, Participants(1, (0, 1, 2)))
+    trial = ask(config, state(config), Participants(1, (0, 1, 2)), returned(*ids))
     assert trial is not None
     return trial
 
 
 def test_a_mixture_that_is_not_trained_on_from_crosses_only_to_be_judged() -> None:
     def sent(participants: Participants) -> int:
-        trial = ask(ChoiceConfig(), OWN, MIXED, participants.ids, participants)
+        trial = ask(ChoiceConfig(), state(ChoiceConfig()), participants, returned(*participants.ids))
         assert trial is not None
         return trial.sent
 

@@ -42,20 +42,27 @@ def blend(own: Arena, mixed: Arena, alpha_K: torch.Tensor) -> Arena:
     return own.replace(torch.where(share_K1 == 1, mixed.values_KP, values_KP))
 
 
-def taken(state: State, share: str, ids: Sequence[int] | None = None) -> Arena:
-    """Return what clients chose, (S, P): as much of the mixture as `share` of the memory says, all of it without one.
+def blended(state: State, alpha_K: torch.Tensor, ids: Sequence[int] | None = None) -> Arena:
+    """Return what clients get by these shares, (S, P).
 
     Args:
         state: its adapters are x, `uploads` in its memory is theta.
-        share: `alpha`, what they keep, or `start_alpha`, what they train on from.
-        ids: whose; None for all clients.
+        alpha_K: shares of all clients.
+        ids: whose rows; None for all clients.
     """
     own, mixed = state.adapters.replace(state.memory["uploads"]), state.adapters
-    alpha_K = state.memory.get(share, torch.ones(own.num_clients))
     if ids is None:
         return blend(own, mixed, alpha_K)
     rows = list(ids)
     return blend(own.replace(own.values_KP[rows]), mixed.replace(mixed.values_KP[rows]), alpha_K[rows])
+
+
+def taken(state: State, share: str, ids: Sequence[int] | None = None) -> Arena:
+    """Return what clients chose, (S, P), see `blended`: all of the mixture where nobody chooses.
+
+    `share` is `alpha`, what they keep, or `start_alpha`, what they train on from.
+    """
+    return blended(state, state.memory.get(share, torch.ones(state.adapters.num_clients)), ids)
 
 
 def asked(
@@ -67,28 +74,24 @@ def asked(
     return results.ids if participants.round % config.every == 0 else ()
 
 
-def ask(
-    config: ChoiceConfig, own: Arena, mixed: Arena, ids: tuple[int, ...], participants: Participants
-) -> Trial | None:
-    """Return the question to `ids`: which alpha of the grid? None if it goes to nobody.
+def ask(config: ChoiceConfig, state: State, participants: Participants, results: Results) -> Trial | None:
+    """Return the question after a round: which alpha of the grid? None if it goes to nobody.
 
     A client holds theta_k; x_k crosses for it only where it would not get that anyway, see `only_to_judge`.
 
     Args:
-        config: has the grid.
-        own: theta of all K clients.
-        mixed: x of all K clients.
-        ids: rows of those asked, ascending.
+        config: has the grid, and says when to ask.
+        state: after merging, see `blended`.
         participants: of the round that is over.
+        results: of that round.
     """
-    rows = list(ids)
+    ids, num_clients = asked(config, participants, results, state.last_round_K), state.adapters.num_clients
 
     def candidate(number: int) -> torch.Tensor:
-        alpha_S = torch.full((len(rows),), config.grid[number], device=own.values_KP.device)
-        own_S, mixed_S = own.replace(own.values_KP[rows]), mixed.replace(mixed.values_KP[rows])
-        return blend(own_S, mixed_S, alpha_S).values_KP
+        alpha_K = torch.full((num_clients,), config.grid[number], device=state.adapters.values_KP.device)
+        return blended(state, alpha_K, ids).values_KP
 
-    return Trial(ids, len(config.grid), candidate, only_to_judge(participants, own.num_clients)) if rows else None
+    return Trial(ids, len(config.grid), candidate, only_to_judge(participants, num_clients)) if ids else None
 
 
 def choose(config: ChoiceConfig, state: State, trial: Trial, losses: Losses) -> tuple[State, Info]:

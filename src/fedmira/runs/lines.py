@@ -104,20 +104,6 @@ def read_events(path: Path) -> list[dict[str, Any]]:
     return events
 
 
-def _cut_torn_line(descriptor: int) -> None:
-    """Cut what follows the last newline: a line that a crash tore."""
-    size = end = os.fstat(descriptor).st_size
-    while end:
-        start = max(0, end - 65536)
-        newline = os.pread(descriptor, end - start, start).rfind(b"\n")
-        if newline >= 0:
-            end = start + newline + 1
-            break
-        end = start
-    if end < size:
-        os.ftruncate(descriptor, end)
-
-
 def plain(value: Any) -> tuple[Any, dict[str, str]]:
     """Return `value` as JSON can hold it, and the places where a number that is not finite became null."""
     non_finite: dict[str, str] = {}
@@ -138,3 +124,17 @@ def plain(value: Any) -> tuple[Any, dict[str, str]]:
         return item
 
     return convert(value, ""), non_finite
+
+
+def _cut_torn_line(descriptor: int) -> None:
+    """Cut what follows the last newline: a line that a crash tore."""
+    size = end = os.fstat(descriptor).st_size
+    while end:
+        start = max(0, end - 65536)
+        newline = os.pread(descriptor, end - start, start).rfind(b"\n")
+        if newline >= 0:
+            end = start + newline + 1
+            break
+        end = start
+    if end < size:
+        os.ftruncate(descriptor, end)

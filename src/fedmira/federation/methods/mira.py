@@ -12,7 +12,7 @@ from functools import partial
 
 import numpy as np
 
-from fedmira.federation.choosing import ask, asked, choose, first_choice, taken
+from fedmira.federation.choosing import ask, choose, first_choice, taken
 from fedmira.federation.graph import Graph
 from fedmira.federation.learned_graphs import Seen, learner
 from fedmira.federation.method import Info, Method, State
@@ -20,7 +20,7 @@ from fedmira.federation.receiving import exchange_groups, first_state, received
 from fedmira.federation.server_step import Mixture, server_step
 from fedmira.federation.strengths import chosen_together, in_use
 from fedmira.method_config import MiraConfig
-from fedmira.types import Arena, Clients, Job, Participants, Results, Trial
+from fedmira.types import Arena, Clients, Job, Participants, Results
 
 
 def build(config: MiraConfig, clients: Clients, graph: Graph | None) -> Method:
@@ -73,12 +73,8 @@ def build(config: MiraConfig, clients: Clients, graph: Graph | None) -> Method:
         job = exchange(state, participants)
         return job._replace(start_SP=taken(state, "start_alpha", job.ids).values_KP)
 
-    def trial(state: State, participants: Participants, results: Results) -> Trial | None:
-        who = asked(choice, participants, results, state.last_round_K)
-        return ask(choice, state.adapters.replace(state.memory["uploads"]), state.adapters, who, participants)
-
     exchange = exchange_groups(step.form.crossing)
     method = Method(init, plan, merge, partial(taken, share="alpha"))
     if choice.enabled:
-        method = method._replace(trial=trial, decide=partial(choose, choice))
+        method = method._replace(trial=partial(ask, choice), decide=partial(choose, choice))
     return chosen_together(method, mixtures) if config.strength == "auto" else method
