@@ -80,6 +80,19 @@ def test_rates_that_are_close_are_tried_on_two_more_draws(study: ModuleType) -> 
     assert rate == 3e-3
 
 
+def test_a_variant_runs_at_the_rate_of_its_method(study: ModuleType) -> None:
+    for path in sorted((REPOSITORY / "studies").glob("*.yaml")):
+        of = study.load_study(path, None)
+        for name in of.methods:
+            assert study.tuned_as(name) in of.methods
+            assert study.tuned_as(name) == name or study.choose_rate(of, name, {}) == study.choose_rate(
+                of, study.tuned_as(name), {}
+            )
+    assert study.tuned_as("mira-layers") == "mira"
+    assert study.tuned_as("pfedgraph-average") == "pfedgraph"
+    assert study.tuned_as("mira-labels") == "mira-labels", "it would be held back by the rate of one that must learn"
+
+
 def described(**sections: Any) -> dict[str, Any]:
     return RunConfig.model_validate({"name": "s", **sections}).model_dump(mode="json")
 

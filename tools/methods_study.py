@@ -7,7 +7,8 @@
 differ in other sections of the config, such as compression. Every finished run becomes one line of
 `studies/results/NAME.jsonl`, a file that is kept under version control: a run whose line is there is not done again,
 also on another machine. A line belongs to the config it was made with (without paths); when that changes, it is done
-anew. Learning rates are chosen per method on validation data of another draw; test data is looked at by `page` only.
+anew. Learning rates are chosen per method on validation data of other draws, and names with a hyphen, which change one
+thing of a method, run at its rate; test data is looked at by `page` only.
 """
 
 from __future__ import annotations
@@ -39,6 +40,10 @@ _LATER: Mapping[str, Mapping[str, Any]] = {
     "method": {"mixing": "factors", "robust": "none", "depth": 0.0, "client_strength": {}, "ema_decay": 0.0},
 }
 """Keys that came after the first results, with the values that leave everything as it was before them."""
+_TUNED_ALONE = (
+    *("mira-true", "mira-labels", "mira-shared-a", "mira-shared-a-asks-nobody"),
+    *("mira-private-weak", "mira-private"),
+)
 
 
 class Study(NamedTuple):
@@ -132,6 +137,14 @@ def missing(study: Study, methods: Sequence[str], found: Mapping[Any, Any]) -> I
                 yield task
 
 
+def tuned_as(name: str) -> str:
+    """Whose learning rate a name runs at: a variant changes one thing of a method, and leaves its rate as it is.
+
+    Those that are told the true graph, or train other tensors, would be held back by that; they are tuned themselves.
+    """
+    return name if name in _TUNED_ALONE else name.partition("-")[0]
+
+
 def choose_rate(study: Study, name: str, found: Mapping[Any, Any]) -> tuple[float | None, list[Task]]:
     """The rate with the lowest validation loss on tuning draws, or None and the runs that must be tried first.
 
@@ -139,6 +152,7 @@ def choose_rate(study: Study, name: str, found: Mapping[Any, Any]) -> tuple[floa
     outermost, the next one on its side. Those within 5 % of the best are tried on two more draws, and the mean of the
     three decides. One that diverged counts as infinite; ties go to the smaller rate.
     """
+    name = tuned_as(name)
     grid, seed = sorted(study.config.compare.learning_rates), study.config.compare.tuning_seed
 
     def trials(rates: Sequence[float], draws: Sequence[int]) -> tuple[list[Task], list[float]]:
@@ -220,6 +234,13 @@ def by_key(lines: Sequence[dict[str, Any]]) -> dict[Any, dict[str, Any]]:
     return {tuple(one[field] for field in KEY): one for one in lines}
 
 
+def processor() -> str:
+    """What Linux calls it, or nothing: seconds of different ones do not compare."""
+    file = Path("/proc/cpuinfo")
+    lines = file.read_text("utf-8", "replace").splitlines() if file.is_file() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+
+
 def run(arguments: argparse.Namespace) -> None:
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False, cwd=REPOSITORY
@@ -235,7 +256,7 @@ def run(arguments: argparse.Namespace) -> None:
             while todo := list(missing(study, methods, by_key(read_lines(path.stem)))):
                 print(f"{path.stem}: {len(todo)} runs to do", flush=True)
                 for done in as_completed([pool.submit(carry_out, task) for task in todo]):
-                    line = {**done.result(), "commit": commit}
+                    line = {**done.result(), "commit": commit, "processor": processor()}
                     with (RESULTS / f"{path.stem}.jsonl").open("a", encoding="utf-8") as file:
                         file.write(json.dumps(line) + "\n")
                     shown = line["validation_loss"]
@@ -363,8 +384,7 @@ def aims(studies: Sequence[Study]) -> str:
         if not {"mira", "local_only", "fedit"} <= set(reported):
             continue
         mira, local = reported["mira"], reported["local_only"]
-        told = {name for name in reported if name.startswith(("oracle", "mira-", "centralised"))}
-        others = [name for name in reported if name not in told and name not in study.settings]
+        others = [name for name in reported if "-" not in name and name not in ("oracle_clusters", "centralised")]
         best = min(others, key=lambda name: mean_loss(reported[name]))
         gaps = [m.losses_K.mean() - b.losses_K.mean() for m, b in zip(mira, reported[best], strict=True)]
         error = float(np.std(gaps, ddof=1) / math.sqrt(len(gaps))) if len(gaps) > 1 else 0.0

@@ -34,10 +34,11 @@ from fedmira.types import Arena, Clients
 def learner(config: GraphConfig, clients: Clients) -> Learner:
     """Return the learner of `config.kind`.
 
-    Whatever the kind, the warm-up joins everyone with everyone, or nobody, until its rounds are over or what is learned
-    agrees with what was learned a round before: clients that have not yet learned what sets them apart look alike by
-    chance, and chance does not repeat itself. The provenance says the round, that agreement, and what the server learns
-    by the graph.
+    Whatever the kind, the warm-up joins everyone with everyone, or nobody, until its rounds are over, what is learned
+    agrees with what was learned a round before, or the clients refuse what it gives them. Clients that have not yet
+    learned what sets them apart look alike by chance, and chance does not repeat itself; clients that have nothing in
+    common look alike by chance for good, but do worse together. The provenance says the round, that agreement, and what
+    the server learns by the graph.
     """
     of_kind = {**_FROM_ADAPTERS, **ASKED}[config.kind](config, clients)
     num_clients = len(clients.names)
@@ -58,8 +59,7 @@ def learner(config: GraphConfig, clients: Clients) -> Learner:
         if before_KK.any() and graph.num_edges:
             details["agreement"] = agreement(before_KK, graph.adjacency_KK)
             trusted |= config.settled <= details["agreement"] and config.settled < 1
-        if seen.round > config.warmup_rounds:
-            trusted = True
+        trusted |= seen.refused or seen.round > config.warmup_rounds
         if not trusted:
             weight = 1.0 if config.warmup == "uniform" else 0.0
             first_KK = weight * (np.ones((num_clients, num_clients)) - np.eye(num_clients))

@@ -30,6 +30,8 @@ class Seen(NamedTuple):
     returned: tuple[int, ...]
     """Who returned this round; ascending."""
     round: int
+    refused: bool = False
+    """Clients do worse with what the graphs so far gave them, see `choosing.most_refuse`."""
 
     @property
     def clients(self) -> list[int]:
