@@ -44,12 +44,10 @@ class GraphConfig(Section):
     """With graphs learned over rounds: weight of the past in the moving average of what is compared. What clients learn
     first is what their answers look like; remembering it blurs which tasks are alike."""
     warmup_rounds: NonNegativeInt = 3
-    """With graphs learned over rounds: rounds after which the graph is trusted at the latest; 0 trusts the first. It
-    is trusted before that once more clients than chance explains do worse with their mixtures than with
-    their own uploads (`method.choice`)."""
+    """With graphs learned over rounds: rounds after which the graph is trusted at the latest; 0 trusts the first."""
     settled: Annotated[float, Field(ge=0, le=1)] = 0.8
-    """With graphs learned over rounds: it is also trusted as soon as it agrees this much with that of the round before
-    (cosine of the weights); 1 never does."""
+    """With graphs learned over rounds: the graph is trusted before that as soon as it agrees this much with that of the
+    round before (cosine of the weights). 1: only when the warm-up is over."""
     warmup: Literal["uniform", "none"] = "uniform"
     """With graphs learned over rounds: who is related to whom during the warm-up: everyone with everyone, so that all
     clients start from much the same place when they are first compared, or nobody with anybody."""

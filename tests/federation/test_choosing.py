@@ -6,10 +6,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tests.federation.builders import clients, initial, mira, mira_with, play, same_bytes, trained
+from tests.federation.builders import clients, initial, mira, play, same_bytes
 
-from fedmira.federation.choosing import ask, asked, blend, choose, first_choice, most_refuse
-from fedmira.federation.method import Info, State
+from fedmira.federation.choosing import ask, asked, blend, choose, first_choice
+from fedmira.federation.method import State
 from fedmira.federation.registry import build_method
 from fedmira.method_config import ChoiceConfig
 from fedmira.types import Arena, Layout, Losses, Participants, Results, TensorSpec, Trial
@@ -128,46 +128,6 @@ def test_a_client_trains_on_from_its_mixture_unless_that_is_much_worse(loss: flo
     after, _ = choose(config, state(config), question(config, 1), answers([[1.0, loss]], (10,)))
     assert after.memory["start_alpha"].tolist() == [1.0, start, 1.0]
     assert after.memory["alpha"].tolist() == [1.0, float(loss < 1), 1.0]
-
-
-@pytest.mark.parametrize(
-    ("worse", "better", "unheard", "refused"),
-    [(4, 0, 9, True), (3, 0, 9, False), (0, 9, 0, False), (9, 3, 0, False), (10, 3, 0, False), (11, 3, 0, True)],
-)
-def test_clients_refuse_their_mixtures_when_chance_does_not_explain_it(
-    worse: int, better: int, unheard: int, refused: bool
-) -> None:
-    changes_K = torch.tensor([0.3] * worse + [-0.3] * better + [0.3] * unheard)
-    memory = {"changes": torch.stack([0 * changes_K, changes_K], dim=1)}
-    memory["change_tokens"] = torch.tensor([8.0] * (worse + better) + [0.0] * unheard)
-    assert most_refuse(memory) == refused
-
-
-def test_nobody_refuses_what_nobody_is_asked_about_or_gets() -> None:
-    assert not most_refuse({})
-    before = first_choice(ChoiceConfig(), 9)
-    assert not most_refuse(before)
-    assert not most_refuse({**before, "change_tokens": torch.ones(9)}), "what they got is their own"
-
-
-def test_the_warm_up_is_over_once_the_clients_refuse_what_it_gives_them() -> None:
-    who = clients()
-    everybody = Participants(1, tuple(range(6)))
-    for own, warm in ((1.1, True), (0.9, False)):
-        method = build_method(mira_with(graph={"warmup_rounds": 9, "settled": 1.0}, choice={"enabled": True}), who)
-        state, info = method.init(initial(), who), Info({})
-        for round_ in (1, 2):
-            participants = everybody._replace(round=round_)
-            results = trained(method.plan(state, participants), who.names)
-            state, info = method.merge(state, participants, results)
-            assert method.trial is not None
-            assert method.decide is not None
-            trial = method.trial(state, participants, results)
-            assert trial is not None
-            # all of the mixture does better or worse than all of the upload
-            state, _ = method.decide(state, trial, answers([[own, 1.0]] * 6, (9,) * 6))
-        assert info.graph is not None
-        assert (info.graph.num_edges == 15) == warm
 
 
 def test_what_a_client_keeps_and_starts_from_is_as_it_chose() -> None:

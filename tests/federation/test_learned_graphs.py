@@ -67,7 +67,9 @@ def answers(rows_SP: torch.Tensor, candidates: Sequence[torch.Tensor]) -> Losses
     return Losses(mean_SQ.double(), (3,) * size, 0, 0, torch.exp(-0.1 * apart_SS))
 
 
-def learned(kind: str, uploads: Arena, who: Clients | None = None, rounds: int = 1, **settings: object) -> Graph:
+def learned(
+    kind: str, uploads: Arena, who: Clients | None = None, rounds: int = 1, clip: bool = False, **settings: object
+) -> Graph:
     """The graph after `rounds` rounds in which everybody returned the same upload, from adapters with B = 0."""
     num_clients = uploads.num_clients
     who = who or clients(num_clients)
@@ -77,7 +79,7 @@ def learned(kind: str, uploads: Arena, who: Clients | None = None, rounds: int =
     memory = learns.init(start)
     # what is asked after one round serves the next
     for round_ in range(1, rounds + 1 + (learns.ask is not None)):
-        seen = Seen(uploads, start, (round_,) * num_clients, everybody, round_)
+        seen = Seen(uploads, start, (round_,) * num_clients, everybody, round_, clip)
         memory, graph = learns.learn(memory, seen)
         memory |= heard(learns, memory, uploads, round_)
     return graph
@@ -124,6 +126,25 @@ def test_the_graph_follows_its_clients(kind: str) -> None:
     assert plain.any()
     # clients 0 and 3 are as hard as their place says: trust must not see that either
     assert np.allclose(moved, plain[np.ix_(order, order)], rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("length", [3.0, 30.0, 300.0])
+@pytest.mark.parametrize("kind", FROM_ADAPTERS)
+def test_one_upload_far_from_all_others_does_not_make_them_look_alike(kind: str, length: float) -> None:
+    uploads, labels = families((4, 4, 4, 4), own=1.0)
+    noise = torch.randn(uploads.values_KP[0].shape, generator=torch_generator(9, "hostile"), dtype=torch.float64)
+    # both factors grow, so the update is `length` times as long as those of the others
+    values_KP = uploads.values_KP.clone()
+    values_KP[0] = noise * (length * values_KP[1].square().mean() / noise.square().mean()).sqrt()
+    settings = {"kalofolias": {"neighbours": 3}}.get(kind, {})
+    honest = range(1, 16)
+    graph, without = (
+        subgraph(learned(kind, uploads.replace(values), rounds=2, clip=True, **settings), honest)
+        for values in (values_KP, uploads.values_KP)
+    )
+    share, expected = (weight_inside(one, labels[1:]) for one in (graph, without))
+    assert share > expected - 0.1
+    assert share > 0.8
 
 
 @pytest.mark.parametrize("rows", ["zero", "equal", "equal but for rounding", "one different", "random"])

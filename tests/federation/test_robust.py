@@ -121,25 +121,26 @@ LAYOUT = layout(features=((12, 10), (9, 14)))
 
 
 @cache
-def problem() -> tuple[torch.Tensor, torch.Tensor]:
-    """True and empirical optima of the honest clients, (H, P): one task, small deviations, sampling noise."""
+def problem(families: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """True and empirical optima of the honest clients, (H, P): families, small deviations, sampling noise."""
 
     def noise(purpose: str, rows: int) -> torch.Tensor:
         generator = torch_generator(0, "quadratic", purpose)
         return torch.randn((rows, LAYOUT.num_parameters), generator=generator, dtype=torch.float64)
 
-    true_HP = noise("common", 1) + 0.2 * noise("deviation", HONEST)
+    of_family_HP = noise("family", families).repeat(HONEST // families, 1) if families > 1 else 0.0
+    true_HP = noise("common", 1) + of_family_HP + 0.2 * noise("deviation", HONEST)
     return true_HP, true_HP + 0.8 * noise("examples", HONEST)
 
 
 @cache
-def error(robust: str, attack: str, num_hostile: int = 1) -> float:
-    """Mean squared distance of the honest clients' adapters from their true optima."""
-    true_HP, empirical_HP = problem()
+def error(robust: str, attack: str, num_hostile: int = 1, kind: str = "uniform") -> float:
+    """Mean squared distance of the honest clients' adapters from their true optima; learned graphs find two families."""
+    true_HP, empirical_HP = problem(1 if kind == "uniform" else 2)
     num_clients = HONEST + (num_hostile if attack else 0)
     names = tuple(f"client-{k}" for k in range(num_clients))
     who = Clients(names, (10,) * num_clients, ("",) * num_clients, 0)
-    method = build_method(mira_with("uniform", robust=robust, strength=4.0), who)
+    method = build_method(mira_with(kind, robust=robust, strength=4.0), who)
     state = method.init(initial(num_clients, torch.float64, LAYOUT), who)
     draw = torch.Generator().manual_seed(0)
     for round_ in range(1, ROUNDS + 1):
@@ -165,6 +166,15 @@ def test_one_hostile_client_spoils_the_mean_of_nine_but_no_robust_one(attack: st
     for robust in ROBUST:
         assert error(robust, attack) < 1.25 * peace
         assert error(robust, "") < 1.05 * peace
+
+
+@pytest.mark.parametrize("attack", ["flip", "random"])
+def test_a_learned_graph_does_not_let_a_hostile_client_in_by_the_back_door(attack: str) -> None:
+    peace = error("none", "", kind="gram")
+    assert error("none", attack, kind="gram") > 1.5 * peace
+    for robust in ROBUST:
+        assert error(robust, attack, kind="gram") < 1.1 * peace
+        assert error(robust, "", kind="gram") < 1.05 * peace
 
 
 def test_three_hostile_clients_of_eleven_do_not_double_the_error() -> None:

@@ -62,6 +62,9 @@ def test_compared_is_where_the_clients_were_heading() -> None:
     before, after = noise(6, 1), noise(6, 2)
     seen = similarity.similarity(similarity.heading(after, before))
     assert np.allclose(seen, mixing_twin.similarity(after, before), rtol=0, atol=1e-12)
+    cut = similarity.similarity(similarity.heading(after, before), clip=True)
+    assert np.allclose(cut, mixing_twin.similarity(after, before, clip=True), rtol=0, atol=1e-12)
+    assert not np.allclose(cut, seen, atol=1e-3)
     # clients that did not move were heading where they are
     still = similarity.similarity(similarity.heading(after, after))
     assert np.allclose(still, similarity.similarity(after), rtol=0, atol=1e-12)

@@ -61,13 +61,19 @@ def dense_by_layer(arena: Arena) -> list[list[np.ndarray]]:
     ]
 
 
-def similarity(after: Arena, before: Arena) -> np.ndarray:
-    """Mean over layers of the centred cosines of 2 after - before."""
+def similarity(after: Arena, before: Arena, clip: bool = False) -> np.ndarray:
+    """Mean over layers of the centred cosines of 2 after - before, cut to the median length if `clip`."""
     headings = [
         [2 * new - old for new, old in zip(*layer, strict=True)]
         for layer in zip(dense_by_layer(after), dense_by_layer(before), strict=True)
     ]
-    return np.mean([centred_cosine(updates) for updates in headings], axis=0)
+    return np.mean([centred_cosine(clipped(updates) if clip else updates) for updates in headings], axis=0)
+
+
+def clipped(updates: list[np.ndarray]) -> list[np.ndarray]:
+    """Vectors none of which is longer than the median one was."""
+    median = np.median([np.linalg.norm(update) for update in updates])
+    return [update * min(1.0, median / np.linalg.norm(update)) for update in updates]
 
 
 def layer_grams(arena: Arena) -> list[np.ndarray]:

@@ -11,8 +11,7 @@ Axes: K clients, S asked, Q candidates, P parameters of one adapter.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -93,18 +92,6 @@ def ask(config: ChoiceConfig, state: State, participants: Participants, results:
         return blended(state, alpha_K, ids).values_KP
 
     return Trial(ids, len(config.grid), candidate, only_to_judge(participants, num_clients)) if ids else None
-
-
-def most_refuse(memory: Mapping[str, torch.Tensor]) -> bool:
-    """Return whether the clients heard so far do worse with all of their mixture than with their own upload.
-
-    By a sign test: more do than chance explains, at two standard errors. False where nobody was asked.
-    """
-    if "changes" not in memory:
-        return False
-    change_S = memory["changes"][memory["change_tokens"] > 0, -1]
-    worse, better = int((change_S > 0).sum()), int((change_S < 0).sum())
-    return worse > 0 and worse - better >= 2 * math.sqrt(worse + better)
 
 
 def choose(config: ChoiceConfig, state: State, trial: Trial, losses: Losses) -> tuple[State, Info]:

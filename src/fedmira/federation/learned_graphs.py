@@ -19,9 +19,8 @@ from fedmira.federation.learning import Builder, Learner, Memory, Seen, neighbou
 from fedmira.federation.ranks import trimmed
 from fedmira.federation.similarity import (
     MINIMUM_CLIENTS,
-    centred_cosine,
     heading,
-    layer_grams,
+    layer_similarities,
     low_rank_pairs,
     moved,
     mutual_neighbours,
@@ -34,11 +33,10 @@ from fedmira.types import Arena, Clients
 def learner(config: GraphConfig, clients: Clients) -> Learner:
     """Return the learner of `config.kind`.
 
-    Whatever the kind, the warm-up joins everyone with everyone, or nobody, until its rounds are over, what is learned
-    agrees with what was learned a round before, or the clients refuse what it gives them. Clients that have not yet
-    learned what sets them apart look alike by chance, and chance does not repeat itself; clients that have nothing in
-    common look alike by chance for good, but do worse together. The provenance says the round, that agreement, and what
-    the server learns by the graph.
+    Whatever the kind, the warm-up joins everyone with everyone, or nobody, until its rounds are over or what is learned
+    agrees with what was learned a round before: clients that have not yet learned what sets them apart look alike by
+    chance, and chance does not repeat itself. The provenance says the round, that agreement, and what the server learns
+    by the graph.
     """
     of_kind = {**_FROM_ADAPTERS, **ASKED}[config.kind](config, clients)
     num_clients = len(clients.names)
@@ -59,7 +57,8 @@ def learner(config: GraphConfig, clients: Clients) -> Learner:
         if before_KK.any() and graph.num_edges:
             details["agreement"] = agreement(before_KK, graph.adjacency_KK)
             trusted |= config.settled <= details["agreement"] and config.settled < 1
-        trusted |= seen.refused or seen.round > config.warmup_rounds
+        if seen.round > config.warmup_rounds:
+            trusted = True
         if not trusted:
             weight = 1.0 if config.warmup == "uniform" else 0.0
             first_KK = weight * (np.ones((num_clients, num_clients)) - np.eye(num_clients))
@@ -86,7 +85,8 @@ def _from_adapters(draw: Callable[[Matrix, list[int], GraphConfig, Clients], Mat
 
         def learn(memory: Memory, seen: Seen) -> tuple[dict[str, torch.Tensor], Graph]:
             before_KK = memory["similarity"].cpu().numpy()
-            now_KK = observe(before_KK, seen.uploads, seen.starts, seen.clients, seen.returned, config.memory)
+            moves = seen.uploads, seen.starts, seen.clients, seen.returned
+            now_KK = observe(before_KK, *moves, config.memory, seen.clip)
             weights_KK = np.zeros((num_clients, num_clients))
             if len(seen.clients) >= MINIMUM_CLIENTS:
                 block = np.ix_(seen.clients, seen.clients)
@@ -122,7 +122,7 @@ def _gram_layers(config: GraphConfig, clients: Clients) -> Learner:
         rows = seen.clients
         if len(rows) >= MINIMUM_CLIENTS and seen.returned:
             after, before = (one.replace(one.values_KP[rows]) for one in (seen.uploads, seen.starts))
-            cosines = [centred_cosine(gram_CC) for gram_CC in layer_grams(heading(after, before))]
+            cosines = layer_similarities(heading(after, before), seen.clip)
             everywhere_CC = np.mean(cosines, axis=0)
             now = [
                 (1 - config.pooling) * np.mean([cosines[place] for place in places], axis=0)

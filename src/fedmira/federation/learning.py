@@ -30,8 +30,8 @@ class Seen(NamedTuple):
     returned: tuple[int, ...]
     """Who returned this round; ascending."""
     round: int
-    refused: bool = False
-    """Clients do worse with what the graphs so far gave them, see `choosing.most_refuse`."""
+    clip: bool = False
+    """Whether no update may count for more than the median one, in graphs made from the adapters."""
 
     @property
     def clients(self) -> list[int]:

@@ -132,13 +132,40 @@ def centred_cosine(gram_CC: Matrix) -> Matrix:
     return np.asarray((cosine_CC + cosine_CC.T) / 2)
 
 
-def similarity(arena: Arena) -> Matrix:
+def clipped(gram_CC: Matrix) -> Matrix:
+    """Return the inner products after every update that is longer than the median one was cut to its length.
+
+    Centring subtracts a mean. One update that is far longer than the others is most of it, and makes all the others
+    look alike.
+
+    >>> clipped(np.diag([1.0, 4.0, 900.0])).tolist()
+    [[1.0, 0.0, 0.0], [0.0, 4.0, 0.0], [0.0, 0.0, 4.0]]
+    """
+    norms_C = np.sqrt(np.maximum(np.diagonal(gram_CC), 0.0))
+    # where most updates are zero there is no length to cut to
+    median = float(np.median(norms_C)) or np.inf
+    scale_C = np.where(norms_C > median, median / np.where(norms_C > median, norms_C, 1.0), 1.0)
+    return np.asarray(gram_CC * scale_C[:, None] * scale_C[None, :])
+
+
+def layer_similarities(arena: Arena, clip: bool = False) -> tuple[Matrix, ...]:
+    """Return per layer the centred cosines of the updates, (C, C); `clip` cuts those far longer than the others."""
+    return tuple(centred_cosine(clipped(gram_CC) if clip else gram_CC) for gram_CC in layer_grams(arena))
+
+
+def similarity(arena: Arena, clip: bool = False) -> Matrix:
     """Return the mean over layers of the centred cosines, (C, C): every layer counts the same, however far it moved."""
-    return np.asarray(np.mean([centred_cosine(gram_CC) for gram_CC in layer_grams(arena)], axis=0))
+    return np.asarray(np.mean(layer_similarities(arena, clip), axis=0))
 
 
 def observe(
-    previous_KK: Matrix, after: Arena, before: Arena, seen: Sequence[int], returned: Sequence[int], memory: float
+    previous_KK: Matrix,
+    after: Arena,
+    before: Arena,
+    seen: Sequence[int],
+    returned: Sequence[int],
+    memory: float,
+    clip: bool = False,
 ) -> Matrix:
     """Return the similarities after a round, (K, K); 0 means never compared.
 
@@ -152,11 +179,13 @@ def observe(
         seen: the clients that ever returned; only they are compared.
         returned: those of them that returned this round.
         memory: weight of the past, 0 to 1.
+        clip: no update counts for more than the median one, see `clipped`.
     """
     rows = list(seen)
     if len(rows) < MINIMUM_CLIENTS or not returned:
         return previous_KK
-    now_CC = similarity(heading(after.replace(after.values_KP[rows]), before.replace(before.values_KP[rows])))
+    headings = heading(after.replace(after.values_KP[rows]), before.replace(before.values_KP[rows]))
+    now_CC = similarity(headings, clip)
     return moved(previous_KK, now_CC, rows, returned, memory)
 
 

@@ -12,7 +12,7 @@ from functools import partial
 
 import numpy as np
 
-from fedmira.federation.choosing import ask, choose, first_choice, most_refuse, taken
+from fedmira.federation.choosing import ask, choose, first_choice, taken
 from fedmira.federation.graph import Graph
 from fedmira.federation.learned_graphs import Seen, learner
 from fedmira.federation.method import Info, Method, State
@@ -60,7 +60,8 @@ def build(config: MiraConfig, clients: Clients, graph: Graph | None) -> Method:
         if learns is not None:
             starts = state.adapters.replace(memory["starts"].clone())
             starts.values_KP[list(results.ids)] = taken(state, "start_alpha", results.ids).values_KP
-            seen = Seen(uploads, starts, last_round_K, results.ids, participants.round, most_refuse(memory))
+            clip = config.robust != "none"
+            seen = Seen(uploads, starts, last_round_K, results.ids, participants.round, clip)
             learned, related = learns.learn(memory, seen)
             memory |= {"starts": starts.values_KP, **learned}
         assert related is not None
