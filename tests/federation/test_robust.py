@@ -135,7 +135,7 @@ def problem(families: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 @cache
 def error(robust: str, attack: str, num_hostile: int = 1, kind: str = "uniform") -> float:
-    """Mean squared distance of the honest clients' adapters from their true optima; learned graphs find two families."""
+    """Mean squared distance of the honest clients' adapters from their optima; learned graphs find two families."""
     true_HP, empirical_HP = problem(1 if kind == "uniform" else 2)
     num_clients = HONEST + (num_hostile if attack else 0)
     names = tuple(f"client-{k}" for k in range(num_clients))
