@@ -41,8 +41,8 @@ _LATER: Mapping[str, Mapping[str, Any]] = {
 }
 """Keys that came after the first results, with the values that leave everything as it was before them."""
 _TUNED_ALONE = (
-    *("mira-true", "mira-labels", "mira-shared-a", "mira-shared-a-asks-nobody"),
-    *("mira-private-weak", "mira-private"),
+    *("mira-true", "mira-labels", "mira-shared-a", "mira-shared-a-asks-nobody", "mira-private-weak", "mira-private"),
+    *("pfedgraph-average", "local_only-average", "mira_published-strong", "mira_published-true"),
 )
 
 
@@ -140,7 +140,8 @@ def missing(study: Study, methods: Sequence[str], found: Mapping[Any, Any]) -> I
 def tuned_as(name: str) -> str:
     """Whose learning rate a name runs at: a variant changes one thing of a method, and leaves its rate as it is.
 
-    Those that are told the true graph, or train other tensors, would be held back by that; they are tuned themselves.
+    Rivals of `mira`, those that are told the true graph, and those that train other tensors would be held back by that;
+    they are tuned themselves.
     """
     return name if name in _TUNED_ALONE else name.partition("-")[0]
 
@@ -384,7 +385,8 @@ def aims(studies: Sequence[Study]) -> str:
         if not {"mira", "local_only", "fedit"} <= set(reported):
             continue
         mira, local = reported["mira"], reported["local_only"]
-        others = [name for name in reported if "-" not in name and name not in ("oracle_clusters", "centralised")]
+        told = ("mira-", "mira_published-true", "oracle_clusters", "centralised")
+        others = [name for name in reported if not name.startswith(told) and name not in study.settings]
         best = min(others, key=lambda name: mean_loss(reported[name]))
         gaps = [m.losses_K.mean() - b.losses_K.mean() for m, b in zip(mira, reported[best], strict=True)]
         error = float(np.std(gaps, ddof=1) / math.sqrt(len(gaps))) if len(gaps) > 1 else 0.0

@@ -82,10 +82,11 @@ def test_rows_that_stay_with_their_clients_cost_no_bytes() -> None:
     assert one.upload_bytes == 2 * START_SP[0].nbytes
 
 
-def test_a_share_of_the_work_is_the_first_steps_of_the_whole() -> None:
-    half = run(job()._replace(work=0.5), TrainingConfig(local_steps=4, batch_size=2, learning_rate=1e-2))
-    two = run(job(), TrainingConfig(local_steps=2, batch_size=2, learning_rate=1e-2))
-    assert torch.equal(half.values_SP, two.values_SP)
+@pytest.mark.parametrize(("whole", "half"), [(4, 2), (5, 3), (1, 1)])
+def test_a_share_of_the_work_is_the_first_steps_of_the_whole(whole: int, half: int) -> None:
+    shared = run(job()._replace(work=0.5), TrainingConfig(local_steps=whole, batch_size=2, learning_rate=1e-2))
+    plain = run(job(), TrainingConfig(local_steps=half, batch_size=2, learning_rate=1e-2))
+    assert torch.equal(shared.values_SP, plain.values_SP)
 
 
 def test_compression_touches_only_the_rows_that_cross() -> None:

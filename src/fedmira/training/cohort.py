@@ -205,7 +205,8 @@ def _prepare(
         )
         for client in participants
     )
-    batches = tuple(steps[: max(1, round(job.work * len(steps)))] for steps in whole)
+    # halves up: two rows that share the work of one never get less than it
+    batches = tuple(steps[: max(1, math.floor(job.work * len(steps) + 0.5))] for steps in whole)
     trainable_P = None
     if job.seeds is not None:
         if job.pull is not None:
