@@ -29,7 +29,7 @@ from fedmira.method_config import (
     MiraConfig,
     method_with_defaults,
 )
-from fedmira.refusals import methods_for, refusal, refusal_of_scalars, refusal_under_noise
+from fedmira.refusals import methods_for, refusal, refusal_of_feedback, refusal_of_scalars, refusal_under_noise
 
 # --------------------------------------------------------------------------------------------------------------- model
 
@@ -420,9 +420,17 @@ class RunConfig(Section):
             )
         if reason := refusal_of_scalars(self.method, self.exchange, bool(self.model.adapter.client_ranks)):
             raise ValueError(reason)
+        if reason := refusal_of_feedback(self.method, self.exchange):
+            raise ValueError(reason)
         if self.exchange.privacy.enabled:
             if reason := refusal_under_noise(self.method):
                 raise ValueError(reason)
+            if self.exchange.privacy.noise_seed == "system" and self.output.checkpoint_every > 1:
+                raise ValueError(
+                    f"output.checkpoint_every = {self.output.checkpoint_every}, but exchange.privacy.noise_seed = "
+                    "system draws new noise when rounds are repeated after a crash, and forgotten uploads would not "
+                    "be counted; set it to 1"
+                )
             if self.model.adapter.client_ranks:
                 raise ValueError(
                     "exchange.privacy would fill the components that clients of smaller rank leave at 0 with noise; "

@@ -24,10 +24,12 @@ class PrivacyConfig(Section):
     delta: Annotated[float, Field(gt=0, lt=1)] = 1e-5
     """The delta of (epsilon, delta)-differential privacy; well below 1 / number of clients."""
     budget: FinitePositiveFloat | None = None
-    """Largest epsilon of any client; a round that would go beyond it is refused with exit code 6. null: no limit."""
+    """Largest epsilon of any client in this run; a round that would go beyond it is refused with exit code 6. Several
+    runs on the same data, such as those of a comparison, add up, and nothing adds them. null: no limit."""
     noise_seed: Literal["run", "system"] = "run"
-    """`run`: noise follows from the run's seed, so a simulation can be repeated and whoever knows the seed can remove
-    it. `system`: from the operating system's entropy, for real deployments; a resumed run then differs."""
+    """`run`: noise follows from the run's seed, so a simulation can be repeated, and whoever knows the seed, or has
+    another run with it, can remove it. `system`: from the operating system's entropy, for real deployments; a resumed
+    run then differs, and output.checkpoint_every must be 1, so that no upload is forgotten."""
 
 
 class ExchangeConfig(Section):
@@ -39,7 +41,8 @@ class ExchangeConfig(Section):
     top_k: Fraction = 0.1
     """With `topk`: share of a row's uploaded numbers that is sent."""
     error_feedback: bool = True
-    """Clients remember what compression left out and add it to their next upload."""
+    """Clients remember what compression left out and add it to their next upload. Must be off with methods that draw
+    new factors each round."""
     download_compression: Literal["none", "bf16", "int8"] = "none"
     """Of downloads: the difference to what the client received last. The first download of a client, and candidates
     that it judges, are sent as they are."""

@@ -318,6 +318,8 @@ class _Run:
 
     def _open_checkpoint(self) -> Checkpoint | None:
         checkpoint = load_latest(self.store.path, config_hash=self.store.config_hash)
+        if checkpoint is None:
+            self.store.refuse_lost_checkpoints()
         self.store.truncate_metrics(0 if checkpoint is None else int(checkpoint.facts["metrics_position"]))
         for reason in () if checkpoint is None else checkpoint.skipped:
             self._tell(f"skipped a damaged checkpoint: {reason}")

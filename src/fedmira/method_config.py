@@ -34,6 +34,10 @@ class MethodSection(Section):
     """Whether clients train without gradients and send scalars instead of tensors."""
     moves_the_base: ClassVar[bool] = False
     """Whether the server adds to the base what adapters cannot hold."""
+    draws_factors: ClassVar[bool] = False
+    """Whether clients start each round from new random factors."""
+    pools_examples: ClassVar[bool] = False
+    """Whether clients' examples are trained on in one place."""
 
     ema_decay: Share = 0.0
     """Share of what a client had after the round before in what it takes home: a moving average over rounds. Clients
@@ -313,6 +317,7 @@ class CentralisedConfig(MethodSection):
     """One adapter trained on everybody's examples as one data set: a reference, not a federated method."""
 
     kinds: ClassVar[tuple[AdapterKind, ...]] = ALL_KINDS
+    pools_examples: ClassVar[bool] = True
     name: Literal["centralised"]
 
 
@@ -415,6 +420,7 @@ class FloraConfig(MethodSection):
     """The mean of the products is merged into the base after each round, exactly."""
 
     moves_the_base: ClassVar[bool] = True
+    draws_factors: ClassVar[bool] = True
     name: Literal["flora"]
 
 
@@ -422,6 +428,7 @@ class FloristConfig(MethodSection):
     """The mean of the products is merged into the base after each round, cut to the rank that its energy needs."""
 
     moves_the_base: ClassVar[bool] = True
+    draws_factors: ClassVar[bool] = True
     name: Literal["florist"]
     energy: Fraction = 0.9
     """Share of the squared singular values of each layer that is kept; 1 is flora. The authors tune it."""

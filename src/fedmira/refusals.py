@@ -85,6 +85,21 @@ def refusal_of_scalars(method: MethodSection, exchange: ExchangeConfig, client_r
     return ""
 
 
+def refusal_of_feedback(method: MethodSection, exchange: ExchangeConfig) -> str:
+    """Why what compression leaves out of an upload of `method` cannot be added to the next; empty if it can.
+
+    >>> from fedmira.method_config import method_with_defaults
+    >>> refusal_of_feedback(method_with_defaults("fedit"), ExchangeConfig(compression="topk"))
+    ''
+    """
+    if not method.draws_factors or exchange.compression == "none" or not exchange.error_feedback:
+        return ""
+    return (
+        f"method.name = {method.name} starts each round from new random factors, so what compression left out of the "
+        "old ones would only disturb them; set exchange.error_feedback: false"
+    )
+
+
 def refusal_under_noise(method: MethodSection) -> str:
     """Why `method` cannot be used with `exchange.privacy`, which covers adapters only; empty if it can.
 
@@ -92,6 +107,11 @@ def refusal_under_noise(method: MethodSection) -> str:
     >>> refusal_under_noise(method_with_defaults("fedit"))
     ''
     """
+    if method.pools_examples:
+        return (
+            f"exchange.privacy noises adapters that clients send, and method.name = {method.name} trains on their "
+            "examples in one place instead; take another method, or switch exchange.privacy.enabled off"
+        )
     graph, choice = getattr(method, "graph", None), getattr(method, "choice", None)
     if choice is not None and choice.enabled:
         asks, instead = "each client's losses", "set method.choice.enabled: false"

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from scipy.stats import kstest
 from tests.exchange.builders import GROUPS, LAYOUT, NAMES, job, reports, rows
 
 from fedmira.errors import ParticipationError, SetupError
@@ -39,6 +40,26 @@ def test_noise_has_standard_deviation_sigma_times_c() -> None:
     privatise_(WIDE, {"lora_b"}, values, torch.zeros_like(values), [("a", 1, 0)], config, 0)
     assert values.std().item() == pytest.approx(1.5, rel=0.03)
     assert abs(values.mean().item()) < 4 * 1.5 / math.sqrt(20_000)
+
+
+def test_noise_of_the_system_is_gaussian_and_has_no_seed(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = PrivacyConfig(enabled=True, clip_norm=0.5, noise_multiplier=3.0, noise_seed="system")
+
+    def noise() -> torch.Tensor:
+        values = torch.zeros(1, WIDE.num_parameters)
+        privatise_(WIDE, {"lora_b"}, values, torch.zeros_like(values), [("a", 1, 0)], config, 0)
+        return values[0] / 1.5
+
+    drawn = noise()
+    assert kstest(drawn.numpy(), "norm").pvalue > 1e-6
+    assert len(drawn.unique()) > 0.99 * len(drawn)
+    # PyTorch's generator on a CPU knows 32 bits of a seed, which can be tried one after the other
+    monkeypatch.setattr(torch, "randn", None)
+    monkeypatch.setattr(torch, "Generator", None)
+    assert not torch.isclose(drawn, noise()).all()
+    for byte, sign in ((b"\x00", -1.0), (b"\xff", 1.0)):
+        monkeypatch.setattr("secrets.token_bytes", lambda count, byte=byte: byte * count)
+        assert 8 < float(noise()[0]) * sign < 9, "finite at both ends"
 
 
 def test_noise_is_named_by_run_client_round_and_row() -> None:
@@ -112,6 +133,7 @@ def test_who_failed_gave_nothing_away_and_who_was_rejected_did() -> None:
     trained[2, 0] = math.nan
     got = one.receive(job(rows(0)), trained, tuple(failed))
     assert got.ids == (1, 2)
+    assert trained[2].isnan().all(), "what cannot be clipped does not cross"
     assert one.state().facts["uploads"] == [0, 1, 1, 1]
 
 

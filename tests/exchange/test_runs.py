@@ -296,6 +296,42 @@ def test_a_run_of_scalars_counts_its_steps_and_its_seeds(tmp_path: Path) -> None
     assert RunStore.open(path).manifest()["memory"]["optimizer_bytes"] == 0
 
 
+def test_one_global_adapter_stays_one_whatever_compressed_downloads_leave_out(tmp_path: Path) -> None:
+    """RoLoRA trains one factor at a time; the resting one goes down to some of the clients, and nowhere else."""
+    config = tiny({"download_compression": "int8"}, method={"name": "rolora"})
+    tensors, *_ = outcome(config, run(config, directory=tmp_path))
+    adapters_KP = tensors["state.adapters"]
+    assert adapters_KP.any()
+    assert torch.equal(adapters_KP, adapters_KP[:1].expand_as(adapters_KP))
+
+
+@pytest.mark.parametrize(
+    ("method", "exchange", "words"),
+    [
+        ("centralised", NOISY, "method.name = centralised trains on their examples in one place instead"),
+        ("flora", {"compression": "topk"}, r"new random factors, .*; set exchange\.error_feedback: false"),
+        ("florist", {"compression": "int8"}, r"set exchange\.error_feedback: false"),
+    ],
+)
+def test_what_a_method_makes_meaningless_is_refused(
+    tmp_path: Path, method: str, exchange: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(ValidationError, match=words):
+        tiny(exchange, method={"name": method})
+    config = tiny(exchange, method={"name": "fedit"}, compare={"methods": ["fedit", method]})
+    with pytest.raises(ConfigError, match=f"compare.methods names {method}: .*{words}"):
+        compare(config, directory=tmp_path)
+    tiny({**exchange, "error_feedback": False, "privacy": {}}, method={"name": method})
+
+
+def test_noise_that_cannot_be_repeated_needs_every_round_saved() -> None:
+    exchange = {"privacy": {**NOISY["privacy"], "noise_seed": "system"}}
+    with pytest.raises(ValidationError, match="forgotten uploads would not be counted; set it to 1"):
+        tiny(exchange, output={"checkpoint_every": 2})
+    tiny(exchange)
+    tiny(NOISY, output={"checkpoint_every": 2})
+
+
 @pytest.mark.parametrize(
     ("sections", "words"),
     [

@@ -13,7 +13,7 @@ from tests.exchange.builders import GROUPS, LAYOUT, NAMES, job, reports, rows
 from fedmira.exchange.messages import decode, encode
 from fedmira.exchange.seam import Kept, Seam, planned_bytes
 from fedmira.exchange_config import Compression, ExchangeConfig
-from fedmira.types import SeedPool
+from fedmira.types import Job, Pull, SeedPool
 
 FORMS: tuple[Compression, ...] = ("bf16", "int8", "topk")
 
@@ -208,3 +208,63 @@ def test_sixteen_bit_adapters_cross_too(form: Compression) -> None:
     got = Seam(config, LAYOUT, NAMES, 0).receive(job(start), trained.clone(), reports())
     assert got.values_SP.dtype == torch.bfloat16
     assert got.upload_bytes == planned_bytes(config, LAYOUT, job(start), 0)[0]
+
+
+def seen_by_clients(one: Seam, wanted: Job) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """Starts and targets of a job as its clients have them, and the bytes, where everybody holds `rows(0)`."""
+    one.receive(one.send(job(rows(0))).job, rows(9), reports())
+    sent = one.send(wanted)
+    assert sent.job.pull is not None
+    return sent.job.start_SP, sent.job.pull.target_SP, sent.download_bytes
+
+
+def test_who_is_pulled_to_its_start_is_pulled_to_what_it_got() -> None:
+    start = rows(0) + 0.01 * rows(1)
+    got, target, _ = seen_by_clients(
+        seam(download_compression="int8"), job(start, 2, pull=Pull(start.clone(), (1.0,) * 4))
+    )
+    assert torch.equal(got, target)
+    assert not torch.equal(got, start)
+
+
+def test_what_a_client_is_pulled_to_crosses_in_place_of_its_own_start() -> None:
+    own, mean = rows(5), rows(0) + 0.01 * rows(1)
+    wanted = job(own, 2, pull=Pull(mean, (1.0, 1.0, 1.0, 0.0)))
+    start, target, sent_bytes = seen_by_clients(one := seam(download_compression="int8"), wanted)
+    assert torch.equal(start[:3], own[:3]), "it has its own start"
+    assert not torch.equal(start[3], own[3]), "without a pull the start crosses"
+    compressed = encode(LAYOUT, GROUPS, torch.cat([mean[:3], own[3:]]) - rows(0), "int8")
+    expected = rows(0) + decode(LAYOUT, GROUPS, compressed, mean)
+    assert torch.equal(target[:3], expected[:3])
+    assert sent_bytes < mean.nbytes
+    # the next difference is to what was pulled to
+    sent = one.send(wanted)
+    one.receive(sent.job, rows(9), reports())
+    third = one.send(job(own, 3, pull=Pull(mean, (1.0,) * 4))).job.pull
+    assert third is not None
+    assert (third.target_SP[:3] - mean[:3]).abs().max() < (target[:3] - mean[:3]).abs().max()
+
+
+def test_a_row_that_stays_is_pulled_to_what_its_client_got() -> None:
+    everybody, own = (rows(0) + 0.01 * rows(1))[:1].expand(2, -1), rows(5, 2)
+    both = Job(2, (0, 1, 0, 1), torch.cat([everybody, own]), GROUPS, GROUPS, GROUPS)
+    both = both._replace(pull=Pull(torch.cat([everybody, everybody]), (0.0, 0.0, 1.0, 1.0)), local_rows=2)
+    start, target, _ = seen_by_clients(seam(download_compression="int8"), both)
+    assert torch.equal(start[2:], own)
+    assert torch.equal(target[2:], start[:2])
+    assert not torch.equal(start[:2], everybody)
+
+
+def test_of_what_rested_and_did_not_come_back_the_server_keeps_its_own() -> None:
+    one = seam(download_compression="int8")
+    b_only = frozenset({"lora_b"})
+    one.receive(one.send(job(rows(0))).job, rows(9), reports())
+    planned = job(rows(0) + 0.01 * rows(1), 2, trainable=b_only, upload=b_only)
+    sent = one.send(planned)
+    failed = (*reports()[:1], reports()[1]._replace(failure="lost"), *reports()[2:])
+    came = [0, 2, 3]
+    got = one.receive(sent.job, sent.job.start_SP[came].clone(), failed, planned=planned)
+    for spec in LAYOUT.specs:
+        columns = slice(spec.offset, spec.offset + spec.size)
+        kept = torch.equal(got.values_SP[:, columns], planned.start_SP[came, columns])
+        assert kept == (spec.group == "lora_a")

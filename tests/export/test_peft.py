@@ -202,6 +202,14 @@ def test_a_folder_with_something_in_it_is_refused_and_left_alone(tmp_path: Path)
     assert (tmp_path / "deep" / "new" / "adapter_config.json").is_file()
 
 
+def test_an_empty_folder_may_be_the_current_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    layout, row_P = tiny_layout()
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    write(Path("."), adapter_files(layout, row_P, SETTINGS))
+    assert (tmp_path / "here" / "adapter_config.json").is_file()
+
+
 def test_a_failure_leaves_nothing_behind(tmp_path: Path) -> None:
     def fill_the_disk() -> None:
         with new_folder(tmp_path / "x") as folder:

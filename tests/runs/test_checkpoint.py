@@ -489,3 +489,18 @@ pickle.loads(pickle.dumps(Path))
 assert seen, "the hook works"
 """
     subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.EACCES, errno.EMFILE])
+def test_what_may_be_readable_tomorrow_is_not_passed_over(
+    tmp_path: Path, number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(tmp_path, 1)
+    put(tmp_path, 2)
+
+    def refuse(path: Path) -> bytes:
+        raise OSError(number, os.strerror(number), str(path))
+
+    monkeypatch.setattr("fedmira.runs.checkpoint.read_bytes", refuse)
+    with pytest.raises(IntegrityError, match=r"could not read the checkpoint .*round-00002"):
+        load_latest(tmp_path, config_hash=HASH)

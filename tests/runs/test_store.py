@@ -74,6 +74,23 @@ def test_a_run_that_never_began_is_used_again(store: RunStore, tmp_path: Path) -
     RunStore.create(CONFIG, None, tmp_path).close()
 
 
+def test_what_a_profiled_or_killed_process_left_is_ours(store: RunStore, tmp_path: Path) -> None:
+    store.close()
+    for name in ("profile.json", ".config.yaml.tmp-1f"):
+        (store.path / name).write_text("{}")
+    RunStore.create(CONFIG, None, tmp_path).close()
+
+
+@pytest.mark.parametrize("lost", [True, False])
+def test_results_are_not_thrown_away_because_the_checkpoints_were(lost: bool, store: RunStore) -> None:
+    """One round may be recorded and not saved yet; what is further, or final, was."""
+    store.append({"event": "round", "round": 1})
+    store.refuse_lost_checkpoints()
+    store.append({"event": "round", "round": 2} if lost else {"event": "final", "round": 1})
+    with pytest.raises(IntegrityError, match=r"results of \d rounds and no checkpoint to go on from: checkpoints was"):
+        store.refuse_lost_checkpoints()
+
+
 def test_a_folder_with_something_else_is_left_alone(tmp_path: Path) -> None:
     path = run_directory(CONFIG, tmp_path)
     path.mkdir()

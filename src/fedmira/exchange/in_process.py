@@ -94,7 +94,7 @@ class InProcess:
                 on_step=on_step,
             )
             num_returned = len(values_SP)
-            received = self._seam.receive(sent.job, values_SP, reports)
+            received = self._seam.receive(sent.job, values_SP, reports, planned=job)
         return Results(
             ids=received.ids,
             values_SP=received.values_SP,

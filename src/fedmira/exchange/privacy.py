@@ -3,13 +3,15 @@
 An upload is start + min(1, C / |d|) d + sigma C z, with d the difference that local training made over the uploaded
 tensors and z standard Gaussian (the Gaussian mechanism of Dwork and Roth 2014; clipping as in McMahan et al., *Learning
 differentially private recurrent language models*, ICLR 2018). What is protected is a client's whole data: neighbours
-are worlds in which it sends its difference or a zero one. The server sees who takes part, so sampling clients amplifies
+are worlds in which it sends its difference or a zero one; between two of its differences lie up to 2 C, and epsilon is
+that of half the noise multiplier. The server sees who takes part, so sampling clients amplifies
 nothing and each upload counts in full. Mixing, graphs and compression afterwards cost nothing more.
 
 With one trained factor the noise is linear in the product B A; with both, sigma^2 C^2 z_B z_A comes on top.
 
 In a simulation the noise comes from streams named by client and round: it can be repeated, and removed by whoever knows
-the seed. Noise is drawn as floating-point numbers, whose lowest bits are not protected against (Mironov 2012).
+the seed or another run with it. Otherwise every number comes from the operating system, so that there is no seed to
+guess. Noise is drawn as floating-point numbers, whose lowest bits are not protected against (Mironov 2012).
 
 Axes: S rows, P parameters of one adapter.
 """
@@ -17,16 +19,19 @@ Axes: S rows, P parameters of one adapter.
 from __future__ import annotations
 
 import functools
+import math
 import secrets
 import warnings
 from collections.abc import Collection, Sequence
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from fedmira.errors import ParticipationError, SetupError
 from fedmira.exchange.messages import crossing
 from fedmira.exchange_config import PrivacyConfig
-from fedmira.randomness import torch_generator
+from fedmira.randomness import generator
 from fedmira.types import Layout
 
 _ORDERS = (*(1 + tenth / 10 for tenth in range(1, 100)), *map(float, range(11, 64)), *map(float, range(64, 1025, 16)))
@@ -65,15 +70,25 @@ def privatise_(
         differences = [(value_P[part] - start_P[part].to(value_P)).float() for part in parts]
         norms = [torch.linalg.vector_norm(difference.double()) for difference in differences]
         norm = float(torch.linalg.vector_norm(torch.stack(norms))) if norms else 0.0
+        if not math.isfinite(norm):
+            # what cannot be clipped says nothing but that, and is rejected
+            for part in parts:
+                value_P[part] = math.nan
+            continue
         factor = min(1.0, config.clip_norm / norm) if norm else 1.0
-        if config.noise_seed == "run":
-            generator = torch_generator(seed, "privacy", *stream)
-        else:
-            generator = torch.Generator().manual_seed(secrets.randbits(63))
+        drawn = generator(seed, "privacy", *stream).standard_normal if config.noise_seed == "run" else _from_system
         for part, difference in zip(parts, differences, strict=True):
-            noise = torch.randn(difference.shape, generator=generator).to(difference)
+            noise = torch.from_numpy(drawn(len(difference))).to(difference)
             moved = factor * difference + config.noise_multiplier * config.clip_norm * noise
             value_P[part] = (start_P[part].to(difference) + moved).to(value_P)
+
+
+def _from_system(count: int) -> npt.NDArray[np.float64]:
+    """Standard Gaussian numbers, each from 52 bits of the operating system's entropy: values up to 8.1 in size."""
+    bits = np.frombuffer(secrets.token_bytes(8 * count), dtype=np.uint64) >> np.uint64(12)
+    uniform = (bits + 0.5) / 2.0**52
+    normal: npt.NDArray[np.float64] = torch.special.ndtri(torch.from_numpy(uniform)).numpy()
+    return normal
 
 
 def epsilon(num_uploads: int, noise_multiplier: float, delta: float) -> float:

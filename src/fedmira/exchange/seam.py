@@ -107,14 +107,15 @@ class Seam:
             raise ConfigError(NO_LOSSES)
 
     def send(self, job: Job) -> Sent:
-        """Return `job` with the starts that the clients decode. Remembers nothing: the round may be stopped."""
+        """Return `job` with what the clients decode. Remembers nothing: the round may be stopped."""
         if job.seeds is not None:
             return Sent(job, _sums_bytes(job, job.seeds))
         form = self._config.download_compression
         shift_bytes = len(set(job.ids)) * job.shift_bytes
         if form == "none":
             return Sent(job, shift_bytes + crossing_bytes(self._layout, job.start_SP[: job.num_crossing], job.download))
-        start_SP, total_bytes = job.start_SP.clone(), shift_bytes
+        crossed_SP = _crossed(job)
+        got_SP, total_bytes = crossed_SP.clone(), shift_bytes
         for rows, ids, block in self._chunks(job, list(range(job.num_crossing))):
             for number, group in enumerate(self._layout.groups):
                 if group not in job.download:
@@ -122,24 +123,27 @@ class Seam:
                 known = self._remembered(f"known.{block}", job, len(self._layout.groups), torch.bool)[ids, number]
                 told = [row for row, knows in zip(rows, known.tolist(), strict=True) if knows]
                 full = [row for row, knows in zip(rows, known.tolist(), strict=True) if not knows]
-                total_bytes += crossing_bytes(self._layout, start_SP[full], {group})
+                total_bytes += crossing_bytes(self._layout, crossed_SP[full], {group})
                 if told:
-                    copy_KP = self._remembered(f"copy.{block}", job, self._layout.num_parameters, start_SP.dtype)
+                    copy_KP = self._remembered(f"copy.{block}", job, self._layout.num_parameters, crossed_SP.dtype)
                     copy_SP = copy_KP[[job.ids[row] for row in told]]
-                    wanted_SP = _wide(start_SP[told])
+                    wanted_SP = _wide(crossed_SP[told])
                     message = encode(self._layout, {group}, wanted_SP - _wide(copy_SP), form)
                     total_bytes += message_bytes(message)
-                    got_SP = _wide(copy_SP) + decode(self._layout, {group}, message, wanted_SP)
-                    self._put(start_SP, told, got_SP, {group})
-        return Sent(job._replace(start_SP=start_SP), total_bytes)
+                    decoded_SP = _wide(copy_SP) + decode(self._layout, {group}, message, wanted_SP)
+                    self._put(got_SP, told, decoded_SP, {group})
+        return Sent(_arrived(job, crossed_SP, got_SP), total_bytes)
 
-    def receive(self, job: Job, values_SP: torch.Tensor, reports: tuple[ClientReport, ...]) -> Received:
+    def receive(
+        self, job: Job, values_SP: torch.Tensor, reports: tuple[ClientReport, ...], planned: Job | None = None
+    ) -> Received:
         """Return what the server gets from the clients of `job`, and remember the round.
 
         Args:
             job: as `send` returned it.
             values_SP: the trained rows of those reports that name no failure; changed in place.
             reports: one per row of the job.
+            planned: as `send` got it. Of tensors that went down, rested and did not come back the server keeps these.
         """
         came = [row for row, report in enumerate(reports) if not report.failure]
         groups = job.upload & set(self._layout.groups)
@@ -165,12 +169,15 @@ class Seam:
         told = list(reports)
         for place, reason in admitted.rejected.items():
             told[came[place]] = told[came[place]]._replace(failure=reason)
+        rows = [came[place] for place in admitted.accepted]
+        if planned is not None and (resting := job.download - job.trainable - groups):
+            self._put(admitted.values_SP, list(range(len(rows))), planned.start_SP[rows], resting)
         privacy = self._config.privacy
         spent = [
             (id_, epsilon(self._uploads[id_], privacy.noise_multiplier, privacy.delta))
             for id_ in (sorted(set(job.ids)) if privacy.enabled else ())
         ]
-        ids = tuple(job.ids[came[place]] for place in admitted.accepted)
+        ids = tuple(job.ids[row] for row in rows)
         return Received(ids, admitted.values_SP, tuple(told), upload_bytes, tuple(spent))
 
     # -------------------------------------------------------------------------------------------------------- one round
@@ -208,13 +215,13 @@ class Seam:
                 memory_KP[[job.ids[row] for row in rows], columns] = error_SP[kept, columns]
         if self._config.download_compression == "none":
             return
-        num_groups = len(self._layout.groups)
+        num_groups, crossed_SP = len(self._layout.groups), _crossed(job)
         for rows, ids, block in self._chunks(job, list(range(job.num_crossing))):
             copy_KP = self._remembered(f"copy.{block}", job, self._layout.num_parameters, job.start_SP.dtype)
             known_KG = self._remembered(f"known.{block}", job, num_groups, torch.bool)
             for spec in crossing(self._layout, job.download):
                 columns = slice(spec.offset, spec.offset + spec.size)
-                copy_KP[ids, columns] = job.start_SP[rows, columns]
+                copy_KP[ids, columns] = crossed_SP[rows, columns]
                 known_KG[ids, self._layout.groups.index(spec.group)] = True
 
     def _remembered(self, name: str, job: Job, width: int, dtype: torch.dtype) -> torch.Tensor:
@@ -244,6 +251,37 @@ class Seam:
             for block, places in by_block.items()
             for first in range(0, len(places), step)
         ]
+
+
+def _crossed(job: Job) -> torch.Tensor:
+    """What each crossing row's client is sent, (S, P): its start, or what it is pulled towards if that is something
+    else; then the start is its own last adapter, which it has."""
+    start_SP = job.start_SP[: job.num_crossing]
+    if job.pull is None:
+        return start_SP
+    target_SP = job.pull.target_SP[: job.num_crossing]
+    pulled_S1 = start_SP.new_tensor(job.pull.strength_S[: job.num_crossing])[:, None] > 0
+    elsewhere_S1 = pulled_S1 & (target_SP != start_SP).any(dim=1, keepdim=True)
+    return torch.where(elsewhere_S1, target_SP, start_SP)
+
+
+def _arrived(job: Job, crossed_SP: torch.Tensor, got_SP: torch.Tensor) -> Job:
+    """Return `job` as the clients have it: wherever a row starts from, or is pulled to, what was sent, what it got."""
+    start_SP = job.start_SP.clone()
+    target_SP = None if job.pull is None else job.pull.target_SP.clone()
+    first_row = dict[int, int]()
+    for row, id_ in enumerate(job.ids):
+        # a row that stays with its client knows what the client's first row got
+        sent = row if row < job.num_crossing else first_row.get(id_)
+        first_row.setdefault(id_, row)
+        if sent is None or sent >= job.num_crossing:
+            continue
+        if row == sent and torch.equal(start_SP[row], crossed_SP[sent]):
+            start_SP[row] = got_SP[sent]
+        if target_SP is not None and torch.equal(target_SP[row], crossed_SP[sent]):
+            target_SP[row] = got_SP[sent]
+    pull = None if job.pull is None or target_SP is None else job.pull._replace(target_SP=target_SP)
+    return job._replace(start_SP=start_SP, pull=pull)
 
 
 def uncompressed_bytes(layout: Layout, job: Job, num_returned: int) -> int:

@@ -7,6 +7,7 @@ about runs, clients or how an adapter was trained; `clients` does.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -219,6 +220,7 @@ def new_folder(out: Path) -> Iterator[Path]:
     """
     if out.is_symlink() or (out.exists() and not out.is_dir()) or (out.is_dir() and any(out.iterdir())):
         raise UsageError(f"{out} exists and is not an empty folder; give a new folder, or remove this one")
+    out = Path(os.path.abspath(out))  # the name of "."
     make_folder(out.parent)
     temporary = out.with_name(f".{out.name}.tmp-{nonce()}")
     try:

@@ -13,6 +13,7 @@ and believes nothing that its manifest does not prove. No pickle. Knows nothing 
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -42,6 +43,10 @@ from fedmira.runs.generations import FOLDER, Generation, generation_path, genera
 SCHEMA = 1
 TENSORS, FACTS, MANIFEST = "state.safetensors", "facts.json", "MANIFEST.json"
 MAX_HEADER_BYTES = 100 << 20
+_MAY_PASS = {
+    *(errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+}
+"""Why reading may fail today and not tomorrow; everything else is damage."""
 
 _DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
@@ -153,6 +158,9 @@ def load_latest(run_path: Path, *, config_hash: str) -> Checkpoint | None:
         except (KeyError, TypeError) as error:
             skipped.append(f"{generation.path.name}: {MANIFEST} or {TENSORS} lacks an entry: {error}")
         except OSError as error:
+            if error.errno in _MAY_PASS:
+                # it may be whole: going on from the one before would supersede it
+                raise disk_error(error, generation.path, "read the checkpoint") from error
             skipped.append(f"{generation.path.name}: {error.strerror or error}: {Path(error.filename or '').name}")
         else:
             return Checkpoint(generation.round, tensors, facts, generation.path, tuple(skipped))

@@ -45,7 +45,8 @@ METRICS, GRAPH, PROFILE, LOG, LOCK = "metrics.jsonl", "graph.json", "profile.jso
 REPORT = "report"
 SCHEMA = 1
 
-_OWN_NAMES = {CONFIG, RESOLVED, MANIFEST, METRICS, GRAPH, LOG, LOCK, CHECKPOINTS, REPORT}
+_OWN_NAMES = {CONFIG, RESOLVED, MANIFEST, METRICS, GRAPH, PROFILE, LOG, LOCK, CHECKPOINTS, REPORT}
+_HALF_WRITTEN = re.compile(r"\..+\.tmp-")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
 
@@ -82,7 +83,8 @@ class RunStore:
         store = cls(path, config)
         if _exists(path):
             _refuse_link(path)
-            foreign = sorted(set(_names(path)) - _OWN_NAMES)
+            # a process that was killed may have left a file half written
+            foreign = sorted(name for name in set(_names(path)) - _OWN_NAMES if not _HALF_WRITTEN.match(name))
             if foreign:
                 raise UsageError(
                     f"{path} exists and holds something else ({', '.join(foreign[:3])}); "
@@ -308,6 +310,20 @@ class RunStore:
     def metrics_position(self) -> int:
         """Make all events durable and return the size of metrics.jsonl in bytes, for a checkpoint to remember."""
         return synced_size(self.path / METRICS, self._descriptor(METRICS))
+
+    def refuse_lost_checkpoints(self) -> None:
+        """Refuse to begin again where a run without any checkpoint has come further than that can be.
+
+        Raises:
+            IntegrityError: rounds or final results are recorded that would have been saved.
+        """
+        events = self.events()
+        rounds = max((int(event["round"]) for event in events if event.get("event") == "round"), default=0)
+        if rounds > self.config.output.checkpoint_every or any(event.get("event") == "final" for event in events):
+            raise IntegrityError(
+                f"{self.path} holds the results of {rounds} rounds and no checkpoint to go on from: {CHECKPOINTS} was "
+                "removed. Put it back, or remove the run directory to start again"
+            )
 
     def truncate_metrics(self, position: int) -> None:
         """Cut metrics.jsonl back to a `metrics_position` of the past; see `lines.cut_back`."""

@@ -17,7 +17,7 @@ from fedmira.config import RunConfig
 from fedmira.config_file import resolved_yaml
 from fedmira.errors import ConfigError, DivergedError
 from fedmira.experiment import Display, SilentDisplay, carry_out
-from fedmira.refusals import refusal, refusal_of_scalars, refusal_under_noise
+from fedmira.refusals import refusal, refusal_of_feedback, refusal_of_scalars, refusal_under_noise
 from fedmira.runs.atomic import write_bytes_atomically
 from fedmira.runs.store import RunStore
 
@@ -89,6 +89,7 @@ def _refuse_unusable(config: RunConfig) -> None:
         if reason := (
             refusal(method, config.model.adapter.kind)
             or refusal_of_scalars(method, config.exchange, bool(config.model.adapter.client_ranks))
+            or refusal_of_feedback(method, config.exchange)
             or (private and refusal_under_noise(method))
         ):
             raise ConfigError(f"compare.methods names {name}: {reason}")
