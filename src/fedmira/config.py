@@ -29,7 +29,7 @@ from fedmira.method_config import (
     MiraConfig,
     method_with_defaults,
 )
-from fedmira.refusals import methods_for, refusal, refusal_of_feedback, refusal_of_scalars, refusal_under_noise
+from fedmira.refusals import methods_for, refusal, refusal_beside
 
 # --------------------------------------------------------------------------------------------------------------- model
 
@@ -418,13 +418,10 @@ class RunConfig(Section):
                 f"training.cohort_size = {self.training.cohort_size}, but with model.adapter.kind = full every client "
                 "has weights of its own and is trained alone; use auto or 1"
             )
-        if reason := refusal_of_scalars(self.method, self.exchange, bool(self.model.adapter.client_ranks)):
-            raise ValueError(reason)
-        if reason := refusal_of_feedback(self.method, self.exchange):
+        ranks, moments = bool(self.model.adapter.client_ranks), self.training.keep_moments
+        if reason := refusal_beside(self.method, self.exchange, ranks, moments):
             raise ValueError(reason)
         if self.exchange.privacy.enabled:
-            if reason := refusal_under_noise(self.method):
-                raise ValueError(reason)
             if self.exchange.privacy.noise_seed == "system" and self.output.checkpoint_every > 1:
                 raise ValueError(
                     f"output.checkpoint_every = {self.output.checkpoint_every}, but exchange.privacy.noise_seed = "

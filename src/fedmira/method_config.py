@@ -38,6 +38,8 @@ class MethodSection(Section):
     """Whether clients start each round from new random factors."""
     pools_examples: ClassVar[bool] = False
     """Whether clients' examples are trained on in one place."""
+    alternates: ClassVar[bool] = False
+    """Whether clients train other tensors in one round than in the next."""
 
     ema_decay: Share = 0.0
     """Share of what a client had after the round before in what it takes home: a moving average over rounds. Clients
@@ -205,6 +207,7 @@ class FedDPAConfig(MethodSection):
     """A global pair, averaged in odd rounds, beside an own pair, trained in even rounds."""
 
     num_pairs: ClassVar[int] = 2
+    alternates: ClassVar[bool] = True
     name: Literal["feddpa"]
 
 
@@ -347,6 +350,7 @@ class FfaLoraConfig(MethodSection):
 class RoLoraConfig(MethodSection):
     """B and A are trained and averaged in turn, B first."""
 
+    alternates: ClassVar[bool] = True
     name: Literal["rolora"]
 
 

@@ -50,6 +50,31 @@ def refusal(method: MethodSection, kind: AdapterKind) -> str:
     return ""
 
 
+def refusal_beside(method: MethodSection, exchange: ExchangeConfig, client_ranks: bool, keep_moments: bool) -> str:
+    """Why `method` cannot be used beside what other sections ask for; empty if it can.
+
+    Args:
+        method: the `method` section.
+        exchange: what happens to what crosses.
+        client_ranks: whether clients have adapters of different ranks.
+        keep_moments: whether clients go on with their optimizer's moments.
+
+    >>> from fedmira.method_config import method_with_defaults
+    >>> refusal_beside(method_with_defaults("fedit"), ExchangeConfig(), client_ranks=True, keep_moments=True)
+    ''
+    """
+    if method.alternates and keep_moments:
+        return (
+            f"training.keep_moments = true would move tensors in rounds in which method.name = {method.name}, which "
+            "trains some in one round and others in the next, lets them rest; remove it"
+        )
+    return (
+        refusal_of_scalars(method, exchange, client_ranks)
+        or refusal_of_feedback(method, exchange)
+        or (refusal_under_noise(method) if exchange.privacy.enabled else "")
+    )
+
+
 def refusal_of_scalars(method: MethodSection, exchange: ExchangeConfig, client_ranks: bool) -> str:
     """Why `method` cannot be used with settings that are about tensors that cross; empty if it can, or sends tensors.
 

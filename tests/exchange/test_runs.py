@@ -324,6 +324,16 @@ def test_what_a_method_makes_meaningless_is_refused(
     tiny({**exchange, "error_feedback": False, "privacy": {}}, method={"name": method})
 
 
+@pytest.mark.parametrize("method", ["rolora", "feddpa"])
+def test_moments_of_tensors_that_rest_are_not_kept(tmp_path: Path, method: str) -> None:
+    kept = {"keep_moments": True, "local_steps": 2}
+    with pytest.raises(ValidationError, match=f"{method}, which trains some in one round and others in the next"):
+        tiny({}, method={"name": method}, training=kept)
+    config = tiny({}, method={"name": "fedit"}, training=kept, compare={"methods": ["fedit", method]})
+    with pytest.raises(ConfigError, match=f"compare.methods names {method}: training.keep_moments = true"):
+        compare(config, directory=tmp_path)
+
+
 def test_noise_that_cannot_be_repeated_needs_every_round_saved() -> None:
     exchange = {"privacy": {**NOISY["privacy"], "noise_seed": "system"}}
     with pytest.raises(ValidationError, match="forgotten uploads would not be counted; set it to 1"):

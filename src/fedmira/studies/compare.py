@@ -17,7 +17,7 @@ from fedmira.config import RunConfig
 from fedmira.config_file import resolved_yaml
 from fedmira.errors import ConfigError, DivergedError
 from fedmira.experiment import Display, SilentDisplay, carry_out
-from fedmira.refusals import refusal, refusal_of_feedback, refusal_of_scalars, refusal_under_noise
+from fedmira.refusals import refusal, refusal_beside
 from fedmira.runs.atomic import write_bytes_atomically
 from fedmira.runs.store import RunStore
 
@@ -85,12 +85,9 @@ def variant(config: RunConfig, method: str, seed: int, learning_rate: float, *, 
 def _refuse_unusable(config: RunConfig) -> None:
     """Not a rule of the config: `fedmira run` reads the same file and does not look at this section."""
     for name in config.compare.methods:
-        method, private = config.method_named(name), config.exchange.privacy.enabled
-        if reason := (
-            refusal(method, config.model.adapter.kind)
-            or refusal_of_scalars(method, config.exchange, bool(config.model.adapter.client_ranks))
-            or refusal_of_feedback(method, config.exchange)
-            or (private and refusal_under_noise(method))
+        method, ranks = config.method_named(name), bool(config.model.adapter.client_ranks)
+        if reason := refusal(method, config.model.adapter.kind) or refusal_beside(
+            method, config.exchange, ranks, config.training.keep_moments
         ):
             raise ConfigError(f"compare.methods names {name}: {reason}")
 

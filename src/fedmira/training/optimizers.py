@@ -86,7 +86,7 @@ def update_(
         training: optimizer and its constants.
         learning_rates: of this update, per client.
         active: which clients move.
-        trainable_P: bool; columns that are not trainable never move. None: all are.
+        trainable_P: bool; columns that are not trainable never move; their moments must be zero. None: all are.
     """
     moments.steps_C.add_(torch.tensor(active, dtype=moments.steps_C.dtype))
     decay: float | torch.Tensor = training.weight_decay
