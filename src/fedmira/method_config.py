@@ -160,7 +160,7 @@ class MiraConfig(MethodSection):
         return tuple(self.client_strength.get(name, 1.0) for name in names)
 
 
-KNOWN_GRAPHS = ("labels", "given", "uniform", "random", "true", "permuted")
+KNOWN_GRAPHS = ("labels", "given", "embeddings", "uniform", "random", "true", "permuted")
 """Kinds of graphs that are known before the first round."""
 
 

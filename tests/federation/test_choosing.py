@@ -96,6 +96,16 @@ def test_answers_are_remembered() -> None:
     assert second.memory["alpha"].tolist() == [1.0, 1.0, 1.0]
 
 
+@pytest.mark.parametrize("ruined", [torch.nan, torch.inf])
+def test_a_mixture_that_ruins_a_client_is_left(ruined: float) -> None:
+    after, _ = choose(
+        ChoiceConfig(), state(ChoiceConfig()), question(ChoiceConfig(), 0), answers([[1.0, ruined]], (5,))
+    )
+    assert after.memory["alpha"].tolist() == [0.0, 1.0, 1.0]
+    assert after.memory["start_alpha"].tolist() == [0.0, 1.0, 1.0]
+    assert torch.isfinite(after.memory["changes"]).all()
+
+
 @pytest.mark.parametrize(("heard", "kept"), [(0.6, 1.0), (1.1, 0.0)])
 def test_a_client_without_examples_follows_the_others(heard: float, kept: float) -> None:
     config = ChoiceConfig(grid=(0.0, 1.0), margin=0.0)

@@ -77,11 +77,13 @@ def test_without_strength_every_form_is_training_alone_bit_for_bit(mixing: str, 
     assert same_bytes(kept.adapters.values_KP, expected.adapters.values_KP)
 
 
-def test_a_shared_a_never_moves_by_a_bit_and_never_crosses() -> None:
+@pytest.mark.parametrize("kind", ["uniform", "labels"])
+def test_a_shared_a_never_moves_by_a_bit_and_never_crosses(kind: str) -> None:
     who = clients()._replace(ranks_K=(1, 2, 1, 2, 2, 1))
-    method = build_method(mira_with("uniform", mixing="shared_a", strength=3.0), who)
+    method = build_method(mira_with(kind, mixing="shared_a", strength=3.0), who)
     state = method.init(initial(), who)
-    for round_, ids in enumerate(ROUNDS, start=1):
+    # by labels the second task is unknown at first and gets the mean of the first
+    for round_, ids in enumerate([(0, 2, 4), *ROUNDS], start=1):
         job = method.plan(state, Participants(round_, ids))
         assert job.download == job.upload == job.trainable == {"lora_b"}
         state = play(method, state, who.names, [ids], first=round_)

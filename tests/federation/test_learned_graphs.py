@@ -262,6 +262,19 @@ def test_average_linkage_equals_scipy(size: int, seed: int) -> None:
         assert np.array_equal(labels[:, None] == labels[None], theirs[:, None] == theirs[None])
 
 
+@given(st.integers(3, 12), st.integers(0, 50))
+def test_silhouettes_of_nested_partitions_are_those_of_each(size: int, seed: int) -> None:
+    points = np.random.default_rng(seed).integers(0, 4, size=(size, 2)).astype(float)
+    distance = np.abs(points[:, None] - points[None]).sum(axis=2)
+    nested = partitions(distance)[1:-1]
+    scores = [silhouette(distance, labels) for labels in nested]
+    best = clusters(distance)
+    if best is None:
+        assert max(scores, default=0.0) <= 1e-12
+    else:
+        assert silhouette(distance, best) == pytest.approx(max(scores), abs=1e-12)
+
+
 def test_silhouette_by_hand() -> None:
     distance = np.array([[0.0, 1.0, 4.0], [1.0, 0.0, 2.0], [4.0, 2.0, 0.0]])
     # a = 1 and b = 4 for the first, a = 1 and b = 2 for the second, the third is alone

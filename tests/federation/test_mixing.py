@@ -124,6 +124,27 @@ def test_implicit_step_without_bound_is_the_weighted_mean_of_each_component(tau:
         assert torch.allclose(mixed[ids], mean.expand(len(ids), -1), atol=1e-8)
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_edges_that_nobody_would_notice_do_not_join_groups(seed: int) -> None:
+    """Weights exp(-d^2) of four groups far apart, of which few clients are known: the groups are hardly connected."""
+    draw = np.random.default_rng(seed)
+    points = np.repeat(7.0 * draw.permutation(4), 5)[:, None] + 0.3 * draw.normal(size=(20, 1))
+    weights = np.exp(-((points - points.T) ** 2))
+    np.fill_diagonal(weights, 0.0)
+    graph = validated(weights, 20, "given")
+    assert len(connected_components(graph)) == 4
+    assert graph.provenance["negligible_edges_dropped"] > 0
+    confidence = [0.0] * 20
+    for k in draw.choice(20, 2, replace=False):
+        confidence[k] = 1.0
+    matrix = implicit_matrix(graph, 2.0, confidence)
+    assert np.allclose(matrix.sum(axis=1), 1.0)
+    assert (matrix >= 0).all()
+    # edges a million times weaker than others still count
+    weak = validated([[0, 1, 1e-6], [1, 0, 0], [1e-6, 0, 0]], 3, "given")
+    assert weak.num_edges == 2
+
+
 def test_who_is_in_a_component_without_confidence_gets_the_mean_of_all() -> None:
     edges = np.zeros((5, 5))
     edges[0, 1] = edges[1, 0] = edges[2, 3] = edges[3, 2] = 1

@@ -82,9 +82,24 @@ def test_code_of_its_own_is_refused(folder: Path) -> None:
         load_base(ModelConfig(path=str(folder)))
 
 
-def test_an_attention_of_its_own_is_refused(folder: Path) -> None:
-    edit_config(folder, _attn_implementation_internal="someone/kernel")
-    with pytest.raises(SetupError, match="attention implementation of its own"):
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("_attn_implementation_internal", "someone/kernel"),
+        ("attn_implementation", "someone/kernel"),
+        ("experts_implementation", "someone/kernel"),
+        ("text_config", {"attn_implementation": "someone/kernel"}),
+    ],
+)
+def test_an_implementation_of_its_own_is_refused(folder: Path, key: str, value: Any) -> None:
+    edit_config(folder, **{key: value})
+    with pytest.raises(SetupError, match=rf"an implementation of its own \({key}.* in a local copy"):
+        load_base(ModelConfig(path=str(folder)))
+
+
+def test_an_adapter_is_no_base_model(folder: Path) -> None:
+    (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "someone/model"}))
+    with pytest.raises(SetupError, match=r"is an adapter \(adapter_config.json\), not a base model"):
         load_base(ModelConfig(path=str(folder)))
 
 

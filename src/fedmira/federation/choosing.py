@@ -21,6 +21,9 @@ from fedmira.federation.questions import only_to_judge
 from fedmira.method_config import ChoiceConfig
 from fedmira.types import Arena, Losses, Participants, Results, Trial
 
+_HOPELESS = 1e6
+"""The change of a loss that is not finite any more, relative to one that is."""
+
 
 def first_choice(config: ChoiceConfig, num_clients: int) -> dict[str, torch.Tensor]:
     """What is remembered before round 1: everybody keeps all of its mixture and trains on from it; nobody was asked."""
@@ -100,15 +103,17 @@ def choose(config: ChoiceConfig, state: State, trial: Trial, losses: Losses) -> 
     What counts is the change of a client's loss relative to that of its own upload, a moving average over the rounds it
     was asked in; its weight is its validation tokens against `pooling` tokens of the mean over all clients. To keep
     anything but its own a client must lower the loss by `margin`; ties go to the smaller alpha. To leave the mixture as
-    a start its loss must rise by more than `tolerance`. A client without validation examples follows the mean.
+    a start its loss must rise by more than `tolerance`; one that is not finite any more has. A client without examples
+    follows the mean.
     """
     rows, memory = list(trial.ids), dict(state.memory)
     for name in ("alpha", "start_alpha", "changes", "change_tokens"):
         memory[name] = memory[name].clone()
     changes_KQ, tokens_K = memory["changes"], memory["change_tokens"]
     now_SQ = (losses.mean_SQ / losses.mean_SQ[:, :1] - 1.0).to(changes_KQ)
+    now_SQ = torch.nan_to_num(now_SQ, nan=_HOPELESS, posinf=_HOPELESS).clamp(max=_HOPELESS)
     for s, k in enumerate(rows):
-        if torch.isfinite(now_SQ[s]).all():
+        if torch.isfinite(losses.mean_SQ[s, 0]):
             past = config.memory if tokens_K[k] else 0.0
             changes_KQ[k] = past * changes_KQ[k] + (1 - past) * now_SQ[s]
             tokens_K[k] = losses.tokens_S[s]

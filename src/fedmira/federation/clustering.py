@@ -7,6 +7,7 @@ Axes: C clients.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TypeAlias
 
 import numpy as np
@@ -58,9 +59,7 @@ def silhouette(distance_CC: Matrix, labels_C: Labels) -> float:
     own_C = sizes_G[places_C]
     within_C = (sums_CG * member_CG).sum(axis=1) / np.maximum(own_C - 1, 1)
     nearest_C = np.where(member_CG > 0, np.inf, sums_CG / sizes_G).min(axis=1)
-    larger_C = np.maximum(within_C, nearest_C)
-    values_C = np.where(larger_C > 0, (nearest_C - within_C) / np.where(larger_C > 0, larger_C, 1.0), 0.0)
-    return float(np.where(own_C > 1, values_C, 0.0).mean())
+    return _mean_silhouette(within_C, nearest_C, own_C)
 
 
 def clusters(distance_CC: Matrix) -> Labels | None:
@@ -69,7 +68,39 @@ def clusters(distance_CC: Matrix) -> Labels | None:
     None if no partition has a positive one: then nothing says that there are groups.
     """
     candidates = partitions(distance_CC)[1:-1] if len(distance_CC) > 2 else ()
-    scores = [silhouette(distance_CC, labels) for labels in candidates]
+    scores = _silhouettes(distance_CC, candidates)
     if not scores or max(scores) <= 0:
         return None
     return candidates[int(np.argmax(scores))]
+
+
+def _silhouettes(distance_CC: Matrix, nested: Sequence[Labels]) -> list[float]:
+    """Return the silhouettes of partitions that `partitions` made, in their order; O(C^2) each.
+
+    From one partition to the next coarser one two groups become one, so the sums of distances to groups are added up.
+    """
+    size = len(distance_CC)
+    rows, before = np.arange(size), np.arange(size)
+    sums_CC, sizes_C, means_CC = distance_CC.astype(np.float64), np.ones(size), distance_CC.astype(np.float64)
+    scores = []
+    for labels in reversed(nested):
+        (gone,) = np.unique(before[before != labels])
+        into = labels[gone]
+        sums_CC[:, into] += sums_CC[:, gone]
+        sizes_C[into] += sizes_C[gone]
+        means_CC[:, into], means_CC[:, gone] = sums_CC[:, into] / sizes_C[into], np.inf
+        own_C = sizes_C[labels]
+        within_C = sums_CC[rows, labels] / np.maximum(own_C - 1, 1)
+        kept_C, means_CC[rows, labels] = means_CC[rows, labels].copy(), np.inf
+        nearest_C = means_CC.min(axis=1)
+        means_CC[rows, labels] = kept_C
+        scores.append(_mean_silhouette(within_C, nearest_C, own_C))
+        before = labels
+    return scores[::-1]
+
+
+def _mean_silhouette(within_C: Matrix, nearest_C: Matrix, own_C: Matrix) -> float:
+    """The mean over clients of (b - a) / max(a, b), from a, b and the sizes of their groups."""
+    larger_C = np.maximum(within_C, nearest_C)
+    values_C = np.where(larger_C > 0, (nearest_C - within_C) / np.where(larger_C > 0, larger_C, 1.0), 0.0)
+    return float(np.where(own_C > 1, values_C, 0.0).mean())

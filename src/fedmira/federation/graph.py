@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import torch
 
 Matrix: TypeAlias = npt.NDArray[np.float64]
+_NEGLIGIBLE = 1e-12
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -80,8 +81,9 @@ def validated(
 ) -> Graph:
     """Return `adjacency` as a `Graph` over `num_clients` clients.
 
-    Weights on the diagonal cancel in L = D - M; they are dropped and counted in the provenance. An asymmetry below
-    1e-9 of the largest weight is rounding and is averaged away.
+    Weights on the diagonal cancel in L = D - M; they are dropped and counted in the provenance. So are edges that both
+    of their clients would not notice, below 1e-12 of either's degree: they join groups in name only, and no step could
+    be computed along them. An asymmetry below 1e-9 of the largest weight is rounding and is averaged away.
 
     Raises:
         DataError: not a (K, K) matrix of numbers; NaN, infinite, negative or asymmetric weights.
@@ -108,6 +110,11 @@ def validated(
         details["self_edges_dropped"] = int(np.count_nonzero(np.diagonal(matrix)))
         np.fill_diagonal(matrix, 0.0)
     matrix = (matrix + matrix.T) / 2
+    degree_K = matrix.sum(axis=1)
+    negligible_KK = (matrix > 0) & (matrix < _NEGLIGIBLE * np.minimum(degree_K[:, None], degree_K[None, :]))
+    if negligible_KK.any():
+        details["negligible_edges_dropped"] = int(negligible_KK.sum()) // 2
+        matrix[negligible_KK] = 0.0
     matrix.setflags(write=False)
     return Graph(matrix, name, details)
 

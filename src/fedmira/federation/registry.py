@@ -46,7 +46,7 @@ from fedmira.federation.methods import (
 )
 from fedmira.federation.ranks import within_ranks
 from fedmira.federation.taking_home import over_rounds
-from fedmira.method_config import MethodConfig
+from fedmira.method_config import KNOWN_GRAPHS, MethodConfig
 from fedmira.types import Clients
 
 Builder: TypeAlias = Callable[[Any, Clients, Graph | None, FederationConfig | None], Method]
@@ -55,7 +55,7 @@ Builder: TypeAlias = Callable[[Any, Clients, Graph | None, FederationConfig | No
 def known(graph: Graph | None) -> Graph:
     """Return a graph that is known before the first round; the config refuses all others."""
     if graph is None:
-        raise ConfigError("this method needs method.graph.kind = labels, given, uniform, random, true or permuted")
+        raise ConfigError(f"this method needs method.graph.kind = {' or '.join(KNOWN_GRAPHS)}")
     return graph
 
 

@@ -6,12 +6,13 @@ Knows nothing about rounds, who takes part, or where graph and confidences come 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import NamedTuple
 
 from fedmira.federation.blocks import faded
 from fedmira.federation.forms import Form, form
 from fedmira.federation.graph import Graph, Matrix
-from fedmira.federation.mixing import keep, laplacian_implicit, step_numbers, welcome
+from fedmira.federation.mixing import Mixer, by_group, keep, laplacian_implicit, step_numbers, welcome
 from fedmira.federation.robust import ROBUST
 from fedmira.method_config import MiraConfig
 from fedmira.types import Arena, Clients
@@ -41,16 +42,25 @@ def server_step(config: MiraConfig, clients: Clients) -> ServerStep:
 
     def mixtures(graph: Graph, uploads: Arena, confidence_K: Sequence[float]) -> Callable[[float], Mixture]:
         trusting = ROBUST.get(config.robust)
-        distance_KK = None if trusting is None else mixed_as.distances(uploads)
+        distances = cache(lambda: mixed_as.distances(uploads))
 
         def revised(matrix_KK: Matrix) -> Matrix:
-            return matrix_KK if trusting is None or distance_KK is None else trusting(matrix_KK, distance_KK)
+            return matrix_KK if trusting is None else trusting(matrix_KK, distances())
 
         def of_strength(tau: float) -> Mixture:
             on_rows = laplacian_implicit(graph, tau, confidence_K, revised)
-            mixed = (welcome(graph, confidence_K) if tau > 0 else keep())(mixed_as.of(on_rows)(uploads))
+            mixed = mixed_as.of(on_rows)(uploads)
+            if tau > 0:
+                mixed = _only(mixed_as.crossing, welcome(graph, confidence_K))(mixed)
             return Mixture(mixed, lambda: step_numbers(graph, on_rows, uploads, mixed, mixed_as.energy))
 
         return of_strength
 
     return ServerStep(mixed_as, mixtures, lambda graph, uploads: faded(graph, uploads.layout.layers, config.depth))
+
+
+def _only(groups: frozenset[str] | None, mixer: Mixer) -> Mixer:
+    """Return the mixer that leaves tensors of other groups as they are; None means all are mixed."""
+    if groups is None:
+        return mixer
+    return lambda arena: by_group({name: mixer if name in groups else keep() for name in arena.layout.groups})(arena)

@@ -6,8 +6,9 @@ Knows nothing about what a loaded model computes.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -83,16 +84,23 @@ def refuse_unusable(source: str, revision: str | None, name: str) -> None:
                 "load the model with transformers and save it again with save_pretrained"
             )
     with translated_errors(name):
+        is_adapter = _has_adapter(source, revision)
+    if is_adapter:
+        raise SetupError(
+            f"{name} is an adapter (adapter_config.json), not a base model; give the base model it was trained for, or "
+            "merge the two and save the result"
+        )
+    with translated_errors(name):
         raw, _ = PreTrainedConfig.get_config_dict(source, revision=revision)
     if "auto_map" in raw:
         raise SetupError(
             f"the config of {name} asks for code of its own (auto_map), which fedmira never runs; if transformers "
             f"knows the architecture ({raw.get('model_type')}), remove auto_map from config.json in a local copy"
         )
-    if any(key.startswith("_attn_implementation") for key in raw):
+    if chosen := _implementation_keys(raw):
         raise SetupError(
-            f"the config of {name} selects an attention implementation of its own, which fedmira never loads; "
-            "remove the key that starts with _attn_implementation from config.json in a local copy"
+            f"the config of {name} selects an implementation of its own ({chosen[0]}), which fedmira never loads; "
+            f"remove {', '.join(chosen)} from config.json in a local copy"
         )
     model_type = raw.get("model_type")
     if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
@@ -100,6 +108,24 @@ def refuse_unusable(source: str, revision: str | None, name: str) -> None:
             f"the architecture of {name} (model_type {model_type!r}) is no causal language model that this version of "
             "transformers knows; use a GPT-2, Llama, Qwen, Mistral or Gemma model, or a newer transformers"
         )
+
+
+def _implementation_keys(config: Mapping[str, Any], path: str = "") -> list[str]:
+    """Keys, also of configs inside, by which transformers would load code for attention or experts."""
+    found = []
+    for key, value in config.items():
+        if key.lstrip("_").startswith(("attn_implementation", "experts_implementation")):
+            found.append(path + key)
+        elif isinstance(value, Mapping):
+            found += _implementation_keys(value, f"{path}{key}.")
+    return found
+
+
+def _has_adapter(source: str, revision: str | None) -> bool:
+    """Whether transformers would put an adapter on the base, or take another base for its sake."""
+    from transformers.utils.peft_utils import find_adapter_config_file
+
+    return find_adapter_config_file(source, revision=revision) is not None
 
 
 @contextlib.contextmanager

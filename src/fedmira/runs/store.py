@@ -256,8 +256,8 @@ class RunStore:
         return manifest
 
     def write_graph(self, graph: Mapping[str, Any]) -> None:
-        """Replace graph.json."""
-        self._write_json(GRAPH, graph)
+        """Replace graph.json; in one line, as K x K numbers take long to write one by one."""
+        self._write_json(GRAPH, graph, indent=None)
 
     def graph(self) -> dict[str, Any]:
         """Return the content of graph.json; {} if none was written yet."""
@@ -271,10 +271,10 @@ class RunStore:
         """Return the content of profile.json; {} if the run was not profiled."""
         return self._read_json(PROFILE)
 
-    def _write_json(self, name: str, value: Mapping[str, Any]) -> None:
+    def _write_json(self, name: str, value: Mapping[str, Any], indent: int | None = 1) -> None:
         self._hold_lock()
         with stage("disk"):
-            text = json.dumps(plain(value)[0], indent=1, ensure_ascii=False, allow_nan=False)
+            text = json.dumps(plain(value)[0], indent=indent, ensure_ascii=False, allow_nan=False)
             write_bytes_atomically(self.path / name, text.encode() + b"\n")
 
     def _read_json(self, name: str) -> dict[str, Any]:
