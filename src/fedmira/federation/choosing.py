@@ -21,7 +21,7 @@ from fedmira.federation.questions import only_to_judge
 from fedmira.method_config import ChoiceConfig
 from fedmira.types import Arena, Losses, Participants, Results, Trial
 
-_HOPELESS = 1e6
+_HOPELESS = 100.0
 """The change of a loss that is not finite any more, relative to one that is."""
 
 
