@@ -367,7 +367,7 @@ class CompareConfig(Section):
     learning_rates: tuple[FinitePositiveFloat, ...] = ()
     """Grid tried for every method; the best on validation data is used. Empty: training.learning_rate for all."""
     tuning_seed: NonNegativeInt = 1000
-    """The draw on which the grid is tried; never one of the seeds that are reported."""
+    """The draw on which the grid is tried; never one of the seeds that are reported. It splits the same files anew."""
 
     @model_validator(mode="after")
     def _distinct_names(self) -> CompareConfig:

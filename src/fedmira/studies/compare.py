@@ -68,7 +68,11 @@ def study_directory(config: RunConfig) -> Path:
 
 
 def variant(config: RunConfig, method: str, seed: int, learning_rate: float, *, tuning: bool = False) -> RunConfig:
-    """The run of one method: `config` with that method, seed and learning rate. Tuning never sees test data."""
+    """The run of one method: `config` with that method, seed and learning rate.
+
+    Tuning judges nothing on its own draw's test data. Draws split the same files anew, so examples that a reported draw
+    tests may be among those that a tuning draw trains and validates on, for all methods alike.
+    """
     settings = config.method_named(method)
     changes: dict[str, Any] = {
         "name": config.name if method == settings.name else method,
