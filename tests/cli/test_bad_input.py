@@ -37,6 +37,7 @@ CASES: dict[str, tuple[dict[str, str], str, list[str], int, list[str]]] = {
     ),
     "an unknown model folder": ({}, PLANTED, ["model.path=./no-such-model"], 4, ["./no-such-model", "embedded"]),
     "no layer matched": ({}, PLANTED, ["model.adapter.targets=[q_porj]"], 2, ["q_porj", "q_proj", "down_proj"]),
+    "a prediction that is to be resumed": ({}, PLANTED, ["--dry-run", "--resume"], 2, ["--dry-run", "leave out"]),
     "rank 0": ({}, PLANTED, ["model.adapter.rank=0"], 2, ["model.adapter.rank", "0"]),
     "more clients per round than clients": ({}, PLANTED, ["federation.clients_per_round=9"], 2, ["9", "4"]),
     "strength beyond the stable bound": (

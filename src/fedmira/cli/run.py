@@ -8,6 +8,7 @@ import click
 
 from fedmira.cli.arguments import config_arguments, read_config
 from fedmira.cli.session import Session, standard_options
+from fedmira.errors import UsageError
 
 
 @click.command(short_help="Train: one method, one federation, one seed.")
@@ -23,6 +24,8 @@ def run(session: Session, config: Path, overrides: tuple[str, ...], dry_run: boo
     """Train as CONFIG says; KEY=VALUE pairs such as method.graph.kind=labels win over the file."""
     run_config = read_config(config, overrides)
     if dry_run:
+        if resume or profile:
+            raise UsageError("--dry-run predicts a whole run and does none; leave out --resume and --profile with it")
         from fedmira.estimate import dry_run as estimate_run
 
         estimate = estimate_run(run_config)
