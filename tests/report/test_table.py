@@ -14,6 +14,7 @@ from fedmira.errors import IntegrityError, UsageError
 from fedmira.report.reading import StudyRecord, read, read_run
 from fedmira.report.summary import summarise_run
 from fedmira.report.table import render_table, rows_of, spread, study_rows
+from fedmira.runs.lines import event_line
 
 Make = Callable[..., Path]
 
@@ -110,6 +111,20 @@ def test_a_half_written_last_line_is_forgiven_and_damage_is_not(make_run: Make) 
     (path / "manifest.json").unlink()
     with pytest.raises(IntegrityError, match=r"manifest\.json"):
         read_run(path)
+
+
+def test_names_may_hold_what_ends_a_line_of_text(make_run: Make) -> None:
+    """Events are written unescaped, and only a newline ends one."""
+    path = make_run(
+        rounds=1, name_of=lambda family, k: f"a\u2028b\u0085c{family}-{k}", task_of=lambda family: "t\u2029"
+    )
+    metrics = path / "metrics.jsonl"
+    lines = [event_line(json.loads(line)) for line in metrics.read_text().splitlines()]
+    metrics.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    assert "\u2028" in metrics.read_text(encoding="utf-8")
+    run = read_run(path)
+    assert len(run.records) == 16
+    assert run.records[0].name == "a\u2028b\u0085c0-0"
 
 
 def test_a_graph_of_the_wrong_size_is_refused(make_run: Make) -> None:

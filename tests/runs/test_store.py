@@ -263,7 +263,10 @@ def test_closing_twice_is_harmless(store: RunStore) -> None:
 
 
 def test_events_come_back_in_order(store: RunStore) -> None:
-    events = [{"event": "round", "round": r, "names": ["é", "a\nb"], "x": [1.5, None, True]} for r in range(50)]
+    events = [
+        {"event": "round", "round": r, "names": ["é", "a\nb", "c\u2028d\u0085"], "x": [1.5, None, True]}
+        for r in range(50)
+    ]
     for event in events:
         store.append(event)
     assert store.events() == events

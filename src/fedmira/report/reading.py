@@ -269,14 +269,15 @@ def _by_round(events: Iterable[Mapping[str, Any]], kind: str) -> tuple[Mapping[s
 
 
 def _events(path: Path) -> list[Mapping[str, Any]]:
-    lines = _text(path).splitlines(keepends=True)
+    # not splitlines: a name may hold a character that ends a line of text but not of JSON Lines
+    lines = _text(path).split("\n")
     events: list[Mapping[str, Any]] = []
     for position, line in enumerate(lines, start=1):
         try:
             event = json.loads(line)
         except json.JSONDecodeError as error:
-            if position == len(lines) and not line.endswith("\n"):
-                break  # a run that is writing, or was killed while writing: its last line is half there
+            if position == len(lines):
+                break  # nothing after the last newline, or half a line of a run that is writing or was killed
             raise IntegrityError(f"{path}, line {position} is not JSON: {error}") from error
         if not isinstance(event, dict):
             raise IntegrityError(f"{path}, line {position} is not a JSON object")
