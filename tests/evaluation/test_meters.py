@@ -62,6 +62,13 @@ def test_mean_loss_counts_clients_and_task_mean_counts_tokens_within_a_task() ->
     assert losses_by_task(records) == {"x": Mean(100.0, 40.0), "y": Mean(30.0, 5.0)}
 
 
+def test_without_task_labels_there_is_no_mean_over_tasks() -> None:
+    unlabelled = [record("a", 1.0, 10, ""), record("b", 3.0, 30, "")]
+    assert summarise(unlabelled).task_mean_loss is None
+    # beside a label, those without one are a task of their own
+    assert summarise([*unlabelled, record("c", 6.0, 5, "y")]).task_mean_loss == pytest.approx((2.5 + 6.0) / 2)
+
+
 @pytest.mark.parametrize(("clients", "worst"), [(1, 1), (9, 1), (10, 1), (11, 2), (20, 2), (21, 3), (30, 3)])
 def test_worst_tenth_rounds_the_number_of_clients_up(clients: int, worst: int) -> None:
     losses = [float(loss) for loss in range(clients)]

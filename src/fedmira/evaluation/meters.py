@@ -104,7 +104,8 @@ class Summary:
     mean_loss: float | None
     """Test loss per supervised token, nats; unweighted over clients."""
     task_mean_loss: float | None
-    """Pooled over the tokens of a task, then unweighted over tasks; clients without a task label count as one task."""
+    """Pooled over the tokens of a task, then unweighted over tasks; clients without a task label count as one task.
+    None where no client has a label."""
     worst_tenth_loss: float | None
     """Unweighted over the worst ceil(clients / 10) clients."""
     share_harmed: float | None
@@ -146,7 +147,7 @@ def summarise(
         num_clients=len(records),
         num_judged=len(losses),
         mean_loss=mean_loss,
-        task_mean_loss=mean(loss for pooled in losses_by_task(records).values() if (loss := pooled.value) is not None),
+        task_mean_loss=task_mean(records),
         worst_tenth_loss=worst_tenth(losses),
         share_harmed=None if reference is None else share_harmed(records, reference),
         perplexity=perplexity(mean_loss),
@@ -192,6 +193,13 @@ def losses_by_task(records: Iterable[ClientRecord]) -> dict[str, Mean]:
     for record in records:
         pooled[record.task] = pooled.get(record.task, Mean()) + record.loss
     return pooled
+
+
+def task_mean(records: Sequence[ClientRecord]) -> float | None:
+    """Unweighted mean of `losses_by_task`, nats per token; None where no client has a task label."""
+    if not any(record.task for record in records):
+        return None
+    return mean(loss for pooled in losses_by_task(records).values() if (loss := pooled.value) is not None)
 
 
 def worst_tenth(losses: Sequence[float]) -> float | None:
