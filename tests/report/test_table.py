@@ -13,7 +13,7 @@ import pytest
 from fedmira.errors import IntegrityError, UsageError
 from fedmira.report.reading import StudyRecord, read, read_run
 from fedmira.report.summary import summarise_run
-from fedmira.report.table import render_table, rows_of, spread, study_rows
+from fedmira.report.table import comparable, render_table, rows_of, spread, study_rows
 from fedmira.runs.lines import event_line
 
 Make = Callable[..., Path]
@@ -62,7 +62,7 @@ def test_numbers_by_hand(make_study: Make) -> None:
 
 def test_a_run_alone_gives_one_row_without_comparison(make_run: Make) -> None:
     (row,) = study_rows(make_run(method="fedit"))
-    assert (row.method, row.num_seeds, row.share_harmed, row.difference) == ("fedit", 1, None, None)
+    assert (row.method, row.seeds, row.share_harmed, row.difference) == ("fedit", (0,), None, None)
     assert row.mean_loss is not None
     assert row.mean_loss.deviation is None
     assert "Harmed" not in render_table([row])
@@ -73,8 +73,58 @@ def test_unfinished_runs_are_left_out_and_counted(make_study: Make) -> None:
     metrics = study / "runs/1-seed1/metrics.jsonl"
     metrics.write_text("".join(metrics.read_text().splitlines(keepends=True)[:-1]))
     row = study_rows(study)[1]
-    assert (row.num_seeds, row.num_unfinished) == (1, 1)
+    assert (row.seeds, row.num_unfinished) == ((0,), 1)
     assert "1 run without test numbers left out" in render_table(study_rows(study))
+
+
+def without(study: Path, *missing: tuple[str, int]) -> Path:
+    """The study with the runs (method, seed) not begun: it lists their seeds and methods, and no such runs."""
+    content = json.loads((study / "study.json").read_text())
+    content["runs"] = [entry for entry in content["runs"] if (entry["method"], entry["seed"]) not in missing]
+    (study / "study.json").write_text(json.dumps(content))
+    return study
+
+
+def hard_seed_study(make_study: Make) -> Path:
+    """mira beats fedit on both seeds that fedit finished; fedit lacks the hard one."""
+    methods = {"local_only": 2.5, "mira": 2.0, "fedit": 2.4}
+    losses = {(m, seed): (loss + 6 * (seed == 2),) * 2 for seed in range(3) for m, loss in methods.items()}
+    return without(two_client_study(make_study, losses), ("fedit", 2))
+
+
+def test_methods_are_compared_on_the_seeds_that_all_finished(make_study: Make) -> None:
+    local, mira, fedit = rows = study_rows(hard_seed_study(make_study))
+    assert local.seeds == mira.seeds == fedit.seeds == (0, 1)
+    assert [row.num_unfinished for row in rows] == [0, 0, 1]
+    assert [row.mean_loss and row.mean_loss.mean for row in rows] == pytest.approx([2.5, 2.0, 2.4])
+    assert mira.difference == (pytest.approx(-0.5), 0.0)
+    table = render_table(rows)
+    assert "Mean over the 2 seeds that all methods with test numbers finished" in table
+    assert "The comparison is not complete: 1 run without test numbers left out." in table
+    assert (mira.facts()["num_seeds"], mira.facts()["seeds"]) == (2, (0, 1))
+
+
+def test_one_shared_seed_is_named_as_one(make_study: Make) -> None:
+    study = without(make_study(methods=("local_only", "mira")), ("mira", 1), ("mira", 2))
+    table = render_table(study_rows(study))
+    assert "Numbers of the one seed that all methods with test numbers finished." in table
+    assert "Mean over" not in table
+
+
+def test_rows_without_a_shared_seed_are_not_compared(make_study: Make) -> None:
+    study = without(
+        make_study(methods=("local_only", "mira"), seeds=(0, 1, 2)), ("local_only", 0), ("mira", 1), ("mira", 2)
+    )
+    rows = study_rows(study)
+    assert [row.seeds for row in rows] == [(1, 2), (0,)]
+    assert not comparable(rows)
+    assert "No seed was finished by all methods" in render_table(rows)
+
+
+def test_a_method_that_never_began_does_not_hide_the_others(make_study: Make) -> None:
+    study = without(make_study(methods=("local_only", "mira"), seeds=(0, 1)), ("mira", 0), ("mira", 1))
+    local, mira = study_rows(study)
+    assert (local.seeds, mira.seeds, mira.num_unfinished, mira.mean_loss) == ((0, 1), (), 2, None)
 
 
 def test_seconds_and_bytes_are_sums_over_all_events(make_run: Make) -> None:

@@ -15,17 +15,17 @@ Make = Callable[..., Path]
 
 
 @pytest.fixture
-def say(make_study: Make) -> Callable[[Mapping[str, list[float]]], str]:
-    """The headline of a study whose two clients have these test losses, method by method and seed by seed."""
+def say(make_study: Make) -> Callable[[Mapping[str, list[float | None]]], str]:
+    """The headline of a study whose two clients have these test losses by method and seed; None is unfinished."""
 
-    def said(losses: Mapping[str, list[float]]) -> str:
+    def said(losses: Mapping[str, list[float | None]]) -> str:
         seeds = range(max(map(len, losses.values())))
         study = make_study(methods=tuple(losses), seeds=tuple(seeds), families=1, clients_per_family=2, rounds=1)
         for entry in json.loads((study / "study.json").read_text())["runs"]:
             metrics = study / entry["path"] / "metrics.jsonl"
             *others, last = metrics.read_text().splitlines()
             per_seed = losses[entry["method"]]
-            if entry["seed"] < len(per_seed):
+            if entry["seed"] < len(per_seed) and per_seed[entry["seed"]] is not None:
                 final = json.loads(last)
                 for client in final["clients"].values():
                     client |= {"loss_sum": per_seed[entry["seed"]] * 100, "tokens": 100}
@@ -81,6 +81,32 @@ def test_only_seeds_that_all_methods_finished_are_compared(say) -> None:
     words = say({"local_only": [2.5, 2.5, 9.0], "mira": [2.0, 2.0], "fedit": [2.4, 2.4, 1.0]})
     assert words.startswith("mira has the lowest mean test loss on 2 of 2 seeds: 2.000")
     assert "not complete" in words
+
+
+def test_what_is_said_of_the_winner_is_about_the_method_that_won_on_the_shared_seeds(say) -> None:
+    """fedit lacks the hard seed, so the mean over all it has is the lowest; mira beats it wherever both are."""
+    words = say({"local_only": [2.5, 2.5, 9.0], "mira": [2.0, 2.0, 8.0], "fedit": [2.4, 2.4]})
+    assert words.startswith("mira has the lowest mean test loss on 2 of 2 seeds: 2.000")
+    assert "On average mira lies 0.500 below training alone. Under mira no client is harmed" in words
+    assert words.count("fedit") == 1
+    assert words.endswith("The comparison is not complete: 1 of 9 runs has no test numbers.")
+
+
+def test_a_loss_that_is_not_finite_is_counted_and_not_called_unfinished(say) -> None:
+    words = say({"local_only": [2.5, 2.5], "mira": [2.0, 2.0], "fedit": [2.4, float("nan")]})
+    assert words.startswith("mira has the lowest mean test loss on 2 of 2 seeds: 2.000")
+    assert words.endswith("1 run ended with a test loss that is not finite: fedit.")
+    lost = say({"local_only": [float("nan")], "mira": [float("inf")]})
+    expected = "No method of this study has a finite mean test loss. "
+    assert lost == expected + "2 runs ended with a test loss that is not finite: local_only, mira."
+    # nothing is said of training alone where it has no loss to compare with
+    assert "training alone" not in say({"local_only": [float("nan")], "mira": [2.0], "fedit": [3.0]}).split("harmed")[0]
+
+
+def test_no_shared_seed_compares_nothing(say) -> None:
+    words = say({"local_only": [2.5, 2.5], "mira": [None, 2.0], "fedit": [2.4]})
+    assert words.startswith("No seed has been finished by all methods, so the methods cannot be compared yet.")
+    assert "training alone" not in words
 
 
 def test_one_method_is_not_compared(say) -> None:

@@ -31,7 +31,7 @@ from fedmira.report.formats import (
 from fedmira.report.reading import RunRecord, StudyRecord, read
 from fedmira.report.run_sections import left_out, privacy, run_sections
 from fedmira.report.study_sections import study_sections
-from fedmira.report.table import Row, Spread, rows_of, total_bytes
+from fedmira.report.table import Row, Spread, comparable, rows_of, seed_notes, total_bytes
 from fedmira.report.words import headline
 from fedmira.runs.atomic import write_bytes_atomically
 
@@ -55,7 +55,8 @@ def render(record: RunRecord | StudyRecord) -> str:
     run = record if isinstance(record, RunRecord) else (record.runs[0] if record.runs else None)
     sections = run_sections(record) if isinstance(record, RunRecord) else study_sections(record)
     sentences = headline(record)
-    table = _table(rows_of(record))
+    rows = rows_of(record)
+    table = _table(rows)
     return (
         _environment()
         .get_template("page.html.jinja")
@@ -68,7 +69,8 @@ def render(record: RunRecord | StudyRecord) -> str:
             facts=_facts(record, run),
             headings=[cell["heading"] for cell in table[0]["cells"]] if table else [],
             rows=table,
-            several_seeds=isinstance(record, StudyRecord) and len(record.seeds) > 1,
+            notes=seed_notes(rows, "\N{PLUS-MINUS SIGN}"),
+            over_tasks=any(row.task_mean_loss is not None for row in rows),
             compared=isinstance(record, StudyRecord),
             sections=[section for section in sections if section.figures],
             tuning=_tuning(record),
@@ -176,9 +178,9 @@ def _deviation(name: str, deviation: float) -> str:
 
 
 def _best(rows: Sequence[Row], name: str, show: Any, sign: int) -> str | None:
-    """The best value as it is shown, so that what looks equal is marked alike; None where nothing differs."""
+    """The best value as it is shown, so that what looks equal is marked alike; None if nothing differs or compares."""
     values = [value.mean for row in rows if (value := getattr(row, name)) is not None and math.isfinite(value.mean)]
-    if len(rows) < 2 or len({show(value) for value in values}) < 2:
+    if not comparable(rows) or len({show(value) for value in values}) < 2:
         return None
     return str(show(max(values) if sign > 0 else min(values)))
 

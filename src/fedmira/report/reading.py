@@ -153,6 +153,17 @@ class StudyRecord:
         """The runs of one method, by seed."""
         return tuple(sorted((run for run in self.runs if run.method == method), key=lambda run: run.seed))
 
+    @functools.cached_property
+    def shared_seeds(self) -> tuple[int, ...]:
+        """The seeds on which every method that has test numbers has them; empty where there is none."""
+        judged = [{run.seed for run in runs if run.records} for runs in map(self.of, self.methods)]
+        return tuple(sorted(set.intersection(*found))) if (found := [seeds for seeds in judged if seeds]) else ()
+
+    def compared(self, method: str) -> tuple[RunRecord, ...]:
+        """The judged runs of one method on the shared seeds; all its judged runs where no seed is shared."""
+        judged = tuple(run for run in self.of(method) if run.records)
+        return tuple(run for run in judged if run.seed in self.shared_seeds) or judged
+
     def reference(self, seed: int) -> RunRecord | None:
         """The judged run of `local_only` on the same draw."""
         return next((run for run in self.runs if run.seed == seed and run.is_reference and run.records), None)

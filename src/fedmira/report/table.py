@@ -29,10 +29,11 @@ class Row(NamedTuple):
     """One method of a study, or a single run. A number is None where nothing was measured."""
 
     method: str
-    num_seeds: int
-    """Finished and judged runs the numbers are averaged over."""
+    seeds: tuple[int, ...]
+    """Of the judged runs the numbers are averaged over. Of a study: only seeds that every method with test numbers has,
+    so that rows can be compared; each row its own where there is none."""
     num_unfinished: int
-    """Runs without test numbers, left out."""
+    """Runs without test numbers; those that a study lists and never began count."""
     mean_loss: Spread | None
     """Test loss per supervised token, nats; unweighted over clients."""
     task_mean_loss: Spread | None
@@ -54,7 +55,7 @@ class Row(NamedTuple):
 
     def facts(self) -> dict[str, Any]:
         """The row as flat JSON: `x` and `x_deviation` for every number, null for what is unknown or not finite."""
-        flat: dict[str, Any] = {}
+        flat: dict[str, Any] = {"num_seeds": len(self.seeds)}
         for name, value in self._asdict().items():
             if isinstance(value, Spread):
                 flat[name] = _finite(value.mean)
@@ -77,11 +78,19 @@ def study_rows(path: Path) -> list[Row]:
 def rows_of(record: RunRecord | StudyRecord) -> list[Row]:
     """The rows of what was read from a directory."""
     if isinstance(record, RunRecord):
-        return [_row(record.method, [record], {})]
+        judged = [record] if record.records else []
+        return [_row(record.method, [record], judged, {}, num_unfinished=1 - len(judged))]
     references = {seed: run.records for seed in record.seeds if (run := record.reference(seed)) is not None}
     # the reference itself gets none: compared with itself it would show zeros that mean nothing
     return [
-        _row(method, record.of(method), {} if method == REFERENCE_METHOD else references) for method in record.methods
+        _row(
+            method,
+            runs := record.of(method),
+            record.compared(method),
+            {} if method == REFERENCE_METHOD else references,
+            num_unfinished=len(record.seeds) - sum(bool(run.records) for run in runs),
+        )
+        for method in record.methods
     ]
 
 
@@ -101,8 +110,14 @@ def spread(values: Iterable[float | None]) -> Spread | None:
     return Spread(average, statistics.stdev(known) if all(map(math.isfinite, known)) else math.nan)
 
 
-def _row(method: str, runs: Sequence[RunRecord], references: dict[int, tuple[ClientRecord, ...]]) -> Row:
-    judged = [run for run in runs if run.records]
+def _row(
+    method: str,
+    runs: Sequence[RunRecord],
+    judged: Sequence[RunRecord],
+    references: dict[int, tuple[ClientRecord, ...]],
+    *,
+    num_unfinished: int,
+) -> Row:
     summaries = [summary_of(run, references.get(run.seed)) for run in judged]
     differences = [
         summary.mean_loss - local
@@ -114,8 +129,8 @@ def _row(method: str, runs: Sequence[RunRecord], references: dict[int, tuple[Cli
     counted = judged or runs
     return Row(
         method=method,
-        num_seeds=len(judged),
-        num_unfinished=len(runs) - len(judged),
+        seeds=tuple(run.seed for run in judged),
+        num_unfinished=num_unfinished,
         mean_loss=spread(summary.mean_loss for summary in summaries),
         task_mean_loss=spread(summary.task_mean_loss for summary in summaries),
         worst_tenth_loss=spread(summary.worst_tenth_loss for summary in summaries),
@@ -166,16 +181,37 @@ def render_table(rows: Sequence[Row], *, markdown: bool = False) -> str:
 
 def footnotes(rows: Sequence[Row]) -> list[str]:
     """What the numbers of the table are, a sentence each."""
-    seeds = max((row.num_seeds for row in rows), default=0)
     parts = ["Loss: nats per answer token on test data, mean over clients; lower is better."]
     if any(row.share_harmed for row in rows):
         parts.append("Harmed: clients more than 1 % worse than training alone.")
-    if seeds > 1:
-        parts.append(f"Mean over {seeds} seeds, in brackets the standard deviation over seeds.")
+    return parts + seed_notes(rows, "in brackets")
+
+
+def seed_notes(rows: Sequence[Row], place: str) -> list[str]:
+    """Which seeds the rows stand on and what is missing; `place` says where the deviations are written."""
+    parts = []
     unfinished = sum(row.num_unfinished for row in rows)
+    seeds = max((len(row.seeds) for row in rows), default=0)
+    shared = unfinished and len(rows) > 1
+    if not comparable(rows):
+        parts.append(
+            "No seed was finished by all methods: each row is a mean over seeds of its own "
+            f"({place} the standard deviation), and the rows cannot be compared."
+        )
+    elif seeds > 1:
+        over = f"the {seeds} seeds that all methods with test numbers finished" if shared else f"{seeds} seeds"
+        parts.append(f"Mean over {over}, {place} the standard deviation over seeds.")
+    elif seeds and shared:
+        parts.append("Numbers of the one seed that all methods with test numbers finished.")
     if unfinished:
-        parts.append(f"{unfinished} run{'s' if unfinished > 1 else ''} without test numbers left out.")
+        missing = f"{unfinished} run{'s' if unfinished > 1 else ''} without test numbers left out."
+        parts.append(f"The comparison is not complete: {missing}" if len(rows) > 1 else missing)
     return parts
+
+
+def comparable(rows: Sequence[Row]) -> bool:
+    """Whether all rows that have test numbers have them from the same seeds."""
+    return len({row.seeds for row in rows if row.seeds}) < 2
 
 
 def with_spread(value: Spread | None, write: Callable[[float], str], *, deviation: bool = True) -> str:

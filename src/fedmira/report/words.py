@@ -23,25 +23,38 @@ def headline(record: RunRecord | StudyRecord) -> list[str]:
 
 
 def _study_headline(study: StudyRecord) -> list[str]:
+    every = rows_of(study)
     rows = sorted(
-        (row for row in rows_of(study) if row.mean_loss is not None and math.isfinite(row.mean_loss.mean)),
-        key=_mean_loss,
+        (row for row in every if row.mean_loss is not None and math.isfinite(row.mean_loss.mean)), key=_mean_loss
     )
-    if not rows:
+    if not any(row.seeds for row in every):
         return ["No run of this study has finished with test numbers yet."]
     losses = _losses_by_seed(study)
-    whole = {seed: found for seed, found in losses.items() if all(row.method in found for row in rows)}
-    if len(rows) == 1:
+    whole = {
+        seed: {row.method: losses[row.method, seed] for row in rows}
+        for seed in study.shared_seeds
+        if all((row.method, seed) in losses for row in rows)
+    }
+    if not rows:
+        sentences = ["No method of this study has a finite mean test loss."]
+    elif len(rows) == 1:
         sentences = [f"{rows[0].method} reaches a mean test loss of {format_loss(_mean_loss(rows[0]))} nats per token."]
     elif not whole:
         sentences = ["No seed has been finished by all methods, so the methods cannot be compared yet."]
     else:
         sentences = _compare(rows, whole)
-    best = sentences and rows[0]
-    if best and best.share_harmed is not None and whole:
-        sentences.append(_against_local(best))
-    if any(row.num_unfinished for row in rows) or len(rows) < len(study.methods):
-        sentences.append("Some runs have no test numbers yet; the comparison is not complete.")
+    # the rows stand on the seeds of `whole`, so the first of them is the method named first
+    if rows and whole and rows[0].share_harmed is not None:
+        sentences.append(_against_local(rows[0]))
+    lost = [method for (method, _), loss in losses.items() if not math.isfinite(loss)]
+    if lost:
+        names = ", ".join(dict.fromkeys(lost))
+        runs = "1 run" if len(lost) == 1 else f"{len(lost)} runs"
+        sentences.append(f"{runs} ended with a test loss that is not finite: {names}.")
+    unfinished, total = sum(row.num_unfinished for row in every), len(study.seeds) * len(every)
+    if unfinished:
+        has = "has" if unfinished == 1 else "have"
+        sentences.append(f"The comparison is not complete: {unfinished} of {total} runs {has} no test numbers.")
     return sentences
 
 
@@ -98,7 +111,7 @@ def _against_local(row: Row) -> str:
     harmed = row.share_harmed.mean
     share = "no client is" if harmed == 0 else f"{format_share(harmed)} of the clients are"
     sentence = f"Under {row.method} {share} harmed (more than 1 % worse than training alone)"
-    if row.difference is not None:
+    if row.difference is not None and math.isfinite(row.difference.mean):
         change = row.difference.mean
         if abs(change) < TIE:
             sentence = f"On average {row.method} equals training alone. {sentence}"
@@ -138,13 +151,10 @@ def _run_headline(run: RunRecord) -> list[str]:
     return sentences
 
 
-def _losses_by_seed(study: StudyRecord) -> dict[int, dict[str, float]]:
-    found: dict[int, dict[str, float]] = {}
-    for run in study.runs:
-        loss = summary_of(run).mean_loss if run.records else None
-        if loss is not None and math.isfinite(loss):
-            found.setdefault(run.seed, {})[run.method] = loss
-    return found
+def _losses_by_seed(study: StudyRecord) -> dict[tuple[str, int], float]:
+    """Mean test loss of each judged run, by (method, seed)."""
+    found = {(run.method, run.seed): summary_of(run).mean_loss for run in study.runs if run.records}
+    return {key: loss for key, loss in found.items() if loss is not None}
 
 
 def _mean_loss(row: Row) -> float:
