@@ -81,6 +81,23 @@ def test_paired_dots_lie_left_of_zero_where_better() -> None:
     assert centre == pytest.approx((left + right) / 2, abs=0.02)
 
 
+@pytest.mark.parametrize("lost", [math.nan, math.inf, -math.inf])
+def test_a_difference_that_is_not_finite_is_a_cross_at_the_right_end(lost: float) -> None:
+    drawing = charts.paired_dots(
+        [("m", [("seed 0", -0.2), ("seed 1", lost)], "s0"), ("n", [("s", 0.1)], "s1")], "pairs"
+    )
+    assert len(found(drawing, "circle")) == 2
+    (cross,) = found(drawing, "path")
+    assert float(cross.get("d", "")[1:].split()[0]) > max(length(dot, "cx") for dot in found(drawing, "circle"))
+    assert "m, seed 1: the loss was not finite" in drawing
+    # a mean without the lost run would flatter the method
+    assert len(found(drawing, "line", " bold ")) == 1
+
+
+def test_what_is_not_a_number_is_never_at_the_low_end() -> None:
+    assert svg.Scale(0.0, 1.0, 10.0, 20.0)(math.nan) == 20.0
+
+
 def test_stacks_add_up() -> None:
     parts = [Bar("train", 3.0, "s0"), Bar("merge", 0.0, "s1"), Bar("evaluate", 1.0, "s2")]
     rows = charts.stacked_bars([("m", parts), ("nothing", [])], "seconds", format_seconds)

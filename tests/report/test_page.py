@@ -139,6 +139,49 @@ def test_the_best_of_a_column_is_marked_and_the_edge_of_a_grid_is_told(make_stud
     assert row.count('<td class="best">') >= 4
 
 
+def test_the_best_is_marked_on_the_seeds_that_all_finished_and_nowhere_without_one(make_study: Make) -> None:
+    study = make_study(methods=("local_only", "mira", "fedit"), seeds=(0, 1))
+    losses = {"local_only": (2.5, 9.0), "mira": (2.0, 8.0), "fedit": (2.4, 0.0)}
+    content = json.loads((study / "study.json").read_text())
+    for entry in content["runs"]:
+        metrics = study / entry["path"] / "metrics.jsonl"
+        *others, last = metrics.read_text().splitlines()
+        final = json.loads(last)
+        for client in final["clients"].values():
+            client["loss_sum"] = losses[entry["method"]][entry["seed"]] * client["tokens"]
+        metrics.write_text("\n".join([*others, json.dumps(final)]) + "\n")
+    runs = content["runs"]
+    content["runs"] = [entry for entry in runs if (entry["method"], entry["seed"]) != ("fedit", 1)]
+    (study / "study.json").write_text(json.dumps(content))
+    page = render(read(study))
+    assert '<td class="best">2.000</td>' in page
+    assert "Numbers of the one seed that all methods with test numbers finished." in page
+    assert "The comparison is not complete" in page
+    missing = [("fedit", 1), ("mira", 0)]
+    content["runs"] = [entry for entry in runs if (entry["method"], entry["seed"]) not in missing]
+    content["tuning"] = []
+    (study / "study.json").write_text(json.dumps(content))
+    page = render(read(study))
+    assert 'class="best"' not in page
+    assert "No seed was finished by all methods" in page
+
+
+@pytest.mark.parametrize(("method", "words"), [("mira", "A cross at the right end"), ("local_only", "seed 1.")])
+def test_a_seed_whose_loss_is_not_finite_is_told_beside_the_chart(make_study: Make, method: str, words: str) -> None:
+    study = make_study(methods=("local_only", "mira"), seeds=(0, 1))
+    heading = "Difference to training alone, seed by seed"
+    whole = render(read(study)).split(heading)[1].split("</figure>")[0]
+    metrics = study / f"runs/{('local_only', 'mira').index(method)}-seed1" / "metrics.jsonl"
+    *others, last = metrics.read_text().splitlines()
+    final = json.loads(last)
+    next(iter(final["clients"].values()))["loss_sum"] = None
+    metrics.write_text("\n".join([*others, json.dumps(final)]) + "\n")
+    figure = render(read(study)).split(heading)[1].split("</figure>")[0]
+    assert words in figure
+    assert words not in whole
+    assert figure.count("<circle") == whole.count("<circle") - 1
+
+
 def test_one_file_that_loads_nothing(make_study: Make) -> None:
     page = render(read(make_study()))
     outline = Outline(page)

@@ -146,6 +146,8 @@ def change_bars(
 def paired_dots(rows: Sequence[tuple[str, Sequence[tuple[str, float]], str]], description: str) -> str:
     """Differences to the reference: a row per method, a dot per seed, a bar at their mean; left of zero is better.
 
+    A difference that is not finite is a cross at the right end, and its row has no bar.
+
     Args:
         rows: (method, [(seed, difference)], colour).
         description: what the chart shows.
@@ -162,11 +164,15 @@ def paired_dots(rows: Sequence[tuple[str, Sequence[tuple[str, float]], str]], de
     for position, (label, dots, colour) in enumerate(rows):
         y = head + position * row_height + 32.0
         parts.append(text(14, y - 15, shorten(label, 40), class_=f"label halo {colour}"))
-        finite = [value for _, value in dots if math.isfinite(value)]
-        if finite:
-            centre = x(sum(finite) / len(finite))
+        if dots and all(math.isfinite(value) for _, value in dots):
+            centre = x(sum(value for _, value in dots) / len(dots))
             parts.append(tag("line", x1=centre, x2=centre, y1=y - 9, y2=y + 9, class_=f"line bold {colour}"))
         for seed, value in dots:
+            if not math.isfinite(value):
+                tip = title(f"{label}, {seed}: the loss was not finite")
+                cross = f"M{x.end - 5:.1f} {y - 5:.1f}l10 10m0 -10l-10 10"
+                parts.append(tag("path", tip, d=cross, class_=f"line bold {colour}"))
+                continue
             tip = title(f"{label}, {seed}: {format_change(value)}")
             parts.append(tag("circle", tip, cx=x(value), cy=y, r=4.5, class_=f"dot {colour}"))
     return drawing("".join(parts), bottom + 24, description)

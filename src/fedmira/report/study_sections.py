@@ -62,7 +62,9 @@ def _with_graph(runs: Sequence[RunRecord]) -> list[RunRecord]:
 def _method_curves(study: StudyRecord, colours: Mapping[str, str]) -> Iterable[Figure]:
     faint, bold = [], []
     for method in study.methods:
-        curves = [curve for run in study.of(method) if (curve := run.mean_validation_losses())]
+        curves = [
+            curve for run in study.compared(method) or study.of(method) if (curve := run.mean_validation_losses())
+        ]
         if not curves:
             continue
         faint += [charts.Line(method, curve, colours[method], bold=False) for curve in curves if len(curves) > 1]
@@ -85,19 +87,25 @@ def _method_curves(study: StudyRecord, colours: Mapping[str, str]) -> Iterable[F
 
 
 def _seed_by_seed(study: StudyRecord, colours: Mapping[str, str]) -> Iterable[Figure]:
-    rows = []
+    rows, lost, without_reference = [], False, set()
     for method in study.methods:
         dots = []
-        for run in study.of(method):
+        for run in study.compared(method):
             reference = study.reference(run.seed)
-            if reference is None or method == REFERENCE_METHOD or not run.records:
+            if reference is None or method == REFERENCE_METHOD:
                 continue
             mine = mean(loss for record in run.records if (loss := record.loss.value) is not None)
             alone = mean(loss for record in reference.records if (loss := record.loss.value) is not None)
-            if mine is not None and alone is not None:
-                dots.append((f"seed {run.seed}", mine - alone))
+            if mine is None or alone is None:
+                continue
+            if not math.isfinite(alone):
+                without_reference.add(run.seed)
+                continue
+            dots.append((f"seed {run.seed}", mine - alone))
+            lost |= not math.isfinite(mine)
         if dots:
             rows.append((method, dots, colours[method]))
+    left_out = ", ".join(map(str, sorted(without_reference)))
     if rows:
         yield Figure(
             heading="Difference to training alone, seed by seed",
@@ -105,6 +113,8 @@ def _seed_by_seed(study: StudyRecord, colours: Mapping[str, str]) -> Iterable[Fi
             caption=(
                 "Mean test loss minus that of local_only on the same draw, nats per answer token; one dot per seed, "
                 "a bar at their mean. Left of zero is better than training alone."
+                + (" A cross at the right end, without a bar: a loss that was not finite." if lost else "")
+                + (f" Left out, as training alone had no finite loss: seed {left_out}." if left_out else "")
             ),
         )
 
@@ -113,9 +123,9 @@ def _changes(study: StudyRecord) -> Iterable[Figure]:
     found: dict[str, list[tuple[str, float]]] = {}
     several = len(study.seeds) > 1
     for method in study.methods:
-        for run in study.of(method):
+        for run in study.compared(method):
             reference = study.reference(run.seed)
-            if reference is None or method == REFERENCE_METHOD or not run.records:
+            if reference is None or method == REFERENCE_METHOD:
                 continue
             for name, change in relative_changes(run.records, reference.records).items():
                 label = f"{name}, seed {run.seed}" if several else name
@@ -146,7 +156,7 @@ def _changes(study: StudyRecord) -> Iterable[Figure]:
 
 def _study_tasks(study: StudyRecord, colours: Mapping[str, str]) -> Iterable[Figure]:
     losses: dict[str, dict[str, list[float]]] = {}
-    for run in study.runs:
+    for run in (run for method in study.methods for run in study.compared(method)):
         for task, pooled in losses_by_task(run.records).items():
             if pooled.value is not None:
                 losses.setdefault(task, {}).setdefault(run.method, []).append(pooled.value)

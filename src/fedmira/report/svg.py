@@ -81,7 +81,10 @@ def drawing(body: str, height: float, description: str, width: float = WIDTH) ->
 
 
 class Scale(NamedTuple):
-    """Maps [low, high] of the data to [start, end] of the drawing; values beyond are clipped to the ends."""
+    """Maps [low, high] of the data to [start, end] of the drawing; values beyond are clipped to the ends.
+
+    What is not a number goes to the end of `high`, where no loss is taken for the lowest.
+    """
 
     low: float
     high: float
@@ -89,7 +92,7 @@ class Scale(NamedTuple):
     end: float
 
     def __call__(self, value: float) -> float:
-        share = (value - self.low) / (self.high - self.low)
+        share = 1.0 if math.isnan(value) else (value - self.low) / (self.high - self.low)
         return self.start + min(1.0, max(0.0, share)) * (self.end - self.start)
 
 
