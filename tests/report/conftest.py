@@ -58,6 +58,7 @@ def write_run(
         "data": {"source": "planted", "families": families, "clients_per_family": clients_per_family},
         "training": {"learning_rate": 0.002, "local_steps": 10, "batch_size": 4},
         "federation": {"rounds": rounds, "participation": 1.0},
+        "evaluation": {"generation": {"enabled": True, "max_new_tokens": 32, "examples_per_client": 8}},
     }
     (path / "config.resolved.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
     manifest = {

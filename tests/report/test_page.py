@@ -105,6 +105,8 @@ def test_a_run_shows_its_clients_config_and_versions(make_run: Make) -> None:
         heads = re.findall(r'scope="col">([^<]*)', table)
         assert (heads[0], heads[-4:]) == (first, ["test loss", "perplexity", "Rouge-L", "exact"])
         assert table.count('scope="row"') == int(summary[0])
+    # below the numbers, the tasks and the clients
+    assert page.count("at most 8 answers per client, each cut at 32 tokens") == 3
     # a run alone compares with nothing
     assert "vs local" not in page
 
@@ -180,6 +182,13 @@ def test_a_seed_whose_loss_is_not_finite_is_told_beside_the_chart(make_study: Ma
     assert words in figure
     assert words not in whole
     assert figure.count("<circle") == whole.count("<circle") - 1
+
+
+def test_a_mean_over_tasks_is_named_only_where_there_are_tasks(make_run: Make) -> None:
+    assert "over tasks" in render(read(make_run()))
+    unlabelled = render(read(make_run(task_of=lambda family: "")))
+    assert "over tasks" not in unlabelled
+    assert "task mean" not in unlabelled
 
 
 def test_one_file_that_loads_nothing(make_study: Make) -> None:

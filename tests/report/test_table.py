@@ -201,7 +201,7 @@ def test_hostile_method_names_stay_on_their_line(make_study: Make) -> None:
     rows = study_rows(make_study(methods=("local_only", "a\x1b[31m|b\nc"), seeds=(0,)))
     text, markdown = render_table(rows), render_table(rows, markdown=True)
     assert "\x1b" not in text + markdown
-    assert len(text.splitlines()) == 6
+    assert len(text.splitlines()) == 7
     assert r"| a\\x1b[31m\|b\\nc |" in markdown
 
 
@@ -223,6 +223,28 @@ def test_json_facts_are_finite_and_flat(make_study: Make) -> None:
     assert mira["share_harmed"] == 0.5
     assert local["mean_loss"] == 1.0
     assert "nan" in render_table(study_rows(study))
+
+
+ANSWERS = "at most 8 answers per client, each cut at 32 tokens"
+
+
+def test_what_rouge_covers_is_a_footnote_where_it_stands(make_study: Make, make_run: Make) -> None:
+    rows = study_rows(make_study(seeds=(0,)))
+    for text in (render_table(rows), render_table(rows, markdown=True)):
+        assert text.count(f"Rouge-L and exact match: {ANSWERS}.") == 1
+    assert (rows[0].facts()["max_answers"], rows[0].facts()["max_answer_tokens"]) == (8, 32)
+    assert "Rouge-L and exact match" not in render_table(study_rows(make_run(finished=False)))
+    assert sum(ANSWERS in line for line in summarise_run(make_run()).lines()) == 2
+
+
+def test_limits_of_answers_come_from_the_config_of_the_run(make_run: Make) -> None:
+    path = make_run()
+    config = path / "config.resolved.yaml"
+    config.write_text(config.read_text().replace("examples_per_client: 8", "examples_per_client: null"))
+    assert "Rouge-L and exact match: all answers, each cut at 32 tokens." in render_table(study_rows(path))
+    config.write_text(config.read_text().replace("max_new_tokens: 32", "max_new_tokens: many"))
+    with pytest.raises(IntegrityError, match="not a whole run directory"):
+        read_run(path)
 
 
 def test_spread_of_nothing_one_and_many() -> None:

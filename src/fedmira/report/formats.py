@@ -59,6 +59,18 @@ def format_change(value: float | None) -> str:
     return text[1:] if text in ("+0.000", "-0.000") else text
 
 
+def format_answers(answers: int | None, tokens: int | None) -> str:
+    """What Rouge-L and exact match cover: answers per client (None: all), each cut at so many tokens (None: unknown).
+
+    >>> format_answers(8, 32), format_answers(None, 128), format_answers(None, None)
+    ('at most 8 answers per client, each cut at 32 tokens', 'all answers, each cut at 128 tokens', '')
+    """
+    if tokens is None:
+        return ""
+    counted = "all answers" if answers is None else f"at most {answers} answer{'' if answers == 1 else 's'} per client"
+    return f"{counted}, each cut at {tokens} token{'' if tokens == 1 else 's'}"
+
+
 def format_bytes(count: float | None) -> str:
     """Bytes in binary units.
 

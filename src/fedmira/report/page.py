@@ -31,7 +31,7 @@ from fedmira.report.formats import (
 from fedmira.report.reading import RunRecord, StudyRecord, read
 from fedmira.report.run_sections import left_out, privacy, run_sections
 from fedmira.report.study_sections import study_sections
-from fedmira.report.table import Row, Spread, comparable, rows_of, seed_notes, total_bytes
+from fedmira.report.table import Row, Spread, answer_notes, comparable, rows_of, seed_notes, total_bytes
 from fedmira.report.words import headline
 from fedmira.runs.atomic import write_bytes_atomically
 
@@ -70,6 +70,7 @@ def render(record: RunRecord | StudyRecord) -> str:
             headings=[cell["heading"] for cell in table[0]["cells"]] if table else [],
             rows=table,
             notes=seed_notes(rows, "\N{PLUS-MINUS SIGN}"),
+            answered=answer_notes(rows),
             over_tasks=any(row.task_mean_loss is not None for row in rows),
             compared=isinstance(record, StudyRecord),
             sections=[section for section in sections if section.figures],

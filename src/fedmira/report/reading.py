@@ -82,6 +82,20 @@ class RunRecord:
         return {str(client["name"]): int(client["joined_after"]) for client in clients if "joined_after" in client}
 
     @property
+    def max_answers(self) -> int | None:
+        """Test examples per client that were answered, at most; None where all were."""
+        return self._generation("examples_per_client")
+
+    @property
+    def max_answer_tokens(self) -> int | None:
+        """Where an answer was cut, tokens; None where the config does not say."""
+        return self._generation("max_new_tokens")
+
+    def _generation(self, key: str) -> int | None:
+        value = self.config.get("evaluation", {}).get("generation", {}).get(key)
+        return None if value is None else int(value)
+
+    @property
     def is_reference(self) -> bool:
         """Whether the clients trained alone."""
         return self.method == REFERENCE_METHOD
@@ -235,6 +249,7 @@ def read_run(path: Path, *, method: str | None = None, seed: int | None = None) 
         )
         # parse all numbers now, so that damage is reported with the file's name
         _ = run.joined_after, run.records, run.upload_bytes, run.download_bytes, run.seconds, run.validation_losses()
+        _ = run.max_answers, run.max_answer_tokens
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise IntegrityError(f"{path} is not a whole run directory: {_describe(error)}") from error
     return run

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fedmira.evaluation.meters import Scores, Summary, scores, scores_by_task
-from fedmira.report.formats import format_bytes, format_loss, format_seconds, format_share
+from fedmira.report.formats import format_answers, format_bytes, format_loss, format_seconds, format_share
 from fedmira.report.reading import RunRecord, read_run
 from fedmira.report.table import summary_of
 
@@ -23,6 +23,10 @@ class RunSummary(NamedTuple):
     """None where the run was not judged on test data."""
     validation_loss: float | None
     """After the last evaluated round, unweighted over clients."""
+    max_answers: int | None
+    """Answers per client that Rouge-L and exact match cover, at most; None where all test examples were answered."""
+    max_answer_tokens: int | None
+    """Where an answer was cut, tokens; None where the config does not say."""
     seconds: float
     peak_memory_bytes: int
     tokens_per_second: float | None
@@ -37,6 +41,8 @@ class RunSummary(NamedTuple):
             "method": self.method,
             "rounds": self.num_rounds,
             "validation_loss": self.validation_loss,
+            "max_answers": self.max_answers,
+            "max_answer_tokens": self.max_answer_tokens,
             "seconds": self.seconds,
             "peak_memory_bytes": self.peak_memory_bytes,
             "tokens_per_second": self.tokens_per_second,
@@ -58,8 +64,10 @@ class RunSummary(NamedTuple):
             found.append(("test loss", f"{format_loss(self.numbers.mean_loss)} (mean over clients)"))
             found.append(("worst tenth", f"{format_loss(self.numbers.worst_tenth_loss)} (mean of the worst clients)"))
             if self.numbers.rouge_l is not None:
-                found.append(("Rouge-L", format_loss(self.numbers.rouge_l)))
-                found.append(("exact match", format_share(self.numbers.exact_match)))
+                covered = format_answers(self.max_answers, self.max_answer_tokens)
+                note = f" ({covered})" if covered else ""
+                found.append(("Rouge-L", format_loss(self.numbers.rouge_l) + note))
+                found.append(("exact match", format_share(self.numbers.exact_match) + note))
             sent = f"{format_bytes(self.numbers.upload_bytes)} up, {format_bytes(self.numbers.download_bytes)} down"
             found.append(("sent", sent))
         found.append(("time", f"{format_seconds(self.seconds)} for {self.num_rounds} rounds"))
@@ -88,6 +96,8 @@ def summary_of_run(run: RunRecord) -> RunSummary:
         num_rounds=len(run.rounds),
         numbers=summary_of(run) if run.records else None,
         validation_loss=curve[-1][1] if curve else None,
+        max_answers=run.max_answers,
+        max_answer_tokens=run.max_answer_tokens,
         seconds=run.seconds,
         peak_memory_bytes=run.peak_memory_bytes,
         tokens_per_second=run.tokens_per_second,

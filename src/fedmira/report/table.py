@@ -12,7 +12,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fedmira.evaluation.meters import ClientRecord, Summary, mean, summarise
-from fedmira.report.formats import NOTHING, format_bytes, format_change, format_loss, format_seconds, format_share
+from fedmira.report.formats import (
+    NOTHING,
+    format_answers,
+    format_bytes,
+    format_change,
+    format_loss,
+    format_seconds,
+    format_share,
+)
 from fedmira.report.formats import printable as _printable
 from fedmira.report.reading import REFERENCE_METHOD, RunRecord, StudyRecord, read
 
@@ -45,6 +53,10 @@ class Row(NamedTuple):
     perplexity: Spread | None
     rouge_l: Spread | None
     exact_match: Spread | None
+    max_answers: int | None
+    """Answers per client that Rouge-L and exact match cover, at most; None where all test examples were answered."""
+    max_answer_tokens: int | None
+    """Where an answer was cut, tokens; None where the config does not say."""
     upload_bytes: Spread | None
     """Whole run, all clients; of the unfinished runs where none is judged."""
     download_bytes: Spread | None
@@ -139,6 +151,8 @@ def _row(
         perplexity=spread(summary.perplexity for summary in summaries),
         rouge_l=spread(summary.rouge_l for summary in summaries),
         exact_match=spread(summary.exact_match for summary in summaries),
+        max_answers=runs[0].max_answers if runs else None,
+        max_answer_tokens=runs[0].max_answer_tokens if runs else None,
         upload_bytes=spread(run.upload_bytes for run in counted),
         download_bytes=spread(run.download_bytes for run in counted),
         seconds=spread(run.seconds for run in counted),
@@ -184,7 +198,13 @@ def footnotes(rows: Sequence[Row]) -> list[str]:
     parts = ["Loss: nats per answer token on test data, mean over clients; lower is better."]
     if any(row.share_harmed for row in rows):
         parts.append("Harmed: clients more than 1 % worse than training alone.")
-    return parts + seed_notes(rows, "in brackets")
+    return parts + answer_notes(rows) + seed_notes(rows, "in brackets")
+
+
+def answer_notes(rows: Sequence[Row]) -> list[str]:
+    """What Rouge-L and exact match cover; methods of one study are judged alike. Empty where nothing was answered."""
+    said = dict.fromkeys(format_answers(row.max_answers, row.max_answer_tokens) for row in rows if row.rouge_l)
+    return [f"Rouge-L and exact match: {covered}." for covered in said if covered]
 
 
 def seed_notes(rows: Sequence[Row], place: str) -> list[str]:
