@@ -24,7 +24,6 @@ from fedmira import __version__
 from fedmira.config import ModelConfig, RunConfig
 from fedmira.data.partition import build_federation
 from fedmira.data.probe import probe_texts
-from fedmira.data.sources.files import home_expanded
 from fedmira.data.tokenization import (
     TokenizationReport,
     TokenizedClient,
@@ -42,6 +41,7 @@ from fedmira.federation.registry import build_method
 from fedmira.graph_config import GraphConfig
 from fedmira.model.base import BaseModel, load_base
 from fedmira.model.kinds import adapter_layout, initial_adapters
+from fedmira.paths import home_expanded
 from fedmira.training.memory import available_bytes, choose_cohort_size
 from fedmira.types import Arena, Clients, Federation, Layout
 

@@ -88,3 +88,19 @@ def test_files_that_are_there_are_fine(fedmira, write, tmp_path: Path) -> None:
     (tmp_path / "clients" / "a.jsonl").write_text("{}\n")
     for path in ("clients", "clients/a.jsonl", "clients/*.jsonl"):
         assert fedmira("validate", write(f"data: {{source: jsonl, path: '{path}'}}")).code == 0
+
+
+def test_a_leading_tilde_is_the_home_folder_as_in_a_run(fedmira, write, tmp_path: Path, monkeypatch) -> None:
+    home = tmp_path / "home"
+    (home / "model").mkdir(parents=True)
+    (home / "model" / "config.json").write_text("{}")
+    (home / "a.jsonl").write_text("{}\n")
+    (home / "g.json").write_text("{}")
+    monkeypatch.setenv("HOME", str(home))
+    given = "method: {graph: {kind: given, path: ~/g.json}}\n"
+    config = "data: {source: jsonl, path: ~/*.jsonl}\nmodel: {path: ~/model}\noutput: {directory: ~/runs}\n"
+    outcome = fedmira("validate", write(config + given))
+    assert outcome.code == 0, outcome.err
+    assert f"Run directory: {home}/runs/" in outcome.out
+    assert fedmira("validate", write("method: {graph: {kind: probe, probe_path: ~/a.jsonl}}")).code == 0
+    assert fedmira("validate", write("method: {graph: {kind: probe, probe_path: ~/b.jsonl}}")).code == 3

@@ -24,6 +24,7 @@ from fedmira.method_config import FedITConfig
 from fedmira.runs.checkpoint import save
 from fedmira.runs.naming import run_directory
 from fedmira.runs.store import GRAPH, LOCK, LOG, MANIFEST, METRICS, RESOLVED, RunStore
+from fedmira.studies.compare import study_directory
 
 CONFIG = RunConfig(name="trial", seed=3)
 
@@ -48,6 +49,12 @@ def test_the_folder_is_output_directory_unless_given(tmp_path: Path) -> None:
     with RunStore.create(config, None) as store:
         assert store.path.parent == tmp_path / "a" / "b"
         assert not (store.path / "config.yaml").exists()
+
+
+def test_a_leading_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = RunConfig(output=OutputConfig(directory="~/mine"))
+    assert run_directory(config).parent == study_directory(config).parent == tmp_path / "mine"
 
 
 def test_opening_gives_the_config_back(store: RunStore) -> None:

@@ -11,6 +11,7 @@ import click
 from fedmira.cli.arguments import config_arguments, read_config
 from fedmira.cli.session import Session, standard_options
 from fedmira.errors import DataError, FedmiraError, SetupError
+from fedmira.paths import home_expanded
 
 if TYPE_CHECKING:
     from fedmira.config import RunConfig
@@ -37,7 +38,10 @@ def validate(session: Session, config: Path, overrides: tuple[str, ...]) -> None
 
 
 def missing_files(config: RunConfig) -> list[FedmiraError]:
-    """Return an error for each file or folder that `config` names and that is not there. Hub ids are left alone."""
+    """Return an error for each file or folder that `config` names and that is not there. Hub ids are left alone.
+
+    A leading `~` is the home folder, as in a run.
+    """
     problems: list[FedmiraError] = []
     data = config.data
     data_path = getattr(data, "path", None)
@@ -48,7 +52,7 @@ def missing_files(config: RunConfig) -> list[FedmiraError]:
             DataError(f"data.path: {data_path} does not exist; give {what} (paths are relative to the current folder)")
         )
     graph = getattr(config.method, "graph", None)
-    if graph is not None and graph.path is not None and not Path(graph.path).is_file():
+    if graph is not None and graph.path is not None and not home_expanded(graph.path).is_file():
         problems.append(
             DataError(f"method.graph.path: {graph.path} does not exist; give a .json, .npy or .csv file of the graph")
         )
@@ -57,7 +61,7 @@ def missing_files(config: RunConfig) -> list[FedmiraError]:
             DataError(f"method.graph.probe_path: {graph.probe_path} does not exist; give a JSON Lines file")
         )
     model = config.model.path
-    if model != "embedded" and _looks_local(model) and not (Path(model) / "config.json").is_file():
+    if model != "embedded" and _looks_local(model) and not (home_expanded(model) / "config.json").is_file():
         problems.append(
             SetupError(
                 f"model.path: {model} is not a folder with a model in Hugging Face format (it has no config.json); "
@@ -68,7 +72,8 @@ def missing_files(config: RunConfig) -> list[FedmiraError]:
 
 
 def _is_there(path: str) -> bool:
-    return Path(path).exists() or any(glob.iglob(path, recursive=True))
+    expanded = home_expanded(path)
+    return expanded.exists() or any(glob.iglob(str(expanded), recursive=True))
 
 
 def _looks_local(path: str) -> bool:

@@ -14,6 +14,7 @@ import torch
 
 from fedmira.config import ModelConfig
 from fedmira.errors import SetupError
+from fedmira.paths import home_expanded
 
 EMBEDDED = "embedded"
 
@@ -56,7 +57,7 @@ def locate(config: ModelConfig) -> tuple[str, str | None]:
                 "or set model.path to a folder or Hugging Face id of a causal language model"
             )
         return str(folder), None
-    folder = Path(config.path).expanduser()
+    folder = home_expanded(config.path)
     if folder.is_dir():
         return str(folder), None
     looks_local = config.path.startswith((".", "/", "~")) or config.path.count("/") > 1 or "\\" in config.path

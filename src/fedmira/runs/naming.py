@@ -6,14 +6,15 @@ from pathlib import Path
 
 from fedmira.config import RunConfig
 from fedmira.config_file import config_hash
+from fedmira.paths import home_expanded
 
 
 def run_directory(config: RunConfig, directory: Path | None = None) -> Path:
     """Return where the run of `config` lives: `<directory>/<name>-<method>-seed<seed>-<hash>`.
 
-    `directory` is `config.output.directory` unless given. Nothing is created.
+    `directory` is `config.output.directory` unless given, with a leading `~` replaced. Nothing is created.
     """
-    parent = Path(config.output.directory) if directory is None else directory
+    parent = home_expanded(config.output.directory) if directory is None else directory
     return parent / f"{run_stem(config)}-{config_hash(config)}"
 
 

@@ -17,6 +17,7 @@ from fedmira.config import RunConfig
 from fedmira.config_file import resolved_yaml
 from fedmira.errors import ConfigError, DivergedError
 from fedmira.experiment import Display, SilentDisplay, carry_out
+from fedmira.paths import home_expanded
 from fedmira.refusals import refusal, refusal_beside
 from fedmira.runs.atomic import write_bytes_atomically
 from fedmira.runs.store import RunStore
@@ -64,7 +65,7 @@ def compare(config: RunConfig, *, directory: Path | None = None, display: Displa
 def study_directory(config: RunConfig) -> Path:
     """Where the comparison of `config` is kept if nobody says otherwise."""
     digest = hashlib.sha256(resolved_yaml(config).encode()).hexdigest()[:8]
-    return Path(config.output.directory) / f"{config.name}-compare-{digest}"
+    return home_expanded(config.output.directory) / f"{config.name}-compare-{digest}"
 
 
 def variant(config: RunConfig, method: str, seed: int, learning_rate: float, *, tuning: bool = False) -> RunConfig:

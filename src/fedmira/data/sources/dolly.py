@@ -11,10 +11,11 @@ from typing import Any
 
 from fedmira.config import DollyConfig
 from fedmira.data.sources import huggingface
-from fedmira.data.sources.files import FILE_ENDINGS, file_provenance, home_expanded, read_records
+from fedmira.data.sources.files import FILE_ENDINGS, file_provenance, read_records
 from fedmira.data.sources.records import Fields, usable_examples
 from fedmira.data.sources.source import Source
 from fedmira.errors import DataError
+from fedmira.paths import home_expanded
 from fedmira.types import Example
 
 FIELDS = Fields(task="category", category="category")

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fedmira.errors import DataError
+from fedmira.paths import home_expanded
 
 FILE_ENDINGS = (".jsonl", ".jsonl.gz", ".json", ".json.gz")
 NUM_NAMED_BAD = 3
@@ -34,11 +35,6 @@ class FileRecords(NamedTuple):
     bad: tuple[Bad, ...]
     sha256: str
     """Of the file's bytes as stored."""
-
-
-def home_expanded(path: str) -> Path:
-    """Replace a leading `~` where the home folder is known."""
-    return Path(os.path.expanduser(path))
 
 
 def find_files(path: str) -> list[Path]:

@@ -13,10 +13,11 @@ from dataclasses import asdict
 from typing import Any
 
 from fedmira.config import HuggingFaceConfig
-from fedmira.data.sources.files import NUM_NAMED_BAD, Bad, home_expanded
+from fedmira.data.sources.files import NUM_NAMED_BAD, Bad
 from fedmira.data.sources.records import Fields, usable_examples
 from fedmira.data.sources.source import Source
 from fedmira.errors import DataError, SetupError
+from fedmira.paths import home_expanded
 from fedmira.types import Example
 
 

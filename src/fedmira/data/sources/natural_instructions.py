@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from fedmira.config import NaturalInstructionsConfig
-from fedmira.data.sources.files import Bad, file_provenance, home_expanded, read_text
+from fedmira.data.sources.files import Bad, file_provenance, read_text
 from fedmira.data.sources.records import UnusableRecordError, refuse_half_characters, refuse_mostly_bad
 from fedmira.data.sources.source import Source
 from fedmira.errors import DataError, nearest
+from fedmira.paths import home_expanded
 from fedmira.types import Example
 
 
