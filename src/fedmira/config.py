@@ -158,7 +158,8 @@ class PartitionConfig(Section):
 
 class _Source(Section):
     template: Literal["alpaca", "plain", "chat"] = "alpaca"
-    """How an example becomes text: the paper's Alpaca template, bare text, or the tokenizer's chat template."""
+    """How an example becomes text: the paper's Alpaca template, bare text, or the tokenizer's chat template, in which
+    today is always 26 July 2024."""
     max_length: Annotated[int, Field(ge=8)] = 512
     """Tokens of prompt and answer together. A longer prompt loses its beginning; answers are never cut."""
     partition: PartitionConfig = PartitionConfig()

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from fedmira.data.prompts import TEMPLATES, Rendered, render
-from fedmira.errors import ConfigError
+from fedmira.errors import ConfigError, DataError
 from fedmira.types import Example
 
 WITH_INPUT = Example(instruction="Name the capital.", input="France", output="Paris")
@@ -23,6 +24,9 @@ CONVERSATION = Example(
 
 class FakeChatTokenizer(SimpleNamespace):
     """Renders messages as <role>text and keeps what it was asked."""
+
+    def get_chat_template(self) -> str:
+        return str(self.chat_template)
 
     def apply_chat_template(self, messages: list[dict[str, str]], **options: Any) -> str:
         self.options = options
@@ -88,3 +92,46 @@ def test_unknown_template_names_what_is_allowed() -> None:
 def test_chat_without_a_chat_template_is_refused(tokenizer: Any) -> None:
     with pytest.raises(ConfigError, match=r"data\.template to alpaca or plain"):
         render(WITH_INPUT, "chat", tokenizer)
+
+
+# how Llama 3.2, Mistral and SmolLM3 come by the date
+DATED = {
+    "{%- if not date_string is defined %}{%- if strftime_now is defined %}"
+    "{%- set date_string = strftime_now('%d %b %Y') %}{%- else %}{%- set date_string = 'no clock' %}{%- endif %}"
+    "{%- endif %}{{- 'Today Date: ' + date_string }}": "Today Date: 26 Jul 2024",
+    "{%- set today = strftime_now('%Y-%m-%d') %}{{ today }}{% if today < '2024-08' %} summer{% endif %}": (
+        "2024-07-26 summer"
+    ),
+    "{% macro head() %}{{ strftime_now('%d %B %Y') }}{% endmacro %}{{ head() }}{{ messages[0].content }}": (
+        "26 July 2024Say hello."
+    ),
+    "\n  {% if true %}\n{{ strftime_now('%A %-d.%-m.%y, 100%%') }}\n  {% endif %}\nend": (
+        "\nFriday 26.7.24, 100%\nend"
+    ),
+}
+
+
+@pytest.mark.parametrize("template", DATED)
+def test_today_is_the_same_day_in_every_run(make_tokenizer: Callable[..., Any], template: str) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = template
+    assert render(WITHOUT_INPUT, "chat", tokenizer).prompt == DATED[template]
+
+
+def test_a_template_without_a_date_gives_what_transformers_gives(tokenizer: Any) -> None:
+    messages = [{"role": "user", "content": "Say hello."}]
+    stock = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    assert render(WITHOUT_INPUT, "chat", tokenizer).prompt == stock == "<s><user>Say hello.<assistant>"
+
+
+def test_what_a_chat_template_refuses_is_bad_data(make_tokenizer: Callable[..., Any]) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = (
+        "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}fine"
+    )
+    assert render(CONVERSATION, "chat", tokenizer).prompt == "fine"
+    example = Example(instruction="q", output="a", turns=(("system", "Be brief."),), id="ward.jsonl:7")
+    with pytest.raises(
+        DataError, match=r"'ward\.jsonl:7' with turns of system, user: System role not supported\. .*data\.template"
+    ):
+        render(example, "chat", tokenizer)

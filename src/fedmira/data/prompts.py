@@ -5,13 +5,18 @@ The answer never carries an end token here; tokenization appends the tokenizer's
 
 Templates: ``alpaca`` (the two Stanford Alpaca forms, used by MIRA's experiments through FederatedScope-LLM),
 ``plain`` (instruction, input, answer on lines of their own) and ``chat`` (the tokenizer's chat template).
+Chat templates that write today's date (Llama 3.2, Mistral, SmolLM3 and others, by ``strftime_now``) always read
+26 July 2024 here, so that a run gives the same prompts, and can be resumed, on any day.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from datetime import datetime
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from fedmira.errors import ConfigError
+from jinja2 import TemplateError
+
+from fedmira.errors import ConfigError, DataError
 from fedmira.types import Example
 
 if TYPE_CHECKING:
@@ -28,6 +33,15 @@ ALPACA_WITHOUT_INPUT = (
     "### Instruction:\n{instruction}\n\n### Response:"
 )
 TEMPLATES = ("alpaca", "plain", "chat")
+TODAY = datetime(2024, 7, 26)
+"""What chat templates are told is now: the date that Llama's fall back on where they cannot ask."""
+_DIRECTIVES = [f"%{flag}{letter}" for flag in ("", "-") for letter in "aAwdbBmyYHIpMSfjUWGuVcxX"] + ["%%"]
+# transformers removes the line break after a block, and the template still begins at the beginning of a line
+_CLOCK = (
+    "{% macro strftime_now(format) %}{{ format"
+    + "".join(f" | replace({directive!r}, {TODAY.strftime(directive)!r})" for directive in _DIRECTIVES)
+    + " }}{% endmacro %}\n"
+)
 
 
 class Rendered(NamedTuple):
@@ -50,6 +64,7 @@ def render(example: Example, template: str, tokenizer: PreTrainedTokenizerBase |
 
     Raises:
         ConfigError: the template is unknown, or ``chat`` has no tokenizer with a usable chat template.
+        DataError: the chat template refuses the conversation, such as a role or an order of turns.
 
     >>> example = Example(instruction="Name the capital.", input="France", output="Paris")
     >>> render(example, "plain")
@@ -91,7 +106,20 @@ def _chat_prompt(example: Example, tokenizer: PreTrainedTokenizerBase | None) ->
         )
     messages = [{"role": role, "content": text} for role, text in example.turns]
     messages.append({"role": "user", "content": _last_user_turn(example)})
-    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    options: dict[str, Any] = {"add_generation_prompt": True, "tokenize": False}
+    template = tokenizer.get_chat_template()
+    if "strftime_now" in template:
+        # a macro goes before transformers' function of the same name, which asks the clock
+        options["chat_template"] = _CLOCK + template
+    try:
+        prompt = tokenizer.apply_chat_template(messages, **options)
+    except TemplateError as error:
+        roles = ", ".join(message["role"] for message in messages)
+        raise DataError(
+            f"the chat template of {tokenizer.name_or_path!r} refuses the example {example.id or 'unnamed'!r} with "
+            f"turns of {roles}: {str(error).rstrip('.')}. Set data.template to alpaca or plain, or change the turns in "
+            "the data: many templates refuse system turns (drop them), or want user and assistant to alternate."
+        ) from error
     if not isinstance(prompt, str):
         raise ConfigError(
             f"the chat template of {tokenizer.name_or_path!r} gave {type(prompt).__name__}, not text. "

@@ -97,7 +97,7 @@ def tokenize_federation(
 
     Raises:
         SetupError: the tokenizer has no end token.
-        DataError: a client has no example left in a split that had some.
+        DataError: a client has no example left in a split that had some, or the chat template refuses one.
         ConfigError: the template is unknown or does not go with the tokenizer.
     """
     end = end_token(tokenizer)
