@@ -1,7 +1,9 @@
 """Compares a generated answer with the acceptable ones: Rouge-L and exact match.
 
 Rouge-L equals that of the rouge-score package without stemming, at the speed of a bit-parallel longest common
-subsequence. Knows nothing about models or about how answers were generated.
+subsequence. That package sees ASCII letters and digits only and gives every answer 0 where a reference has none of them
+(Chinese, Russian, "+"); here such a reference is compared by its Unicode words instead. Knows nothing about models or
+about how answers were generated.
 
 Source: C.-Y. Lin, ROUGE: A Package for Automatic Evaluation of Summaries, 2004, section 3.
 """
@@ -9,6 +11,7 @@ Source: C.-Y. Lin, ROUGE: A Package for Automatic Evaluation of Summaries, 2004,
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Sequence
 
 from rapidfuzz.distance import LCSseq
@@ -16,6 +19,10 @@ from rapidfuzz.distance import LCSseq
 from fedmira.errors import DataError
 
 _SEPARATORS = re.compile(r"[^a-z0-9]+")
+# Han, Hiragana and Katakana, which put no spaces between words
+_CJK = re.compile(
+    "[\u3005-\u3007\u3040-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"
+)
 
 
 def rouge_tokens(text: str) -> list[str]:
@@ -27,11 +34,31 @@ def rouge_tokens(text: str) -> list[str]:
     return [token for token in _SEPARATORS.split(text.lower()) if token]
 
 
+def unicode_tokens(text: str) -> list[str]:
+    """Case-folded runs of letters, digits and the marks on them, of any script; each CJK character is one of its own.
+
+    >>> unicode_tokens("\u0414\u0430, 2!"), unicode_tokens("\u4e16\u754c")
+    (['\u0434\u0430', '2'], ['\u4e16', '\u754c'])
+    """
+    spaced = "".join(map(_spaced, unicodedata.normalize("NFKC", text.casefold())))
+    return [token for token in spaced.split() if any(map(str.isalnum, token))]
+
+
+def _spaced(character: str) -> str:
+    if character.isalnum():
+        return f" {character} " if _CJK.match(character) else character
+    # vowel signs of Indic scripts are marks, and make another word
+    return character if unicodedata.category(character).startswith("M") else " "
+
+
 def rouge_l(prediction: str, references: Sequence[str]) -> float:
     """F-measure of the longest common subsequence of tokens, 0 to 1; the best over the references.
 
     With LCS of length l, P = l / |prediction| and R = l / |reference|: F = 2 P R / (P + R), and 0 where either side
     has no token.
+
+    Tokens are `rouge_tokens` wherever the reference has one of these, otherwise `unicode_tokens`, on both sides. A
+    reference without either, such as "+", gives 1 to the same text, apart from white space at both ends, else 0.
 
     Raises:
         DataError: there is no reference.
@@ -40,8 +67,7 @@ def rouge_l(prediction: str, references: Sequence[str]) -> float:
     0.6666666666666666
     """
     _refuse_none(references)
-    predicted = rouge_tokens(prediction)
-    return max(_f_measure(predicted, rouge_tokens(reference)) for reference in references)
+    return max(_one_rouge_l(prediction, reference) for reference in references)
 
 
 def exact_match(prediction: str, references: Sequence[str]) -> bool:
@@ -55,6 +81,13 @@ def exact_match(prediction: str, references: Sequence[str]) -> bool:
     """
     _refuse_none(references)
     return prediction.strip() in {reference.strip() for reference in references}
+
+
+def _one_rouge_l(prediction: str, reference: str) -> float:
+    for tokens in (rouge_tokens, unicode_tokens):
+        if wanted := tokens(reference):
+            return _f_measure(tokens(prediction), wanted)
+    return float(bool(reference.strip()) and prediction.strip() == reference.strip())
 
 
 def _f_measure(predicted: list[str], wanted: list[str]) -> float:
