@@ -56,6 +56,18 @@ def load_one(tmp_path: Path, record: Any) -> Example:
             {"instruction": "Any of", "output": ["a", "b"]},
             {"instruction": "Any of", "output": "a", "references": ("a", "b")},
         ),
+        (
+            {"instruction": "q2", "output": "a2", "system": "s", "history": [["q0", "a0"], ["q1", "a1"]]},
+            {
+                "instruction": "q2",
+                "output": "a2",
+                "turns": (("system", "s"), ("user", "q0"), ("assistant", "a0"), ("user", "q1"), ("assistant", "a1")),
+            },
+        ),
+        (
+            {"instruction": "q", "output": "a", "system": "", "history": []},
+            {"instruction": "q", "output": "a"},
+        ),
         ({"prompt": "2+2=", "completion": "4"}, {"instruction": "2+2=", "output": "4"}),
         (
             {"prompt": [{"role": "user", "content": "q"}], "completion": [{"role": "assistant", "content": "a"}]},
@@ -102,6 +114,11 @@ def test_known_shapes(tmp_path: Path, record: dict[str, Any], expected: dict[str
         ({"instruction": "q", "output": []}, "output must be text or a list of texts"),
         ({"instruction": "q", "input": ["x"], "output": "a"}, "the field input is list, not text"),
         ({"instruction": "q", "output": "a", "task": {"x": 1}}, "the field task is dict; a label must be text"),
+        ({"instruction": "q", "output": "a", "system": 5}, "the field system is int, not text"),
+        ({"instruction": "q", "output": "a", "history": "before"}, "history must be a list of pairs of texts"),
+        ({"instruction": "q", "output": "a", "history": [["q", "a", "?"]]}, "history must be a list of pairs of texts"),
+        ({"instruction": "q", "output": "a", "history": [["q", None]]}, "history must be a list of pairs of texts"),
+        ({"instruction": "q", "output": "a", "history": [["q", "\ud83d"]]}, "half a character"),
         ({"instruction": "q \ud83d", "output": "a"}, "half a character"),
         ({"prompt": ["x"], "completion": ["y"]}, r"prompt \+ completion must be a list of turns"),
         ({"messages": "hello"}, "messages must be a list of turns"),

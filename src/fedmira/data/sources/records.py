@@ -2,7 +2,8 @@
 
 Shapes, detected record by record: `messages` (role, content), `conversations` (ShareGPT: from, value), `prompt` and
 `completion` (text, or lists of messages), `instruction` with `input` or `context` and `output` or `response` (Alpaca,
-Dolly). Of a conversation the last assistant turn is the answer. Knows nothing about files, clients or splits.
+Dolly) and, as in LLaMA-Factory, `system` and `history` (a list of [user, assistant] pairs), which become earlier turns.
+Of a conversation the last assistant turn is the answer. Knows nothing about files, clients or splits.
 """
 
 from __future__ import annotations
@@ -135,8 +136,25 @@ def _parts(record: Mapping[str, Any]) -> _Parts:
         answer = "output" if record.get("output") is not None else "response"
         context = "input" if record.get("input") is not None else "context"
         references = _texts(record, answer)
-        return _text(record, "instruction"), _text(record, context, required=False), references, ()
+        return _text(record, "instruction"), _text(record, context, required=False), references, _earlier_turns(record)
     raise UnusableRecordError(f"no known shape; its fields are {', '.join(sorted(map(str, record)))[:200] or 'none'}")
+
+
+def _earlier_turns(record: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
+    """What `system` and `history` of an Alpaca record say comes before its instruction."""
+    system, history = _text(record, "system", required=False), record.get("history")
+    turns = [("system", system)] if system.strip() else []
+    if history is None:
+        return tuple(turns)
+    if not isinstance(history, list) or not all(_is_pair_of_texts(pair) for pair in history):
+        raise UnusableRecordError("history must be a list of pairs of texts, [user, assistant]")
+    for user, assistant in history:
+        turns += [("user", user), ("assistant", assistant)]
+    return tuple(turns)
+
+
+def _is_pair_of_texts(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(isinstance(text, str) for text in value)
 
 
 def _conversation(turns: Any, field: str, role_field: str, text_field: str) -> _Parts:
