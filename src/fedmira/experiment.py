@@ -17,6 +17,7 @@ import torch
 
 from fedmira.assembly import Assembly, assemble, refuse_other_base
 from fedmira.config import RunConfig
+from fedmira.data.sources.files import unusable_line
 from fedmira.errors import DivergedError, Interrupted, ParticipationError
 from fedmira.evaluation.judge import final_records, validation_losses
 from fedmira.exchange.privacy import advice
@@ -125,6 +126,8 @@ class _Run:
             self.display.finish(f"{self.store.path}: finished before, nothing to do")
             return self.store.path
         self.display.start(f"{config.method.name} seed {config.seed}", config.federation.rounds)
+        if line := unusable_line(self.parts.federation.provenance):
+            self._tell(f"warning: {line}")
         for round_ in range(first_round, config.federation.rounds + 1):
             if self.larger and progress is None:
                 state = self._take_in(self.larger, state, round_ - 1)

@@ -138,3 +138,17 @@ def test_bad_input_takes_nothing_from_a_run_that_is_there(
     assert words in outcome.err
     assert "Traceback" not in outcome.err
     assert {path: path.read_bytes() for path in Path("runs").rglob("*") if path.is_file()} == before
+
+
+def test_records_that_cannot_be_used_are_told_when_a_run_starts(fedmira, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("clients").mkdir()
+    for name in "ab":
+        Path(f"clients/{name}.jsonl").write_text(lines(10) + '{"text": "t"}\n', encoding="utf-8")
+    Path("c.yaml").write_text(BASE + JSONL, encoding="utf-8")
+    outcome = fedmira("run", "c.yaml")
+    assert outcome.code == 0, outcome.err
+    warning = "warning: unusable: 2 of 22 records, in 2 of 2 files (a.jsonl record 11: no known shape"
+    assert sum(line.startswith(warning) for line in outcome.out.splitlines()) == 1
+    [log] = Path("runs").glob("*/run.log")
+    assert warning in log.read_text()

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import fedmira
+from fedmira.config import JsonlConfig
 from fedmira.data.describe import describe, marked, token_pieces
+from fedmira.data.partition import build_federation
 from fedmira.data.tokenization import tokenize_federation
 from fedmira.types import Client, Example, Federation
 
@@ -86,3 +88,29 @@ def test_the_pieces_of_the_shipped_tokenizer_join_to_the_text() -> None:
     assert prompt.endswith("caf\u00e9 \U0001f600 \u6f22\u5b57\n\n  two\n")
     assert answer == "na\u00efve \U0001f680\u00e9" + shipped.eos_token
     assert "\ufffd" not in prompt + answer
+
+
+def test_what_was_left_out_is_told_with_the_first_reasons(tokenizer: Any, tmp_path: Path) -> None:
+    for number in range(8):
+        bad = ["{", json.dumps({"text\n": "t"})] if number else []
+        good = [json.dumps({"instruction": f"say {number} {n}", "output": "yes"}) for n in range(6)]
+        (tmp_path / f"{number}.jsonl").write_text("\n".join([*good, *bad]))
+    data = JsonlConfig.model_validate(
+        {"source": "jsonl", "path": str(tmp_path), "partition": {"by": "field", "examples_per_client": 5}}
+    )
+    federation = build_federation(data, 0)
+    tokenized, report = tokenize_federation(federation, tokenizer, "plain", 40)
+    lines = describe(federation, tokenized, report, tokenizer, "plain").text().split("\n")
+    [unusable] = [line for line in lines if line.startswith("unusable")]
+    assert unusable.startswith("unusable: 14 of 62 records, in 7 of 8 files (1.jsonl record 7: not JSON (")
+    assert "; 1.jsonl record 8: no known shape; its fields are text; 2.jsonl record 7: not JSON (" in unusable
+    assert unusable.endswith("; ...)")
+    assert "left out: 8 examples, which data.partition.examples_per_client leaves to no client" in lines
+
+
+def test_nothing_is_told_where_nothing_was_left_out(tokenizer: Any) -> None:
+    federation = made_federation()
+    tokenized, report = tokenize_federation(federation, tokenizer, "plain", 20)
+    text = describe(federation, tokenized, report, tokenizer, "plain").text()
+    assert "unusable:" not in text
+    assert "left out:" not in text

@@ -226,6 +226,16 @@ def test_hostile_contents_of_config_and_manifest_are_text(make_run: Make) -> Non
     page.encode("utf-8")
 
 
+def test_unusable_records_are_counted_over_all_files_though_few_are_listed(make_run: Make) -> None:
+    run = make_run()
+    manifest = json.loads((run / "manifest.json").read_text())
+    bad = [[3, "not JSON"]]
+    counts = {"examples": 10, "unusable_records": 1, "first_unusable": bad}
+    manifest["data"] = {"source": "jsonl", "files": [{"path": f"d/{n}.jsonl", **counts} for n in range(9)]}
+    (run / "manifest.json").write_text(json.dumps(manifest))
+    assert "9 of 99 records, in 9 of 9 files (0.jsonl record 3: not JSON;" in render(read(run))
+
+
 def test_equal_records_give_equal_pages_and_writing_again_replaces(make_study: Make) -> None:
     study = make_study(seeds=(0,))
     first = write_report(study).read_bytes()

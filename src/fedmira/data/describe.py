@@ -5,10 +5,11 @@ Knows nothing about where it is printed, nor how clients and tokens came about.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from fedmira.data.sources.files import unusable_line
 from fedmira.data.tokenization import ClientTokens, TokenizationReport, TokenizedClient, TokenizedExample
 from fedmira.types import Federation
 
@@ -82,7 +83,7 @@ class Description(NamedTuple):
         }
 
     def text(self) -> str:
-        """The same for people: the table, what was dropped, and every client's example with `marked` tokens.
+        """The same for people: the table, what did not come to be trained on, and each client's example, `marked`.
 
         Control characters of the data are in it as they are: whoever prints it to a terminal escapes them.
         """
@@ -91,6 +92,7 @@ class Description(NamedTuple):
             f"template {self.template}, at most {self.max_length} tokens: {self.total.truncated_prompts} prompts lost "
             f"their beginning, {self.total.dropped_examples} examples were dropped for answers that are too long"
         ]
+        lines += [line for line in (unusable_line(self.provenance), _left_out_line(self.provenance)) if line]
         lines += [f"dropped at {client}: {', '.join(ids)} ..." for client, ids in self.dropped]
         for sample in self.samples:
             lines += ["", f"--- {sample.client} (example {sample.id}); [[...]] is trained on", marked(sample)]
@@ -160,6 +162,13 @@ def _decoded(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[str]:
         texts.append(text[len(context) :])
         before, start = start, end
     return texts
+
+
+def _left_out_line(data: Mapping[str, Any]) -> str:
+    num_left_out = data.get("partition", {}).get("examples_left_out", 0)
+    if not num_left_out:
+        return ""
+    return f"left out: {num_left_out:,} examples, which data.partition.examples_per_client leaves to no client"
 
 
 def _row(client: TokenizedClient, counts: ClientTokens) -> ClientRow:

@@ -16,6 +16,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup, escape
 
+from fedmira.data.sources.files import unusable_line
 from fedmira.evaluation.meters import Scores, scores, scores_by_task
 from fedmira.report.figures import colours_of
 from fedmira.report.formats import (
@@ -82,7 +83,7 @@ def render(record: RunRecord | StudyRecord) -> str:
             memory=_memory(run),
             config=run.config_text if run else "",
             versions=_versions(run),
-            data=_flat(run.manifest.get("data", {})) if run else [],
+            data=_data(run),
         )
     )
 
@@ -273,6 +274,15 @@ def _versions(run: RunRecord | None) -> list[tuple[str, str]]:
     if run is None:
         return []
     return [("fedmira", str(run.manifest.get("fedmira", ""))), *_flat(run.manifest.get("versions", {}))]
+
+
+def _data(run: RunRecord | None) -> list[tuple[str, str]]:
+    """Where the data is from; what could not be used comes first, as a list of many files is cut."""
+    if run is None:
+        return []
+    data: Mapping[str, Any] = run.manifest.get("data", {})
+    what, _, details = unusable_line(data).partition(": ")
+    return [*([(what, details)] if what else []), *_flat(data)]
 
 
 def _flat(content: Any, prefix: str = "") -> list[tuple[str, str]]:

@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -126,3 +126,26 @@ def file_provenance(path: Path, sha256: str, num_examples: int, bad: Iterable[Ba
         "unusable_records": len(unusable),
         "first_unusable": [[line, reason] for line, reason in unusable[:NUM_NAMED_BAD]],
     }
+
+
+def unusable_line(data: Mapping[str, Any]) -> str:
+    """One line about the records that cannot be used, over all files; empty if there are none.
+
+    Args:
+        data: provenance of a federation: `files` as of `file_provenance`, or one `dataset` with the same counts.
+
+    >>> unusable_line({"files": [file_provenance(Path("d/a.jsonl"), "", 7, [Bad(3, "not JSON")])]})
+    'unusable: 1 of 8 records, in 1 of 1 files (a.jsonl record 3: not JSON)'
+    """
+    files = [*data.get("files", ()), *([data["dataset"]] if "dataset" in data else ())]
+    bad = [file for file in files if file["unusable_records"]]
+    if not bad:
+        return ""
+    num_bad = sum(file["unusable_records"] for file in bad)
+    num_records = num_bad + sum(file["examples"] for file in files)
+    first = [(Path(file["path"]).name, *found) for file in bad for found in file["first_unusable"]][:NUM_NAMED_BAD]
+    # a reason may quote names of fields, and these may hold line breaks
+    named = [f"{name} record {line}: {' '.join(reason.split())[:120]}" for name, line, reason in first]
+    more = "; ..." if num_bad > NUM_NAMED_BAD else ""
+    where = f", in {len(bad):,} of {len(files):,} files" if "files" in data else ""
+    return f"unusable: {num_bad:,} of {num_records:,} records{where} ({'; '.join(named)}{more})"
