@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+import fedmira
 from fedmira import assembly, experiment
 from fedmira.assembly import Assembly, assemble, cached_federation, read_graph
 from fedmira.config import RunConfig
-from fedmira.errors import ConfigError, DataError
+from fedmira.errors import ConfigError, DataError, SetupError
 from fedmira.experiment import run
 from fedmira.graph_config import GraphConfig
 
@@ -193,6 +195,28 @@ def test_the_server_counts_the_examples_that_are_trained_on() -> None:
     assert parts.clients.names == parts.federation.names
     assert parts.clients.num_examples_K == tuple(len(client.train) for client in parts.tokenized)
     assert parts.clients.tasks == ("family-0", "family-0", "family-1", "family-1")
+
+
+def test_a_tokenizer_larger_than_the_model_is_refused_where_its_tokens_are_used(tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    folder = tmp_path / "model"
+    shutil.copytree(Path(fedmira.__file__).parent / "assets" / "base", folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    num_rows = json.loads((folder / "config.json").read_text())["vocab_size"]
+    tokenizer.add_tokens([f"filler{n}" for n in range(num_rows - len(tokenizer))] + ["zyzzyva"])
+    tokenizer.save_pretrained(folder)
+    (tmp_path / "a.jsonl").write_text(records("yes") + json.dumps({"instruction": "a zyzzyva", "output": "no"}))
+    data = {"source": "jsonl", "path": str(tmp_path / "a.jsonl"), "partition": {"by": "field"}}
+    model = {"path": str(folder), "adapter": {"rank": 2, "targets": ["q_proj"]}, "dtype": "float32", "device": "cpu"}
+    words = (
+        rf"writes token {num_rows} \('zyzzyva', in the example 'a\.jsonl:13'\).* {num_rows} embeddings.*resize_token"
+    )
+    with pytest.raises(SetupError, match=words):
+        assemble(tiny(data=data, model=model, method={"name": "local_only"}))
+    # added but never used
+    (tmp_path / "a.jsonl").write_text(records("yes"))
+    assert assemble(tiny(data=data, model=model, method={"name": "local_only"})).clients.names == ("a",)
 
 
 # -------------------------------------------------------------------------------------------------------- cohort size

@@ -10,7 +10,7 @@ import glob
 import hashlib
 import json
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -31,7 +31,7 @@ from fedmira.data.tokenization import (
     digest,
     tokenize_federation,
 )
-from fedmira.errors import DataError, IntegrityError
+from fedmira.errors import DataError, IntegrityError, SetupError
 from fedmira.evaluation.costs import adapter_bytes, model_bytes, optimizer_bytes
 from fedmira.evaluation.predictions import prompt_products
 from fedmira.exchange.in_process import InProcess
@@ -139,7 +139,7 @@ def assemble(
 
     Raises:
         DataError: a file, a client or a graph is unusable.
-        SetupError: the model cannot be loaded.
+        SetupError: the model cannot be loaded, or its tokenizer gives tokens that it has no embedding for.
         ConfigError: no layer matches the targets, or a setting does not fit the data.
     """
     everybody = cached_federation(config, known)
@@ -152,6 +152,8 @@ def assemble(
     layout = adapter_layout(base, config.model.adapter, config.method.num_pairs)
     longest = min(config.data.max_length, base.max_length - layout.num_virtual_tokens)
     tokenized, tokenization = tokenize_federation(federation, base.tokenizer, config.data.template, longest)
+    for client in tokenized:
+        refuse_tokens_without_embedding(base, (*client.train, *client.validation, *client.test))
     clients = Clients(
         names=federation.names,
         num_examples_K=tuple(len(client.train) for client in tokenized),
@@ -170,6 +172,7 @@ def assemble(
         texts = probe_texts(
             graph.probe_path, graph.probe_examples, base.tokenizer, config.data.template, longest, config.seed
         )
+        refuse_tokens_without_embedding(base, texts)
     method = build_method(config.method, clients, given, config.federation)
     if cohort_size is None:
         wanted = config.training.cohort_size
@@ -259,6 +262,26 @@ _GRAPH_READERS: Mapping[str, Callable[[Path], tuple[np.ndarray, list[str] | None
     ".npy": _npy_graph,
     ".csv": _csv_graph,
 }
+
+
+def refuse_tokens_without_embedding(base: BaseModel, examples: Iterable[TokenizedExample]) -> None:
+    """Refuse tokens beyond the rows of the embedding, as of a tokenizer that was added to over a model that was not.
+
+    Entries of the tokenizer that no example uses do no harm, and many published models have some.
+
+    Raises:
+        SetupError: names the largest token and the example that it is in.
+    """
+    num_rows = int(base.model.get_input_embeddings().weight.shape[0])
+    largest, id_ = max(((int(example.tokens.max()), example.id) for example in examples), default=(0, ""))
+    if largest >= num_rows:
+        token = base.tokenizer.convert_ids_to_tokens(largest)
+        raise SetupError(
+            f"the tokenizer of {base.name} writes token {largest} ({token!r}, in the example {id_ or 'unnamed'!r}), "
+            f"but the model has {num_rows} embeddings, for tokens 0 to {num_rows - 1}. Use the tokenizer that the "
+            "model was trained with, or give the model rows for the tokens that were added "
+            f"(model.resize_token_embeddings({len(base.tokenizer)}) in transformers) and save both"
+        )
 
 
 def refuse_other_base(run: Path, recorded: Mapping[str, Any], base: BaseModel) -> None:
