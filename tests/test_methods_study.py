@@ -89,8 +89,8 @@ def test_a_variant_runs_at_the_rate_of_its_method(study: ModuleType) -> None:
                 of, study.tuned_as(name), {}
             )
     assert study.tuned_as("mira-layers") == "mira"
-    assert study.tuned_as("fedlease-warmup-2") == "fedlease"
-    assert study.tuned_as("pfedgraph-average") == "pfedgraph-average", "a rival"
+    for rival in ("pfedgraph-average", "fedlease-warmup-2", "mira_published-strong"):
+        assert study.tuned_as(rival) == rival
     assert study.tuned_as("mira-labels") == "mira-labels", "it would be held back by the rate of one that must learn"
 
 
