@@ -14,12 +14,15 @@ thing of a method, run at its rate; test data is looked at by `page` only.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import hashlib
 import json
 import math
 import os
 import shutil
+import signal
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -235,6 +238,13 @@ def by_key(lines: Sequence[dict[str, Any]]) -> dict[Any, dict[str, Any]]:
     return {tuple(one[field] for field in KEY): one for one in lines}
 
 
+def _end_with_parent() -> None:
+    """Ask Linux to kill this process when whoever started it is gone: nobody would write down its results."""
+    if sys.platform.startswith("linux"):
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+
+
 def processor() -> str:
     """What Linux calls it, or nothing: seconds of different ones do not compare."""
     file = Path("/proc/cpuinfo")
@@ -247,7 +257,7 @@ def run(arguments: argparse.Namespace) -> None:
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False, cwd=REPOSITORY
     ).stdout.strip()
     RESULTS.mkdir(exist_ok=True)
-    with ProcessPoolExecutor(arguments.workers) as pool:
+    with ProcessPoolExecutor(arguments.workers, initializer=_end_with_parent) as pool:
         for path in sorted(STUDIES.glob("*.yaml")):
             if arguments.only and path.stem not in arguments.only:
                 continue
