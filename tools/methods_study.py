@@ -332,6 +332,7 @@ def section(study: Study) -> str:
     if "local_only" not in reported:
         return f"## {study.name}\n\nNot run yet."
     local = reported["local_only"][1]
+    here = processors(local)
     header = ["method", "mean loss", "vs local_only [95 %]", "vs mira [95 %]", "worst tenth", "harmed", "Rouge-L"]
     rows = [[*header, "MB up + down", "s", "learning rate"], ["---", *["---:"] * 9]]
     for name, (rate, runs) in sorted(reported.items(), key=lambda item: mean_loss(item[1][1])):
@@ -349,7 +350,7 @@ def section(study: Study) -> str:
                 "-" if name == "local_only" else f"{harmed:.1%}",
                 f"{np.mean([run.rouge_l for run in runs]):.3f}",
                 f"{megabytes:,.0f}",
-                f"{np.mean([run.line['seconds'] for run in runs]):,.0f}",
+                f"{np.mean([run.line['seconds'] for run in runs]):,.0f}{'' if processors(runs) == here else '*'}",
                 f"{rate:g}",
             ]
         )
@@ -361,6 +362,11 @@ def section(study: Study) -> str:
     )
     absent = [name for name in study.methods if name not in reported]
     return "\n\n".join([f"## {study.name}", facts, table, *([f"Not run yet: {', '.join(absent)}."] if absent else [])])
+
+
+def processors(runs: Sequence[Judged]) -> set[str]:
+    """On which the runs were made; older lines do not say."""
+    return {str(run.line.get("processor", "")) for run in runs}
 
 
 def mean_loss(runs: Sequence[Judged]) -> float:
@@ -420,10 +426,17 @@ def aims(studies: Sequence[Study]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
+_PICTURE = """## What smaller messages cost
+
+Planted tasks; one standard error over draws; made by `python tools/methods_picture.py`.
+
+![Loss of mira against the bytes that cross, by compression](bytes.svg)"""
+
+
 def page(_arguments: argparse.Namespace) -> None:
     studies = [load_study(path, None) for path in sorted(STUDIES.glob("*.yaml"))]
     words = (STUDIES / "words.md").read_text(encoding="utf-8").rstrip()
-    print("\n\n".join([words, aims(studies), *map(section, studies)]))
+    print("\n\n".join([words, aims(studies), *map(section, studies), _PICTURE]))
 
 
 def main() -> None:
