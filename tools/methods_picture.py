@@ -20,8 +20,8 @@ MESSAGES = {
     "mira-top-10": "top 10 % up",
     "mira-top-3": "top 3 % up",
     "mira-top-1": "top 1 % up",
-    "mira-top-1-forgetful": "top 1 % up, no error feedback",
 }
+"""Without error feedback the top 1 % is so far off that nothing else would be told apart."""
 REFERENCES = {"local_only": "local_only, nothing sent", "fedit": "fedit"}
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 760.0, 400.0, 58.0, 24.0, 56.0, 52.0
 STYLE = """
@@ -62,7 +62,7 @@ def picture(sent: list[Point], references: list[Point]) -> str:
     low, high = extent([math.log10(point.megabytes) for point in sent], padding=0.12)
     x = Scale(low, high, LEFT, WIDTH - RIGHT - 60)
     parts = [y_axis(y, LEFT, WIDTH - RIGHT, write)]
-    for megabytes in (5, 10, 20, 50, 100, 200, 500):
+    for megabytes in (5, 10, 20, 30, 50, 70, 100, 150, 200, 300, 500):
         if low <= math.log10(megabytes) <= high:
             at = x(math.log10(megabytes))
             parts.append(tag("line", x1=at, x2=at, y1=TOP, y2=HEIGHT - BOTTOM, class_="grid"))
