@@ -151,8 +151,10 @@ def test_a_half_written_last_line_is_forgiven_and_damage_is_not(make_run: Make) 
     whole = metrics.read_text()
     metrics.write_text(whole + '{"event": "fin')
     assert len(read_run(path).rounds) == 3
+    metrics.write_bytes(whole.encode() + '{"client": "é'.encode()[:-1])
+    assert len(read_run(path).rounds) == 3, "torn inside a character"
     metrics.write_text('{"event": "ro\n' + whole)
-    with pytest.raises(IntegrityError, match="line 1 is not JSON"):
+    with pytest.raises(IntegrityError, match="line 1, is damaged"):
         read_run(path)
     metrics.write_text(whole.replace('"upload_bytes"', '"uploaded"'))
     with pytest.raises(IntegrityError, match="'upload_bytes' is missing"):

@@ -18,6 +18,7 @@ import yaml
 
 from fedmira.errors import IntegrityError, UsageError
 from fedmira.evaluation.meters import ClientRecord, Mean
+from fedmira.runs.lines import read_events
 
 REFERENCE_METHOD = "local_only"
 """The method that every client is compared with."""
@@ -232,7 +233,7 @@ def read_run(path: Path, *, method: str | None = None, seed: int | None = None) 
         config = yaml.safe_load(config_text)
     except yaml.YAMLError as error:
         raise IntegrityError(f"{path / 'config.resolved.yaml'} is not YAML: {error}") from error
-    events = _events(path / "metrics.jsonl")
+    events = read_events(path / "metrics.jsonl")
     try:
         final = _by_round(events, "final")
         run = RunRecord(
@@ -292,23 +293,6 @@ def _by_round(events: Iterable[Mapping[str, Any]], kind: str) -> tuple[Mapping[s
     """Events of one kind, ascending; the later one wins where a resumed run wrote a round again."""
     found = {int(event["round"]): event for event in events if event.get("event") == kind}
     return tuple(found[round_] for round_ in sorted(found))
-
-
-def _events(path: Path) -> list[Mapping[str, Any]]:
-    # not splitlines: a name may hold a character that ends a line of text but not of JSON Lines
-    lines = _text(path).split("\n")
-    events: list[Mapping[str, Any]] = []
-    for position, line in enumerate(lines, start=1):
-        try:
-            event = json.loads(line)
-        except json.JSONDecodeError as error:
-            if position == len(lines):
-                break  # nothing after the last newline, or half a line of a run that is writing or was killed
-            raise IntegrityError(f"{path}, line {position} is not JSON: {error}") from error
-        if not isinstance(event, dict):
-            raise IntegrityError(f"{path}, line {position} is not a JSON object")
-        events.append(event)
-    return events
 
 
 def _json(path: Path) -> dict[str, Any]:
