@@ -253,7 +253,9 @@ def main() -> None:
     vocabulary = common_words(corpus.train)
     print(f"{len(corpus.train)} records to train on, {len(corpus.held_out)} held out", flush=True)
     if options.resume:
-        tokenizer = AutoTokenizer.from_pretrained(options.resume / "snapshot")
+        # a short run may have ended before its first snapshot
+        written = (options.resume / name for name in ("snapshot", "model"))
+        tokenizer = AutoTokenizer.from_pretrained(next(folder for folder in written if folder.is_dir()))
     else:
         tokenizer = train_tokenizer(corpus, vocabulary, options.vocab_size, options.seed)
     config = llama_config(len(tokenizer), tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id)
