@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import functools
 import hashlib
 import json
 import math
@@ -245,6 +246,7 @@ def _end_with_parent() -> None:
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
 
 
+@functools.cache
 def processor() -> str:
     """What Linux calls it, or nothing: seconds of different ones do not compare."""
     file = Path("/proc/cpuinfo")

@@ -69,13 +69,13 @@ def refusal_beside(method: MethodSection, exchange: ExchangeConfig, client_ranks
             "trains some in one round and others in the next, lets them rest; remove it"
         )
     return (
-        refusal_of_scalars(method, exchange, client_ranks)
-        or refusal_of_feedback(method, exchange)
-        or (refusal_under_noise(method) if exchange.privacy.enabled else "")
+        _refusal_of_scalars(method, exchange, client_ranks)
+        or _refusal_of_feedback(method, exchange)
+        or (_refusal_under_noise(method) if exchange.privacy.enabled else "")
     )
 
 
-def refusal_of_scalars(method: MethodSection, exchange: ExchangeConfig, client_ranks: bool) -> str:
+def _refusal_of_scalars(method: MethodSection, exchange: ExchangeConfig, client_ranks: bool) -> str:
     """Why `method` cannot be used with settings that are about tensors that cross; empty if it can, or sends tensors.
 
     Args:
@@ -84,7 +84,7 @@ def refusal_of_scalars(method: MethodSection, exchange: ExchangeConfig, client_r
         client_ranks: whether clients have adapters of different ranks.
 
     >>> from fedmira.method_config import method_with_defaults
-    >>> refusal_of_scalars(method_with_defaults("fedit"), ExchangeConfig(compression="int8"), client_ranks=True)
+    >>> _refusal_of_scalars(method_with_defaults("fedit"), ExchangeConfig(compression="int8"), client_ranks=True)
     ''
     """
     if not method.sends_scalars:
@@ -110,11 +110,11 @@ def refusal_of_scalars(method: MethodSection, exchange: ExchangeConfig, client_r
     return ""
 
 
-def refusal_of_feedback(method: MethodSection, exchange: ExchangeConfig) -> str:
+def _refusal_of_feedback(method: MethodSection, exchange: ExchangeConfig) -> str:
     """Why what compression leaves out of an upload of `method` cannot be added to the next; empty if it can.
 
     >>> from fedmira.method_config import method_with_defaults
-    >>> refusal_of_feedback(method_with_defaults("fedit"), ExchangeConfig(compression="topk"))
+    >>> _refusal_of_feedback(method_with_defaults("fedit"), ExchangeConfig(compression="topk"))
     ''
     """
     if not method.draws_factors or exchange.compression == "none" or not exchange.error_feedback:
@@ -125,11 +125,11 @@ def refusal_of_feedback(method: MethodSection, exchange: ExchangeConfig) -> str:
     )
 
 
-def refusal_under_noise(method: MethodSection) -> str:
+def _refusal_under_noise(method: MethodSection) -> str:
     """Why `method` cannot be used with `exchange.privacy`, which covers adapters only; empty if it can.
 
     >>> from fedmira.method_config import method_with_defaults
-    >>> refusal_under_noise(method_with_defaults("fedit"))
+    >>> _refusal_under_noise(method_with_defaults("fedit"))
     ''
     """
     if method.pools_examples:

@@ -4,8 +4,8 @@ An upload is start + min(1, C / |d|) d + sigma C z, with d the difference that l
 tensors and z standard Gaussian (the Gaussian mechanism of Dwork and Roth 2014; clipping as in McMahan et al., *Learning
 differentially private recurrent language models*, ICLR 2018). What is protected is a client's whole data: neighbours
 are worlds in which it sends its difference or a zero one; between two of its differences lie up to 2 C, and epsilon is
-that of half the noise multiplier. The server sees who takes part, so sampling clients amplifies
-nothing and each upload counts in full. Mixing, graphs and compression afterwards cost nothing more.
+that of half the noise multiplier. The server sees who takes part, so sampling clients amplifies nothing and each upload
+counts in full. Mixing, graphs and compression afterwards cost nothing more.
 
 With one trained factor the noise is linear in the product B A; with both, sigma^2 C^2 z_B z_A comes on top.
 

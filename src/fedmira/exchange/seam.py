@@ -267,21 +267,24 @@ def _crossed(job: Job) -> torch.Tensor:
 
 def _arrived(job: Job, crossed_SP: torch.Tensor, got_SP: torch.Tensor) -> Job:
     """Return `job` as the clients have it: wherever a row starts from, or is pulled to, what was sent, what it got."""
-    start_SP = job.start_SP.clone()
-    target_SP = None if job.pull is None else job.pull.target_SP.clone()
-    first_row = dict[int, int]()
-    for row, id_ in enumerate(job.ids):
-        # a row that stays with its client knows what the client's first row got
-        sent = row if row < job.num_crossing else first_row.get(id_)
-        first_row.setdefault(id_, row)
-        if sent is None or sent >= job.num_crossing:
-            continue
-        if row == sent and torch.equal(start_SP[row], crossed_SP[sent]):
-            start_SP[row] = got_SP[sent]
-        if target_SP is not None and torch.equal(target_SP[row], crossed_SP[sent]):
-            target_SP[row] = got_SP[sent]
-    pull = None if job.pull is None or target_SP is None else job.pull._replace(target_SP=target_SP)
-    return job._replace(start_SP=start_SP, pull=pull)
+    crossing = list(range(job.num_crossing))
+    first_row: dict[int, int] = {}
+    for row in crossing:
+        first_row.setdefault(job.ids[row], row)
+
+    def at_clients(rows_SP: torch.Tensor, rows: list[int], sent: list[int]) -> torch.Tensor:
+        is_what_was_sent_S1 = (rows_SP[rows] == crossed_SP[sent]).all(dim=1, keepdim=True)
+        arrived_SP = rows_SP.clone()
+        arrived_SP[rows] = torch.where(is_what_was_sent_S1, got_SP[sent], rows_SP[rows])
+        return arrived_SP
+
+    job = job._replace(start_SP=at_clients(job.start_SP, crossing, crossing))
+    if job.pull is None:
+        return job
+    # a row that stays with its client knows what the client's first row got
+    staying = [row for row in range(job.num_crossing, len(job.ids)) if job.ids[row] in first_row]
+    sent = crossing + [first_row[job.ids[row]] for row in staying]
+    return job._replace(pull=job.pull._replace(target_SP=at_clients(job.pull.target_SP, crossing + staying, sent)))
 
 
 def uncompressed_bytes(layout: Layout, job: Job, num_returned: int) -> int:

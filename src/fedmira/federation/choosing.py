@@ -110,8 +110,8 @@ def choose(config: ChoiceConfig, state: State, trial: Trial, losses: Losses) -> 
     for name in ("alpha", "start_alpha", "changes", "change_tokens"):
         memory[name] = memory[name].clone()
     changes_KQ, tokens_K = memory["changes"], memory["change_tokens"]
-    now_SQ = (losses.mean_SQ / losses.mean_SQ[:, :1] - 1.0).to(changes_KQ)
-    now_SQ = torch.nan_to_num(now_SQ, nan=_HOPELESS, posinf=_HOPELESS).clamp(max=_HOPELESS)
+    now_SQ = (losses.mean_SQ / losses.mean_SQ[:, :1] - 1.0).to(changes_KQ).nan_to_num(nan=_HOPELESS)
+    now_SQ = now_SQ.clamp(max=_HOPELESS)
     for s, k in enumerate(rows):
         if torch.isfinite(losses.mean_SQ[s, 0]):
             past = config.memory if tokens_K[k] else 0.0

@@ -85,8 +85,9 @@ def _from_adapters(draw: Callable[[Matrix, list[int], GraphConfig, Clients], Mat
 
         def learn(memory: Memory, seen: Seen) -> tuple[dict[str, torch.Tensor], Graph]:
             before_KK = memory["similarity"].cpu().numpy()
-            moves = seen.uploads, seen.starts, seen.clients, seen.returned
-            now_KK = observe(before_KK, *moves, config.memory, seen.clip)
+            now_KK = observe(
+                before_KK, seen.uploads, seen.starts, seen.clients, seen.returned, config.memory, clip=seen.clip
+            )
             weights_KK = np.zeros((num_clients, num_clients))
             if len(seen.clients) >= MINIMUM_CLIENTS:
                 block = np.ix_(seen.clients, seen.clients)
