@@ -52,6 +52,7 @@ Measurement = Training | Generation | MemoryMixing | DiskMixing | ClientMemory
 
 _LLAMA_15M = Workload("llama-15m", DOLLY, 4, 8, ATTENTION_PAIR, local_steps=1)
 _EMBEDDED = Workload("embedded", DOLLY, 4, 8, "all-linear", local_steps=1)
+_GPT2 = Workload("gpt2-124m", DOLLY, 4, 8, GPT2_PAIR, local_steps=1)
 _GPT2_LARGE = Workload("gpt2-large", DOLLY, 4, 8, GPT2_PAIR, local_steps=1, dtype="bfloat16")
 _LLAMA_1B = Workload("llama-1.3b", DOLLY, 8, 16, ("q_proj",), local_steps=1, dtype="bfloat16")
 
@@ -59,7 +60,7 @@ CPU: dict[str, Measurement] = {
     "train-15m": Training(_LLAMA_15M, (OURS, ONE_CLIENT, PEFT, MIXED, FLOWER, PFL)),
     "train-15m-ni": Training(replace(_LLAMA_15M, lengths=NATURAL, batch_size=8), (OURS, ONE_CLIENT, PEFT)),
     "train-15m-batch-1": Training(replace(_LLAMA_15M, batch_size=1, local_steps=2), (OURS, ONE_CLIENT, PEFT)),
-    "train-gpt2": Training(Workload("gpt2-124m", DOLLY, 4, 8, GPT2_PAIR, local_steps=1), contestants=(OURS, PEFT)),
+    "train-gpt2": Training(_GPT2, contestants=(OURS, PEFT)),
     "train-embedded-batch-1": Training(replace(_EMBEDDED, batch_size=1, local_steps=4)),
     "train-embedded": Training(_EMBEDDED, (OURS, ONE_CLIENT, PEFT, MIXED, PADDED)),
     "train-embedded-batch-8": Training(replace(_EMBEDDED, batch_size=8), (OURS, ONE_CLIENT, PEFT)),
@@ -92,7 +93,13 @@ CUDA_MORE: dict[str, Measurement] = {
     "generate-gpt2-8": Generation(replace(_GPT2_LARGE, model="gpt2-124m", num_clients=8), prompts_per_client=4),
     "generate-gpt2-80": Generation(replace(_GPT2_LARGE, model="gpt2-124m", num_clients=80), prompts_per_client=4),
 }
+_NARROW = (OURS, ONE_CLIENT, PEFT)
 CPU_MORE: dict[str, Measurement] = {
+    "train-15m-bf16": Training(replace(_LLAMA_15M, dtype="bfloat16"), _NARROW),
+    "train-15m-ni-bf16": Training(replace(_LLAMA_15M, lengths=NATURAL, batch_size=8, dtype="bfloat16"), _NARROW),
+    "train-gpt2-bf16": Training(
+        Workload("gpt2-124m", DOLLY, 4, 8, GPT2_PAIR, local_steps=1, dtype="bfloat16"), _NARROW
+    ),
     "train-15m-batch-8": Training(replace(_LLAMA_15M, batch_size=8), (OURS, ONE_CLIENT, PEFT)),
     "generate-embedded-single": Generation(replace(_EMBEDDED, num_clients=16), prompts_per_client=1),
     "generate-embedded-8": Generation(replace(_EMBEDDED, num_clients=8), prompts_per_client=4),

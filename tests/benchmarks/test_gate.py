@@ -96,7 +96,10 @@ def test_a_contestant_without_its_environment_says_why() -> None:
         make_peer(FLOWER, build(tiny, "cpu"), tiny, OPTIONS)
 
 
-def test_the_path_of_the_gpu_runs_in_bfloat16() -> None:
+@pytest.mark.parametrize("as_on_a_gpu", [False, True])
+def test_all_run_in_bfloat16(as_on_a_gpu: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if as_on_a_gpu:
+        monkeypatch.setattr("fedmira.model.families.state_dtype", lambda weight: weight.dtype)
     workload = replace(GPT2.tiny(), dtype="bfloat16")
     section = group.measure_training("tiny", workload, [OURS, ONE_CLIENT, PEFT, MIXED], OPTIONS, silent)
     assert all(row.seconds is not None for row in section.rows)

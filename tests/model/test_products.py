@@ -34,3 +34,15 @@ def test_a_result_lies_in_the_room_that_is_given(monkeypatch: pytest.MonkeyPatch
 def test_no_rows_and_other_dtypes_are_multiplied_too() -> None:
     assert products.product(X_NI[:0], WEIGHT_OI).shape == (0, 3)
     assert products.product(X_NI.double(), WEIGHT_OI.double()).dtype == torch.float64
+
+
+@pytest.mark.parametrize("bias_O", [None, BIAS_O], ids=["no bias", "bias"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_only_the_product_is_narrow_where_weights_are(dtype: torch.dtype, bias_O: torch.Tensor | None) -> None:
+    bias_O = None if bias_O is None else bias_O.to(dtype)
+    expected = torch.nn.functional.linear(X_NI.to(dtype), WEIGHT_OI.to(dtype), bias_O).float()
+    room = torch.full((40,), torch.nan)
+    for given in (None, room):
+        assert torch.equal(products.product(X_NI, WEIGHT_OI.to(dtype), bias_O, given), expected)
+    assert torch.equal(room[:15].view(5, 3), expected)
+    assert products.product(X_NI[:0], WEIGHT_OI.to(dtype), bias_O).shape == (0, 3)

@@ -117,15 +117,25 @@ class Body:
 
     def embed(self, tokens_N: torch.Tensor, positions_N: torch.Tensor, soften: Soften | None = None) -> torch.Tensor:
         """The rows that enter the first block, (N, d); `soften` puts soft prompts among the embeddings."""
-        x_Nd = self.words(tokens_N)
+        x_Nd = self.words(tokens_N).to(self.dtype)
         if soften is not None:
             x_Nd = soften(x_Nd)
         return x_Nd if self.places is None else x_Nd + self.places(positions_N)
 
     @property
+    def dtype(self) -> torch.dtype:
+        """What rows are kept in; where that is wider than the frozen weights, only their products are narrow."""
+        return self.final_norm.weight_d.dtype
+
+    @property
     def layers(self) -> frozenset[str]:
         """Module paths of all layers that can be adapted."""
         return frozenset(layer for block in self.blocks for name in STACKS for layer in getattr(block, name).columns)
+
+
+def state_dtype(weight: torch.Tensor) -> torch.dtype:
+    """What the rows of a body with such weights are kept in: on a CPU never less than float32, see `products`."""
+    return torch.promote_types(weight.dtype, torch.float32) if weight.device.type == "cpu" else weight.dtype
 
 
 def _wide(states: torch.Tensor) -> torch.Tensor:

@@ -55,7 +55,7 @@ class KeyValueCache:
         self._body = base.body if base.body is not None and layers <= base.body.layers else None
         self._prompts = SoftPrompts(arena) if arena.layout.num_virtual_tokens else None
         # the body written out computes adapters in its own dtype
-        self._arena = arena if self._body is None else arena.replace(arena.values_KP.to(base.dtype))
+        self._arena = arena if self._body is None else arena.replace(arena.values_KP.to(self._body.dtype))
         self._read: list[PackedRows] = []
         self._buckets: list[Bucket] = []
         self._position_B = torch.zeros(0, dtype=torch.int64, device=base.device)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from fedmira.model.attention import Settings
-from fedmira.model.body import Block, Body, Norm, Stack
+from fedmira.model.body import Block, Body, Norm, Stack, state_dtype
 
 
 def fused_body(model: Any) -> Body | None:
@@ -111,11 +111,12 @@ def _path_of(model: Any, body: Any) -> str:
 
 
 def _rms_norm(module: Any) -> Norm:
-    return Norm(module.weight, None, module.variance_epsilon)
+    return Norm(module.weight.to(state_dtype(module.weight)), None, module.variance_epsilon)
 
 
 def _layer_norm(module: Any) -> Norm:
-    return Norm(module.weight, module.bias, module.eps)
+    dtype = state_dtype(module.weight)
+    return Norm(module.weight.to(dtype), module.bias.to(dtype), module.eps)
 
 
 def _stack(at: str, parent: Any, names: Sequence[str]) -> Stack:
@@ -146,7 +147,8 @@ def _rotation(body: Any) -> Callable[[int], tuple[torch.Tensor, torch.Tensor]]:
 
     def rotate(length: int) -> tuple[torch.Tensor, torch.Tensor]:
         if not tables or len(tables[0]) < length:
-            like = body.embed_tokens.weight
+            weight = body.embed_tokens.weight
+            like = weight.new_empty(0, dtype=state_dtype(weight))
             with torch.no_grad():
                 both = body.rotary_emb(like, torch.arange(length, device=like.device)[None])
             # both halves of a head's features turn by the same angles

@@ -2,8 +2,10 @@
 
 PyTorch multiplies float32 matrices on a CPU with MKL. That is the fastest there is on Intel's processors, but leaves a
 tenth to a third of what others can do; oneDNN, which PyTorch carries for its compiler, does not. The maker of the
-processor decides, not a clock, so that a resumed run takes the same way. Results agree to rounding. Knows nothing about
-models.
+processor decides, not a clock, so that a resumed run takes the same way. Results agree to rounding.
+
+Where weights are kept in 16 bits and rows in 32, only the product is computed in 16: processors with tiles for bfloat16
+(AMX) multiply ten times as fast, and everything else is slower or less exact in 16 bits. Knows nothing about models.
 
 Axes: N rows, I/O in and out features.
 """
@@ -36,11 +38,15 @@ def product(
     """x W^T + b, (N, O); takes no part in autograd.
 
     Args:
-        x_NI: the rows.
-        weight_OI: may be a transposed view.
+        x_NI: the rows; the result has their dtype.
+        weight_OI: may be a transposed view, and narrower than the rows.
         bias_O: added to each row.
         room: memory of at least N * O elements that the result may lie in: large new memory costs as much as a product.
     """
+    if x_NI.dtype != weight_OI.dtype:
+        narrow_NO = F.linear(x_NI.to(weight_OI.dtype), weight_OI, bias_O)
+        wide_NO = x_NI.new_empty(narrow_NO.shape) if room is None else room[: narrow_NO.numel()].view(narrow_NO.shape)
+        return wide_NO.copy_(narrow_NO)
     if not (x_NI.dtype == torch.float32 and x_NI.device.type == "cpu" and len(x_NI)):
         return F.linear(x_NI, weight_OI, bias_O)
     x_NI, weight_OI = x_NI.detach(), weight_OI.detach()
