@@ -50,7 +50,9 @@ class ClientMemory:
 
 Measurement = Training | Generation | MemoryMixing | DiskMixing | ClientMemory
 
+_AGAINST_PEFT = (OURS, ONE_CLIENT, PEFT)
 _LLAMA_15M = Workload("llama-15m", DOLLY, 4, 8, ATTENTION_PAIR, local_steps=1)
+_NATURAL_15M = replace(_LLAMA_15M, lengths=NATURAL, batch_size=8)
 _EMBEDDED = Workload("embedded", DOLLY, 4, 8, "all-linear", local_steps=1)
 _GPT2 = Workload("gpt2-124m", DOLLY, 4, 8, GPT2_PAIR, local_steps=1)
 _GPT2_LARGE = Workload("gpt2-large", DOLLY, 4, 8, GPT2_PAIR, local_steps=1, dtype="bfloat16")
@@ -58,12 +60,12 @@ _LLAMA_1B = Workload("llama-1.3b", DOLLY, 8, 16, ("q_proj",), local_steps=1, dty
 
 CPU: dict[str, Measurement] = {
     "train-15m": Training(_LLAMA_15M, (OURS, ONE_CLIENT, PEFT, MIXED, FLOWER, PFL)),
-    "train-15m-ni": Training(replace(_LLAMA_15M, lengths=NATURAL, batch_size=8), (OURS, ONE_CLIENT, PEFT)),
-    "train-15m-batch-1": Training(replace(_LLAMA_15M, batch_size=1, local_steps=2), (OURS, ONE_CLIENT, PEFT)),
+    "train-15m-ni": Training(_NATURAL_15M, _AGAINST_PEFT),
+    "train-15m-batch-1": Training(replace(_LLAMA_15M, batch_size=1, local_steps=2), _AGAINST_PEFT),
     "train-gpt2": Training(_GPT2, contestants=(OURS, PEFT)),
     "train-embedded-batch-1": Training(replace(_EMBEDDED, batch_size=1, local_steps=4)),
     "train-embedded": Training(_EMBEDDED, (OURS, ONE_CLIENT, PEFT, MIXED, PADDED)),
-    "train-embedded-batch-8": Training(replace(_EMBEDDED, batch_size=8), (OURS, ONE_CLIENT, PEFT)),
+    "train-embedded-batch-8": Training(replace(_EMBEDDED, batch_size=8), _AGAINST_PEFT),
     "generate-embedded": Generation(replace(_EMBEDDED, num_clients=16), prompts_per_client=4),
     "client-memory": ClientMemory(),
     "mix-memory": MemoryMixing(1000, 1_000_000),
@@ -71,36 +73,32 @@ CPU: dict[str, Measurement] = {
 }
 
 _ON_GPU = (OURS, ONE_CLIENT, PEFT, MIXED)
-_MANY_ON_GPU = (OURS, ONE_CLIENT, PEFT)
 CUDA: dict[str, Measurement] = {
     "train-gpt2-large": Training(_GPT2_LARGE, _ON_GPU),
     "train-gpt2-large-16k": Training(replace(_GPT2_LARGE, num_clients=18), (OURS,)),
-    "train-gpt2-large-32": Training(replace(_GPT2_LARGE, num_clients=32), _MANY_ON_GPU),
-    "train-gpt2-large-80": Training(replace(_GPT2_LARGE, num_clients=80), _MANY_ON_GPU),
+    "train-gpt2-large-32": Training(replace(_GPT2_LARGE, num_clients=32), _AGAINST_PEFT),
+    "train-gpt2-large-80": Training(replace(_GPT2_LARGE, num_clients=80), _AGAINST_PEFT),
     "train-gpt2-large-batch-1": Training(replace(_GPT2_LARGE, batch_size=1), _ON_GPU),
-    "train-gpt2-large-batch-1-32": Training(replace(_GPT2_LARGE, batch_size=1, num_clients=32), _MANY_ON_GPU),
+    "train-gpt2-large-batch-1-32": Training(replace(_GPT2_LARGE, batch_size=1, num_clients=32), _AGAINST_PEFT),
     "train-1.3b": Training(_LLAMA_1B, _ON_GPU),
     "train-1.3b-batch-1": Training(replace(_LLAMA_1B, batch_size=1), _ON_GPU),
-    "train-1.3b-batch-1-32": Training(replace(_LLAMA_1B, batch_size=1, num_clients=32), _MANY_ON_GPU),
+    "train-1.3b-batch-1-32": Training(replace(_LLAMA_1B, batch_size=1, num_clients=32), _AGAINST_PEFT),
     "generate-gpt2": Generation(replace(_GPT2_LARGE, model="gpt2-124m", num_clients=16), prompts_per_client=4),
     "client-memory": ClientMemory(),
     "mix-memory": MemoryMixing(1000, 1_000_000),
 }
 """One call of ten minutes on one GPU."""
 CUDA_MORE: dict[str, Measurement] = {
-    "train-1.3b-32": Training(replace(_LLAMA_1B, num_clients=32), _MANY_ON_GPU),
+    "train-1.3b-32": Training(replace(_LLAMA_1B, num_clients=32), _AGAINST_PEFT),
     "generate-gpt2-large": Generation(replace(_GPT2_LARGE, num_clients=16), prompts_per_client=4),
     "generate-gpt2-8": Generation(replace(_GPT2_LARGE, model="gpt2-124m", num_clients=8), prompts_per_client=4),
     "generate-gpt2-80": Generation(replace(_GPT2_LARGE, model="gpt2-124m", num_clients=80), prompts_per_client=4),
 }
-_NARROW = (OURS, ONE_CLIENT, PEFT)
 CPU_MORE: dict[str, Measurement] = {
-    "train-15m-bf16": Training(replace(_LLAMA_15M, dtype="bfloat16"), _NARROW),
-    "train-15m-ni-bf16": Training(replace(_LLAMA_15M, lengths=NATURAL, batch_size=8, dtype="bfloat16"), _NARROW),
-    "train-gpt2-bf16": Training(
-        Workload("gpt2-124m", DOLLY, 4, 8, GPT2_PAIR, local_steps=1, dtype="bfloat16"), _NARROW
-    ),
-    "train-15m-batch-8": Training(replace(_LLAMA_15M, batch_size=8), (OURS, ONE_CLIENT, PEFT)),
+    "train-15m-bf16": Training(replace(_LLAMA_15M, dtype="bfloat16"), _AGAINST_PEFT),
+    "train-15m-ni-bf16": Training(replace(_NATURAL_15M, dtype="bfloat16"), _AGAINST_PEFT),
+    "train-gpt2-bf16": Training(replace(_GPT2, dtype="bfloat16"), _AGAINST_PEFT),
+    "train-15m-batch-8": Training(replace(_LLAMA_15M, batch_size=8), _AGAINST_PEFT),
     "generate-embedded-single": Generation(replace(_EMBEDDED, num_clients=16), prompts_per_client=1),
     "generate-embedded-8": Generation(replace(_EMBEDDED, num_clients=8), prompts_per_client=4),
     "generate-embedded-80": Generation(replace(_EMBEDDED, num_clients=80), prompts_per_client=4),

@@ -409,11 +409,9 @@ def aims(studies: Sequence[Study]) -> str:
         gaps = [m.losses_K.mean() - b.losses_K.mean() for m, b in zip(mira, reported[best], strict=True)]
         error = float(np.std(gaps, ddof=1) / math.sqrt(len(gaps))) if len(gaps) > 1 else 0.0
         harmed = np.mean([(m.losses_K > 1.01 * b.losses_K).mean() for m, b in zip(mira, local, strict=True)])
-        closed = [
-            f"{(mean_loss(local) - mean_loss(mira)) / (mean_loss(local) - mean_loss(reported[oracle])):.0%} of {oracle}"
-            for oracle in ("mira-true", "mira-labels", "oracle_clusters")
-            if oracle in reported and mean_loss(local) > mean_loss(reported[oracle])
-        ]
+        oracles = [name for name in ("mira-true", "mira-labels", "oracle_clusters") if name in reported]
+        gains = {name: mean_loss(local) - mean_loss(reported[name]) for name in ("mira", *oracles)}
+        closed = [f"{gains['mira'] / gains[name]:.0%} of {name}" for name in oracles if gains[name] > 0]
         rows.append(
             [
                 study.name,

@@ -114,9 +114,9 @@ class ModelConfig(Section):
     dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "auto"
     """Of the frozen base. `auto`: float32 on a CPU, bfloat16 on a GPU that supports it.
 
-    On a CPU `bfloat16` halves the memory of the base and rounds the inputs and outputs of its products; GPT-2, Llama,
-    Mistral and Qwen2 keep all else in float32. It pays where the processor multiplies bfloat16 in hardware
-    (`amx_bf16` in /proc/cpuinfo: Intel from 2023 on); elsewhere it is slower than float32."""
+    On a CPU `bfloat16` halves the base's weights and rounds the inputs and outputs of its products; GPT-2, Llama,
+    Mistral and Qwen2 keep all else in float32. It pays where the processor multiplies bfloat16 in tiles (`amx_bf16`
+    in /proc/cpuinfo: Intel from 2023 on); elsewhere it can be slower than float32."""
     device: str = "auto"
     """`auto`, `cpu`, `cuda`, `cuda:1`, `mps`."""
     adapter: AdapterConfig = AdapterConfig()

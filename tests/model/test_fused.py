@@ -176,14 +176,20 @@ def test_a_base_in_16_bits_multiplies_with_rounded_weights_and_keeps_wide_gradie
     monkeypatch.setattr(families, "state_dtype", lambda weight: weight.dtype)
     as_on_a_gpu = freeze(rounded, None, "rows in 16 bits")
     stock = replace(as_on_a_gpu, body=None)
-    distances = {}
+    distances: dict[object, tuple[float, float]] = {}
     for base, dtype in ((on_a_cpu, torch.float32), (as_on_a_gpu, torch.bfloat16), (stock, torch.bfloat16)):
         found_Md, found_CP = run(base, arena, batch)
         assert found_Md.dtype == dtype
         assert found_CP.dtype == torch.float32
-        distances[base.name] = distance(found_Md, hidden_Md), distance(found_CP, gradient_CP)
-        assert distances[base.name] < (0.02, 0.05)
-    assert distances["rows in 32 bits"] < distances["rows in 16 bits"]
+        distances[dtype if base.body is not None else "stock"] = (
+            distance(found_Md, hidden_Md),
+            distance(found_CP, gradient_CP),
+        )
+    for of_hidden, of_gradient in distances.values():
+        assert of_hidden < 0.02
+        assert of_gradient < 0.05
+    for of_wide, of_narrow in zip(distances[torch.float32], distances[torch.bfloat16], strict=True):
+        assert of_wide < of_narrow
 
 
 @pytest.mark.parametrize("narrow_rows", [False, True])

@@ -55,12 +55,12 @@ class AdaptedModel:
             return
         if arena.layout.num_virtual_tokens:
             self._prompts = SoftPrompts(arena, gradient_CP, trainable)
-        # adapters are kept in a wider type than a body in 16 bits computes in
-        computed_in = base.dtype if base.body is None else base.body.dtype
-        narrow = arena.values_KP.dtype != computed_in
-        self._computed = arena.replace(torch.empty_like(arena.values_KP, dtype=computed_in)) if narrow else arena
+        self._computed = arena
         layers = {spec.layer for spec, _ in pairs(arena.layout)}
         if base.body is not None and layers <= base.body.layers:
+            if arena.values_KP.dtype != base.body.dtype:
+                # adapters are kept in a wider type than a body in 16 bits computes in
+                self._computed = arena.replace(torch.empty_like(arena.values_KP, dtype=base.body.dtype))
             self._adapters = fused.bind(base.body, self._computed, gradient_CP, trainable)
 
     def __enter__(self) -> AdaptedModel:
