@@ -40,6 +40,9 @@ class GraphConfig(Section):
     With `kalofolias`: edges per client that its one parameter is set for."""
     power: FinitePositiveFloat = 1.0
     """With mutual nearest neighbours: exponent on the similarity, which is relative to that of the nearest."""
+    within_clusters: bool = True
+    """With `gram`, `gram_layers`: neighbours in another cluster of clients do not count. Clusters are those of
+    `clusters`; where there are none, all neighbours count."""
     memory: Share = 0.0
     """With graphs learned over rounds: weight of the past in the moving average of what is compared. What clients learn
     first is what their answers look like; remembering it blurs which tasks are alike."""
@@ -84,6 +87,7 @@ _KINDS_WITH = {
     "path": ("given",),
     "neighbours": (*_NEIGHBOUR_KINDS, "embeddings", "kalofolias"),
     "power": (*_NEIGHBOUR_KINDS, "embeddings"),
+    "within_clusters": ("gram", "gram_layers"),
     "memory": _LEARNED_KINDS,
     "warmup_rounds": _LEARNED_KINDS,
     "settled": _LEARNED_KINDS,

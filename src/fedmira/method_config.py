@@ -86,6 +86,9 @@ class ChoiceConfig(Section):
     it trains on from it."""
     every: PositiveInt = 1
     """Rounds from one question to the next. In the last round all clients with a stored adapter are asked."""
+    average: bool = True
+    """After the last round clients also judge the average over rounds (`ema_decay`); all of them take home what that
+    round gave them if the mean of their losses is smaller with it."""
     memory: Share = 0.5
     """Weight of the past in the moving average of a client's answers."""
     tolerance: NonNegativeFloat = 0.1

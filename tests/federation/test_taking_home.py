@@ -19,6 +19,7 @@ from tests.federation.builders import (
     one_round,
     play,
     same_bytes,
+    trained,
 )
 
 from fedmira.config import RunConfig
@@ -27,7 +28,7 @@ from fedmira.federation.methods import local_only
 from fedmira.federation.ranks import trimmed
 from fedmira.federation.registry import build_method
 from fedmira.federation.taking_home import over_rounds
-from fedmira.types import Participants
+from fedmira.types import Losses, Participants
 
 ROUNDS = [(0, 1, 3), (1, 2, 4), (0, 1, 2, 3, 4, 5), (5,)]
 AVERAGED = {name: config for name, config in CONFIGS.items() if not config.moves_the_base}
@@ -110,6 +111,57 @@ def test_ranks_hold_for_what_is_averaged() -> None:
     values_KP = method.personalise(state).values_KP
     assert same_bytes(values_KP, trimmed(initial().layout, values_KP, who.ranks_K or ()))
     assert not same_bytes(values_KP, plain.personalise(state).values_KP)
+
+
+@pytest.mark.parametrize(("pull", "averaged"), [(0.0, False), (1.0, True)])
+def test_the_average_is_taken_home_where_clients_do_better_with_it(pull: float, averaged: bool) -> None:
+    who, everybody = clients(), (0, 1, 2, 3, 4, 5)
+    config = mira_with("labels", ema_decay=0.5, choice={"enabled": True})
+    method = build_method(config, who)
+    always, never = (
+        build_method(mira_with("labels", ema_decay=decay, choice={"enabled": True, "average": False}), who)
+        for decay in (0.5, 0.0)
+    )
+    state = play(method, method.init(initial(), who), who.names, [everybody, everybody])
+    last = Participants(3, everybody, last=True)
+    results = trained(method.plan(state, last), who.names)
+    merged, _ = method.merge(state, last, results)
+    assert method.trial is not None
+    assert method.decide is not None
+    trial = method.trial(merged, last, results)
+    assert trial is not None
+    # two shares with the average and two without; everybody holds what they are made of
+    assert (trial.num_candidates, trial.sent) == (4, 0)
+    # an optimum on the way from what the last round gives all of them to where they were before, or beyond it
+    mixed_KP, home_KP = trial.candidate(3).double(), trial.candidate(1).double()
+    optimum_KP = mixed_KP + (2 * pull - 0.5) * (home_KP - mixed_KP)
+    losses = [(trial.candidate(q).double() - optimum_KP).square().mean(dim=1) for q in range(4)]
+    decided, info = method.decide(merged, trial, Losses(torch.stack(losses, dim=1), (3,) * 6, 0, 0))
+    assert info.numbers["average_over_rounds"] == float(averaged)
+    own = always.trial(merged, last, results) if always.trial else None
+    assert own is not None
+    assert always.decide is not None
+    expected, _ = always.decide(merged, own, Losses(torch.stack(losses[2:], dim=1), (3,) * 6, 0, 0))
+    other = always if averaged else never
+    assert same_bytes(method.personalise(decided).values_KP, other.personalise(expected).values_KP)
+    assert not same_bytes(always.personalise(expected).values_KP, never.personalise(expected).values_KP)
+
+
+def test_clients_without_validation_examples_take_the_average() -> None:
+    who, everybody = clients(), (0, 1, 2, 3, 4, 5)
+    method = build_method(mira_with("labels", ema_decay=0.5, choice={"enabled": True}), who)
+    state = play(method, method.init(initial(), who), who.names, [everybody])
+    last = Participants(2, everybody, last=True)
+    results = trained(method.plan(state, last), who.names)
+    merged, _ = method.merge(state, last, results)
+    assert method.trial is not None
+    assert method.decide is not None
+    trial = method.trial(merged, last, results)
+    assert trial is not None
+    nothing = Losses(torch.full((6, 4), torch.nan, dtype=torch.float64), (0,) * 6, 0, 0)
+    decided, info = method.decide(merged, trial, nothing)
+    assert info.numbers["average_over_rounds"] == 1.0
+    assert same_bytes(method.personalise(decided).values_KP, method.personalise(merged).values_KP)
 
 
 def test_unaligned_pairs_of_two_rounds_are_not_averaged() -> None:

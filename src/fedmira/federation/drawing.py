@@ -40,6 +40,16 @@ def inside_clusters(similarity_CC: Matrix) -> Matrix:
     return np.asarray(same_CC, dtype=np.float64) - np.eye(len(labels_C))
 
 
+def kept_within_clusters(weights_CC: Matrix, similarity_CC: Matrix) -> Matrix:
+    """Return the weights without those from one cluster to another; all of them where there are no clusters.
+
+    Clients have fewer relatives than neighbours when groups are small. What fills the list up is chance, and clients
+    that were mixed by chance look alike in the next round.
+    """
+    same_CC = inside_clusters(similarity_CC)
+    return np.where(same_CC > 0, weights_CC, 0.0) if same_CC.any() else weights_CC
+
+
 def task_correlation(similarity_CC: Matrix) -> Matrix:
     """Return the correlations of Omega = G^(1/2) / tr(G^(1/2)), G the given Gram matrix.
 

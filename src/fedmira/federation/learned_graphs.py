@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from fedmira.federation import drawing
 from fedmira.federation.asked_graphs import ASKED
 from fedmira.federation.blocks import block_of
 from fedmira.federation.graph import Graph, Matrix, agreement, explained, validated
-from fedmira.federation.learning import Builder, Learner, Memory, Seen, neighbour_graph
+from fedmira.federation.learning import Builder, Learner, Memory, Seen
 from fedmira.federation.ranks import trimmed
 from fedmira.federation.similarity import (
     MINIMUM_CLIENTS,
@@ -69,7 +70,20 @@ def learner(config: GraphConfig, clients: Clients) -> Learner:
     return Learner(init, learn, of_kind.ask, of_kind.hear)
 
 
-def _from_adapters(draw: Callable[[Matrix, list[int], GraphConfig, Clients], Matrix]) -> Builder:
+_Draw: TypeAlias = Callable[[Matrix, list[int], GraphConfig, Clients], Matrix]
+"""From the similarities among the clients seen, and who they are, to the weights between them."""
+
+
+def _drawn(draw: _Draw, similarity_KK: Matrix, seen: Seen, config: GraphConfig, clients: Clients) -> Matrix:
+    """Return what `draw` makes of the similarities among the clients seen, (K, K); nothing if they are too few."""
+    weights_KK = np.zeros_like(similarity_KK)
+    if len(seen.clients) >= MINIMUM_CLIENTS:
+        block = np.ix_(seen.clients, seen.clients)
+        weights_KK[block] = draw(similarity_KK[block], seen.clients, config, clients)
+    return weights_KK
+
+
+def _from_adapters(draw: _Draw) -> Builder:
     """Return the builder of learners that draw a graph from the similarities of where clients were heading.
 
     The similarities are a moving average over rounds, see `similarity`; `draw` gets those among the clients seen, and
@@ -88,11 +102,9 @@ def _from_adapters(draw: Callable[[Matrix, list[int], GraphConfig, Clients], Mat
             now_KK = observe(
                 before_KK, seen.uploads, seen.starts, seen.clients, seen.returned, config.memory, clip=seen.clip
             )
-            weights_KK = np.zeros((num_clients, num_clients))
-            if len(seen.clients) >= MINIMUM_CLIENTS:
-                block = np.ix_(seen.clients, seen.clients)
-                weights_KK[block] = draw(now_KK[block], seen.clients, config, clients)
-            used = {name: getattr(config, name) for name in ("neighbours", "power", "spread") if config.uses(name)}
+            weights_KK = _drawn(draw, now_KK, seen, config, clients)
+            names = ("neighbours", "power", "within_clusters", "spread")
+            used = {name: getattr(config, name) for name in names if config.uses(name)}
             return {"similarity": torch.from_numpy(np.array(now_KK))}, validated(
                 weights_KK, num_clients, config.kind, used
             )
@@ -100,6 +112,11 @@ def _from_adapters(draw: Callable[[Matrix, list[int], GraphConfig, Clients], Mat
         return Learner(init, learn)
 
     return build
+
+
+def _neighbours(similarity_CC: Matrix, seen: list[int], config: GraphConfig, clients: Clients) -> Matrix:
+    weights_CC = mutual_neighbours(similarity_CC, config.neighbours, config.power)
+    return drawing.kept_within_clusters(weights_CC, similarity_CC) if config.within_clusters else weights_CC
 
 
 def _gram_layers(config: GraphConfig, clients: Clients) -> Learner:
@@ -137,13 +154,14 @@ def _gram_layers(config: GraphConfig, clients: Clients) -> Learner:
                 ]
             )
         of_block = {
-            block: neighbour_graph(similarity_KK, config).adjacency_KK
+            block: _drawn(_neighbours, similarity_KK, seen, config, clients)
             for block, similarity_KK in zip(blocks, similarity_GKK, strict=True)
         }
         layers = seen.uploads.layout.layers
         # a layer without a low-rank pair follows the mean of those that have one
         mean_KK = np.mean([of_block[block_of(layer)] for layer in layers if block_of(layer) in of_block], axis=0)
-        details = {"neighbours": config.neighbours, "power": config.power, "pooling": config.pooling}
+        names = ("neighbours", "power", "within_clusters", "pooling")
+        details = {name: getattr(config, name) for name in names}
         graph = validated(mean_KK, num_clients, config.kind, {**details, "blocks": len(blocks)})
         by_layer = {layer: of_block.get(block_of(layer), graph.adjacency_KK) for layer in layers}
         return {"similarity": torch.from_numpy(np.array(similarity_GKK))}, replace(graph, by_layer=by_layer)
@@ -152,9 +170,7 @@ def _gram_layers(config: GraphConfig, clients: Clients) -> Learner:
 
 
 _FROM_ADAPTERS: Mapping[str, Builder] = {
-    "gram": _from_adapters(
-        lambda s_CC, seen, config, clients: mutual_neighbours(s_CC, config.neighbours, config.power)
-    ),
+    "gram": _from_adapters(_neighbours),
     "gram_layers": _gram_layers,
     "mtrl": _from_adapters(
         lambda s_CC, seen, config, clients: mutual_neighbours(

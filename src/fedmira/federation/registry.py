@@ -119,7 +119,8 @@ def build_method(
     graph = None if section is None else resolve_graph(section, clients, given_graph)
     method = METHODS[config.name](config, clients, graph, federation)
     # innermost, so that the average is of what clients keep before ranks cut it and diagnostics look at it
-    method = over_rounds(method, config.ema_decay)
+    choice = getattr(config, "choice", None)
+    method = over_rounds(method, config.ema_decay, judged=choice is not None and choice.enabled and choice.average)
     if clients.ranks_K is not None:
         method = within_ranks(method, clients.ranks_K)
     if section is None:

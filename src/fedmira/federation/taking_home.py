@@ -1,23 +1,26 @@
 """What clients take home as a moving average over rounds: theirs of this round and a share of what they had before.
 
 Late in a run each round moves an adapter around a good place as much as towards it; the mean of a few rounds lies
-closer (Polyak and Juditsky 1992; Izmailov et al., UAI 2018, for networks). Clients still train on from the last round.
-Knows nothing about how a method came to what it hands out.
+closer (Polyak and Juditsky 1992; Izmailov et al., UAI 2018, for networks). Where rounds still lead somewhere, at a low
+learning rate, it lags behind; so clients that judge what they keep can judge it as well. They still train on from the
+last round. Knows nothing about how a method came to what it hands out.
 
-Axes: K clients, P parameters of one adapter.
+Axes: K clients, S asked, Q candidates, P parameters of one adapter.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 
 from fedmira.federation.method import Info, Method, State
-from fedmira.types import Arena, Clients, Participants, Results
+from fedmira.federation.questions import apart, together
+from fedmira.types import Arena, Clients, Losses, Participants, Results, Trial
 
 
-def over_rounds(method: Method, decay: float) -> Method:
+def over_rounds(method: Method, decay: float, *, judged: bool = False) -> Method:
     """Return `method` whose clients take home decay h + (1 - decay) x: x what they would, h what they had a round ago.
 
     A client that had not returned by then has no h, and takes home x.
@@ -25,6 +28,9 @@ def over_rounds(method: Method, decay: float) -> Method:
     Args:
         method: any that leaves the base as it is; to another base earlier adapters do not fit.
         decay: in [0, 1); 0 returns `method` itself, and costs nothing.
+        judged: after the last round clients judge x and the average, and all take home x if the mean of their losses is
+            smaller with it: one client's few examples could not tell. Needs a method whose own question is about what
+            clients may take home.
     """
     if not decay:
         return method
@@ -40,11 +46,39 @@ def over_rounds(method: Method, decay: float) -> Method:
         before = {"home": personalise(state).values_KP, "has_home": has_home_K}
         return replace(after, memory={**after.memory, **before}), info
 
-    def personalise(state: State) -> Arena:
-        now, has_home_K = method.personalise(state), state.memory["has_home"]
-        if not has_home_K.any():
-            return now
-        share_K1 = (decay * has_home_K[:, None]).to(now.values_KP)
-        return now.replace(torch.lerp(now.values_KP, state.memory["home"], share_K1))
+    def averaged(state: State, now_SP: torch.Tensor, rows: Sequence[int] | slice) -> torch.Tensor:
+        share_S1 = (decay * state.memory["has_home"][rows, None]).to(now_SP)
+        return torch.lerp(now_SP, state.memory["home"][rows], share_S1)
 
-    return method._replace(init=init, merge=merge, personalise=personalise)
+    def personalise(state: State) -> Arena:
+        now = method.personalise(state)
+        return now.replace(averaged(state, now.values_KP, slice(None))) if state.memory["has_home"].any() else now
+
+    def trial(state: State, participants: Participants, results: Results) -> Trial | None:
+        own = method.trial(state, participants, results) if method.trial else None
+        if own is None or not participants.last:
+            return together(None, own)
+        rows, sent = list(own.ids), int(len(participants.ids) < state.adapters.num_clients)
+        candidates = Trial(
+            own.ids, own.num_candidates, lambda number: averaged(state, own.candidate(number), rows), sent, own.split
+        )
+        return together(candidates, own)
+
+    def decide(state: State, trial: Trial, losses: Losses) -> tuple[State, Info]:
+        (with_past, its_losses), (own, own_losses) = apart(trial, losses)
+        assert own is not None
+        assert method.decide is not None
+        state, info = method.decide(state, own, own_losses)
+        if with_past is None:
+            return state, info
+        taken_SP = method.personalise(state).values_KP[list(trial.ids)]
+        taken_SQ = torch.stack([(own.candidate(q) == taken_SP).all(dim=1) for q in range(own.num_candidates)], dim=1)
+        gains_SQ = own_losses.mean_SQ - its_losses.mean_SQ
+        gains = gains_SQ[taken_SQ.cpu() & gains_SQ.isfinite()]
+        lags = bool((gains.sum() < 0).item())
+        if lags:
+            state = replace(state, memory={**state.memory, "has_home": torch.zeros_like(state.memory["has_home"])})
+        return state, info._replace(numbers={**info.numbers, "average_over_rounds": float(not lags)})
+
+    over = method._replace(init=init, merge=merge, personalise=personalise)
+    return over._replace(trial=trial, decide=decide) if judged else over
