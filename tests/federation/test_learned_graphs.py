@@ -290,6 +290,23 @@ def test_clusters_are_the_families() -> None:
     assert np.array_equal(graph.adjacency_KK, same)
 
 
+@pytest.mark.parametrize("kind", ["gram", "gram_layers"])
+def test_neighbours_beyond_a_small_family_do_not_count(kind: str) -> None:
+    uploads, labels = families((2, 3, 2, 3, 2), own=1.0)
+    sharp, blurred = (learned(kind, uploads, within_clusters=within, neighbours=5) for within in (True, False))
+    assert weight_inside(sharp, labels) == 1.0
+    assert weight_inside(blurred, labels) < 0.9
+    # those that count weigh what they did
+    kept = sharp.adjacency_KK > 0
+    assert np.array_equal(sharp.adjacency_KK[kept], blurred.adjacency_KK[kept])
+
+
+def test_without_clusters_all_neighbours_count() -> None:
+    similarity = np.full((5, 5), 0.2) + 0.8 * np.eye(5)
+    weights = np.ones((5, 5)) - np.eye(5)
+    assert drawing.kept_within_clusters(weights, similarity) is weights
+
+
 @given(st.integers(2, 7), st.integers(1, 6), st.integers(0, 30))
 def test_smooth_weights_satisfy_the_conditions_of_their_optimum(size: int, neighbours: int, seed: int) -> None:
     points = np.random.Generator(np.random.Philox(seed)).normal(size=(size, 4))

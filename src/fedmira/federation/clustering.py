@@ -16,6 +16,8 @@ import numpy.typing as npt
 from fedmira.federation.graph import Matrix
 
 Labels: TypeAlias = npt.NDArray[np.int64]
+_NEGLIGIBLE = 1e-9
+"""A silhouette of equal distances, but for rounding."""
 
 
 def partitions(distance_CC: Matrix) -> tuple[Labels, ...]:
@@ -65,11 +67,11 @@ def silhouette(distance_CC: Matrix, labels_C: Labels) -> float:
 def clusters(distance_CC: Matrix) -> Labels | None:
     """Return the partition into 2 to C - 1 groups with the largest silhouette, the fewest groups among equals.
 
-    None if no partition has a positive one: then nothing says that there are groups.
+    None if no partition has a positive one, beyond rounding: then nothing says that there are groups.
     """
     candidates = partitions(distance_CC)[1:-1] if len(distance_CC) > 2 else ()
     scores = _silhouettes(distance_CC, candidates)
-    if not scores or max(scores) <= 0:
+    if not scores or max(scores) <= _NEGLIGIBLE:
         return None
     return candidates[int(np.argmax(scores))]
 
