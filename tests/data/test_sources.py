@@ -65,6 +65,25 @@ def load_one(tmp_path: Path, record: Any) -> Example:
             },
         ),
         (
+            {"system": "s", "conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
+            {"instruction": "q", "output": "a", "turns": (("system", "s"),)},
+        ),
+        (
+            {
+                "system": "other",
+                "messages": [
+                    {"role": "system", "content": "s"},
+                    {"role": "user", "content": "q"},
+                    {"role": "assistant", "content": "a"},
+                ],
+            },
+            {"instruction": "q", "output": "a", "turns": (("system", "s"),)},
+        ),
+        (
+            {"system": "s", "prompt": "q", "completion": "a"},
+            {"instruction": "q", "output": "a", "turns": (("system", "s"),)},
+        ),
+        (
             {"instruction": "q", "output": "a", "system": "", "history": []},
             {"instruction": "q", "output": "a"},
         ),
@@ -115,6 +134,8 @@ def test_known_shapes(tmp_path: Path, record: dict[str, Any], expected: dict[str
         ({"instruction": "q", "input": ["x"], "output": "a"}, "the field input is list, not text"),
         ({"instruction": "q", "output": "a", "task": {"x": 1}}, "the field task is dict; a label must be text"),
         ({"instruction": "q", "output": "a", "system": 5}, "the field system is int, not text"),
+        ({"system": ["s"], "messages": [{"role": "user", "content": "q"}]}, "no assistant turn"),
+        ({"prompt": "q", "completion": "a", "system": ["s"]}, "the field system is list, not text"),
         ({"instruction": "q", "output": "a", "history": "before"}, "history must be a list of pairs of texts"),
         ({"instruction": "q", "output": "a", "history": [["q", "a", "?"]]}, "history must be a list of pairs of texts"),
         ({"instruction": "q", "output": "a", "history": [["q", None]]}, "history must be a list of pairs of texts"),

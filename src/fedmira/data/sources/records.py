@@ -2,8 +2,9 @@
 
 Shapes, detected record by record: `messages` (role, content), `conversations` (ShareGPT: from, value), `prompt` and
 `completion` (text, or lists of messages), `instruction` with `input` or `context` and `output` or `response` (Alpaca,
-Dolly) and, as in LLaMA-Factory, `system` and `history` (a list of [user, assistant] pairs), which become earlier turns.
-Of a conversation the last assistant turn is the answer. Knows nothing about files, clients or splits.
+Dolly) and, as in LLaMA-Factory, `history` (a list of [user, assistant] pairs), which becomes earlier turns. Any record
+may have `system`, the turn before all others where none of them is one. Of a conversation the last assistant turn is
+the answer. Knows nothing about files, clients or splits.
 """
 
 from __future__ import annotations
@@ -91,6 +92,9 @@ def example_from_record(record: Any, fields: Fields, id_: str) -> Example:
     if not isinstance(record, Mapping):
         raise UnusableRecordError(f"a record must be an object with fields, not {type(record).__name__}")
     instruction, input_, references, turns = _parts(record)
+    system = _text(record, "system", required=False)
+    if system.strip() and "system" not in (role for role, _ in turns):
+        turns = (("system", system), *turns)
     refuse_half_characters(instruction, input_, *references, *(text for _, text in turns))
     return Example(
         instruction=instruction,
@@ -141,16 +145,13 @@ def _parts(record: Mapping[str, Any]) -> _Parts:
 
 
 def _earlier_turns(record: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
-    """What `system` and `history` of an Alpaca record say comes before its instruction."""
-    system, history = _text(record, "system", required=False), record.get("history")
-    turns = [("system", system)] if system.strip() else []
+    """What `history` of an Alpaca record says comes before its instruction."""
+    history = record.get("history")
     if history is None:
-        return tuple(turns)
+        return ()
     if not isinstance(history, list) or not all(_is_pair_of_texts(pair) for pair in history):
         raise UnusableRecordError("history must be a list of pairs of texts, [user, assistant]")
-    for user, assistant in history:
-        turns += [("user", user), ("assistant", assistant)]
-    return tuple(turns)
+    return tuple(turn for user, assistant in history for turn in (("user", user), ("assistant", assistant)))
 
 
 def _is_pair_of_texts(value: Any) -> bool:
