@@ -11,7 +11,7 @@ import pytest
 
 from fedmira.assembly import assemble
 from fedmira.config import RunConfig
-from fedmira.errors import DataError
+from fedmira.errors import DataError, IntegrityError
 from fedmira.experiment import run
 from fedmira.federation.graph import PRIVACY
 from fedmira.federation.known_graphs import resolve_graph
@@ -75,6 +75,17 @@ def test_trust_costs_the_adapters_that_are_judged_and_a_probe_costs_nothing(tmp_
     assert bytes_of["trust"] == (up + 9 * 3 * 4, down + 2 * down)
     # two more losses of each client, with the average over rounds
     assert in_the_last == {(up + 9 * 2 * 4, down)}, "no round follows that a graph could serve"
+
+
+def test_probe_texts_that_changed_since_the_start_are_refused_on_resume(tmp_path: Path) -> None:
+    texts = tmp_path / "probe.jsonl"
+    texts.write_text('{"instruction": "say", "output": "yes"}\n')
+    wanted = config("probe", rounds=1, probe_path=str(texts))
+    run(wanted, directory=tmp_path / "runs")
+    run(wanted, directory=tmp_path / "runs", resume=True)
+    texts.write_text('{"instruction": "say", "output": "no"}\n')
+    with pytest.raises(IntegrityError, match=r"the graph changed since the run was started \(sha256 differ\)"):
+        run(wanted, directory=tmp_path / "runs", resume=True)
 
 
 def test_embeddings_tell_families_apart_that_speak_differently() -> None:

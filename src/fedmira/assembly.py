@@ -62,6 +62,8 @@ class Assembly(NamedTuple):
     given_graph: np.ndarray | None = None
     """With `method.graph.kind: given`, the matrix (K, K) of the file in client order; with `embeddings`, the inner
     products of the clients' prompt embeddings."""
+    texts: tuple[TokenizedExample, ...] = ()
+    """With `method.graph.kind: probe`, what the server compares predictions on."""
 
     def initial_adapters(self) -> Arena:
         """The arena every run of this config starts from."""
@@ -110,7 +112,7 @@ class Assembly(NamedTuple):
         }
 
     def graph_facts(self, first: int | None = None) -> dict[str, Any]:
-        """Which graph the method asks for, and the hash of a given one, so that a changed file is noticed.
+        """Which graph the method asks for, and the hash of what it is made from, so that a changed file is noticed.
 
         Args:
             first: look at the part of a given one among so many first clients; None: at all of it.
@@ -123,6 +125,9 @@ class Assembly(NamedTuple):
         if section.kind == "given" and self.given_graph is not None:
             among = np.ascontiguousarray(self.given_graph[:first, :first])
             facts["sha256"] = hashlib.sha256(among.tobytes()).hexdigest()
+        if self.texts:
+            tokens = [(text.prompt_length, text.tokens.tolist()) for text in self.texts]
+            facts["sha256"] = hashlib.sha256(json.dumps(tokens).encode()).hexdigest()
         return facts
 
 
@@ -195,7 +200,7 @@ def assemble(
         texts=texts,
     )
     return Assembly(
-        config, federation, tokenized, tokenization, base, layout, clients, method, cohort_size, exchange, given
+        config, federation, tokenized, tokenization, base, layout, clients, method, cohort_size, exchange, given, texts
     )
 
 

@@ -37,22 +37,30 @@ def over_rounds(method: Method, decay: float, *, judged: bool = False) -> Method
 
     def init(initial: Arena, clients: Clients) -> State:
         state = method.init(initial, clients)
-        before = {"home": initial.values_KP.clone(), "has_home": torch.zeros(initial.num_clients)}
+        before = {
+            "home": initial.values_KP.clone(),
+            "has_home": torch.zeros(initial.num_clients),
+            "takes_average": torch.ones(1),
+        }
         return replace(state, memory={**state.memory, **before})
 
     def merge(state: State, participants: Participants, results: Results) -> tuple[State, Info]:
         after, info = method.merge(state, participants, results)
         has_home_K = torch.tensor([float(last > 0) for last in state.last_round_K]).to(state.memory["has_home"])
-        before = {"home": personalise(state).values_KP, "has_home": has_home_K}
+        # also if clients chose not to take the average home: a run that goes on is the one begun with all its rounds
+        home_KP = averaged(state, method.personalise(state).values_KP, slice(None))
+        before = {"home": home_KP, "has_home": has_home_K, "takes_average": torch.ones(1)}
         return replace(after, memory={**after.memory, **before}), info
 
     def averaged(state: State, now_SP: torch.Tensor, rows: Sequence[int] | slice) -> torch.Tensor:
-        share_S1 = (decay * state.memory["has_home"][rows, None]).to(now_SP)
-        return torch.lerp(now_SP, state.memory["home"][rows], share_S1)
+        has_home_S = state.memory["has_home"][rows]
+        if not has_home_S.any():
+            return now_SP
+        return torch.lerp(now_SP, state.memory["home"][rows], (decay * has_home_S[:, None]).to(now_SP))
 
     def personalise(state: State) -> Arena:
         now = method.personalise(state)
-        return now.replace(averaged(state, now.values_KP, slice(None))) if state.memory["has_home"].any() else now
+        return now.replace(averaged(state, now.values_KP, slice(None))) if state.memory["takes_average"] else now
 
     def trial(state: State, participants: Participants, results: Results) -> Trial | None:
         own = method.trial(state, participants, results) if method.trial else None
@@ -75,10 +83,9 @@ def over_rounds(method: Method, decay: float, *, judged: bool = False) -> Method
         taken_SQ = torch.stack([(own.candidate(q) == taken_SP).all(dim=1) for q in range(own.num_candidates)], dim=1)
         gains_SQ = own_losses.mean_SQ - its_losses.mean_SQ
         gains = gains_SQ[taken_SQ.cpu() & gains_SQ.isfinite()]
-        lags = bool((gains.sum() < 0).item())
-        if lags:
-            state = replace(state, memory={**state.memory, "has_home": torch.zeros_like(state.memory["has_home"])})
-        return state, info._replace(numbers={**info.numbers, "average_over_rounds": float(not lags)})
+        better = not bool((gains.sum() < 0).item())
+        state = replace(state, memory={**state.memory, "takes_average": torch.full((1,), float(better))})
+        return state, info._replace(numbers={**info.numbers, "average_over_rounds": float(better)})
 
     over = method._replace(init=init, merge=merge, personalise=personalise)
     return over._replace(trial=trial, decide=decide) if judged else over
