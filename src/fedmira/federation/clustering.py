@@ -21,7 +21,7 @@ _NEGLIGIBLE = 1e-9
 
 
 def partitions(distance_CC: Matrix) -> tuple[Labels, ...]:
-    """Return the partitions into 1, 2, ..., C groups that average linkage gives, (C,) each; O(C^3).
+    """Return the partitions into 1, 2, ..., C groups that average linkage gives, (C,) each; some O(C^2).
 
     The two groups with the smallest mean distance between their members become one. A group is named by its first
     client.
@@ -35,8 +35,10 @@ def partitions(distance_CC: Matrix) -> tuple[Labels, ...]:
     between_CC = np.array(distance_CC, dtype=np.float64)
     np.fill_diagonal(between_CC, np.inf)
     members = np.ones(size)
+    nearest = _Nearest(between_CC)
     for _ in range(size - 1):
-        one, other = sorted(np.unravel_index(int(between_CC.argmin()), between_CC.shape))
+        first = int(nearest.distance_C.argmin())
+        one, other = sorted((first, int(nearest.group_C[first])))
         joint = members[one] * between_CC[one] + members[other] * between_CC[other]
         members[one] += members[other]
         between_CC[one] = between_CC[:, one] = joint / members[one]
@@ -44,7 +46,31 @@ def partitions(distance_CC: Matrix) -> tuple[Labels, ...]:
         between_CC[one, one] = np.inf
         labels[labels == other] = one
         found.append(labels.copy())
+        nearest.merged(one, other, np.isin(np.arange(size), (one, other)))
     return tuple(reversed(found))
+
+
+class _Nearest:
+    """Per row of a matrix the smallest entry and the first column that has it, kept up to date while columns merge."""
+
+    def __init__(self, distance_CG: Matrix) -> None:
+        self._distance_CG = distance_CG
+        self._there_G = np.ones(distance_CG.shape[1], dtype=bool)
+        self.group_C = np.asarray(distance_CG.argmin(axis=1)) if distance_CG.size else np.zeros(0, dtype=np.int64)
+        self.distance_C = distance_CG[np.arange(len(distance_CG)), self.group_C]
+
+    def merged(self, into: int, gone: int, stale_C: npt.NDArray[np.bool_]) -> None:
+        """Column `into` has new values and `gone` none any more; all of the rows `stale_C` may have changed."""
+        self._there_G[gone] = False
+        new_C = self._distance_CG[:, into]
+        closer_C = (new_C < self.distance_C) | ((new_C == self.distance_C) & (into < self.group_C))
+        stale_C = stale_C | (self.group_C == gone) | (self.group_C == into)
+        self.distance_C = np.where(closer_C, new_C, self.distance_C)
+        self.group_C = np.where(closer_C, into, self.group_C)
+        rows, there = np.flatnonzero(stale_C), np.flatnonzero(self._there_G)
+        distance_RG = self._distance_CG[np.ix_(rows, there)]
+        self.group_C[rows] = there[distance_RG.argmin(axis=1)]
+        self.distance_C[rows] = distance_RG.min(axis=1)
 
 
 def silhouette(distance_CC: Matrix, labels_C: Labels) -> float:
@@ -77,26 +103,28 @@ def clusters(distance_CC: Matrix) -> Labels | None:
 
 
 def _silhouettes(distance_CC: Matrix, nested: Sequence[Labels]) -> list[float]:
-    """Return the silhouettes of partitions that `partitions` made, in their order; O(C^2) each.
+    """Return the silhouettes of partitions that `partitions` made, in their order; some O(C) each.
 
     From one partition to the next coarser one two groups become one, so the sums of distances to groups are added up.
     """
     size = len(distance_CC)
     rows, before = np.arange(size), np.arange(size)
     sums_CC, sizes_C, means_CC = distance_CC.astype(np.float64), np.ones(size), distance_CC.astype(np.float64)
+    np.fill_diagonal(means_CC, np.inf)
+    nearest = _Nearest(means_CC)
     scores = []
     for labels in reversed(nested):
         (gone,) = np.unique(before[before != labels])
         into = labels[gone]
         sums_CC[:, into] += sums_CC[:, gone]
         sizes_C[into] += sizes_C[gone]
-        means_CC[:, into], means_CC[:, gone] = sums_CC[:, into] / sizes_C[into], np.inf
+        theirs_C = labels == into
+        # nobody's own group is another one
+        means_CC[:, into], means_CC[:, gone] = np.where(theirs_C, np.inf, sums_CC[:, into] / sizes_C[into]), np.inf
+        nearest.merged(int(into), int(gone), theirs_C)
         own_C = sizes_C[labels]
         within_C = sums_CC[rows, labels] / np.maximum(own_C - 1, 1)
-        kept_C, means_CC[rows, labels] = means_CC[rows, labels].copy(), np.inf
-        nearest_C = means_CC.min(axis=1)
-        means_CC[rows, labels] = kept_C
-        scores.append(_mean_silhouette(within_C, nearest_C, own_C))
+        scores.append(_mean_silhouette(within_C, nearest.distance_C, own_C))
         before = labels
     return scores[::-1]
 
