@@ -42,7 +42,7 @@ class GraphConfig(Section):
     """With mutual nearest neighbours: exponent on the similarity, which is relative to that of the nearest."""
     within_clusters: bool = True
     """With `gram`, `gram_layers`: neighbours in another cluster of clients do not count. Clusters are those of
-    `clusters`; where there are none, all neighbours count."""
+    `clusters`, if they are clear (silhouette above 0.25); where they are not, all neighbours count."""
     memory: Share = 0.0
     """With graphs learned over rounds: weight of the past in the moving average of what is compared. What clients learn
     first is what their answers look like; remembering it blurs which tasks are alike."""

@@ -294,17 +294,23 @@ def test_clusters_are_the_families() -> None:
 def test_neighbours_beyond_a_small_family_do_not_count(kind: str) -> None:
     uploads, labels = families((2, 3, 2, 3, 2), own=1.0)
     sharp, blurred = (learned(kind, uploads, within_clusters=within, neighbours=5) for within in (True, False))
-    assert weight_inside(sharp, labels) == 1.0
-    assert weight_inside(blurred, labels) < 0.9
+    assert weight_inside(sharp, labels) == pytest.approx(1.0)
+    assert weight_inside(blurred, labels) < 0.95
     # those that count weigh what they did
     kept = sharp.adjacency_KK > 0
     assert np.array_equal(sharp.adjacency_KK[kept], blurred.adjacency_KK[kept])
 
 
-def test_without_clusters_all_neighbours_count() -> None:
-    similarity = np.full((5, 5), 0.2) + 0.8 * np.eye(5)
-    weights = np.ones((5, 5)) - np.eye(5)
-    assert drawing.kept_within_clusters(weights, similarity) is weights
+@pytest.mark.parametrize(("inside", "beyond", "clear"), [(0.2, 0.2, False), (0.3, 0.1, False), (0.6, 0.1, True)])
+def test_where_clusters_are_not_clear_all_neighbours_count(inside: float, beyond: float, clear: bool) -> None:
+    # the silhouette of two pairs is 1 - (1 - inside) / (1 - beyond): 0, 0.22 and 0.56
+    pairs = np.kron(np.eye(2), np.ones((2, 2)))
+    similarity = np.where(pairs > 0, inside, beyond)
+    np.fill_diagonal(similarity, 1.0)
+    weights = np.ones((4, 4)) - np.eye(4)
+    expected = weights * pairs if clear else weights
+    assert np.array_equal(drawing.kept_within_clusters(weights, similarity), expected)
+    assert drawing.inside_clusters(similarity).any() == (inside > beyond)
 
 
 @given(st.integers(2, 7), st.integers(1, 6), st.integers(0, 30))

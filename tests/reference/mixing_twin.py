@@ -62,13 +62,12 @@ def dense_by_layer(arena: Arena) -> list[list[np.ndarray]]:
 
 
 def similarity(after: Arena, before: Arena, clip: bool = False) -> np.ndarray:
-    """Mean over layers of the centred cosines of 2 after - before: unbiased, or cut to the median length if `clip`."""
+    """Mean over layers of the centred cosines of 2 after - before, cut to the median length if `clip`."""
     headings = [
         [2 * new - old for new, old in zip(*layer, strict=True)]
         for layer in zip(dense_by_layer(after), dense_by_layer(before), strict=True)
     ]
-    cosines = [centred_cosine(clipped(updates)) if clip else unbiased(centred_cosine(updates)) for updates in headings]
-    return np.mean(cosines, axis=0)
+    return np.mean([centred_cosine(clipped(updates) if clip else updates) for updates in headings], axis=0)
 
 
 def clipped(updates: list[np.ndarray]) -> list[np.ndarray]:
@@ -88,12 +87,6 @@ def centred_cosine(updates: list[np.ndarray]) -> np.ndarray:
     centred = stacked - stacked.mean(axis=0)
     unit = centred / np.linalg.norm(centred, axis=1, keepdims=True)
     return unit @ unit.T
-
-
-def unbiased(cosine: np.ndarray) -> np.ndarray:
-    """Cosines on a scale where independent vectors, of which -1 / (C - 1) is expected, have 0."""
-    expected = -1 / (len(cosine) - 1)
-    return (cosine - expected) / (1 - expected)
 
 
 def mutual_neighbours(similarity_KK: np.ndarray, neighbours: int, power: float) -> np.ndarray:

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from fedmira.federation.graph import Matrix
 
 Labels: TypeAlias = npt.NDArray[np.int64]
-_NEGLIGIBLE = 1e-9
+NEGLIGIBLE = 1e-9
 """A silhouette of equal distances, but for rounding."""
 
 
@@ -90,14 +90,14 @@ def silhouette(distance_CC: Matrix, labels_C: Labels) -> float:
     return _mean_silhouette(within_C, nearest_C, own_C)
 
 
-def clusters(distance_CC: Matrix) -> Labels | None:
+def clusters(distance_CC: Matrix, least: float = NEGLIGIBLE) -> Labels | None:
     """Return the partition into 2 to C - 1 groups with the largest silhouette, the fewest groups among equals.
 
-    None if no partition has a positive one, beyond rounding: then nothing says that there are groups.
+    None if no partition has more than `least`, by default a positive one: then nothing says that there are groups.
     """
     candidates = partitions(distance_CC)[1:-1] if len(distance_CC) > 2 else ()
     scores = _silhouettes(distance_CC, candidates)
-    if not scores or max(scores) <= _NEGLIGIBLE:
+    if not scores or max(scores) <= least:
         return None
     return candidates[int(np.argmax(scores))]
 

@@ -13,10 +13,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from fedmira.federation.clustering import clusters
+from fedmira.federation.clustering import NEGLIGIBLE, clusters
 from fedmira.federation.graph import Matrix
 from fedmira.federation.simplex import collaboration
 
+SUBSTANTIAL = 0.25
+"""Silhouettes up to here mean no substantial structure (Kaufman and Rousseeuw, Finding groups in data, 1990)."""
 _NEWTON_STEPS = 200
 _TOLERANCE = 1e-11
 """Relative error of the degrees at which a smooth graph counts as found."""
@@ -29,11 +31,14 @@ def squared_distances(similarity_CC: Matrix) -> Matrix:
     return distance_CC
 
 
-def inside_clusters(similarity_CC: Matrix) -> Matrix:
-    """Return weight 1 between clients of one cluster (see `clustering.clusters`); no edges where there are none."""
+def inside_clusters(similarity_CC: Matrix, least: float = 0.0) -> Matrix:
+    """Return weight 1 between clients of one cluster (see `clustering.clusters`); no edges where there are none.
+
+    `least` is the silhouette that clusters must have more than.
+    """
     distance_CC = 1.0 - similarity_CC
     np.fill_diagonal(distance_CC, 0.0)
-    labels_C = clusters(distance_CC)
+    labels_C = clusters(distance_CC, max(least, NEGLIGIBLE))
     if labels_C is None:
         return np.zeros_like(similarity_CC)
     same_CC = labels_C[:, None] == labels_C[None, :]
@@ -41,12 +46,12 @@ def inside_clusters(similarity_CC: Matrix) -> Matrix:
 
 
 def kept_within_clusters(weights_CC: Matrix, similarity_CC: Matrix) -> Matrix:
-    """Return the weights without those from one cluster to another; all of them where there are no clusters.
+    """Return the weights without those from one cluster to another; all of them where clusters are not clear.
 
     Clients have fewer relatives than neighbours when groups are small. What fills the list up is chance, and clients
     that were mixed by chance look alike in the next round.
     """
-    same_CC = inside_clusters(similarity_CC)
+    same_CC = inside_clusters(similarity_CC, SUBSTANTIAL)
     return np.where(same_CC > 0, weights_CC, 0.0) if same_CC.any() else weights_CC
 
 

@@ -132,18 +132,6 @@ def centred_cosine(gram_CC: Matrix) -> Matrix:
     return np.asarray((cosine_CC + cosine_CC.T) / 2)
 
 
-def unbiased(cosine_CC: Matrix) -> Matrix:
-    """Return centred cosines c on a scale where unrelated clients have 0 however few they are: c + (1 - c) / C.
-
-    Centring makes them look opposed: the centred cosines of C independent vectors of one length are -1 / (C - 1) on
-    average. What is 0, of clients that equal the mean, stays 0.
-
-    >>> unbiased(np.array([[1.0, -0.5, -0.5], [-0.5, 1.0, -0.5], [-0.5, -0.5, 1.0]])).round(12).tolist()
-    [[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]]
-    """
-    return np.where(cosine_CC != 0, cosine_CC + (1.0 - cosine_CC) / max(len(cosine_CC), 1), 0.0)
-
-
 def clipped(gram_CC: Matrix) -> Matrix:
     """Return the inner products after every update that is longer than the median one was cut to its length.
 
@@ -161,14 +149,8 @@ def clipped(gram_CC: Matrix) -> Matrix:
 
 
 def layer_similarities(arena: Arena, clip: bool = False) -> tuple[Matrix, ...]:
-    """Return per layer the centred cosines of the updates, (C, C), see `unbiased`.
-
-    `clip` cuts those far longer than the others, and takes no bias back: a hostile client that all others face sets
-    them apart from it, not from each other.
-    """
-    if clip:
-        return tuple(centred_cosine(clipped(gram_CC)) for gram_CC in layer_grams(arena))
-    return tuple(unbiased(centred_cosine(gram_CC)) for gram_CC in layer_grams(arena))
+    """Return per layer the centred cosines of the updates, (C, C); `clip` cuts those far longer than the others."""
+    return tuple(centred_cosine(clipped(gram_CC) if clip else gram_CC) for gram_CC in layer_grams(arena))
 
 
 def similarity(arena: Arena, clip: bool = False) -> Matrix:
