@@ -113,9 +113,12 @@ def test_ranks_hold_for_what_is_averaged() -> None:
     assert not same_bytes(values_KP, plain.personalise(state).values_KP)
 
 
+@pytest.mark.parametrize("ranks_K", [None, (1, 1, 1, 1, 1, 1)])
 @pytest.mark.parametrize(("pull", "averaged"), [(0.0, False), (1.0, True)])
-def test_the_average_is_taken_home_where_clients_do_better_with_it(pull: float, averaged: bool) -> None:
-    who, everybody = clients(), (0, 1, 2, 3, 4, 5)
+def test_the_average_is_taken_home_where_clients_do_better_with_it(
+    pull: float, averaged: bool, ranks_K: tuple[int, ...] | None
+) -> None:
+    who, everybody = clients()._replace(ranks_K=ranks_K), (0, 1, 2, 3, 4, 5)
     config = mira_with("labels", ema_decay=0.5, choice={"enabled": True})
     method = build_method(config, who)
     always, never = (

@@ -79,10 +79,12 @@ def over_rounds(method: Method, decay: float, *, judged: bool = False) -> Method
         state, info = method.decide(state, own, own_losses)
         if with_past is None:
             return state, info
+        # which candidate each client took; nearest and not equal, as candidates may have been cut to a client's rank
         taken_SP = method.personalise(state).values_KP[list(trial.ids)]
-        taken_SQ = torch.stack([(own.candidate(q) == taken_SP).all(dim=1) for q in range(own.num_candidates)], dim=1)
-        gains_SQ = own_losses.mean_SQ - its_losses.mean_SQ
-        gains = gains_SQ[taken_SQ.cpu() & gains_SQ.isfinite()]
+        apart_SQ = [(own.candidate(q) - taken_SP).square().sum(dim=1) for q in range(own.num_candidates)]
+        taken_S1 = torch.stack(apart_SQ, dim=1).argmin(dim=1, keepdim=True).cpu()
+        gains_S = (own_losses.mean_SQ - its_losses.mean_SQ).gather(1, taken_S1)
+        gains = gains_S[gains_S.isfinite()]
         better = not bool((gains.sum() < 0).item())
         state = replace(state, memory={**state.memory, "takes_average": torch.full((1,), float(better))})
         return state, info._replace(numbers={**info.numbers, "average_over_rounds": float(better)})
