@@ -279,6 +279,9 @@ class TrainingConfig(Section):
     """Of the learning rate over all rounds."""
     warmup_rounds: NonNegativeFloat = 0.0
     """Rounds over which the learning rate rises linearly from 0; fractions are allowed."""
+    data_seed: NonNegativeInt | None = None
+    """Seed of the order of examples in batches alone; null takes the run's. Another one, with the same partition and
+    initial adapters, shows how much of a difference between two runs is that of the order."""
     cohort_size: PositiveInt | Literal["auto"] = "auto"
     """Clients trained together in one batched computation; `auto` takes as many as fit in memory."""
 
@@ -298,6 +301,10 @@ class TrainingConfig(Section):
     def steps_or_default(self) -> int | None:
         """Steps per round, or None where epochs count."""
         return self.local_steps if self.local_steps is not None else (None if self.local_epochs is not None else 10)
+
+    def order_seed(self, seed: int) -> int:
+        """Of the batches of a run with `seed`."""
+        return seed if self.data_seed is None else self.data_seed
 
     @property
     def plain_sgd(self) -> TrainingConfig:

@@ -82,7 +82,8 @@ def planned_steps(parts: Assembly) -> Steps:
     def client_batches(id_: int, round_: int) -> list[tuple[int, ...]]:
         client = parts.tokenized[id_]
         work = training.steps_or_default, training.local_epochs
-        return local_batches(len(client.train), training.batch_size, *work, config.seed, client.name, round_)
+        order = training.order_seed(config.seed)
+        return local_batches(len(client.train), training.batch_size, *work, order, client.name, round_)
 
     rounds = config.federation.rounds
     ids = participation.draw(len(parts.tokenized), config.federation, config.seed, 1).ids

@@ -110,6 +110,18 @@ def test_dropout_changes_the_result_and_is_drawn_anew_in_every_round() -> None:
     assert not torch.equal(once_SP, next_round_SP)
 
 
+def test_another_data_seed_is_another_order_of_the_examples_and_nothing_else() -> None:
+    setup = Setup()
+    of_run_SP, _ = setup.train(setup.job(), 8, dropout=0.3)
+    same_SP, _ = setup.train(setup.job(), 8, dropout=0.3, training=TRAINING.model_copy(update={"data_seed": 9}))
+    assert torch.equal(same_SP, of_run_SP)
+    shuffled = TRAINING.model_copy(update={"data_seed": 10})
+    other_SP, _ = setup.train(setup.job(), 8, dropout=0.3, training=shuffled)
+    close = [torch.allclose(*rows, rtol=0, atol=1e-9) for rows in zip(other_SP, of_run_SP, strict=True)]
+    # one example has no order; of two, dropout falls on either
+    assert close == [n == 1 for n in COUNTS]
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_a_client_trains_the_same_in_any_company(dropout: float) -> None:
     setup = Setup()

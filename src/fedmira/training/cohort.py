@@ -199,7 +199,7 @@ def _prepare(
             training.batch_size,
             training.steps_or_default,
             training.local_epochs,
-            seed,
+            training.order_seed(seed),
             client.name,
             job.round,
         )
