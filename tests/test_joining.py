@@ -98,17 +98,17 @@ def without_questions(recorded: list[dict[str, Any]]) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("method", ["local_only", MIRA, {"name": "mira"}])
 def test_a_run_that_is_prolonged_is_the_run_begun_with_its_rounds(data: Path, method: Any) -> None:
     path = run(config(data, 2, method))
-    assert run(config(data, 3, method), resume=True, source_text="# three") == path
-    begun_so = run(config(data, 3, method), directory=data.parent / "others")
+    assert run(config(data, 4, method), resume=True, source_text="# four") == path
+    begun_so = run(config(data, 4, method), directory=data.parent / "others")
     assert same(newest(path), newest(begun_so))
     for kind in ("round", "evaluation"):
         one, other = events(path, kind), events(begun_so, kind)
         assert one == other if method in ("local_only", MIRA) else without_questions(one) == without_questions(other)
         assert one[-1] == other[-1]
-    assert [event["round"] for event in events(path, "final")] == [2, 3]
-    assert (path / "config.yaml").read_text() == "# three"
-    assert run(config(data, 3, method), resume=True) == path, "finished again, and found again"
-    assert run(config(data, 4, method), resume=True) == path
+    assert [event["round"] for event in events(path, "final")] == [2, 4]
+    assert (path / "config.yaml").read_text() == "# four"
+    assert run(config(data, 4, method), resume=True) == path, "finished again, and found again"
+    assert run(config(data, 5, method), resume=True) == path
     assert RunStore.open(path).manifest()["begun_rounds"] == 2
 
 

@@ -143,9 +143,14 @@ class MiraConfig(MethodSection):
     """How much of the mixed adapter each client takes; all of it unless `enabled`."""
 
     @model_validator(mode="after")
-    def _client_strength_has_effect(self) -> MiraConfig:
+    def _keys_have_an_effect(self) -> MiraConfig:
         if self.client_strength and self.strength == 0:
             raise ValueError("client_strength has no effect with strength = 0; remove it, or set a strength")
+        if not self.choice.average and not (self.ema_decay and self.choice.enabled):
+            raise ValueError(
+                "choice.average = false has no effect where there is no average (ema_decay = 0) or nobody chooses "
+                "(choice.enabled = false); remove it"
+            )
         return self
 
     def factors_of(self, names: Sequence[str]) -> tuple[float, ...]:

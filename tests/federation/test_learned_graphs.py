@@ -14,7 +14,7 @@ from scipy.cluster import hierarchy
 from scipy.optimize import minimize
 from scipy.spatial.distance import squareform
 from tests.federation.builders import clients, graph_section, initial, judged, layout, mira, one_round, play
-from tests.reference import mixing_twin
+from tests.reference import linkage_twin, mixing_twin
 
 from fedmira.errors import ConfigError
 from fedmira.federation import drawing
@@ -251,6 +251,18 @@ def test_a_resolved_config_is_accepted_again() -> None:
 # --------------------------------------------------------------------------------------------------- their mathematics
 
 
+@given(st.integers(1, 12), st.integers(0, 200), st.integers(1, 5))
+def test_average_linkage_equals_its_twin_with_ties(size: int, seed: int, values: int) -> None:
+    drawn = np.random.default_rng(seed).integers(0, values, size=(size, size)).astype(float)
+    distance = np.triu(drawn, 1) + np.triu(drawn, 1).T
+    assert [labels.tolist() for labels in partitions(distance)] == linkage_twin.partitions(distance)
+
+
+@pytest.mark.parametrize("size", range(3, 20))
+def test_equal_distances_make_no_clusters(size: int) -> None:
+    assert clusters(0.7 * (np.ones((size, size)) - np.eye(size))) is None
+
+
 @given(st.integers(2, 9), st.integers(0, 50))
 def test_average_linkage_equals_scipy(size: int, seed: int) -> None:
     points = np.random.Generator(np.random.Philox(seed)).normal(size=(size, 3))
@@ -484,8 +496,7 @@ def test_a_graph_and_its_method_ask_together_and_hear_their_own_answers() -> Non
     # the graph is for the next round
     trial = method.trial(merged, Participants(1, (0, 1, 2), last=True), results)
     assert trial is not None
-    # both shares of the last mixture as they are and averaged over rounds, which one that was absent does not hold
-    assert (trial.num_candidates, trial.sent) == (4, 1)
+    assert (trial.num_candidates, trial.sent) == (2, 0)
     decided, _ = method.decide(merged, trial, judged(trial, who.names)) if method.decide else (None, None)
     assert decided is not None
     assert torch.equal(decided.memory["regret"], merged.memory["regret"])

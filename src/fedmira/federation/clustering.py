@@ -21,7 +21,7 @@ NEGLIGIBLE = 1e-9
 
 
 def partitions(distance_CC: Matrix) -> tuple[Labels, ...]:
-    """Return the partitions into 1, 2, ..., C groups that average linkage gives, (C,) each; some O(C^2).
+    """Return the partitions into 1, 2, ..., C groups that average linkage gives, (C,) each; O(C^2) to O(C^3).
 
     The two groups with the smallest mean distance between their members become one. A group is named by its first
     client.
@@ -46,28 +46,33 @@ def partitions(distance_CC: Matrix) -> tuple[Labels, ...]:
         between_CC[one, one] = np.inf
         labels[labels == other] = one
         found.append(labels.copy())
-        nearest.merged(one, other, np.isin(np.arange(size), (one, other)))
+        nearest.merged(one, other)
     return tuple(reversed(found))
 
 
 class _Nearest:
-    """Per row of a matrix the smallest entry and the first column that has it, kept up to date while columns merge."""
+    """Per row of a matrix the smallest entry and the first column that has it, kept up to date while columns merge.
+
+    Costs C for each merge, and C for each row whose smallest entry went and did not come back smaller: few unless
+    distances form chains or hubs.
+    """
 
     def __init__(self, distance_CG: Matrix) -> None:
         self._distance_CG = distance_CG
         self._there_G = np.ones(distance_CG.shape[1], dtype=bool)
-        self.group_C = np.asarray(distance_CG.argmin(axis=1)) if distance_CG.size else np.zeros(0, dtype=np.int64)
+        self.group_C = np.asarray(distance_CG.argmin(axis=1))
         self.distance_C = distance_CG[np.arange(len(distance_CG)), self.group_C]
 
-    def merged(self, into: int, gone: int, stale_C: npt.NDArray[np.bool_]) -> None:
-        """Column `into` has new values and `gone` none any more; all of the rows `stale_C` may have changed."""
+    def merged(self, into: int, gone: int) -> None:
+        """Column `into` < `gone` has new values, `gone` has none any more, and no other grew but in rows nearest to one
+        of the two."""
         self._there_G[gone] = False
         new_C = self._distance_CG[:, into]
+        went_C = ((self.group_C == gone) | (self.group_C == into)) & (new_C > self.distance_C)
         closer_C = (new_C < self.distance_C) | ((new_C == self.distance_C) & (into < self.group_C))
-        stale_C = stale_C | (self.group_C == gone) | (self.group_C == into)
         self.distance_C = np.where(closer_C, new_C, self.distance_C)
         self.group_C = np.where(closer_C, into, self.group_C)
-        rows, there = np.flatnonzero(stale_C), np.flatnonzero(self._there_G)
+        rows, there = np.flatnonzero(went_C), np.flatnonzero(self._there_G)
         distance_RG = self._distance_CG[np.ix_(rows, there)]
         self.group_C[rows] = there[distance_RG.argmin(axis=1)]
         self.distance_C[rows] = distance_RG.min(axis=1)
@@ -95,15 +100,17 @@ def clusters(distance_CC: Matrix, least: float = NEGLIGIBLE) -> Labels | None:
 
     None if no partition has more than `least`, by default a positive one: then nothing says that there are groups.
     """
-    candidates = partitions(distance_CC)[1:-1] if len(distance_CC) > 2 else ()
+    if len(distance_CC) < 3:
+        return None
+    candidates = partitions(distance_CC)[1:-1]
     scores = _silhouettes(distance_CC, candidates)
-    if not scores or max(scores) <= least:
+    if max(scores) <= least:
         return None
     return candidates[int(np.argmax(scores))]
 
 
 def _silhouettes(distance_CC: Matrix, nested: Sequence[Labels]) -> list[float]:
-    """Return the silhouettes of partitions that `partitions` made, in their order; some O(C) each.
+    """Return the silhouettes of partitions that `partitions` made, in their order; as fast as those were found.
 
     From one partition to the next coarser one two groups become one, so the sums of distances to groups are added up.
     """
@@ -121,7 +128,7 @@ def _silhouettes(distance_CC: Matrix, nested: Sequence[Labels]) -> list[float]:
         theirs_C = labels == into
         # nobody's own group is another one
         means_CC[:, into], means_CC[:, gone] = np.where(theirs_C, np.inf, sums_CC[:, into] / sizes_C[into]), np.inf
-        nearest.merged(int(into), int(gone), theirs_C)
+        nearest.merged(int(into), int(gone))
         own_C = sizes_C[labels]
         within_C = sums_CC[rows, labels] / np.maximum(own_C - 1, 1)
         scores.append(_mean_silhouette(within_C, nearest.distance_C, own_C))

@@ -1,8 +1,8 @@
 """From similarities to weights: the ways to draw a graph that join clients by how alike they are.
 
-Each maps a symmetric matrix of centred cosines among the clients seen to non-negative symmetric weights with a zero
+All map a symmetric matrix of centred cosines among the clients seen to non-negative symmetric weights with a zero
 diagonal; heaviest edges are about 1, so that the strength of a step means the same for all. `mutual_neighbours` in
-`similarity` is the first of them. Knows nothing about adapters or rounds.
+`similarity` is the first of them, and `kept_within_clusters` may follow it. Knows nothing about adapters or rounds.
 
 Axes: C clients compared.
 """
@@ -31,14 +31,11 @@ def squared_distances(similarity_CC: Matrix) -> Matrix:
     return distance_CC
 
 
-def inside_clusters(similarity_CC: Matrix, least: float = 0.0) -> Matrix:
-    """Return weight 1 between clients of one cluster (see `clustering.clusters`); no edges where there are none.
-
-    `least` is the silhouette that clusters must have more than.
-    """
+def inside_clusters(similarity_CC: Matrix, least: float = NEGLIGIBLE) -> Matrix:
+    """Return weight 1 between clients of one cluster; no edges where no silhouette is above `least`."""
     distance_CC = 1.0 - similarity_CC
     np.fill_diagonal(distance_CC, 0.0)
-    labels_C = clusters(distance_CC, max(least, NEGLIGIBLE))
+    labels_C = clusters(distance_CC, least)
     if labels_C is None:
         return np.zeros_like(similarity_CC)
     same_CC = labels_C[:, None] == labels_C[None, :]

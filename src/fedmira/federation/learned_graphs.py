@@ -114,7 +114,7 @@ def _from_adapters(draw: _Draw) -> Builder:
     return build
 
 
-def _neighbours(similarity_CC: Matrix, seen: list[int], config: GraphConfig, clients: Clients) -> Matrix:
+def _neighbours(similarity_CC: Matrix, ids: list[int], config: GraphConfig, clients: Clients) -> Matrix:
     weights_CC = mutual_neighbours(similarity_CC, config.neighbours, config.power)
     return drawing.kept_within_clusters(weights_CC, similarity_CC) if config.within_clusters else weights_CC
 

@@ -47,7 +47,7 @@ def over_rounds(method: Method, decay: float, *, judged: bool = False) -> Method
     def merge(state: State, participants: Participants, results: Results) -> tuple[State, Info]:
         after, info = method.merge(state, participants, results)
         has_home_K = torch.tensor([float(last > 0) for last in state.last_round_K]).to(state.memory["has_home"])
-        # also if clients chose not to take the average home: a run that goes on is the one begun with all its rounds
+        # the average goes on as if clients had not been asked whether they want it
         home_KP = averaged(state, method.personalise(state).values_KP, slice(None))
         before = {"home": home_KP, "has_home": has_home_K, "takes_average": torch.ones(1)}
         return replace(after, memory={**after.memory, **before}), info
@@ -64,7 +64,7 @@ def over_rounds(method: Method, decay: float, *, judged: bool = False) -> Method
 
     def trial(state: State, participants: Participants, results: Results) -> Trial | None:
         own = method.trial(state, participants, results) if method.trial else None
-        if own is None or not participants.last:
+        if own is None or not participants.last or not state.memory["has_home"][list(own.ids)].any():
             return together(None, own)
         rows, sent = list(own.ids), int(len(participants.ids) < state.adapters.num_clients)
         candidates = Trial(
@@ -73,21 +73,26 @@ def over_rounds(method: Method, decay: float, *, judged: bool = False) -> Method
         return together(candidates, own)
 
     def decide(state: State, trial: Trial, losses: Losses) -> tuple[State, Info]:
-        (with_past, its_losses), (own, own_losses) = apart(trial, losses)
+        (average, average_losses), (own, own_losses) = apart(trial, losses)
         assert own is not None
         assert method.decide is not None
         state, info = method.decide(state, own, own_losses)
-        if with_past is None:
+        if average is None:
             return state, info
         # which candidate each client took; nearest and not equal, as candidates may have been cut to a client's rank
         taken_SP = method.personalise(state).values_KP[list(trial.ids)]
-        apart_SQ = [(own.candidate(q) - taken_SP).square().sum(dim=1) for q in range(own.num_candidates)]
-        taken_S1 = torch.stack(apart_SQ, dim=1).argmin(dim=1, keepdim=True).cpu()
-        gains_S = (own_losses.mean_SQ - its_losses.mean_SQ).gather(1, taken_S1)
-        gains = gains_S[gains_S.isfinite()]
-        better = not bool((gains.sum() < 0).item())
-        state = replace(state, memory={**state.memory, "takes_average": torch.full((1,), float(better))})
-        return state, info._replace(numbers={**info.numbers, "average_over_rounds": float(better)})
+        distance_SQ = [(own.candidate(q) - taken_SP).square().sum(dim=1) for q in range(own.num_candidates)]
+        taken_S1 = torch.stack(distance_SQ, dim=1).argmin(dim=1, keepdim=True).cpu()
+        heard_S = torch.tensor(losses.tokens_S) > 0
+        with_S, without_S = (
+            answers.mean_SQ.gather(1, taken_S1)[heard_S, 0].nan_to_num(nan=torch.inf)
+            for answers in (average_losses, own_losses)
+        )
+        # a loss that is not finite any more is worse than any that is, and two of them are equal
+        gain = (without_S - with_S).nan_to_num(nan=0.0).sum()
+        better = float(gain.isnan() or gain >= 0)
+        state = replace(state, memory={**state.memory, "takes_average": torch.full((1,), better)})
+        return state, info._replace(numbers={**info.numbers, "takes_average": better})
 
     over = method._replace(init=init, merge=merge, personalise=personalise)
     return over._replace(trial=trial, decide=decide) if judged else over
