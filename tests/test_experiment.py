@@ -225,14 +225,14 @@ def test_another_strength_is_not_local_only(tmp_path: Path) -> None:
 # -------------------------------------------------------------------------------------------------------------- bytes
 
 
-def answers(method: str, crossing: Crossing, round_: int) -> int:
-    """Bytes of the validation losses that clients of `mira` send, a float32 for each of two shares: those that returned
-    after a round, all that ever did after the last one."""
+def asked(method: str, crossing: Crossing, round_: int) -> tuple[int, int]:
+    """How many clients of `mira` are asked, and about how many adapters: those that returned about two shares of their
+    mixture, after the last round all that ever did about the average over rounds as well."""
     if method != "mira":
-        return 0
+        return 0, 0
     last = round_ == len(crossing.results)
-    asked = {id_ for results in crossing.results[0 if last else round_ - 1 : round_] for id_ in results.ids}
-    return 2 * 4 * len(asked)
+    ids = {id_ for results in crossing.results[0 if last else round_ - 1 : round_] for id_ in results.ids}
+    return len(ids), 4 if last else 2
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -241,9 +241,11 @@ def test_the_bytes_recorded_are_those_that_crossed(tmp_path: Path, crossing: Cro
     recorded = events(run(config, directory=tmp_path), "round")
     for event, job, results in zip(recorded, crossing.jobs, crossing.results, strict=True):
         sent = 0 if method == "local_only" else results.values_SP.nbytes
-        assert event["upload_bytes"] == sent + answers(method, crossing, event["round"])
-        # by its next turn a client of `mira` starts from another mixture than the one that it judges
-        judged = (method == "mira" and event["round"] < len(recorded)) * job.start_SP.nbytes
+        num_asked, num_judged = asked(method, crossing, event["round"])
+        assert event["upload_bytes"] == sent + 4 * num_asked * num_judged
+        # by its next turn a client of `mira` starts from another mixture than the one that it judges; in the last round
+        # one that was away does not hold what is averaged
+        judged = num_asked * job.start_SP[0].nbytes
         assert event["download_bytes"] == (0 if method == "local_only" else job.start_SP.nbytes + judged)
         assert len(event["participants"]) == len(job.ids) == 3
         assert event["tokens"] == sum(report.num_tokens for report in results.reports) > 0
