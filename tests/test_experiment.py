@@ -297,7 +297,8 @@ def test_a_client_that_is_not_finite_is_left_out_named_and_the_run_goes_on(
         assert results.ids == (0, 2, 3)
         assert math.isfinite(event["train_loss_sum"])
         sent = 0 if method == "local_only" else results.values_SP.nbytes
-        assert event["upload_bytes"] == sent + answers(method, crossing, event["round"])
+        num_asked, num_judged = asked(method, crossing, event["round"])
+        assert event["upload_bytes"] == sent + 4 * num_asked * num_judged
     assert sum(CLIENTS[1] in line and "left out" in line for line in told.messages) == 2
     assert f"{CLIENTS[1]} was left out" in (path / "run.log").read_text()
     arena, _ = personalised_adapters(path)
