@@ -432,7 +432,8 @@ def aims(studies: Sequence[Study]) -> str:
 
 _PICTURE = """## What smaller messages cost
 
-Planted tasks; one standard error over draws; made by `python tools/methods_picture.py`.
+Planted tasks; one standard error over draws; made by `python tools/methods_picture.py`, of runs of an earlier default
+of `mira` (all neighbours count, always the average), whose lines stand in `studies/results/` too.
 
 ![Loss of mira against the bytes that cross, by compression](bytes.svg)"""
 
