@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -24,11 +25,12 @@ from tests.federation.builders import (
 
 from fedmira.config import RunConfig
 from fedmira.federation.joining import joined
+from fedmira.federation.method import Info, Method, State
 from fedmira.federation.methods import local_only
 from fedmira.federation.ranks import trimmed
 from fedmira.federation.registry import build_method
 from fedmira.federation.taking_home import over_rounds
-from fedmira.types import Losses, Participants
+from fedmira.types import Losses, Participants, Trial
 
 ROUNDS = [(0, 1, 3), (1, 2, 4), (0, 1, 2, 3, 4, 5), (5,)]
 AVERAGED = {name: config for name, config in CONFIGS.items() if not config.moves_the_base}
@@ -113,6 +115,18 @@ def test_ranks_hold_for_what_is_averaged() -> None:
     assert not same_bytes(values_KP, plain.personalise(state).values_KP)
 
 
+def asked_after(
+    method: Method, state: State, participants: Participants, names: tuple[str, ...]
+) -> tuple[State, Trial, Callable[[State, Trial, Losses], tuple[State, Info]]]:
+    """The state after a round, what clients are asked, and what is made of their answers."""
+    results = trained(method.plan(state, participants), names)
+    merged, _ = method.merge(state, participants, results)
+    trial = method.trial(merged, participants, results) if method.trial else None
+    assert trial is not None
+    assert method.decide is not None
+    return merged, trial, method.decide
+
+
 @pytest.mark.parametrize("ranks_K", [None, (1, 1, 1, 1, 1, 1)])
 @pytest.mark.parametrize(("pull", "averaged"), [(0.0, False), (1.0, True)])
 def test_the_average_is_taken_home_where_clients_do_better_with_it(
@@ -127,24 +141,17 @@ def test_the_average_is_taken_home_where_clients_do_better_with_it(
     )
     state = play(method, method.init(initial(), who), who.names, [everybody, everybody])
     last = Participants(3, everybody, last=True)
-    results = trained(method.plan(state, last), who.names)
-    merged, _ = method.merge(state, last, results)
-    assert method.trial is not None
-    assert method.decide is not None
-    trial = method.trial(merged, last, results)
-    assert trial is not None
+    merged, trial, decide = asked_after(method, state, last, who.names)
     # two shares with the average and two without; everybody holds what they are made of
     assert (trial.num_candidates, trial.sent) == (4, 0)
     # an optimum on the way from what the last round gives all of them to where they were before, or beyond it
     mixed_KP, home_KP = trial.candidate(3).double(), trial.candidate(1).double()
     optimum_KP = mixed_KP + (2 * pull - 0.5) * (home_KP - mixed_KP)
     losses = [(trial.candidate(q).double() - optimum_KP).square().mean(dim=1) for q in range(4)]
-    decided, info = method.decide(merged, trial, Losses(torch.stack(losses, dim=1), (3,) * 6, 0, 0))
+    decided, info = decide(merged, trial, Losses(torch.stack(losses, dim=1), (3,) * 6, 0, 0))
     assert info.numbers["takes_average"] == float(averaged)
-    own = always.trial(merged, last, results) if always.trial else None
-    assert own is not None
-    assert always.decide is not None
-    expected, _ = always.decide(merged, own, Losses(torch.stack(losses[2:], dim=1), (3,) * 6, 0, 0))
+    merged, own, decide = asked_after(always, state, last, who.names)
+    expected, _ = decide(merged, own, Losses(torch.stack(losses[2:], dim=1), (3,) * 6, 0, 0))
     other = always if averaged else never
     assert same_bytes(method.personalise(decided).values_KP, other.personalise(expected).values_KP)
     assert not same_bytes(always.personalise(expected).values_KP, never.personalise(expected).values_KP)
@@ -174,16 +181,11 @@ def test_one_mean_of_losses_decides_for_all(
     method = build_method(mira_with("labels", ema_decay=0.5, choice={"enabled": True, "memory": 0.0}), who)
     state = play(method, method.init(initial(), who), who.names, [(0, 1, 3, 4), (0, 1, 3, 4)])
     last = Participants(3, (0, 1, 3, 4), last=True)
-    results = trained(method.plan(state, last), who.names)
-    merged, _ = method.merge(state, last, results)
-    assert method.trial is not None
-    assert method.decide is not None
-    trial = method.trial(merged, last, results)
-    assert trial is not None
+    merged, trial, decide = asked_after(method, state, last, who.names)
     # two never returned and hold no past; the average is one more adapter for those who will not be sent their mixture
     assert (trial.ids, trial.num_candidates, trial.sent) == ((0, 1, 3, 4), 4, 1)
     answers_SQ = torch.cat([torch.tensor(average_SQ), torch.tensor(own_SQ)], dim=1).double()
-    decided, info = method.decide(merged, trial, Losses(answers_SQ, (3,) * 4, 0, 0))
+    decided, info = decide(merged, trial, Losses(answers_SQ, (3,) * 4, 0, 0))
     assert info.numbers["takes_average"] == better
     assert same_bytes(method.personalise(decided).values_KP, method.personalise(merged).values_KP) <= better
     # whatever was chosen, the next round's average is made of averages
@@ -197,10 +199,7 @@ def test_where_nobody_has_a_past_nobody_is_asked_about_it() -> None:
     who, last = clients(), Participants(1, (0, 1, 2), last=True)
     method = build_method(mira_with("labels", ema_decay=0.5, choice={"enabled": True}), who)
     state = method.init(initial(), who)
-    results = trained(method.plan(state, last), who.names)
-    merged, _ = method.merge(state, last, results)
-    trial = method.trial(merged, last, results) if method.trial else None
-    assert trial is not None
+    _, trial, _ = asked_after(method, state, last, who.names)
     assert (trial.num_candidates, trial.sent) == (2, 0)
 
 
@@ -209,14 +208,9 @@ def test_clients_without_validation_examples_take_the_average() -> None:
     method = build_method(mira_with("labels", ema_decay=0.5, choice={"enabled": True}), who)
     state = play(method, method.init(initial(), who), who.names, [everybody])
     last = Participants(2, everybody, last=True)
-    results = trained(method.plan(state, last), who.names)
-    merged, _ = method.merge(state, last, results)
-    assert method.trial is not None
-    assert method.decide is not None
-    trial = method.trial(merged, last, results)
-    assert trial is not None
+    merged, trial, decide = asked_after(method, state, last, who.names)
     nothing = Losses(torch.full((6, 4), torch.nan, dtype=torch.float64), (0,) * 6, 0, 0)
-    decided, info = method.decide(merged, trial, nothing)
+    decided, info = decide(merged, trial, nothing)
     assert info.numbers["takes_average"] == 1.0
     assert same_bytes(method.personalise(decided).values_KP, method.personalise(merged).values_KP)
 
