@@ -19,7 +19,7 @@ from fedmira.assembly import Assembly, assemble, refuse_other_base
 from fedmira.config import RunConfig
 from fedmira.data.sources.files import unusable_line
 from fedmira.errors import DivergedError, Interrupted, ParticipationError
-from fedmira.evaluation.judge import final_records, validation_losses
+from fedmira.evaluation.judge import final_records, shortened_line, validation_losses
 from fedmira.exchange.privacy import advice
 from fedmira.exchange.seam import Kept
 from fedmira.federation import participation
@@ -126,7 +126,10 @@ class _Run:
             self.display.finish(f"{self.store.path}: finished before, nothing to do")
             return self.store.path
         self.display.start(f"{config.method.name} seed {config.seed}", config.federation.rounds)
-        if line := unusable_line(self.parts.federation.provenance):
+        parts = self.parts
+        unusable = unusable_line(parts.federation.provenance)
+        shortened = shortened_line(parts.base, parts.layout, parts.tokenized, config.evaluation)
+        for line in filter(None, (unusable, shortened)):
             self._tell(f"warning: {line}")
         for round_ in range(first_round, config.federation.rounds + 1):
             if self.larger and progress is None:

@@ -11,7 +11,7 @@ from tests.reference.tiny_models import random_arena, random_examples, tiny_layo
 from fedmira.config import EvaluationConfig
 from fedmira.data.tokenization import TokenizedClient
 from fedmira.evaluation import judge
-from fedmira.evaluation.judge import final_records, validation_losses
+from fedmira.evaluation.judge import final_records, shortened_line, validation_losses
 from fedmira.evaluation.loss import evaluate_loss
 from fedmira.model.base import BaseModel, freeze
 from fedmira.types import Arena, Client, Example
@@ -144,3 +144,26 @@ def test_without_generation_nothing_is_answered(
     records = final_records(model, arena_for(model), clients, settings(enabled=False))
     assert asked == []
     assert {(record.generated, record.rouge_l_sum, record.exact_match_sum) for record in records} == {(0, 0.0, 0.0)}
+
+
+def test_prompts_that_make_room_for_answers_are_counted(clients: list[TokenizedClient]) -> None:
+    model = base()
+    layout = tiny_layout(model, "llama")
+    longest = max(example.prompt_length for client in clients for example in client.test)
+    fits = settings(max_new_tokens=model.max_length - longest)
+    assert shortened_line(model, layout, clients, fits) == ""
+    one_more = settings(max_new_tokens=model.max_length - longest + 1)
+    longest_ones = [e for client in clients for e in client.test if e.prompt_length == longest]
+    line = shortened_line(model, layout, clients, one_more)
+    assert line.startswith(f"{len(longest_ones)} of {sum(COUNTS)} test prompts are answered without their beginning")
+    assert "evaluation.generation.max_new_tokens" in line
+
+
+def test_prompts_that_nobody_answers_are_not_counted(clients: list[TokenizedClient]) -> None:
+    model = base()
+    layout = tiny_layout(model, "llama")
+    few = settings(max_new_tokens=model.max_length, examples_per_client=1)
+    assert f" of {len(COUNTS)} test prompts" in shortened_line(model, layout, clients, few)
+    assert shortened_line(model, layout, clients, few.model_copy(update={"test": False})) == ""
+    off = settings(max_new_tokens=model.max_length, enabled=False)
+    assert shortened_line(model, layout, clients, off) == ""

@@ -300,6 +300,7 @@ def test_clusters_are_the_families() -> None:
     graph = learned("clusters", uploads)
     same = np.array([[float(one == other) for other in labels] for one in labels]) - np.eye(12)
     assert np.array_equal(graph.adjacency_KK, same)
+    assert graph.provenance["clusters"] == len(set(labels))
 
 
 @pytest.mark.parametrize("kind", ["gram", "gram_layers"])
@@ -311,6 +312,9 @@ def test_neighbours_beyond_a_small_family_do_not_count(kind: str) -> None:
     # those that count weigh what they did
     kept = sharp.adjacency_KK > 0
     assert np.array_equal(sharp.adjacency_KK[kept], blurred.adjacency_KK[kept])
+    found = sharp.provenance["clusters"]
+    assert set(found if isinstance(found, list) else [found]) == {5}
+    assert "clusters" not in blurred.provenance
 
 
 @pytest.mark.parametrize(("inside", "beyond", "clear"), [(0.2, 0.2, False), (0.3, 0.1, False), (0.6, 0.1, True)])
@@ -321,8 +325,10 @@ def test_where_clusters_are_not_clear_all_neighbours_count(inside: float, beyond
     np.fill_diagonal(similarity, 1.0)
     weights = np.ones((4, 4)) - np.eye(4)
     expected = weights * pairs if clear else weights
-    assert np.array_equal(drawing.kept_within_clusters(weights, similarity), expected)
-    assert drawing.inside_clusters(similarity).any() == (inside > beyond)
+    kept = drawing.kept_within_clusters(weights, similarity)
+    assert np.array_equal(kept.weights_CC, expected)
+    assert kept.facts == {"clusters": 2 if clear else None}
+    assert drawing.inside_clusters(similarity).weights_CC.any() == (inside > beyond)
 
 
 @given(st.integers(2, 7), st.integers(1, 6), st.integers(0, 30))

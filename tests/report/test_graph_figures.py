@@ -60,3 +60,22 @@ def test_only_learned_graphs_have_a_course(make_run: Make) -> None:
     assert "mira: the graph over rounds" in learned
     assert "on true edges" in learned
     assert "the graph over rounds" not in render(read(changed(make_run(), shares)))
+
+
+@pytest.mark.parametrize(
+    ("provenance", "words"),
+    [
+        (
+            {"clusters": 4, "within_clusters": True},
+            "Clients fall into 4 clusters; only neighbours in the same one count.",
+        ),
+        ({"clusters": 4}, "Clients fall into 4 clusters."),
+        ({"clusters": None, "within_clusters": True}, "No clusters of clients are clear."),
+        ({"clusters": [4, None], "within_clusters": True}, None),
+        ({}, None),
+    ],
+)
+def test_a_graph_says_which_clusters_it_saw(make_run: Make, provenance: dict[str, Any], words: str | None) -> None:
+    page = render(read(changed(make_run(), {}, provenance=provenance)))
+    assert ("clusters" in page) == (words is not None)
+    assert words is None or words in page

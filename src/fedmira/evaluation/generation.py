@@ -24,7 +24,7 @@ from fedmira.model.cache import KeyValueCache
 from fedmira.model.full import is_full, one_by_one
 from fedmira.model.shift import shifted
 from fedmira.training.memory import available_bytes
-from fedmira.types import Arena
+from fedmira.types import Arena, Layout
 
 _CPU_STEPS_BETWEEN_LOOKS = 1
 _STEPS_BETWEEN_LOOKS = 8
@@ -90,9 +90,8 @@ def generate(
             generate(base, bare, [prompts], max_new_tokens, batch_sequences=batch_sequences)[0]
             for bare, prompts in alone
         ]
-    room = base.max_length - arena.layout.num_virtual_tokens
-    new_tokens = min(max_new_tokens, room - 1)
-    answers = list(_waiting(prompts_per_client, room - new_tokens))
+    new_tokens, room = tokens_for(base, arena.layout, max_new_tokens)
+    answers = list(_waiting(prompts_per_client, room))
     # outside of inference mode, so that the weights stay ordinary tensors
     with shifted(base, arena.layout, arena.shift_W), torch.inference_mode():
         _Writer(base, arena.replace(arena.values_KP.to(base.device)), new_tokens, batch_sequences).write(answers)
@@ -102,6 +101,13 @@ def generate(
             answer.written, skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
     return texts
+
+
+def tokens_for(base: BaseModel, layout: Layout, max_new_tokens: int) -> tuple[int, int]:
+    """How many tokens an answer gets in the model's context, and how many are left for its prompt, 1 at least."""
+    room = base.max_length - layout.num_virtual_tokens
+    new_tokens = min(max_new_tokens, room - 1)
+    return new_tokens, room - new_tokens
 
 
 def _waiting(prompts_per_client: Sequence[Sequence[np.ndarray]], room: int) -> Iterator[_Answer]:

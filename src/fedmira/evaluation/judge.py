@@ -8,11 +8,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from fedmira.evaluation.generation import generate
+import numpy as np
+
+from fedmira.evaluation.generation import generate, tokens_for
 from fedmira.evaluation.loss import evaluate_loss
 from fedmira.evaluation.meters import ClientRecord
 from fedmira.evaluation.rouge import exact_match, rouge_l
-from fedmira.types import Arena
+from fedmira.types import Arena, Layout
 
 if TYPE_CHECKING:
     from fedmira.config import EvaluationConfig
@@ -32,12 +34,9 @@ def final_records(
 ) -> list[ClientRecord]:
     """The record of each client on its test split; row k of `arena` (K, P) judges client k."""
     losses = evaluate_loss(base, arena, [client.test for client in clients], evaluation.batch_tokens)
-    limit = evaluation.generation.examples_per_client if evaluation.generation.enabled else 0
-    asked = [client.test[:limit] for client in clients]
     answers: list[list[str]] = [[] for _ in clients]
     if evaluation.generation.enabled:
-        prompts = [[example.tokens[: example.prompt_length] for example in examples] for examples in asked]
-        answers = generate(base, arena, prompts, evaluation.generation.max_new_tokens)
+        answers = generate(base, arena, _prompts(clients, evaluation), evaluation.generation.max_new_tokens)
     records = []
     for client, (loss_sum, tokens), client_answers in zip(clients, losses, answers, strict=True):
         wanted = [example.references or (example.output,) for example in client.examples.test[: len(client_answers)]]
@@ -55,3 +54,27 @@ def final_records(
             )
         )
     return records
+
+
+def shortened_line(
+    base: BaseModel, layout: Layout, clients: Sequence[TokenizedClient], evaluation: EvaluationConfig
+) -> str:
+    """How many test prompts lose their beginning so that an answer fits behind them; empty if none does."""
+    if not (evaluation.test and evaluation.generation.enabled):
+        return ""
+    new_tokens, room = tokens_for(base, layout, evaluation.generation.max_new_tokens)
+    lengths = [len(prompt) for prompts in _prompts(clients, evaluation) for prompt in prompts]
+    shortened = sum(length > room for length in lengths)
+    if not shortened:
+        return ""
+    return (
+        f"{shortened} of {len(lengths)} test prompts are answered without their beginning: {new_tokens} new tokens "
+        f"leave {room} of the model's {base.max_length} for them; lower evaluation.generation.max_new_tokens or "
+        "data.max_length to keep prompts whole"
+    )
+
+
+def _prompts(clients: Sequence[TokenizedClient], evaluation: EvaluationConfig) -> list[list[np.ndarray]]:
+    """The test prompts that each client answers."""
+    limit = evaluation.generation.examples_per_client
+    return [[example.tokens[: example.prompt_length] for example in client.test[:limit]] for client in clients]

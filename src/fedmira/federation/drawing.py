@@ -9,7 +9,9 @@ Axes: C clients compared.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -31,25 +33,39 @@ def squared_distances(similarity_CC: Matrix) -> Matrix:
     return distance_CC
 
 
-def inside_clusters(similarity_CC: Matrix, least: float = NEGLIGIBLE) -> Matrix:
-    """Return weight 1 between clients of one cluster; no edges where no silhouette is above `least`."""
+class Drawn(NamedTuple):
+    """A graph among the clients compared."""
+
+    weights_CC: Matrix
+    facts: Mapping[str, Any] = MappingProxyType({})
+    """JSON-able: what the provenance should say of it."""
+
+
+def inside_clusters(similarity_CC: Matrix, least: float = NEGLIGIBLE) -> Drawn:
+    """Return weight 1 between clients of one cluster; no edges where no silhouette is above `least`.
+
+    The fact `clusters` says how many there are, None if there are none.
+    """
     distance_CC = 1.0 - similarity_CC
     np.fill_diagonal(distance_CC, 0.0)
     labels_C = clusters(distance_CC, least)
     if labels_C is None:
-        return np.zeros_like(similarity_CC)
+        return Drawn(np.zeros_like(similarity_CC), {"clusters": None})
     same_CC = labels_C[:, None] == labels_C[None, :]
-    return np.asarray(same_CC, dtype=np.float64) - np.eye(len(labels_C))
+    weights_CC = np.asarray(same_CC, dtype=np.float64) - np.eye(len(labels_C))
+    return Drawn(weights_CC, {"clusters": len(np.unique(labels_C))})
 
 
-def kept_within_clusters(weights_CC: Matrix, similarity_CC: Matrix) -> Matrix:
+def kept_within_clusters(weights_CC: Matrix, similarity_CC: Matrix) -> Drawn:
     """Return the weights without those from one cluster to another; all of them where clusters are not clear.
 
     Clients have fewer relatives than neighbours when groups are small. What fills the list up is chance, and clients
     that were mixed by chance look alike in the next round.
     """
-    same_CC = inside_clusters(similarity_CC, SUBSTANTIAL)
-    return np.where(same_CC > 0, weights_CC, 0.0) if same_CC.any() else weights_CC
+    clear = inside_clusters(similarity_CC, SUBSTANTIAL)
+    return clear._replace(
+        weights_CC=np.where(clear.weights_CC > 0, weights_CC, 0.0) if clear.weights_CC.any() else weights_CC
+    )
 
 
 def task_correlation(similarity_CC: Matrix) -> Matrix:

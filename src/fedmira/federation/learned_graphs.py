@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ import torch
 from fedmira.federation import drawing
 from fedmira.federation.asked_graphs import ASKED
 from fedmira.federation.blocks import block_of
+from fedmira.federation.drawing import Drawn
 from fedmira.federation.graph import Graph, Matrix, agreement, explained, validated
 from fedmira.federation.learning import Builder, Learner, Memory, Seen
 from fedmira.federation.ranks import trimmed
@@ -70,17 +71,20 @@ def learner(config: GraphConfig, clients: Clients) -> Learner:
     return Learner(init, learn, of_kind.ask, of_kind.hear)
 
 
-_Draw: TypeAlias = Callable[[Matrix, list[int], GraphConfig, Clients], Matrix]
+_Draw: TypeAlias = Callable[[Matrix, list[int], GraphConfig, Clients], Drawn]
 """From the similarities among the clients seen, and who they are, to the weights between them."""
 
 
-def _drawn(draw: _Draw, similarity_KK: Matrix, seen: Seen, config: GraphConfig, clients: Clients) -> Matrix:
+def _drawn(
+    draw: _Draw, similarity_KK: Matrix, seen: Seen, config: GraphConfig, clients: Clients
+) -> tuple[Matrix, Mapping[str, Any]]:
     """Return what `draw` makes of the similarities among the clients seen, (K, K); nothing if they are too few."""
     weights_KK = np.zeros_like(similarity_KK)
-    if len(seen.clients) >= MINIMUM_CLIENTS:
-        block = np.ix_(seen.clients, seen.clients)
-        weights_KK[block] = draw(similarity_KK[block], seen.clients, config, clients)
-    return weights_KK
+    if len(seen.clients) < MINIMUM_CLIENTS:
+        return weights_KK, {}
+    block = np.ix_(seen.clients, seen.clients)
+    weights_KK[block], facts = draw(similarity_KK[block], seen.clients, config, clients)
+    return weights_KK, facts
 
 
 def _from_adapters(draw: _Draw) -> Builder:
@@ -102,11 +106,11 @@ def _from_adapters(draw: _Draw) -> Builder:
             now_KK = observe(
                 before_KK, seen.uploads, seen.starts, seen.clients, seen.returned, config.memory, clip=seen.clip
             )
-            weights_KK = _drawn(draw, now_KK, seen, config, clients)
+            weights_KK, facts = _drawn(draw, now_KK, seen, config, clients)
             names = ("neighbours", "power", "within_clusters", "spread")
             used = {name: getattr(config, name) for name in names if config.uses(name)}
             return {"similarity": torch.from_numpy(np.array(now_KK))}, validated(
-                weights_KK, num_clients, config.kind, used
+                weights_KK, num_clients, config.kind, {**used, **facts}
             )
 
         return Learner(init, learn)
@@ -114,9 +118,9 @@ def _from_adapters(draw: _Draw) -> Builder:
     return build
 
 
-def _neighbours(similarity_CC: Matrix, ids: list[int], config: GraphConfig, clients: Clients) -> Matrix:
+def _neighbours(similarity_CC: Matrix, ids: list[int], config: GraphConfig, clients: Clients) -> Drawn:
     weights_CC = mutual_neighbours(similarity_CC, config.neighbours, config.power)
-    return drawing.kept_within_clusters(weights_CC, similarity_CC) if config.within_clusters else weights_CC
+    return drawing.kept_within_clusters(weights_CC, similarity_CC) if config.within_clusters else Drawn(weights_CC)
 
 
 def _gram_layers(config: GraphConfig, clients: Clients) -> Learner:
@@ -153,15 +157,17 @@ def _gram_layers(config: GraphConfig, clients: Clients) -> Learner:
                     for before_KK, now_CC in zip(similarity_GKK, now, strict=True)
                 ]
             )
-        of_block = {
-            block: _drawn(_neighbours, similarity_KK, seen, config, clients)
-            for block, similarity_KK in zip(blocks, similarity_GKK, strict=True)
-        }
+        of_block, clusters = {}, []
+        for block, similarity_KK in zip(blocks, similarity_GKK, strict=True):
+            of_block[block], facts = _drawn(_neighbours, similarity_KK, seen, config, clients)
+            clusters.append(facts.get("clusters"))
         layers = seen.uploads.layout.layers
         # a layer without a low-rank pair follows the mean of those that have one
         mean_KK = np.mean([of_block[block_of(layer)] for layer in layers if block_of(layer) in of_block], axis=0)
         names = ("neighbours", "power", "within_clusters", "pooling")
         details = {name: getattr(config, name) for name in names}
+        if config.within_clusters:
+            details |= {"clusters": clusters}
         graph = validated(mean_KK, num_clients, config.kind, {**details, "blocks": len(blocks)})
         by_layer = {layer: of_block.get(block_of(layer), graph.adjacency_KK) for layer in layers}
         return {"similarity": torch.from_numpy(np.array(similarity_GKK))}, replace(graph, by_layer=by_layer)
@@ -173,18 +179,18 @@ _FROM_ADAPTERS: Mapping[str, Builder] = {
     "gram": _from_adapters(_neighbours),
     "gram_layers": _gram_layers,
     "mtrl": _from_adapters(
-        lambda s_CC, seen, config, clients: mutual_neighbours(
-            drawing.task_correlation(s_CC), config.neighbours, config.power
+        lambda s_CC, seen, config, clients: Drawn(
+            mutual_neighbours(drawing.task_correlation(s_CC), config.neighbours, config.power)
         )
     ),
     "kalofolias": _from_adapters(
-        lambda s_CC, seen, config, clients: drawing.symmetric(
-            drawing.smooth_weights(drawing.squared_distances(s_CC), config.neighbours)
+        lambda s_CC, seen, config, clients: Drawn(
+            drawing.symmetric(drawing.smooth_weights(drawing.squared_distances(s_CC), config.neighbours))
         )
     ),
     "pfedgraph": _from_adapters(
-        lambda s_CC, seen, config, clients: drawing.symmetric(
-            drawing.simplex_rows(s_CC, [clients.num_examples_K[k] for k in seen], config.spread)
+        lambda s_CC, seen, config, clients: Drawn(
+            drawing.symmetric(drawing.simplex_rows(s_CC, [clients.num_examples_K[k] for k in seen], config.spread))
         )
     ),
     "clusters": _from_adapters(lambda s_CC, seen, config, clients: drawing.inside_clusters(s_CC)),

@@ -100,7 +100,8 @@ def graph_figures(run: RunRecord, *, truth: bool = True) -> Iterable[Figure]:
     yield Figure(
         heading=what,
         drawing=Markup(graph_charts.heat_map(graph, f"Weights of the graph of {run.method} as a heat map")),
-        caption=f"Row and column are clients, a stronger cell is a heavier edge.{inside}{_privacy_in_words(run)}",
+        caption=f"Row and column are clients, a stronger cell is a heavier edge.{inside}{_clusters_in_words(run)}"
+        f"{_privacy_in_words(run)}",
         square=True,
     )
     linked = graph_charts.node_link(graph, f"The graph of {run.method} drawn on a circle")
@@ -135,6 +136,18 @@ def _edges_in_words(drawn: int, edges: int) -> str:
 def _privacy_in_words(run: RunRecord) -> str:
     note = "" if run.graph is None else str(run.graph.provenance.get("privacy") or "")
     return f" What it reveals: {note[:1].lower()}{note[1:]}" if note else ""
+
+
+def _clusters_in_words(run: RunRecord) -> str:
+    """What the graph's clusters are, if it looked for some in all layers at once."""
+    provenance = {} if run.graph is None else run.graph.provenance
+    if "clusters" not in provenance or isinstance(provenance["clusters"], list):
+        return ""
+    count = provenance["clusters"]
+    if count is None:
+        return " No clusters of clients are clear."
+    only = "; only neighbours in the same one count" if provenance.get("within_clusters") else ""
+    return f" Clients fall into {round(number(count))} clusters{only}."
 
 
 def _spectrum_in_words(run: RunRecord) -> str:
