@@ -115,3 +115,18 @@ def test_keys_that_a_graph_ignores_or_that_came_later_leave_old_results_valid(st
     before = described(method={"name": "fedit"})
     assert before["method"].pop("ema_decay") == 0.0
     assert study.digest(before) == study.digest(described(method={"name": "fedit"}))
+
+
+def test_a_task_is_harmed_by_the_mean_of_its_clients_in_all_draws(study: ModuleType) -> None:
+    def run(losses: dict[str, tuple[str, float]]) -> Any:
+        clients = {name: [task, 10 * loss, 10, 0.0, 0.0, 0] for name, (task, loss) in losses.items()}
+        return study.judged({"clients": clients, "upload_bytes": 0, "download_bytes": 0, "seconds": 0})
+
+    alone = [run({"a": ("one", 1.0), "b": ("one", 1.0), "c": ("two", 1.0)})] * 2
+    shared = [
+        run({"a": ("one", 1.4), "b": ("one", 0.7), "c": ("two", 1.005)}),
+        run({"a": ("one", 0.9), "b": ("one", 0.9), "c": ("two", 1.02)}),
+    ]
+    assert study.harm(shared, alone) == pytest.approx(2 / 6)
+    assert study.tasks_harmed(shared, alone) == "1 of 2"
+    assert study.tasks_harmed(alone, alone) == "0 of 2"

@@ -388,6 +388,16 @@ def harm(runs: Sequence[Judged], local: Sequence[Judged]) -> float:
     return float(np.mean([(run.losses_K > 1.01 * base.losses_K).mean() for run, base in zip(runs, local, strict=True)]))
 
 
+def tasks_harmed(runs: Sequence[Judged], local: Sequence[Judged]) -> str:
+    """How many tasks are more than 1 % worse off than with `local`, by the mean over their clients in all draws."""
+    pairs: dict[str, list[tuple[float, float]]] = {}
+    for run, base in zip(runs, local, strict=True):
+        for name, loss, alone in zip(sorted(run.line["clients"]), run.losses_K, base.losses_K, strict=True):
+            pairs.setdefault(run.line["clients"][name][0], []).append((loss, alone))
+    means = [np.mean(of_task, axis=0) for of_task in pairs.values()]
+    return f"{sum(loss > 1.01 * alone for loss, alone in means)} of {len(means)}"
+
+
 def aims(studies: Sequence[Study]) -> str:
     """What `mira` with its defaults should reach on each federation, and whether it did."""
     rows = [
@@ -398,10 +408,11 @@ def aims(studies: Sequence[Study]) -> str:
             "vs local_only",
             "vs fedit",
             "harmed (by chance)",
+            "tasks harmed (by chance)",
             "gap to oracle closed",
         ]
     ]
-    rows.append(["---", *["---:"] * 6])
+    rows.append(["---", *["---:"] * 7])
     for study in studies:
         reported = {name: runs for name, (_, runs) in chosen(study).items()}
         if not {"mira", "local_only", "fedit"} <= set(reported):
@@ -424,6 +435,7 @@ def aims(studies: Sequence[Study]) -> str:
                 interval(mira, local),
                 interval(mira, reported["fedit"]),
                 f"{harm(mira, local):.1%}" + (f" ({harm(again, local):.1%})" if again else ""),
+                tasks_harmed(mira, local) + (f" ({tasks_harmed(again, local)})" if again else ""),
                 ", ".join(closed) or "-",
             ]
         )
