@@ -16,6 +16,7 @@ from fedmira.federation.joining import joined
 from fedmira.federation.known_graphs import labels
 from fedmira.federation.method import State
 from fedmira.federation.mixing import implicit_matrix
+from fedmira.federation.ranks import trimmed
 from fedmira.federation.registry import build_method
 from fedmira.graph_config import GraphConfig
 from fedmira.method_config import FlexLoraConfig, MethodConfig, MiraConfig
@@ -65,7 +66,19 @@ def test_with_another_rank_who_joins_gets_the_pair_of_its_rank_or_the_largest() 
     assert same_bytes(rows_KP[5], rows_KP[1])
     assert not same_bytes(rows_KP[0], rows_KP[1])
     rows_KP = grown(FlexLoraConfig(name="flexlora"), [EVERYBODY] * 2, ranks=(2, 2, 2, 2, 1, 2)).adapters.values_KP
-    assert same_bytes(rows_KP[4], rows_KP[0])
+    assert same_bytes(rows_KP[4], trimmed(layout_for(CONFIGS["flexlora"]), rows_KP[:1], [1])[0])
+    assert same_bytes(rows_KP[5], rows_KP[0])
+
+
+@pytest.mark.parametrize("name", ["fedit", "rolora", "feddpa", "flora"])
+@pytest.mark.parametrize("rounds", [1, 2, 3])
+def test_who_joins_gets_what_is_shared_though_others_hold_less_of_it(name: str, rounds: int) -> None:
+    adapters = grown(CONFIGS[name], [EVERYBODY] * rounds, ranks=(1, 2, 1, 2, 2, 1)).adapters
+    shared = [spec for spec in adapters.layout.specs if not spec.group.startswith("second")]
+    assert shared
+    for spec in shared:
+        # both have the rank of the arena
+        assert torch.equal(adapters.view(spec)[4], adapters.view(spec)[1])
 
 
 def test_nobody_joins_once_there_is_no_common_adapter() -> None:

@@ -38,7 +38,8 @@ def test_clients_start_from_and_keep_no_more_than_their_rank(name: str) -> None:
     state = method.init(initial(of=of), who)
     for round_, ids in enumerate(ROUNDS, start=1):
         job = method.plan(state, Participants(round_, ids))
-        assert beyond(of, job.start_SP, job.ids) == 0
+        # one adapter that all of a pooled job train is nobody's own
+        assert job.pooled or beyond(of, job.start_SP, job.ids) == 0
         if job.pull is not None:
             assert beyond(of, job.pull.target_SP, job.ids) == 0
         state, _ = one_round(method, state, who.names, Participants(round_, ids))
@@ -82,3 +83,53 @@ def test_trimming_keeps_the_first_components_and_copies() -> None:
     assert float(arena.values_KP.min()) == 1
     assert same_bytes(rows[1], arena.values_KP[1])
     assert int(rows[0].sum()) == arena.layout.num_parameters // 2
+
+
+def alive(of: Layout, row_P: torch.Tensor) -> list[int]:
+    """How many components of each layer are not 0 in both factors."""
+    arena, counts = Arena(of, row_P[None]), []
+    specs = {(spec.layer, spec.group): spec for spec in of.specs}
+    for layer in of.layers:
+        a_RI, b_OR = (arena.view(specs[layer, group])[0] for group in ("lora_a", "lora_b"))
+        counts.append(int((a_RI.any(dim=1) | b_OR.any(dim=0)).sum()))
+    return counts
+
+
+@pytest.mark.parametrize("name", [name for name in CONFIGS if name != "centralised"])
+def test_components_that_only_smaller_clients_left_at_0_start_anew(name: str) -> None:
+    who, of = mixed_clients(), layout_for(CONFIGS[name])
+    method = build(name, who)
+    state = method.init(initial(of=of), who)
+    # the clients of rank 1 alone, so that a mean has nothing beyond
+    for round_ in range(1, 4):
+        state, _ = one_round(method, state, who.names, Participants(round_, (0, 2, 5)))
+    job = method.plan(state, Participants(4, (0, 1, 3)))
+    for row_P, id_ in zip(job.start_SP, job.ids, strict=True):
+        assert alive(of, row_P) == [RANKS[id_]] * len(of.layers)
+
+
+@pytest.mark.parametrize("name", ["fedit", "hetlora", "mira-labels", "fedsa_lora"])
+def test_starting_components_anew_leaves_the_product_as_it_is(name: str) -> None:
+    who = mixed_clients()
+    method = build(name, who)
+    state = method.init(initial(dtype=torch.float64), who)
+    for round_ in range(1, 4):
+        state, _ = one_round(method, state, who.names, Participants(round_, (0, 2, 5)))
+    kept, job = method.personalise(state), method.plan(state, Participants(4, (0, 1, 3)))
+    starts = Arena(kept.layout, job.start_SP)
+    for row, id_ in enumerate(job.ids):
+        before, after = products_twin.dense(kept, id_), products_twin.dense(starts, row)
+        for layer in before:
+            torch.testing.assert_close(after[layer], before[layer], rtol=0, atol=1e-12)
+
+
+def test_one_adapter_for_all_examples_has_the_largest_rank_whoever_comes_first() -> None:
+    who = mixed_clients()
+    method = build("centralised", who)
+    state = method.init(initial(), who)
+    for round_ in range(1, 3):
+        state, _ = one_round(method, state, who.names, Participants(round_, (0, 1, 2)))
+    job = method.plan(state, Participants(3, (0, 1, 2)))
+    assert all(alive(layout_for(CONFIGS["centralised"]), row_P) == [2, 2] for row_P in job.start_SP)
+    assert same_bytes(job.start_SP[0], job.start_SP[1])
+    assert beyond(state.adapters.layout, method.personalise(state).values_KP, tuple(range(6))) == 0

@@ -2,19 +2,24 @@
 
 A component that is 0 in both factors has gradients of 0, so it stays 0 while its client trains, and it need not cross.
 Methods compute with the whole arena; what clients get is trimmed here, for all methods alike. Trimming is HetLoRA's
-truncation, and a mean over trimmed rows its zero padding. Knows nothing about how adapters are trained or mixed.
+truncation, and a mean over trimmed rows its zero padding.
 
-Axes: K clients, S rows handed in, P parameters of one adapter.
+Where only clients of smaller rank took part, a mean is 0 in components that others have, and would stay so for good:
+who has them starts them anew, from the A of the first round and a B of 0, which leaves its product as it is. Knows
+nothing about how adapters are trained or mixed.
+
+Axes: K clients, S rows handed in, R rank of the arena, P parameters of one adapter, I/O in and out features.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 
 from fedmira.federation.method import Info, Method, State
-from fedmira.types import PAIRS, Arena, Job, Layout, Participants, Results, Trial
+from fedmira.types import PAIRS, Arena, Clients, Job, Layout, Losses, Participants, Results, TensorSpec, Trial
 
 _AXIS = {group: axis for pair in PAIRS for axis, group in enumerate(pair)}
 """Which axis of a tensor counts components: A is (R, I), B is (O, R)."""
@@ -32,21 +37,56 @@ def trimmed(layout: Layout, values_SP: torch.Tensor, ranks_S: Sequence[int]) -> 
     return arena.values_KP
 
 
-def within_ranks(method: Method, ranks_K: Sequence[int]) -> Method:
-    """Return `method` for clients of the given ranks: what they get, send and keep is trimmed."""
+def _restarted(layout: Layout, values_SP: torch.Tensor, initial_P: torch.Tensor, ranks_S: Sequence[int]) -> None:
+    """Give the components that a row has and that are 0 in both factors the A of `initial_P`, in place."""
+    rows, first = Arena(layout, values_SP), Arena(layout, initial_P[None])
+    ranks = torch.tensor(ranks_S, device=values_SP.device)
+    for spec_a, spec_b in _pairs(layout):
+        a_SRI, b_SOR = rows.view(spec_a), rows.view(spec_b)
+        has_SR = torch.arange(spec_a.shape[0], device=values_SP.device) < ranks[:, None]
+        dead_SR = has_SR & ~(a_SRI != 0).any(dim=2) & ~(b_SOR != 0).any(dim=1)
+        if dead_SR.any():
+            a_SRI[dead_SR] = first.view(spec_a).expand_as(a_SRI)[dead_SR]
+
+
+def _pairs(layout: Layout) -> Iterator[tuple[TensorSpec, TensorSpec]]:
+    """The factors A and B of every layer and pair."""
+    places = {(spec.layer, spec.group): spec for spec in layout.specs}
+    for (layer, group), spec in places.items():
+        for group_a, group_b in PAIRS:
+            if group == group_a and (layer, group_b) in places:
+                yield spec, places[layer, group_b]
+
+
+def within_ranks(method: Method, ranks_K: Sequence[int], pooled: bool = False) -> Method:
+    """Return `method` for clients of the given ranks: what they get, send and keep is trimmed.
+
+    Args:
+        method: any that trains low-rank pairs.
+        ranks_K: at most the rank of the arena each.
+        pooled: whether the method trains one adapter on everybody's examples, which has the rank of the arena; only
+            what clients keep of it is trimmed.
+    """
+
+    def init(initial: Arena, clients: Clients) -> State:
+        state = method.init(initial, clients)
+        return replace(state, memory={**state.memory, "initial": initial.values_KP[0].clone()})
 
     def plan(state: State, participants: Participants) -> Job:
         job, layout = method.plan(state, participants), state.adapters.layout
         ranks_S = [ranks_K[id_] for id_ in job.ids]
         pull = job.pull and job.pull._replace(target_SP=trimmed(layout, job.pull.target_SP, ranks_S))
-        return job._replace(start_SP=trimmed(layout, job.start_SP, ranks_S), pull=pull)
+        start_SP = trimmed(layout, job.start_SP, ranks_S)
+        _restarted(layout, start_SP, state.memory["initial"], ranks_S)
+        return job._replace(start_SP=start_SP, pull=pull)
 
     def merge(state: State, participants: Participants, results: Results) -> tuple[State, Info]:
         layout, ranks_S = state.adapters.layout, [ranks_K[id_] for id_ in results.ids if id_ < len(ranks_K)]
         # what does not belong together is refused by the method
         if results.values_SP.shape == (len(ranks_S), layout.num_parameters):
             results = results._replace(values_SP=trimmed(layout, results.values_SP, ranks_S))
-        return method.merge(state, participants, results)
+        after, info = method.merge(state, participants, results)
+        return _remembering(after, state), info
 
     def personalise(state: State) -> Arena:
         kept = method.personalise(state)
@@ -59,5 +99,38 @@ def within_ranks(method: Method, ranks_K: Sequence[int]) -> Method:
         layout, ranks_S = state.adapters.layout, [ranks_K[id_] for id_ in asked.ids]
         return asked._replace(candidate=lambda number: trimmed(layout, asked.candidate(number), ranks_S))
 
-    asking = None if method.trial is None else trial
-    return method._replace(plan=plan, merge=merge, personalise=personalise, trial=asking)
+    def decide(state: State, asked: Trial, losses: Losses) -> tuple[State, Info]:
+        assert method.decide is not None
+        after, info = method.decide(state, asked, losses)
+        return _remembering(after, state), info
+
+    def join(state: State, num_before: int) -> State:
+        assert method.join is not None
+        # what clients share differs by trimming only, and one of the highest rank has all of it
+        ranks = list(ranks_K[:num_before])
+        whole = max(range(num_before), key=ranks.__getitem__)
+        values_KP = state.adapters.values_KP
+        own_KP, all_KP = values_KP[:num_before], values_KP[whole].expand(num_before, -1)
+        layout = state.adapters.layout
+        lifted_KP = trimmed(layout, own_KP, ranks) + (all_KP - trimmed(layout, all_KP, ranks))
+        lifted = replace(state, adapters=state.adapters.replace(torch.cat([lifted_KP, values_KP[num_before:]])))
+        after = method.join(lifted, num_before)
+        joined_NP = trimmed(layout, after.adapters.values_KP[num_before:], ranks_K[num_before:])
+        rows_KP = torch.cat([own_KP, joined_NP])
+        return replace(after, adapters=after.adapters.replace(rows_KP))
+
+    if pooled:
+        return method._replace(personalise=personalise)
+    return method._replace(
+        init=init,
+        plan=plan,
+        merge=merge,
+        personalise=personalise,
+        trial=None if method.trial is None else trial,
+        decide=None if method.decide is None else decide,
+        join=None if method.join is None else join,
+    )
+
+
+def _remembering(after: State, before: State) -> State:
+    return replace(after, memory={**after.memory, "initial": before.memory["initial"]})

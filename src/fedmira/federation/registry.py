@@ -122,7 +122,7 @@ def build_method(
     choice = getattr(config, "choice", None)
     method = over_rounds(method, config.ema_decay, judged=choice is not None and choice.enabled and choice.average)
     if clients.ranks_K is not None:
-        method = within_ranks(method, clients.ranks_K)
+        method = within_ranks(method, clients.ranks_K, pooled=config.pools_examples)
     if section is None:
         return method
     if graph is None:
