@@ -450,8 +450,9 @@ def test_a_late_client_joins_the_nearest_cluster(name: str) -> None:
     labels_LK = state.memory["clusters"].reshape(-1, 6)
     assert (labels_LK[:, 4] == labels_LK[:, 0]).all()
     assert (labels_LK[:, 5] == labels_LK[:, 1]).all()
-    # those that returned are the cluster's mean now
-    assert torch.allclose(state.adapters.values_KP[0], rows_KP[4], atol=1e-12)
+    # what was begun from scratch does not move those who are further
+    assert torch.allclose(state.adapters.values_KP[4], state.adapters.values_KP[0], atol=1e-12)
+    assert not torch.allclose(state.adapters.values_KP[0], rows_KP[4], atol=1e-3)
 
 
 def test_fedlease_after_the_warm_up_is_the_oracle_where_it_found_the_truth() -> None:
@@ -670,3 +671,19 @@ def test_every_graph_says_what_is_learned_about_clients(name: str) -> None:
     assert info.graph.name == name
     assert info.graph.num_edges > 0
     assert "lients" in str(info.graph.provenance["privacy"]) or "server" in str(info.graph.provenance["privacy"])
+
+
+@pytest.mark.parametrize("name", ["fedlease", "fedtreelora"])
+@pytest.mark.parametrize("beside", [(), (0,)])
+def test_who_comes_after_the_clusters_takes_an_adapter_and_changes_nobodys(name: str, beside: tuple[int, ...]) -> None:
+    who = clients()
+    method, state = fresh(section(name, warmup_rounds=2))
+    state = play(method, state, who.names, [(0, 1, 2, 3, 4)] * 6)
+    with_it, _ = one_round(method, state, who.names, Participants(7, (*beside, 5)))
+    without = one_round(method, state, who.names, Participants(7, beside))[0] if beside else state
+    rows_KP = with_it.adapters.values_KP
+    assert same_bytes(rows_KP[:5], without.adapters.values_KP[:5])
+    labels_GK = with_it.memory["clusters"]
+    twins = [k for k in range(5) if torch.equal(labels_GK[:, k], labels_GK[:, 5])]
+    assert twins
+    assert any(same_bytes(rows_KP[5], rows_KP[k]) for k in twins)

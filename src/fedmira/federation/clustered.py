@@ -41,7 +41,7 @@ def clustered_once(
     """Return the method. Clusters are found once, when `warmup_rounds` are over and three clients have returned.
 
     Until then everybody trains alone. A client that returns for the first time later joins the clusters of the client
-    whose B is nearest.
+    whose B is nearest and takes their adapter; what it trained from its initial one counts for nobody else.
 
     Args:
         name: of the graph.
@@ -75,8 +75,12 @@ def clustered_once(
         if known and new:
             rows = [*known, *new]
             distance_CC = np.asarray(np.mean(distances(adapters, rows), axis=0))
-            near = nearest(distance_CC, range(len(known), len(rows)), range(len(known)))
-            labels_GK[:, new] = labels_GK[:, [known[place] for place in near]]
+            places = nearest(distance_CC, range(len(known), len(rows)), range(len(known)))
+            near = [known[place] for place in places]
+            labels_GK[:, new] = labels_GK[:, near]
+            values_KP = adapters.values_KP.clone()
+            values_KP[new] = values_KP[near]
+            adapters, weighing = adapters.replace(values_KP), tuple(k for k in results.ids if k in known)
         elif not known and participants.round >= warmup_rounds and len(seen) >= MINIMUM_CLIENTS:
             labels_GK[:, seen] = cut(distances(adapters, seen))
             weighing = tuple(seen)
