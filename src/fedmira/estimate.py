@@ -102,7 +102,8 @@ def dry_run(config: RunConfig) -> Estimate:
         trial = asked(round_)
         if trial is not None:
             asked_tokens += _tokens_of(parts, trial)
-            crossing.append(trial_bytes(trial, parts.layout, parts.base.adapter_dtype))
+            if trial.num_candidates:
+                crossing.append(trial_bytes(trial, parts.layout, trial.candidate(0)))
         del trial
     del asked
     participants = participation.draw(len(parts.clients.names), config.federation, config.seed, 1)

@@ -68,6 +68,11 @@ def refusal_beside(method: MethodSection, exchange: ExchangeConfig, client_ranks
             f"training.keep_moments = true would move tensors in rounds in which method.name = {method.name}, which "
             "trains some in one round and others in the next, lets them rest; remove it"
         )
+    if method.draws_factors and keep_moments:
+        return (
+            "training.keep_moments = true would carry moments of one pair of factors over to another, as "
+            f"method.name = {method.name} starts each round from new random factors; remove it"
+        )
     return (
         _refusal_of_scalars(method, exchange, client_ranks)
         or _refusal_of_feedback(method, exchange)

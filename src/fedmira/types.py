@@ -267,6 +267,8 @@ class Trial(NamedTuple):
     compare_SP: torch.Tensor | None = None
     """Adapters of those asked whose predictions on the server's own texts are to be compared; the server does it by
     itself, so nothing crosses for it."""
+    groups: frozenset[str] | None = None
+    """Groups of tensors that cross of the adapters that are sent; None means all."""
 
 
 class Losses(NamedTuple):

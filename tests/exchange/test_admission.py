@@ -134,3 +134,12 @@ def test_the_norm_is_compared_with_the_median_of_the_finite(
 def test_tensors_that_do_not_cross_have_no_norm() -> None:
     values_SP = updates(1.0, 1.0, 1e6)
     assert sound(LAYOUT, {"lora_b"}, values_SP, NAMES[:3], torch.zeros_like(values_SP), 2.0).rejected == {}
+
+
+def test_of_rows_that_stay_with_their_clients_nobody_knows_the_norm() -> None:
+    values_SP = updates(1.0, 1.0, 1.0, 1e6)
+    start_SP = torch.zeros_like(values_SP)
+    assert list(sound(LAYOUT, GROUPS, values_SP, NAMES[:4], start_SP, 2.0).rejected) == [3]
+    assert sound(LAYOUT, GROUPS, values_SP, NAMES[:4], start_SP, 2.0, num_crossing=3).rejected == {}
+    values_SP[3, 7] = math.nan
+    assert list(sound(LAYOUT, GROUPS, values_SP, NAMES[:4], start_SP, 2.0, num_crossing=3).rejected) == [3]

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from pydantic import ValidationError
+from tests.exchange.builders import LAYOUT
 
 from fedmira import experiment
 from fedmira.assembly import assemble
@@ -19,15 +20,17 @@ from fedmira.config_file import config_hash, parse_config, resolved_yaml
 from fedmira.errors import ConfigError, DivergedError, Interrupted, ParticipationError
 from fedmira.estimate import dry_run
 from fedmira.exchange import in_process
+from fedmira.exchange.in_process import trial_bytes
 from fedmira.exchange.privacy import epsilon
 from fedmira.experiment import SilentDisplay, run
 from fedmira.export.clients import load_trained
+from fedmira.federation.ranks import trimmed
 from fedmira.report.page import render
 from fedmira.report.reading import read
 from fedmira.runs.checkpoint import load_latest
 from fedmira.runs.store import RunStore
 from fedmira.studies.compare import compare
-from fedmira.types import Trial
+from fedmira.types import Participants, Trial
 
 CLIENTS = ("family-0-client-0", "family-0-client-1", "family-1-client-0", "family-1-client-1")
 NOISY = {"privacy": {"enabled": True, "clip_norm": 0.1, "noise_multiplier": 2.0}}
@@ -400,3 +403,30 @@ def test_the_checkpoint_is_readable_json_and_tensors(tmp_path: Path) -> None:
         "exchange.known.0",
     }
     assert json.loads(json.dumps(facts)) == {"uploads": [0, 0, 0, 0]}
+
+
+def test_of_an_adapter_that_is_judged_only_what_can_differ_crosses() -> None:
+    values_SP = torch.ones(2, LAYOUT.num_parameters)
+    of_b = sum(spec.size for spec in LAYOUT.specs if spec.group == "lora_b")
+    whole = Trial((0, 1), 3, lambda number: values_SP, sent=2)
+    assert trial_bytes(whole, LAYOUT, values_SP) == (2 * 3 * 4, 2 * values_SP.nbytes)
+    only_b = whole._replace(groups=frozenset({"lora_b"}))
+    assert trial_bytes(only_b, LAYOUT, values_SP) == (2 * 3 * 4, 2 * 2 * 4 * of_b)
+    assert trial_bytes(whole._replace(sent=0), LAYOUT, values_SP) == (2 * 3 * 4, 0)
+    # the components that the second client lacks
+    smaller_SP = trimmed(LAYOUT, values_SP, (2, 1))
+    assert trial_bytes(whole, LAYOUT, smaller_SP)[1] == 2 * (values_SP.nbytes - values_SP[0].nbytes // 2)
+
+
+def test_an_adapter_of_which_only_b_is_mixed_is_judged_by_its_b() -> None:
+    section = {"name": "mira", "mixing": "shared_a", "graph": {"kind": "labels"}, "strength": "auto"}
+    parts = assemble(tiny({}, method=section, federation={"rounds": 3, "participation": 0.5}))
+    asked = Participants(1, (0, 1))
+    state = parts.method.init(parts.initial_adapters(), parts.clients)
+    results = parts.exchange.run(parts.method.plan(state, asked))
+    state, _ = parts.method.merge(state, asked, results)
+    assert parts.method.trial is not None
+    trial = parts.method.trial(state, asked, results)
+    assert trial is not None
+    assert trial.sent > 0
+    assert trial.groups == {"lora_b"}

@@ -13,7 +13,7 @@ from tests.exchange.builders import GROUPS, LAYOUT, NAMES, job, reports, rows
 from fedmira.exchange.messages import decode, encode
 from fedmira.exchange.seam import Kept, Seam, planned_bytes
 from fedmira.exchange_config import Compression, ExchangeConfig
-from fedmira.types import Job, Pull, SeedPool
+from fedmira.types import ClientReport, Job, Pull, SeedPool
 
 FORMS: tuple[Compression, ...] = ("bf16", "int8", "topk")
 
@@ -268,3 +268,13 @@ def test_of_what_rested_and_did_not_come_back_the_server_keeps_its_own() -> None
         columns = slice(spec.offset, spec.offset + spec.size)
         kept = torch.equal(got.values_SP[:, columns], planned.start_SP[came, columns])
         assert kept == (spec.group == "lora_a")
+
+
+def test_a_row_that_stays_does_not_cost_its_client_the_one_that_crosses() -> None:
+    start = torch.zeros(6, LAYOUT.num_parameters)
+    two = Job(1, (0, 1, 2, 0, 1, 2), start, GROUPS, GROUPS, GROUPS, local_rows=3)
+    trained = 0.1 * torch.cat([rows(1)[:3], rows(2)[:3]])
+    trained[5] *= 1e6
+    told = tuple(ClientReport(id_, 1, 1, 0.0, 1, 1) for id_ in two.ids)
+    assert seam(max_norm_ratio=10).receive(two, trained.clone(), told).ids == two.ids
+    assert seam(max_norm_ratio=10).receive(two._replace(local_rows=0), trained.clone(), told).ids == (0, 1, 2, 0, 1)

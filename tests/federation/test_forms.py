@@ -223,3 +223,29 @@ def test_a_soft_prompt_has_no_depth() -> None:
     for kind in ("prompt", "p_tuning"):
         with pytest.raises(ValueError, match=r"depth has no effect with model\.adapter\.kind = p"):
             run_config(kind, depth=0.5)
+
+
+def test_where_nobody_is_related_a_client_never_seen_gets_the_mean_in_its_form() -> None:
+    who = clients()
+    known = np.array(who.num_examples_K[:5], dtype=np.float64)
+    for mixing in ("products", "least_squares"):
+        method = build_method(mira_with("gram", mixing=mixing), who)
+        state = method.init(initial(dtype=torch.float64), who)
+        state = play(method, state, who.names, [(0, 1, 2, 3, 4)] * 2)
+        a = next(spec for spec in state.adapters.layout.specs if spec.group == "lora_a")
+        products = products_twin.dense(state.adapters, 5)
+        for layer, product in products.items():
+            wanted = sum(
+                share * products_twin.dense(state.adapters, k)[layer] for k, share in enumerate(known / known.sum())
+            )
+            assert isinstance(wanted, torch.Tensor)
+            if mixing == "least_squares":
+                a_RI = initial(1, torch.float64).view(
+                    next(spec for spec in state.adapters.layout.specs if (spec.layer, spec.group) == (layer, "lora_a"))
+                )[0]
+                best = wanted @ torch.linalg.pinv(a_RI) @ a_RI
+            else:
+                best = products_twin.nearest_of_rank(wanted, 2)
+            torch.testing.assert_close(product, best, rtol=0, atol=1e-9)
+        if mixing == "least_squares":
+            assert same_bytes(state.adapters.view(a)[5], initial(1, torch.float64).view(a)[0])

@@ -189,6 +189,23 @@ def test_the_warm_up_is_over_once_the_graph_repeats_itself(kind: str) -> None:
     assert graph.provenance["agreement"] > 0.99
 
 
+@pytest.mark.parametrize("returning", [2, 4])
+@pytest.mark.parametrize("seed", range(5))
+def test_pairs_that_nobody_looked_at_again_do_not_speak_for_a_graph(returning: int, seed: int) -> None:
+    who, noise, draw = clients(20), torch_generator(5, "chance", seed), np.random.default_rng(seed)
+    learns, start = learner(graph_section("gram", warmup_rounds=1000), who), initial(20, torch.float64)
+    memory, uploads, last_K = learns.init(start), start.replace(start.values_KP.clone()), [0] * 20
+    for round_ in range(1, 26):
+        ids = tuple(sorted(draw.choice(20, returning, replace=False).tolist()))
+        for k in ids:
+            uploads.values_KP[k] = start.values_KP[k] + torch.randn(
+                start.values_KP.shape[1], generator=noise, dtype=torch.float64
+            )
+            last_K[k] = round_
+        memory, _ = learns.learn(memory, Seen(uploads, start, tuple(last_K), ids, round_))
+    assert not memory["trusted"]
+
+
 def test_a_graph_of_chance_is_not_trusted_before_the_warm_up_is_over() -> None:
     who, noise = clients(8), torch_generator(5, "chance")
     learns, start = learner(graph_section("gram", warmup_rounds=3), who), initial(8, torch.float64)

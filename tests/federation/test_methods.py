@@ -26,7 +26,8 @@ from fedmira.federation.method import Method, State
 from fedmira.federation.mixing import implicit_matrix
 from fedmira.federation.participation import draw
 from fedmira.federation.registry import build_method
-from fedmira.method_config import MiraConfig
+from fedmira.graph_config import GraphConfig
+from fedmira.method_config import MiraConfig, MiraPublishedConfig
 from fedmira.types import Arena, Layout, Participants, TensorSpec
 
 ROUNDS = [(0, 1, 3), (1, 2, 4), (0, 2, 3, 5), (0, 1, 2, 3, 4, 5)]
@@ -237,6 +238,17 @@ def test_factors_scale_how_hard_each_client_is_pulled() -> None:
     expected = np.linalg.solve(pulled_KK, size_KK @ uploads.numpy())
     assert np.allclose(state.adapters.values_KP, expected, rtol=0, atol=1e-12)
     assert same_bytes(state.adapters.values_KP[[1, 4]], uploads[[1, 4]])
+
+
+def test_of_a_learned_graph_the_warm_up_is_checked_before_the_first_round() -> None:
+    who = clients()
+    graph = GraphConfig(kind="gram", warmup_rounds=2)
+    bold = MiraPublishedConfig(name="mira_published", graph=graph, strength=1.0, server_lr=0.5)
+    # everybody with everybody has the eigenvalue K: 0.5 * 6 is beyond 2, 0.5 * 3 is not
+    with pytest.raises(ConfigError, match="makes the explicit step diverge"):
+        build_method(bold, who)
+    build_method(bold, who, federation=FederationConfig(participation=0.5))
+    build_method(bold.model_copy(update={"graph": graph.model_copy(update={"warmup": "none"})}), who)
 
 
 def test_a_factor_for_nobody_is_refused_with_the_nearest_name() -> None:

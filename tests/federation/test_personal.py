@@ -244,6 +244,9 @@ def test_feddpa_averages_the_global_pair_in_odd_rounds_and_trains_the_own_in_eve
     assert same_bytes(after.adapters.values_KP[:, first], state.adapters.values_KP[:, first])
     moved_K = (after.adapters.values_KP != state.adapters.values_KP).any(dim=1)
     assert moved_K.tolist() == [False, True, False, False, True, False]
+    # who was there holds the global pair, which rested; who was not may lack it
+    assert method.plan(after, Participants(3, (1, 4))).download == frozenset()
+    assert method.plan(after, Participants(3, (1, 5))).download == {"lora_a", "lora_b"}
 
 
 def test_feddpa_in_odd_rounds_alone_is_fedit() -> None:

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
-from tests.federation.builders import CONFIGS, clients, initial, layout_for, one_round, same_bytes
+from tests.federation.builders import (
+    CONFIGS,
+    clients,
+    initial,
+    layout_for,
+    mira_with,
+    one_round,
+    same_bytes,
+    trained,
+)
 from tests.federation.test_contract import build
 from tests.reference import products_twin
 
 from fedmira.federation.method import State
 from fedmira.federation.ranks import trimmed
-from fedmira.types import PAIRS, Arena, Clients, Layout, Participants
+from fedmira.federation.registry import build_method
+from fedmira.types import PAIRS, Arena, Clients, Job, Layout, Participants, Results
 
 RANKS = (1, 2, 1, 2, 2, 1)
 ROUNDS = [(0, 1, 3), (1, 2, 4), (0, 2, 3, 5), (0, 1, 2, 3, 4, 5)]
@@ -133,3 +144,41 @@ def test_one_adapter_for_all_examples_has_the_largest_rank_whoever_comes_first()
     assert all(alive(layout_for(CONFIGS["centralised"]), row_P) == [2, 2] for row_P in job.start_SP)
     assert same_bytes(job.start_SP[0], job.start_SP[1])
     assert beyond(state.adapters.layout, method.personalise(state).values_KP, tuple(range(6))) == 0
+
+
+def strangers(who: Clients, round_: int = 1) -> Results:
+    """Uploads of everybody that moved from the common start in ways of their own, trimmed."""
+    start = initial(6, torch.float64)
+    draw = torch.Generator().manual_seed(3)
+    moved = 0.1 * torch.randn(start.values_KP.shape, generator=draw, dtype=torch.float64)
+    values = start.values_KP + moved
+    if who.ranks_K is not None:
+        values = trimmed(start.layout, values, who.ranks_K)
+    job = Job(round_, tuple(range(6)), start.values_KP, frozenset(), frozenset(), frozenset())
+    return trained(job, who.names)._replace(values_SP=values)
+
+
+def test_pfedgraph_does_not_take_a_missing_component_for_a_common_way() -> None:
+    found = []
+    for ranks in (None, (1, 1, 1, 2, 2, 2)):
+        who = clients()._replace(ranks_K=ranks)
+        method = build("pfedgraph", who)
+        state = method.init(initial(dtype=torch.float64), who)
+        _, info = method.merge(state, Participants(1, tuple(range(6))), strangers(who))
+        assert info.graph is not None
+        found.append(info.graph.adjacency_KK[:3, :3].mean())
+    assert found[1] < 1.5 * found[0]
+
+
+def test_krum_does_not_take_a_smaller_rank_for_hostile() -> None:
+    shares = []
+    for ranks in (None, (2, 2, 2, 2, 2, 1)):
+        who = clients()._replace(ranks_K=ranks)
+        method = build_method(mira_with("uniform", robust="krum"), who)
+        state = method.init(initial(dtype=torch.float64), who)
+        results = strangers(who)
+        after, _ = method.merge(state, Participants(1, tuple(range(6))), results)
+        weights = np.linalg.lstsq(results.values_SP.numpy().T, after.adapters.values_KP[0].numpy(), rcond=None)[0]
+        shares.append(float(weights[5]))
+    assert shares[0] > 0.05
+    assert shares[1] > 0.05

@@ -210,3 +210,14 @@ def test_without_strength_doubt_changes_nothing() -> None:
     for robust in ROBUST:
         method = build_method(mira_with(strength=0.0, robust=robust), who)
         assert same_bytes(play(method, method.init(initial(), who), who.names, rounds).adapters.values_KP, expected)
+
+
+def test_clipping_leaves_nothing_of_a_client_of_which_nothing_is_known() -> None:
+    apart = np.array([[0.0, 1.0, 4.0, 9.0], [1.0, 0.0, 1.0, 4.0], [4.0, 1.0, 0.0, 1.0], [9.0, 4.0, 1.0, 0.0]])
+    matrix = np.array([[0.0, 0.4, 0.3, 0.3], [0.1, 0.5, 0.2, 0.2], [0.1, 0.2, 0.5, 0.2], [0.1, 0.2, 0.2, 0.5]])
+    clipped = clip(matrix, apart)
+    assert clipped[0, 0] == pytest.approx(0, abs=1e-15)
+    assert clipped.sum(axis=1) == pytest.approx(np.ones(4))
+    # the radius of client 0 is 2: client 3 at distance 3 counts for two thirds
+    assert clipped[0, 1:] == pytest.approx(np.array([0.4, 0.3, 0.2]) / 0.9)
+    assert clipped[3, 3] > matrix[3, 3]

@@ -8,6 +8,9 @@ from pydantic import ValidationError
 from tests.reference.tiny_models import ragged_clients, random_arena, tiny_base, tiny_layout
 
 from fedmira.config import TrainingConfig
+from fedmira.exchange_config import ExchangeConfig
+from fedmira.method_config import method_with_defaults
+from fedmira.refusals import refusal_beside
 from fedmira.training.cohort import train
 from fedmira.training.continuity import Continuity, Place, turn
 from fedmira.training.optimizers import Moments, fresh_moments
@@ -139,3 +142,10 @@ def test_memory_survives_being_stored_and_clients_that_joined_remember_nothing()
 def test_nothing_to_keep_is_a_mistake() -> None:
     with pytest.raises(ValidationError, match="keep_moments has no effect with sgd"):
         TrainingConfig(optimizer="sgd", keep_moments=True)
+
+
+@pytest.mark.parametrize(("name", "usable"), [("flora", False), ("florist", False), ("rolora", False), ("fedit", True)])
+def test_methods_whose_factors_do_not_go_on_refuse_to_keep_moments(name: str, usable: bool) -> None:
+    words = refusal_beside(method_with_defaults(name), ExchangeConfig(), client_ranks=False, keep_moments=True)
+    assert (words == "") == usable
+    assert usable or words.startswith("training.keep_moments = true would")

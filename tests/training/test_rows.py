@@ -106,3 +106,23 @@ def test_compression_touches_only_the_rows_that_cross() -> None:
     assert torch.equal(compressed.values_SP[2:], plain.values_SP[2:])
     assert not torch.equal(compressed.values_SP[:2], plain.values_SP[:2])
     assert 0 < compressed.upload_bytes < plain.upload_bytes / 4
+
+
+def test_a_client_whose_upload_is_rejected_begins_its_next_round_afresh() -> None:
+    keeping = STEPS.model_copy(update={"keep_moments": True})
+    strict = InProcess(
+        BASE,
+        LAYOUT,
+        CLIENTS,
+        keeping,
+        dropout=0.0,
+        total_rounds=3,
+        seed=9,
+        cohort_size=3,
+        exchange=ExchangeConfig(max_norm_ratio=1.0001),
+    )
+    results = strict.run(job())
+    returned = [not report.failure for report in results.reports]
+    assert 0 < sum(returned) < 4
+    steps = strict.state().tensors["moments.0.steps"].tolist()
+    assert steps == [3 * there for there in returned]

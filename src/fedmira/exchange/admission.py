@@ -79,20 +79,22 @@ def sound(
     names: Sequence[str],
     start_SP: torch.Tensor,
     max_norm_ratio: float | None,
+    num_crossing: int | None = None,
 ) -> Admitted:
     """Return the rows whose numbers are finite and whose updates are of a possible size.
 
     Impossible is an update, the difference to the start over the tensors of `groups`, with a norm of more than
     `max_norm_ratio` times the median of all finite ones; None allows any. Fewer than three say nothing, and neither
-    does a median of 0.
+    does a median of 0. Of rows behind the first `num_crossing`, which stay with their clients, nobody knows the size.
     """
     columns_P = _columns(layout, groups, values_SP.device)
+    crossing_S = slice(num_crossing)
     norms = [
         float(torch.linalg.vector_norm(value_P[columns_P].double() - start_P[columns_P].to(value_P).double()))
-        for value_P, start_P in zip(values_SP, start_SP, strict=True)
+        for value_P, start_P in zip(values_SP[crossing_S], start_SP[crossing_S], strict=True)
     ]
     finite = [bool(torch.isfinite(value_P).all()) for value_P in values_SP]
-    among = [norm for norm, good in zip(norms, finite, strict=True) if good]
+    among = [norm for norm, good in zip(norms, finite, strict=False) if good]
     median = statistics.median(among) if len(among) > 2 else 0.0
     rejected: dict[int, str] = {}
     for place, name in enumerate(names):
@@ -104,7 +106,7 @@ def sound(
                 if not torch.isfinite(values_SP[place, spec.offset : spec.offset + spec.size]).all()
             ]
             reason = f"values that are not finite in {_listed(tensors)}"
-        elif max_norm_ratio is not None and median and norms[place] > max_norm_ratio * median:
+        elif place < len(norms) and max_norm_ratio is not None and median and norms[place] > max_norm_ratio * median:
             reason = (
                 f"its norm {norms[place]:.3g} is {norms[place] / median:.3g} times the median {median:.3g} of the "
                 f"round, allowed is exchange.max_norm_ratio = {max_norm_ratio:g}"

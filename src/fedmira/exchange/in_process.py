@@ -16,10 +16,11 @@ import torch
 from fedmira.evaluation.costs import PeakMemory
 from fedmira.evaluation.loss import evaluate_loss
 from fedmira.evaluation.predictions import agreement
+from fedmira.exchange.messages import crossing_bytes
 from fedmira.exchange.seam import Kept, Seam, uncompressed_bytes
 from fedmira.exchange_config import ExchangeConfig
 from fedmira.training.cohort import Progress, train
-from fedmira.training.continuity import Continuity
+from fedmira.training.continuity import Continuity, Place
 from fedmira.types import Arena, Job, Layout, Losses, Results, Trial
 
 if TYPE_CHECKING:
@@ -95,6 +96,10 @@ class InProcess:
             )
             num_returned = len(values_SP)
             received = self._seam.receive(sent.job, values_SP, reports, planned=job)
+            judged = zip(job.ids, job.blocks, reports, received.reports, strict=True)
+            self._continuity.forget(
+                [Place(id_, block) for id_, block, sent_, got in judged if got.failure and not sent_.failure]
+            )
         return Results(
             ids=received.ids,
             values_SP=received.values_SP,
@@ -125,8 +130,11 @@ class InProcess:
         asked = [self._clients[id_] for id_ in trial.ids]
         examples = [client.train if trial.split == "train" else client.validation for client in asked]
         mean_SQ = torch.full((len(asked), trial.num_candidates), torch.nan, dtype=torch.float64)
+        crossed = (0, 0)
         for number in range(trial.num_candidates):
             arena = Arena(self._layout, trial.candidate(number))
+            if number == 0:
+                crossed = trial_bytes(trial, self._layout, arena.values_KP)
             for row, (loss_sum, tokens) in enumerate(evaluate_loss(self._base, arena, examples, self._batch_tokens)):
                 if tokens:
                     mean_SQ[row, number] = loss_sum / tokens
@@ -136,10 +144,17 @@ class InProcess:
         agreement_SS = None
         if trial.compare_SP is not None:
             agreement_SS = agreement(self._base, Arena(self._layout, trial.compare_SP), self._texts, self._batch_tokens)
-        return Losses(mean_SQ, tokens_S, *trial_bytes(trial, self._layout, self._base.adapter_dtype), agreement_SS)
+        return Losses(mean_SQ, tokens_S, *crossed, agreement_SS)
 
 
-def trial_bytes(trial: Trial, layout: Layout, dtype: torch.dtype) -> tuple[int, int]:
-    """(upload, download) bytes of a trial: every answer, and the adapters that are sent to be judged."""
-    row_bytes = layout.num_parameters * dtype.itemsize
-    return len(trial.ids) * trial.num_candidates * _ANSWER_BYTES, len(trial.ids) * trial.sent * row_bytes
+def trial_bytes(trial: Trial, layout: Layout, rows_SP: torch.Tensor) -> tuple[int, int]:
+    """(upload, download) bytes of a trial: every answer, and the adapters that are sent to be judged.
+
+    Args:
+        trial: the question.
+        layout: of the adapters.
+        rows_SP: one of the candidates; all are of one size.
+    """
+    groups = layout.groups if trial.groups is None else trial.groups
+    answers = len(trial.ids) * trial.num_candidates * _ANSWER_BYTES
+    return answers, trial.sent * crossing_bytes(layout, rows_SP, groups) if trial.sent else 0

@@ -164,7 +164,7 @@ class Seam:
                 self._uploads[job.ids[row]] += 1
         if groups and self._config.compression != "none":
             upload_bytes, errors = self._compressed(job, sent, sent_SP, sent_start_SP)
-        admitted = sound(self._layout, groups, values_SP, names, start_SP, self._config.max_norm_ratio)
+        admitted = sound(self._layout, groups, values_SP, names, start_SP, self._config.max_norm_ratio, len(sent))
         self._remember(job, came, set(admitted.accepted), errors)
         told = list(reports)
         for place, reason in admitted.rejected.items():

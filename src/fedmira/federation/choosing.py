@@ -77,7 +77,13 @@ def asked(
     return results.ids if participants.round % config.every == 0 else ()
 
 
-def ask(config: ChoiceConfig, state: State, participants: Participants, results: Results) -> Trial | None:
+def ask(
+    config: ChoiceConfig,
+    state: State,
+    participants: Participants,
+    results: Results,
+    groups: frozenset[str] | None = None,
+) -> Trial | None:
     """Return the question after a round: which alpha of the grid? None if it goes to nobody.
 
     A client holds theta_k; x_k crosses for it only where it would not get that anyway, see `only_to_judge`.
@@ -87,6 +93,7 @@ def ask(config: ChoiceConfig, state: State, participants: Participants, results:
         state: after merging, see `blended`.
         participants: of the round that is over.
         results: of that round.
+        groups: of tensors that cross; None means all.
     """
     ids, num_clients = asked(config, participants, results, state.last_round_K), state.adapters.num_clients
 
@@ -94,7 +101,8 @@ def ask(config: ChoiceConfig, state: State, participants: Participants, results:
         alpha_K = torch.full((num_clients,), config.grid[number], device=state.adapters.values_KP.device)
         return blended(state, alpha_K, ids).values_KP
 
-    return Trial(ids, len(config.grid), candidate, only_to_judge(participants, num_clients)) if ids else None
+    sent = only_to_judge(participants, num_clients)
+    return Trial(ids, len(config.grid), candidate, sent, groups=groups) if ids else None
 
 
 def choose(config: ChoiceConfig, state: State, trial: Trial, losses: Losses) -> tuple[State, Info]:

@@ -41,12 +41,14 @@ def form(mixing: str, ranks_K: Sequence[int] | None = None) -> Form:
 
     `products` takes for each client the pair of its rank that comes nearest to the mixed product, turned towards its
     own; `least_squares` keeps its A and takes the best B; with `shared_a` A is the initial one of all, so mixing B
-    mixes products exactly.
+    mixes products exactly. Clients of unequal rank are as far apart as their products are, whatever is mixed: what one
+    lacks of A says nothing about it.
 
     Args:
         mixing: `factors`, `products`, `least_squares` or `shared_a`.
         ranks_K: rank of each client; None means that of the arena.
     """
+    distances = row_distances if len(set(ranks_K or ())) < 2 else _product_distances
     match mixing:
         case "products":
             mix = partial(in_products, ranks_K=ranks_K)
@@ -56,9 +58,9 @@ def form(mixing: str, ranks_K: Sequence[int] | None = None) -> Form:
         case "shared_a":
             moving = frozenset({"lora_b"})
             # A is at the client already, so not even a digit of it may move
-            return Form(lambda step: by_group({"lora_a": keep(), "lora_b": step}), row_distances, energy, moving)
+            return Form(lambda step: by_group({"lora_a": keep(), "lora_b": step}), distances, energy, moving)
         case _:
-            return Form(lambda step: step, row_distances, energy)
+            return Form(lambda step: step, distances, energy)
 
 
 def _on_products(step: Mixer, mix: Callable[[Matrix], Mixer]) -> Mixer:

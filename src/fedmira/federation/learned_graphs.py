@@ -37,15 +37,17 @@ def learner(config: GraphConfig, clients: Clients) -> Learner:
 
     Whatever the kind, the warm-up joins everyone with everyone, or nobody, until its rounds are over or what is learned
     agrees with what was learned a round before: clients that have not yet learned what sets them apart look alike by
-    chance, and chance does not repeat itself. The provenance says the round, that agreement, and what the server learns
-    by the graph.
+    chance, and chance does not repeat itself. Only pairs are compared of which one returned and both were known the
+    round before, and only if these are enough: what nobody looked at again repeats itself by itself. The provenance
+    says the round, that agreement, and what the server learns by the graph.
     """
     of_kind = {**_FROM_ADAPTERS, **ASKED}[config.kind](config, clients)
     num_clients = len(clients.names)
 
     def init(initial: Arena) -> dict[str, torch.Tensor]:
         weights = torch.zeros(num_clients, num_clients, dtype=torch.float64)
-        return {**of_kind.init(initial), "weights": weights, "trusted": torch.zeros(1)}
+        first = {"weights": weights, "known": torch.zeros(num_clients), "trusted": torch.zeros(1)}
+        return {**of_kind.init(initial), **first}
 
     def learn(memory: Memory, seen: Seen) -> tuple[dict[str, torch.Tensor], Graph]:
         if clients.ranks_K is not None:
@@ -53,11 +55,18 @@ def learner(config: GraphConfig, clients: Clients) -> Learner:
             started_KP = trimmed(seen.starts.layout, seen.starts.values_KP, clients.ranks_K)
             seen = seen._replace(starts=seen.starts.replace(started_KP))
         learned, graph = of_kind.learn(memory, seen)
-        learned |= {"weights": torch.from_numpy(graph.adjacency_KK.copy())}
+        known_K = torch.zeros(num_clients)
+        known_K[seen.clients] = 1
+        learned |= {"weights": torch.from_numpy(graph.adjacency_KK.copy()), "known": known_K}
         details = {"memory": config.memory, "round": seen.round}
-        before_KK, trusted = memory["weights"].cpu().numpy(), bool(memory["trusted"])
-        if before_KK.any() and graph.num_edges:
-            details["agreement"] = agreement(before_KK, graph.adjacency_KK)
+        trusted, known_before_K = bool(memory["trusted"]), memory["known"].cpu().numpy() > 0
+        returned_K = np.isin(np.arange(num_clients), seen.returned)
+        told_KK = (returned_K[:, None] | returned_K) & known_before_K[:, None] & known_before_K
+        before_KK = np.where(told_KK, memory["weights"].cpu().numpy(), 0.0)
+        now_KK = np.where(told_KK, graph.adjacency_KK, 0.0)
+        # a few edges agree by chance
+        if np.count_nonzero(before_KK + now_KK) / 2 >= num_clients / _CLIENTS_PER_EDGE:
+            details["agreement"] = agreement(before_KK, now_KK)
             trusted |= config.settled <= details["agreement"] and config.settled < 1
         if seen.round > config.warmup_rounds:
             trusted = True
@@ -70,6 +79,9 @@ def learner(config: GraphConfig, clients: Clients) -> Learner:
 
     return Learner(init, learn, of_kind.ask, of_kind.hear)
 
+
+_CLIENTS_PER_EDGE = 2
+"""With fewer edges to compare than one for so many clients, two graphs do not count as compared."""
 
 _Draw: TypeAlias = Callable[[Matrix, list[int], GraphConfig, Clients], Drawn]
 """From the similarities among the clients seen, and who they are, to the weights between them."""

@@ -137,7 +137,7 @@ def in_products(
             for rows, weights in _alike(matrix_KK)
             if reference is not None or len(rows) > 1 or weights != np.eye(1, len(weights), rows[0])[0].tolist()
         ]
-        for spec_a, spec_b in pairs:
+        for spec_a, spec_b in pairs if moving else ():
             a_MRI, b_MOR = mixed.view(spec_a), mixed.view(spec_b)
             spectra = _spectra(arena.view(spec_b), arena.view(spec_a), [weights for _, weights in moving])
             for whole, (rows, _) in zip(spectra, moving, strict=True):

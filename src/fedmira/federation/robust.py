@@ -27,7 +27,8 @@ def clip(matrix_KK: Matrix, distance_KK: Matrix) -> Matrix:
 
     x_k = theta_k + sum_l P_kl min(1, r_k / d_kl) (theta_l - theta_k), d_kl the distance and r_k its median over l != k,
     weighted by P_kl: ClippedGossip (He, Karimireddy and Jaggi 2022, arXiv 2202.01545) with a radius that follows the
-    clients.
+    clients. A client of which nothing is known (P_kk = 0) has nothing of its own to be left with: its neighbours divide
+    what clipping took.
     """
     others_KK, apart_KK = _others(matrix_KK), np.sqrt(distance_KK)
     order_KK = np.argsort(apart_KK, axis=1, kind="stable")
@@ -36,6 +37,8 @@ def clip(matrix_KK: Matrix, distance_KK: Matrix) -> Matrix:
     radius_K1 = np.take_along_axis(apart_KK, np.take_along_axis(order_KK, middle_K1, axis=1), axis=1)
     beyond_KK = apart_KK > radius_K1
     kept_KK = others_KK * np.where(beyond_KK, radius_K1 / np.where(beyond_KK, apart_KK, 1.0), 1.0)
+    kept_K1, unknown_K1 = kept_KK.sum(axis=1, keepdims=True), np.diagonal(matrix_KK)[:, None] == 0
+    kept_KK = np.where(unknown_K1 & (kept_K1 > 0), kept_KK / np.where(kept_K1 > 0, kept_K1, 1.0), kept_KK)
     return np.asarray(kept_KK + np.diag(1.0 - kept_KK.sum(axis=1)))
 
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from fedmira.federation.blocks import faded
 from fedmira.federation.forms import Form, form
 from fedmira.federation.graph import Graph, Matrix
-from fedmira.federation.mixing import Mixer, by_group, keep, laplacian_implicit, step_numbers, welcome
+from fedmira.federation.mixing import laplacian_implicit, step_numbers, welcome
 from fedmira.federation.robust import ROBUST
 from fedmira.method_config import MiraConfig
 from fedmira.types import Arena, Clients
@@ -51,16 +51,9 @@ def server_step(config: MiraConfig, clients: Clients) -> ServerStep:
             on_rows = laplacian_implicit(graph, tau, confidence_K, revised)
             mixed = mixed_as.of(on_rows)(uploads)
             if tau > 0:
-                mixed = _only(mixed_as.crossing, welcome(graph, confidence_K))(mixed)
+                mixed = mixed_as.of(welcome(graph, confidence_K))(mixed)
             return Mixture(mixed, lambda: step_numbers(graph, on_rows, uploads, mixed, mixed_as.energy))
 
         return of_strength
 
     return ServerStep(mixed_as, mixtures, lambda graph, uploads: faded(graph, uploads.layout.layers, config.depth))
-
-
-def _only(groups: frozenset[str] | None, mixer: Mixer) -> Mixer:
-    """Return the mixer that leaves tensors of other groups as they are; None means all are mixed."""
-    if groups is None:
-        return mixer
-    return lambda arena: by_group({name: mixer if name in groups else keep() for name in arena.layout.groups})(arena)

@@ -32,6 +32,12 @@ def first_shift(initial: Arena) -> dict[str, torch.Tensor]:
     }
 
 
+def pair_bytes(b_OQ: torch.Tensor, a_QI: torch.Tensor, element_size: int) -> int:
+    """Return the bytes of two factors as they cross: components that are 0 in both, beyond a client's rank, do not."""
+    there = int((b_OQ.any(dim=0) | a_QI.any(dim=1)).sum())
+    return there * (b_OQ.shape[0] + a_QI.shape[1]) * element_size
+
+
 def shifted_by(
     state: State,
     by_layer: Sequence[Factors],

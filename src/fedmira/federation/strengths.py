@@ -34,7 +34,9 @@ def in_use(strength: float | str, memory: Mapping[str, torch.Tensor]) -> float:
 
 
 def chosen_together(
-    method: Method, mixtures: Callable[[Graph, Arena, tuple[int, ...], int], Callable[[float], Mixture]]
+    method: Method,
+    mixtures: Callable[[Graph, Arena, tuple[int, ...], int], Callable[[float], Mixture]],
+    groups: frozenset[str] | None = None,
 ) -> Method:
     """Return `method` with the question which strength to use in the next round, asked together with its own.
 
@@ -46,6 +48,7 @@ def chosen_together(
     Args:
         method: keeps what it mixes in its memory as `uploads`, and mixes with `in_use` on the graph of its `Info`.
         mixtures: the mixture of each strength, from the graph, the uploads, their rounds and the round.
+        groups: of tensors that cross; None means all.
     """
 
     def init(initial: Arena, clients: Clients) -> State:
@@ -77,7 +80,7 @@ def chosen_together(
             return of_strength(GRID[number]).adapters.values_KP[rows]
 
         sent = len(GRID) - 1 + (own is None) * only_to_judge(participants, uploads.num_clients)
-        return together(Trial(results.ids, len(GRID), candidate, sent), own)
+        return together(Trial(results.ids, len(GRID), candidate, sent, groups=groups), own)
 
     def decide(state: State, trial: Trial, losses: Losses) -> tuple[State, Info]:
         (of_strength, answers), (own, own_answers) = apart(trial, losses)

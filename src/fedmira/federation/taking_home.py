@@ -67,8 +67,8 @@ def over_rounds(method: Method, decay: float, *, judged: bool = False) -> Method
         if own is None or not participants.last or not state.memory["has_home"][list(own.ids)].any():
             return together(None, own)
         rows, sent = list(own.ids), int(len(participants.ids) < state.adapters.num_clients)
-        candidates = Trial(
-            own.ids, own.num_candidates, lambda number: averaged(state, own.candidate(number), rows), sent, own.split
+        candidates = own._replace(
+            candidate=lambda number: averaged(state, own.candidate(number), rows), sent=sent, parts=(), compare_SP=None
         )
         return together(candidates, own)
 

@@ -91,6 +91,13 @@ class Continuity:
                 self._tensors[key] = self._tensors[key].to(tensor.device)
                 self._tensors[key][place.client] = tensor
 
+    def forget(self, places: Sequence[Place]) -> None:
+        """Let these begin afresh: what led to an upload that was rejected is not to be trusted either."""
+        for place in places:
+            steps_K = self._tensors.get(f"{_PREFIX}.{place.block}.steps")
+            if steps_K is not None:
+                steps_K[place.client] = 0
+
 
 def turn(
     layout: Layout, ended_P: torch.Tensor, start_P: torch.Tensor, first_P: torch.Tensor, second_P: torch.Tensor

@@ -18,8 +18,12 @@ def build(clients: Clients) -> Method:
     """Return the method: odd rounds train and average the global pair, even rounds train the own pair beside it."""
 
     def plan(state: State, participants: Participants) -> Job:
+        round_ = participants.round
         job = exchange_everything(state, participants)._replace(download=_GLOBAL)
-        if participants.round % 2:
+        if round_ % 2:
+            # the round before moved own pairs only; who was there holds the global one
+            if round_ > 1 and all(state.last_round_K[id_] == round_ - 1 for id_ in participants.ids):
+                job = job._replace(download=frozenset())
             return job._replace(trainable=_GLOBAL, upload=_GLOBAL)
         return job._replace(trainable=_OWN, upload=frozenset())
 

@@ -12,7 +12,7 @@ from fedmira.federation.averaging import follow, mean_of, one_start, returned_we
 from fedmira.federation.method import Info, Method, State
 from fedmira.federation.products import stacked
 from fedmira.federation.receiving import exchange_everything, received
-from fedmira.federation.shifting import first_shift, shifted_adapters, shifted_by, with_shift
+from fedmira.federation.shifting import first_shift, pair_bytes, shifted_adapters, shifted_by, with_shift
 from fedmira.federation.similarity import low_rank_pairs
 from fedmira.types import Arena, Clients, Job, Participants, Results
 
@@ -40,7 +40,7 @@ def build(clients: Clients) -> Method:
             b_OQ, a_QI = stacked(adapters, spec_a, spec_b, shares_K)
             mean_b, mean_a = mean.view(spec_b)[0].double(), mean.view(spec_a)[0].double()
             factors.append((torch.cat([b_OQ, -mean_b], dim=1), torch.cat([a_QI, mean_a], dim=0)))
-            own_bytes.append((b_OQ.numel() + a_QI.numel()) * adapters.values_KP.element_size())
+            own_bytes.append(pair_bytes(b_OQ, a_QI, adapters.values_KP.element_size()))
         return State(mean, last_round_K, shifted_by(state, factors, own_bytes, results.ids)), info
 
     return Method(init=init, plan=plan, merge=merge, personalise=shifted_adapters, join=follow())

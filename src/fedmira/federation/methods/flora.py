@@ -15,7 +15,7 @@ from fedmira.federation.averaging import follow, one_start, returned_weights
 from fedmira.federation.method import Info, Method, State
 from fedmira.federation.products import energy_rank, spectrum, stacked
 from fedmira.federation.receiving import exchange_everything, received
-from fedmira.federation.shifting import first_shift, shifted_adapters, shifted_by, with_shift
+from fedmira.federation.shifting import first_shift, pair_bytes, shifted_adapters, shifted_by, with_shift
 from fedmira.federation.similarity import low_rank_pairs
 from fedmira.randomness import torch_generator
 from fedmira.types import Arena, Clients, Job, Participants, Results
@@ -46,7 +46,7 @@ def build(clients: Clients, energy: float | None = None) -> Method:
                 rank = energy_rank(whole.values_Q, energy)
                 b_OQ, a_QI = whole.u_OQ[:, :rank] * whole.values_Q[:rank], whole.v_QI[:rank]
             factors.append((b_OQ, a_QI))
-            own_bytes.append((b_OQ.numel() + a_QI.numel()) * adapters.values_KP.element_size())
+            own_bytes.append(pair_bytes(b_OQ, a_QI, adapters.values_KP.element_size()))
         memory = shifted_by(state, factors, own_bytes, results.ids)
         ranks = [a_QI.shape[0] for _, a_QI in factors]
         info = Info({"returned": float(len(results.ids)), "merged_rank": sum(ranks) / len(ranks)})

@@ -77,5 +77,6 @@ def build(config: MiraConfig, clients: Clients, graph: Graph | None) -> Method:
     exchange = exchange_groups(step.form.crossing)
     method = Method(init, plan, merge, partial(taken, share="alpha"))
     if choice.enabled:
-        method = method._replace(trial=partial(ask, choice), decide=partial(choose, choice))
-    return chosen_together(method, mixtures) if config.strength == "auto" else method
+        asking = partial(ask, choice, groups=step.form.crossing)
+        method = method._replace(trial=asking, decide=partial(choose, choice))
+    return chosen_together(method, mixtures, step.form.crossing) if config.strength == "auto" else method

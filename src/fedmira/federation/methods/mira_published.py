@@ -5,12 +5,14 @@ separately; everybody else keeps its adapter. Knows nothing about unsampled neig
 
 The step must satisfy tau * lambda_max(L) <= 2 on every subgraph it meets. The draws of a run are known beforehand, so
 all of them are checked before the first round; a client that fails only makes a subgraph, and its eigenvalue, smaller.
+Of a graph that is learned only the warm-up is known by then; every later round checks its own.
 """
 
 from __future__ import annotations
 
 from fedmira.config import FederationConfig
 from fedmira.federation.graph import Graph, subgraph
+from fedmira.federation.known_graphs import uniform
 from fedmira.federation.learned_graphs import Seen, learner
 from fedmira.federation.method import Info, Method, State
 from fedmira.federation.mixing import laplacian_explicit, refuse_unstable, step_numbers
@@ -32,10 +34,13 @@ def build(
     """
     tau = config.server_lr * config.strength
     everybody = tuple(range(len(clients.names)))
-    if graph is not None:
+    first = graph
+    if graph is None and config.graph.warmup == "uniform" and config.graph.warmup_rounds:
+        first = uniform(len(everybody))
+    if first is not None:
         draws = {everybody} if federation is None else planned_ids(len(everybody), federation, clients.seed)
         for ids in draws:
-            refuse_unstable(subgraph(graph, ids), tau)
+            refuse_unstable(subgraph(first, ids), tau)
 
     learns = None if graph is not None else learner(config.graph, clients)
 

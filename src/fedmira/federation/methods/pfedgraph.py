@@ -13,6 +13,7 @@ from fedmira.federation.averaging import one_start
 from fedmira.federation.graph import explained, validated
 from fedmira.federation.method import Info, Method, State
 from fedmira.federation.mixing import linear
+from fedmira.federation.ranks import trimmed
 from fedmira.federation.receiving import exchange_everything, own_adapters, received
 from fedmira.federation.simplex import collaboration
 from fedmira.method_config import PFedGraphConfig
@@ -42,7 +43,11 @@ def build(config: PFedGraphConfig, clients: Clients) -> Method:
         rows = list(results.ids)
         weights_KK = np.eye(num_clients)
         if rows:
-            moved_SP = (adapters.values_KP[rows] - state.memory["start"]).double()
+            start_SP = state.memory["start"].expand(len(rows), -1)
+            if clients.ranks_K is not None:
+                # what a client of smaller rank lacks it has not moved away from
+                start_SP = trimmed(adapters.layout, start_SP, [clients.ranks_K[k] for k in rows])
+            moved_SP = (adapters.values_KP[rows] - start_SP).double()
             unit_SP = torch.nn.functional.normalize(moved_SP, dim=1)
             cosine_SS = (unit_SP @ unit_SP.T).cpu().numpy()
             cosine_SS = np.where(cosine_SS > _ALIKE, 1.0, cosine_SS)
