@@ -24,7 +24,7 @@ from fedmira.config_file import (
     resolved_yaml,
 )
 from fedmira.errors import ConfigError
-from fedmira.method_config import MiraConfig
+from fedmira.method_config import DittoConfig, FedITConfig, MiraConfig
 
 # ------------------------------------------------------------------------------------------------------------ reading
 
@@ -70,6 +70,29 @@ def test_the_last_of_two_overrides_wins_and_a_section_can_be_replaced_whole() ->
     text = "method: {name: mira, graph: {kind: labels}}\n"
     config = parse_config(text, ["seed=1", "seed=2", "method={name: fedit}"])
     assert (config.seed, config.method.name) == (2, "fedit")
+
+
+def test_another_method_on_the_command_line_has_its_defaults() -> None:
+    text = "method: {name: mira, strength: 3, graph: {kind: labels}}"
+    assert parse_config(text, ["method.name=fedit"]).method == FedITConfig(name="fedit")
+    same = parse_config(text, ["method.name=mira"]).method
+    assert isinstance(same, MiraConfig)
+    assert same.strength == 3
+    ditto = parse_config(text, ["method.strength=0.5", "method.name=ditto"]).method
+    assert isinstance(ditto, DittoConfig)
+    assert ditto.strength == 0.5
+    # a file that names no method has that of a config without one
+    assert parse_config("method: {strength: 3}", ["method.name=mira"]).method.strength == 3  # type: ignore[union-attr]
+    assert parse_config("method: {strength: 3}", ["method.name=fedit"]).method.name == "fedit"
+
+
+def test_settings_without_their_switch_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"exchange\.privacy: noise_multiplier and budget have no effect"):
+        parse_config("exchange: {privacy: {noise_multiplier: 2, budget: 3}}")
+    with pytest.raises(ConfigError, match=r"method\.choice: margin has no effect while enabled is false"):
+        parse_config("method: {choice: {enabled: false, margin: 0.5}}")
+    quiet = parse_config("method: {choice: {enabled: false}}\nexchange: {privacy: {enabled: false}}")
+    assert parse_config(resolved_yaml(quiet)) == quiet
 
 
 def test_an_override_may_hold_equals_signs_and_be_empty() -> None:

@@ -418,6 +418,13 @@ def test_an_unfinished_run_has_no_adapters_to_give(tmp_path: Path, poisoned: set
         personalised_adapters(path)
 
 
+def test_a_comparison_is_not_a_run_and_says_which_it_holds(tmp_path: Path) -> None:
+    (tmp_path / "study.json").write_text("{}")
+    (tmp_path / "runs" / "fedit-seed0").mkdir(parents=True)
+    with pytest.raises(UsageError, match=r"is a comparison.*runs/fedit-seed0"):
+        personalised_adapters(tmp_path)
+
+
 def test_what_a_method_keeps_apart_is_saved_and_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A method whose clients are judged by something else than they train from: that is what the checkpoint gives."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -127,3 +128,25 @@ def test_the_python_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.Monke
     assert sorted(path.name for path in Path("adapters").iterdir()) == ["family-0-client-0", "family-1-client-0"]
     [page] = Path("runs").glob("run-fedit-seed1-*/report/index.html")
     assert page.stat().st_size > 1000
+
+
+def test_the_python_block_runs_on_the_config_of_the_block_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fedmira.cli.recipes import recipe_path
+
+    monkeypatch.chdir(tmp_path)
+    text = recipe_path("jsonl").read_text(encoding="utf-8")
+    for long, short in (("rounds: 10", "rounds: 1"), ("max_new_tokens: 64", "max_new_tokens: 2")):
+        assert long in text
+        text = text.replace(long, short)
+    Path("my.yaml").write_text(text, encoding="utf-8")
+    Path("data/clients").mkdir(parents=True)
+    for client in ("anna", "ben"):
+        examples = [{"instruction": f"{client} says {number}", "output": "yes"} for number in range(8)]
+        lines = "".join(json.dumps(example) + "\n" for example in examples)
+        Path(f"data/clients/{client}.jsonl").write_text(lines, encoding="utf-8")
+    [block] = re.findall(r"```python\nfrom pathlib import Path\n(.*?)```", README, re.DOTALL)
+    exec("from pathlib import Path\n" + block, {})
+    assert {path.name for path in Path("adapters").iterdir()} == {"anna", "ben"}
+    assert len(list(Path("runs").glob("my-run-fedit-seed1-*/report/index.html"))) == 1

@@ -16,3 +16,9 @@ RUN_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 
 class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
+
+    def without_effect(self) -> str:
+        """Which fields beside an `enabled` that is false are not as they are by default, in words; or nothing."""
+        fields = type(self).model_fields
+        changed = [name for name, field in fields.items() if name != "enabled" and getattr(self, name) != field.default]
+        return f"{' and '.join(changed)} {'have' if len(changed) > 1 else 'has'} no effect" if changed else ""

@@ -42,7 +42,8 @@ def load_config(path: Path | str, overrides: Sequence[str] = (), recipes: Sequen
     """Read the YAML file `path`, apply `key.path=value` overrides (the command line wins) and validate.
 
     Values follow YAML 1.2: `1e-3` is a number, `yes`, `no`, `on` and `off` are text (and are understood where true or
-    false is wanted). Top-level keys that begin with `x-` are the user's own. An empty file means all defaults.
+    false is wanted). Top-level keys that begin with `x-` are the user's own. An empty file means all defaults. Another
+    `method.name` than that of the file means that method with its defaults, as in a comparison.
 
     Raises:
         ConfigError: the file cannot be read or parsed, or any key or value is wrong; all mistakes are listed.
@@ -57,6 +58,7 @@ def parse_config(text: str, overrides: Sequence[str] = (), source: str = "config
     mistakes = Mistakes(source)
     raw, lines = parse_yaml(text, source, mistakes)
     mistakes.lines = lines
+    _forget_other_method(raw, overrides)
     for override in overrides:
         _apply_override(raw, override, mistakes)
     return _validate(raw, mistakes)
@@ -128,6 +130,14 @@ def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 
 # -------------------------------------------------------------------------------------------------------- command line
+
+
+def _forget_other_method(raw: dict[str, Any], overrides: Sequence[str]) -> None:
+    """Drop what the file says about its method where the command line names another one."""
+    names = [text for key, _, text in (override.partition("=") for override in overrides) if key == "method.name"]
+    section = raw.get("method")
+    if names and isinstance(section, dict) and section.get("name", RunConfig().method.name) != names[-1]:
+        raw["method"] = {}
 
 
 def _apply_override(raw: dict[str, Any], override: str, mistakes: Mistakes) -> None:

@@ -18,9 +18,11 @@ from fedmira.assembly import Assembly, assemble
 from fedmira.config import RunConfig
 from fedmira.evaluation.costs import highest_memory_bytes, memory_bytes
 from fedmira.exchange.in_process import trial_bytes
+from fedmira.exchange.privacy import advice
 from fedmira.exchange.seam import planned_bytes
 from fedmira.federation import participation
 from fedmira.federation.method import State
+from fedmira.foresight import warnings
 from fedmira.randomness import torch_generator
 from fedmira.trials import planned_steps, timed, try_checkpoint, try_evaluation, try_generation, try_training
 from fedmira.types import ClientReport, Job, Losses, Results, Trial
@@ -59,6 +61,8 @@ class Estimate(NamedTuple):
     disk_seconds: float
     dry_run_seconds: float
     """What predicting took, the start included."""
+    warnings: tuple[str, ...] = ()
+    """What the run will say before its first round."""
 
     def lines(self) -> list[str]:
         """One line per fact, for people."""
@@ -73,6 +77,7 @@ class Estimate(NamedTuple):
             f"after {self.start_seconds:,.0f} s to start",
             f"of which           training {self.training_seconds:,.0f} s, mixing {self.mixing_seconds:,.0f} s, "
             f"evaluation {self.evaluation_seconds:,.0f} s, disk {self.disk_seconds:,.0f} s",
+            *(f"warning: {line}" for line in self.warnings),
         ]
 
 
@@ -108,6 +113,9 @@ def dry_run(config: RunConfig) -> Estimate:
     del asked
     participants = participation.draw(len(parts.clients.names), config.federation, config.seed, 1)
     job = method.plan(state, participants)
+    told = warnings(parts)
+    if config.exchange.privacy.enabled and (line := advice(parts.layout, job.upload, job.trainable)):
+        told = (*told, line)
     step = try_training(parts, job, planned)
     # a client may hold several rows, each trained for a share of the steps
     effort = job.work * len(job.ids) / len(participants.ids)
@@ -155,6 +163,7 @@ def dry_run(config: RunConfig) -> Estimate:
         evaluation_seconds=evaluation_seconds,
         disk_seconds=disk_seconds,
         dry_run_seconds=time.perf_counter() - started,
+        warnings=told,
     )
 
 

@@ -31,6 +31,13 @@ class PrivacyConfig(Section):
     another run with it, can remove it. `system`: from the operating system's entropy, for real deployments; a resumed
     run then differs, and output.checkpoint_every must be 1, so that no upload is forgotten."""
 
+    @model_validator(mode="after")
+    def _switched_on(self) -> PrivacyConfig:
+        # forgetting the switch would send everything as it is
+        if not self.enabled and (what := self.without_effect()):
+            raise ValueError(f"{what} while enabled is false; set enabled: true, or remove it")
+        return self
+
 
 class ExchangeConfig(Section):
     """What crosses the seam between server and clients, in which form, and what the server refuses."""

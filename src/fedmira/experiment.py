@@ -17,15 +17,15 @@ import torch
 
 from fedmira.assembly import Assembly, assemble, refuse_other_base
 from fedmira.config import RunConfig
-from fedmira.data.sources.files import unusable_line
 from fedmira.errors import DivergedError, Interrupted, ParticipationError
-from fedmira.evaluation.judge import final_records, shortened_line, validation_losses
+from fedmira.evaluation.judge import final_records, validation_losses
 from fedmira.exchange.privacy import advice
 from fedmira.exchange.seam import Kept
 from fedmira.federation import participation
 from fedmira.federation.graph import Graph
 from fedmira.federation.graph import parts as graph_parts
 from fedmira.federation.method import Info, State
+from fedmira.foresight import warnings
 from fedmira.joining import grown_manifest, known_clients, refuse_other_data, refuse_to_end, take_in
 from fedmira.profile import profiled
 from fedmira.runs.checkpoint import Checkpoint, load_latest, save
@@ -126,10 +126,7 @@ class _Run:
             self.display.finish(f"{self.store.path}: finished before, nothing to do")
             return self.store.path
         self.display.start(f"{config.method.name} seed {config.seed}", config.federation.rounds)
-        parts = self.parts
-        unusable = unusable_line(parts.federation.provenance)
-        shortened = shortened_line(parts.base, parts.layout, parts.tokenized, config.evaluation)
-        for line in filter(None, (unusable, shortened)):
+        for line in warnings(self.parts):
             self._tell(f"warning: {line}")
         for round_ in range(first_round, config.federation.rounds + 1):
             if self.larger and progress is None:

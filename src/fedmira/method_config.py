@@ -108,6 +108,8 @@ class ChoiceConfig(Section):
     def _ascending(self) -> ChoiceConfig:
         if list(self.grid) != sorted({0.0, *self.grid, 1.0}):
             raise ValueError(f"grid = {list(self.grid)} must be different shares in ascending order, from 0 to 1")
+        if not self.enabled and (what := self.without_effect()):
+            raise ValueError(f"{what} while enabled is false; remove it, or set enabled: true")
         return self
 
 

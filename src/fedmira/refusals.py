@@ -50,6 +50,26 @@ def refusal(method: MethodSection, kind: AdapterKind) -> str:
     return ""
 
 
+def asks_for_validation(method: MethodSection) -> tuple[str, ...]:
+    """What of `method` rests on the clients' validation examples.
+
+    >>> from fedmira.method_config import method_with_defaults
+    >>> asks_for_validation(method_with_defaults("mira"))
+    ('method.choice',)
+    """
+    graph, choice = getattr(method, "graph", None), getattr(method, "choice", None)
+    asked = []
+    if choice is not None and choice.enabled:
+        asked.append("method.choice")
+    if getattr(method, "strength", None) == "auto":
+        asked.append("method.strength = auto")
+    if graph is not None and graph.kind == "trust":
+        asked.append("method.graph.kind = trust")
+    if method.name == "pcl":
+        asked.append("the trust between clients")
+    return tuple(asked)
+
+
 def refusal_beside(method: MethodSection, exchange: ExchangeConfig, client_ranks: bool, keep_moments: bool) -> str:
     """Why `method` cannot be used beside what other sections ask for; empty if it can.
 

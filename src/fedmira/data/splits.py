@@ -158,12 +158,12 @@ def _refuse_empty(
         raise DataError(
             f"data.partition.test = 0 leaves nothing to judge client {name!r} by. Set it to 0.25, for example."
         )
+    instead = ", remove it, or set data.partition.validation to 0" if partition.validation else " or remove it"
     raise DataError(
         f"client {name!r} has no example left for {' and '.join(empty)}: it holds {_num_examples(groups)} examples "
         f"with {len(groups)} different prompts, {num_placed} of them in the split that another client gave them, and "
         f"one prompt never falls into two splits. It needs prompts for each of {', '.join(needed)}. Give it more "
-        "examples, ask for fewer clients, remove it, or set data.partition.validation to 0."
-        f"{_cap_hint(partition)}"
+        f"examples, ask for fewer clients{instead}.{_cap_hint(partition)}"
     )
 
 

@@ -147,13 +147,13 @@ def refuse_overspending(config: PrivacyConfig, round_: int, names: Sequence[str]
     spent = {name: epsilon(uploads, *settings) for name, uploads in zip(names, uploads_after, strict=True)}
     over = [name for name, value in spent.items() if value > config.budget]
     if over:
-        most = max_uploads(config)
+        most, saved = max_uploads(config), "What the rounds before it learned is saved. " if round_ > 1 else ""
         raise ParticipationError(
             f"round {round_}: the privacy budget of {len(over)} of {len(names)} participants would be spent, first "
             f"{over[0]}: epsilon {spent[over[0]]:.4g} at delta {config.delta:g}, allowed is "
             f"exchange.privacy.budget = {config.budget:g}, enough for {most} upload{'' if most == 1 else 's'}. "
-            "What the rounds before it learned is saved. Start again with fewer rounds, fewer clients per round or a "
-            "larger noise_multiplier"
+            f"{saved}A new run spends anew on the same data: give it fewer rounds, fewer clients per round or a larger "
+            "noise_multiplier"
         )
 
 

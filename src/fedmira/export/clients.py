@@ -56,6 +56,9 @@ def load_trained(run: Path) -> Trained:
     from fedmira.runs.checkpoint import load_latest
     from fedmira.runs.store import RunStore
 
+    if (run / "study.json").is_file():
+        example = next(iter(sorted((run / "runs").glob("*"))), run / "runs" / "RUN")
+        raise UsageError(f"{run} is a comparison, which holds several runs; name one of them, such as {example}")
     store = RunStore.open(run)
     checkpoint = load_latest(run, config_hash=store.config_hash)
     if checkpoint is None or checkpoint.facts["completed_rounds"] == 0:

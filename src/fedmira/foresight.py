@@ -1,0 +1,55 @@
+"""What is known before the first round not to be as whoever wrote the config may think: lines for people.
+
+Nothing here ends a run. Knows nothing about rounds that are over.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from fedmira.assembly import Assembly
+from fedmira.data.sources.files import unusable_line
+from fedmira.evaluation.judge import shortened_line
+from fedmira.exchange.privacy import max_uploads
+from fedmira.federation import participation
+from fedmira.refusals import asks_for_validation
+
+
+def warnings(parts: Assembly) -> tuple[str, ...]:
+    """Return what should be said before a run of `parts` begins, in the order of the journey."""
+    lines = (
+        unusable_line(parts.federation.provenance),
+        _unanswered_line(parts),
+        shortened_line(parts.base, parts.layout, parts.tokenized, parts.config.evaluation),
+        _budget_line(parts),
+    )
+    return tuple(line for line in lines if line)
+
+
+def _unanswered_line(parts: Assembly) -> str:
+    """What has no effect because nobody holds validation examples."""
+    asked = asks_for_validation(parts.config.method)
+    if not asked or any(client.validation for client in parts.tokenized):
+        return ""
+    return (
+        f"no client holds validation examples, so nothing comes of {' and '.join(asked)} in method.name = "
+        f"{parts.config.method.name}; set data.partition.validation to 0.15, for example"
+    )
+
+
+def _budget_line(parts: Assembly) -> str:
+    """Which round the privacy budget will not allow, counted from the first."""
+    privacy, federation = parts.config.exchange.privacy, parts.config.federation
+    if not privacy.enabled or privacy.budget is None:
+        return ""
+    most, drawn = max_uploads(privacy), Counter[int]()
+    for round_ in range(1, federation.rounds + 1):
+        drawn.update(participation.draw(len(parts.clients.names), federation, parts.config.seed, round_).ids)
+        if max(drawn.values()) > most:
+            uploads = f"{most} upload{'' if most == 1 else 's'}"
+            return (
+                f"exchange.privacy.budget = {privacy.budget:g} is enough for {uploads} of a client; if all that are "
+                f"drawn send one, round {round_} will be refused. What is spent by then stays spent: lower "
+                "federation.rounds or raise noise_multiplier now"
+            )
+    return ""

@@ -1,0 +1,75 @@
+"""What is said before the first round: in words that name the key, and only where it is so."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from fedmira.assembly import assemble
+from fedmira.config import RunConfig
+from fedmira.estimate import dry_run
+from fedmira.exchange.privacy import epsilon
+from fedmira.foresight import warnings
+
+
+def tiny(**sections: Any) -> RunConfig:
+    return RunConfig.model_validate(
+        {
+            "data": {"source": "planted", "families": 2, "clients_per_family": 2, "examples": 12},
+            "model": {"adapter": {"rank": 2, "targets": ["q_proj"]}, "dtype": "float32", "device": "cpu"},
+            "training": {"local_steps": 1, "batch_size": 2},
+            "federation": {"rounds": 3},
+            "evaluation": {"generation": {"max_new_tokens": 2}},
+            **sections,
+        }
+    )
+
+
+def test_nothing_is_said_of_a_run_that_is_as_it_seems() -> None:
+    assert warnings(assemble(tiny())) == ()
+
+
+@pytest.mark.parametrize(
+    ("method", "named"),
+    [
+        ({"name": "mira"}, "method.choice"),
+        ({"name": "mira", "choice": {"enabled": False}, "strength": "auto"}, "method.strength = auto"),
+        ({"name": "mira", "choice": {"enabled": False}, "graph": {"kind": "trust"}}, "method.graph.kind = trust"),
+        ({"name": "pcl"}, "the trust between clients"),
+        ({"name": "fedit"}, None),
+        ({"name": "mira", "choice": {"enabled": False}}, None),
+    ],
+)
+def test_what_rests_on_validation_examples_that_nobody_holds_is_named(
+    method: dict[str, Any], named: str | None
+) -> None:
+    data = {"source": "planted", "families": 2, "clients_per_family": 2, "examples": 12}
+    bare = tiny(method=method, data={**data, "partition": {"by": "field", "validation": 0}})
+    told = warnings(assemble(bare))
+    assert len(told) == (named is not None)
+    assert named is None or f"nothing comes of {named} in" in told[0]
+    assert warnings(assemble(tiny(method=method))) == ()
+
+
+@pytest.mark.parametrize(("uploads", "refused"), [(3, None), (2, 3), (1, 2), (0, 1)])
+def test_the_round_that_the_privacy_budget_will_not_allow_is_known_before_the_first(
+    uploads: int, refused: int | None
+) -> None:
+    budget = epsilon(uploads, 2.0, 1e-5) + 1e-6
+    privacy = {"enabled": True, "noise_multiplier": 2.0, "budget": budget}
+    config = tiny(method={"name": "fedit"}, exchange={"privacy": privacy})
+    told = warnings(assemble(config))
+    assert len(told) == (refused is not None)
+    if refused is not None:
+        assert f"is enough for {uploads} upload" in told[0]
+        assert f"round {refused} will be refused" in told[0]
+
+
+def test_a_dry_run_says_what_the_run_would_say() -> None:
+    privacy = {"enabled": True, "noise_multiplier": 2.0, "budget": 1e-3}
+    lines = dry_run(tiny(method={"name": "fedit"}, exchange={"privacy": privacy})).lines()
+    told = [line for line in lines if line.startswith("warning: ")]
+    assert len(told) == 2
+    assert "budget" in told[0]
+    assert "quadratic" in told[1]
