@@ -44,14 +44,15 @@ class Point(NamedTuple):
 
 
 def points(names: dict[str, str]) -> list[Point]:
-    """Those of `names` whose reported runs are all there."""
+    """All of `names`; exits where reported runs of the present defaults are missing."""
     reported = chosen(load_study(STUDIES / f"{STUDY}.yaml", None))
+    if absent := [name for name in names if name not in reported]:
+        raise SystemExit(f"not run yet: {', '.join(absent)}; see tools/methods_study.py")
     found = []
     for name, label in names.items():
-        if name in reported:
-            runs = reported[name][1]
-            sent = sum(run.line["upload_bytes"] + run.line["download_bytes"] for run in runs) / len(runs)
-            found.append(Point(label, sent / 1e6, mean_loss(runs), standard_error(runs)))
+        runs = reported[name][1]
+        sent = sum(run.line["upload_bytes"] + run.line["download_bytes"] for run in runs) / len(runs)
+        found.append(Point(label, sent / 1e6, mean_loss(runs), standard_error(runs)))
     return found
 
 

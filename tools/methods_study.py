@@ -128,8 +128,11 @@ def task_of(study: Study, name: str, seed: int, rate: float, *, tuning: bool) ->
     return Task(study.name, chosen, name, seed, rate, tuning)
 
 
-def missing(study: Study, methods: Sequence[str], found: Mapping[Any, Any]) -> Iterator[Task]:
-    """The runs that can be done now: rates to try for every method, reported draws of those whose rate is chosen."""
+def missing(study: Study, methods: Sequence[str], found: Mapping[Any, Any], again: bool = False) -> Iterator[Task]:
+    """The runs that can be done now: rates to try for every method, reported draws of those whose rate is chosen.
+
+    With `again` reported draws that are there count as missing.
+    """
     for name in methods:
         rate, untried = choose_rate(study, name, found)
         yield from untried
@@ -137,7 +140,7 @@ def missing(study: Study, methods: Sequence[str], found: Mapping[Any, Any]) -> I
             continue
         for seed in study.seeds:
             task = task_of(study, name, seed, rate, tuning=False)
-            if task.key not in found:
+            if again or task.key not in found:
                 yield task
 
 
@@ -207,7 +210,9 @@ def carry_out(task: Task) -> dict[str, Any]:
         assert isinstance(record, RunRecord)
         loss = final_validation_loss(path)
         line["validation_loss"] = loss if math.isfinite(loss) else None
+        held = [client["sha256"] for client in RunStore.open(path).manifest()["clients"]]
         line |= {
+            "data": hashlib.sha256("".join(held).encode()).hexdigest()[:12],
             "upload_bytes": record.upload_bytes,
             "download_bytes": record.download_bytes,
             "seconds": round(time.process_time() - begun, 1),
@@ -265,8 +270,10 @@ def run(arguments: argparse.Namespace) -> None:
                 continue
             study = load_study(path, arguments.data)
             methods = [name for name in study.methods if not arguments.methods or name in arguments.methods]
+            again = arguments.again
             # first all grids, then all reported draws
-            while todo := list(missing(study, methods, by_key(read_lines(path.stem)))):
+            while todo := list(missing(study, methods, by_key(read_lines(path.stem)), again)):
+                again = False
                 print(f"{path.stem}: {len(todo)} runs to do", flush=True)
                 for done in as_completed([pool.submit(carry_out, task) for task in todo]):
                     line = {**done.result(), "commit": commit, "processor": processor()}
@@ -318,12 +325,17 @@ def difference(ones: Sequence[Judged], others: Sequence[Judged]) -> tuple[float,
 def chosen(study: Study) -> dict[str, tuple[float, list[Judged]]]:
     """Per name the chosen learning rate and the reported runs in the order of their draws; whole ones only."""
     found, reported = by_key(read_lines(study.name)), {}
+    data: dict[int, str | None] = {}
     for name in study.methods:
         rate, _ = choose_rate(study, name, found)
         if rate is None:
             continue
         lines = [found.get(task_of(study, name, seed, rate, tuning=False).key) for seed in study.seeds]
         if all(line is not None and line.get("clients") for line in lines):
+            for seed, line in zip(study.seeds, lines, strict=True):
+                of = data.setdefault(seed, (line or {}).get("data"))
+                if of and (line or {}).get("data", of) != of:
+                    raise SystemExit(f"{study.name}, {name}, seed {seed}: not the examples of other methods")
             reported[name] = (rate, [judged(line) for line in lines if line is not None])
     return reported
 
@@ -334,9 +346,10 @@ def section(study: Study) -> str:
     if "local_only" not in reported:
         return f"## {study.name}\n\nNot run yet."
     local = reported["local_only"][1]
-    here = processors(local)
+    came_from = dict.fromkeys(of for _, runs in reported.values() for of in origins(runs))
+    made = dict(zip(came_from, LETTERS, strict=False))
     header = ["method", "mean loss", "vs local_only [95 %]", "vs mira [95 %]", "worst tenth", "harmed", "Rouge-L"]
-    rows = [[*header, "MB up + down", "s", "learning rate"], ["---", *["---:"] * 9]]
+    rows = [[*header, "MB up + down", "s", "learning rate", "made"], ["---", *["---:"] * 9, "---"]]
     for name, (rate, runs) in sorted(reported.items(), key=lambda item: mean_loss(item[1][1])):
         worst = np.mean([np.sort(run.losses_K)[-max(1, round(len(run.losses_K) / 10)) :].mean() for run in runs])
         megabytes = np.mean([run.line["upload_bytes"] + run.line["download_bytes"] for run in runs]) / 1e6
@@ -351,8 +364,9 @@ def section(study: Study) -> str:
                 "-" if name == "local_only" else f"{harm(runs, local):.1%}",
                 f"{np.mean([run.rouge_l for run in runs]):.3f}",
                 f"{megabytes:,.0f}",
-                f"{np.mean([run.line['seconds'] for run in runs]):,.0f}{'' if processors(runs) == here else '*'}",
+                f"{np.median([run.line['seconds'] for run in runs]):,.0f}",
                 f"{rate:g}",
+                "".join(sorted(made[of] for of in origins(runs))),
             ]
         )
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
@@ -361,13 +375,27 @@ def section(study: Study) -> str:
         f"{len(local[0].losses_K)} clients, {config.federation.rounds} rounds of {config.training.steps_or_default} "
         f"steps, {compare.seeds} draws; rates of {', '.join(f'{rate:g}' for rate in compare.learning_rates)}."
     )
+    legend = "; ".join(
+        f"{letter}: {commit}, {processor or 'not noted'}" for (commit, processor), letter in made.items()
+    )
     absent = [name for name in study.methods if name not in reported]
-    return "\n\n".join([f"## {study.name}", facts, table, *([f"Not run yet: {', '.join(absent)}."] if absent else [])])
+    return "\n\n".join(
+        [
+            f"## {study.name}",
+            facts,
+            table,
+            f"Made by: {legend}.",
+            *([f"Not run yet: {', '.join(absent)}."] if absent else []),
+        ]
+    )
 
 
-def processors(runs: Sequence[Judged]) -> set[str]:
-    """On which the runs were made; older lines do not say."""
-    return {str(run.line.get("processor", "")) for run in runs}
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+
+
+def origins(runs: Sequence[Judged]) -> set[tuple[str, str]]:
+    """Commit and processor of the runs; the first lines do not name the latter."""
+    return {(str(run.line.get("commit", "")), str(run.line.get("processor", ""))) for run in runs}
 
 
 def mean_loss(runs: Sequence[Judged]) -> float:
@@ -399,47 +427,68 @@ def tasks_harmed(runs: Sequence[Judged], local: Sequence[Judged]) -> str:
 
 
 def aims(studies: Sequence[Study]) -> str:
-    """What `mira` with its defaults should reach on each federation, and whether it did."""
-    rows = [
-        [
-            "federation",
-            "best",
-            "mira - best (its SE; the best's)",
-            "vs local_only",
-            "vs fedit",
-            "harmed (by chance)",
-            "tasks harmed (by chance)",
-            "gap to oracle closed",
-        ]
-    ]
-    rows.append(["---", *["---:"] * 7])
+    """What `mira` with its defaults should reach on each federation, and whether it did: a column for each."""
+    columns = {"": list(_AIMS)}
     for study in studies:
         reported = {name: runs for name, (_, runs) in chosen(study).items()}
-        if not {"mira", "local_only", "fedit"} <= set(reported):
-            continue
-        mira, local = reported["mira"], reported["local_only"]
-        told = ("mira-", "mira_published-true", "oracle_clusters", "centralised")
-        others = [name for name in reported if not name.startswith(told) and name not in study.settings]
-        best = min(others, key=lambda name: mean_loss(reported[name]))
-        gaps = [m.losses_K.mean() - b.losses_K.mean() for m, b in zip(mira, reported[best], strict=True)]
-        error = float(np.std(gaps, ddof=1) / math.sqrt(len(gaps))) if len(gaps) > 1 else 0.0
-        again = reported.get("local_only-other-batches")
-        oracles = [name for name in ("mira-true", "mira-labels", "oracle_clusters") if name in reported]
-        gains = {name: mean_loss(local) - mean_loss(reported[name]) for name in ("mira", *oracles)}
-        closed = [f"{gains['mira'] / gains[name]:.0%} of {name}" for name in oracles if gains[name] > 0]
-        rows.append(
-            [
-                study.name,
-                best,
-                f"{np.mean(gaps):+.3f} ({error:.3f}; {standard_error(reported[best]):.3f})",
-                interval(mira, local),
-                interval(mira, reported["fedit"]),
-                f"{harm(mira, local):.1%}" + (f" ({harm(again, local):.1%})" if again else ""),
-                tasks_harmed(mira, local) + (f" ({tasks_harmed(again, local)})" if again else ""),
-                ", ".join(closed) or "-",
-            ]
-        )
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+        if {"mira", "local_only", "fedit"} <= set(reported):
+            columns[study.name] = _reached(reported, study.settings)
+    lines = zip(*([name, *cells] for name, cells in columns.items()), strict=True)
+    rows = [f"| {' | '.join(line)} |" for line in lines]
+    return "\n".join([rows[0], f"| --- |{' ---: |' * (len(columns) - 1)}", *rows[1:]])
+
+
+_AIMS = (
+    "best method but `mira`",
+    "`mira` minus it [95 %]",
+    "best, or within one standard error of the paired difference",
+    "the same, of the best's own mean",
+    "better than `local_only`",
+    "better than `fedit`",
+    "at most 2 % of the clients harmed",
+    "the same by another order of the examples alone",
+    "tasks harmed",
+    "the same by another order of the examples alone",
+    "80 % of the gap to the true graph or clusters closed",
+)
+
+
+def _reached(reported: Mapping[str, list[Judged]], settings: Mapping[str, Any]) -> list[str]:
+    """The cells of `_AIMS` for one federation."""
+    mira, local, again = reported["mira"], reported["local_only"], reported.get("local_only-other-batches")
+    told = ("mira", "mira_published-true", "oracle_clusters", "centralised")
+    others = [
+        name for name in reported if (name == "mira_published" or not name.startswith(told)) and name not in settings
+    ]
+    best = min(others, key=lambda name: mean_loss(reported[name]))
+    gaps = [m.losses_K.mean() - b.losses_K.mean() for m, b in zip(mira, reported[best], strict=True)]
+    error = float(np.std(gaps, ddof=1) / math.sqrt(len(gaps))) if len(gaps) > 1 else 0.0
+    own_error = standard_error(reported[best])
+
+    def verdict(holds: bool) -> str:
+        return "met" if holds else "missed"
+
+    def against(name: str) -> str:
+        low, high = difference(mira, reported[name])[1:]
+        clear = "" if high < 0 or low > 0 else ", not clear"
+        return f"{verdict(mean_loss(mira) < mean_loss(reported[name]))}{clear}: {interval(mira, reported[name])}"
+
+    oracles = [name for name in ("mira-true", "mira-labels", "oracle_clusters") if name in reported]
+    gains = {name: mean_loss(local) - mean_loss(reported[name]) for name in ("mira", *oracles)}
+    closed = {name: gains["mira"] / gains[name] for name in oracles if gains[name] > 0}
+    return [
+        best,
+        interval(mira, reported[best]),
+        f"{verdict(float(np.mean(gaps)) <= error)} ({error:.3f})",
+        f"{verdict(float(np.mean(gaps)) <= own_error)} ({own_error:.3f})",
+        against("local_only"),
+        against("fedit"),
+        f"{verdict(harm(mira, local) <= 0.02)}: {harm(mira, local):.1%}",
+        f"{harm(again, local):.1%}" if again else "-",
+        tasks_harmed(mira, local),
+        tasks_harmed(again, local) if again else "-",
+        "; ".join(f"{verdict(share >= 0.8)}: {share:.0%} of {name}" for name, share in closed.items()) or "-",
+    ]
 
 
 _PICTURE = """## What smaller messages cost
@@ -463,6 +512,7 @@ def main() -> None:
     runs.add_argument("--data", type=Path, help="folder that relative data paths are below")
     runs.add_argument("--only", nargs="+", metavar="STUDY")
     runs.add_argument("--methods", nargs="+", metavar="NAME")
+    runs.add_argument("--again", action="store_true", help="repeat reported draws, so that all are of one version")
     runs.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 1)))
     runs.set_defaults(do=run)
     commands.add_parser("page").set_defaults(do=page)
