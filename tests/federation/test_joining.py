@@ -8,7 +8,17 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 import torch
-from tests.federation.builders import CONFIGS, clients, initial, layout_for, mira, play, published, same_bytes
+from tests.federation.builders import (
+    CONFIGS,
+    clients,
+    initial,
+    layout_for,
+    mira,
+    play,
+    published,
+    same_bytes,
+    trained,
+)
 
 from fedmira.errors import ConfigError
 from fedmira.federation.graph import Graph
@@ -19,8 +29,8 @@ from fedmira.federation.mixing import implicit_matrix
 from fedmira.federation.ranks import trimmed
 from fedmira.federation.registry import build_method
 from fedmira.graph_config import GraphConfig
-from fedmira.method_config import FlexLoraConfig, MethodConfig, MiraConfig
-from fedmira.types import Clients
+from fedmira.method_config import FlexLoraConfig, IFCAConfig, MethodConfig, MiraConfig
+from fedmira.types import Clients, Participants
 
 EVERYBODY = (0, 1, 2, 3)
 SHARED = ("fedit", "fedprox", "ffa_lora", "rolora", "fedadam", "fedkseed", "flexlora", "hetlora", "fedex_lora", "flora")
@@ -156,3 +166,17 @@ def test_an_axis_that_is_as_long_as_there_are_clients_by_chance_stays() -> None:
     assert similarity_GKK.shape == (2, 3, 3)
     assert torch.equal(similarity_GKK[:, :2, :2], before_GKK)
     assert similarity_GKK.sum() == before_GKK.sum()
+
+
+def test_who_joins_brings_no_model_that_nobody_trained() -> None:
+    ifca = IFCAConfig(name="ifca", models=5)
+    state = grown(ifca, [EVERYBODY] * 3)
+    method = build_method(ifca, clients(6))
+    results = trained(method.plan(state, Participants(4, tuple(range(6)))), clients(6).names)
+    state, _ = method.merge(state, Participants(4, tuple(range(6))), results)
+    assert method.trial is not None
+    trial = method.trial(state, Participants(4, tuple(range(6))), results)
+    assert trial is not None
+    assert trial.num_candidates == 4, "as many as there were clients when the models began"
+    untrained = initial(1).values_KP[0]
+    assert not any(same_bytes(trial.candidate(number)[0], untrained) for number in range(4))

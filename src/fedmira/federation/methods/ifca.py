@@ -30,12 +30,13 @@ def build(config: IFCAConfig, clients: Clients) -> Method:
     A client that returns for the first time has trained alone; it chooses its model afterwards. Choices are made
     after a round, for the next one in which the client takes part.
     """
-    num_models = min(config.models, len(clients.names))
+    num_first = min(config.models, len(clients.names))
 
     def init(initial: Arena, clients: Clients) -> State:
         state = first_state(initial, clients)
         memory = {
-            "models": initial.values_KP[:1].repeat(num_models, 1),
+            "models": initial.values_KP[:1].repeat(config.models, 1),
+            # how many of them there are, 0 before they began; clients that join bring none
             "started": torch.zeros(1, dtype=torch.int64),
             "choice": torch.full((initial.num_clients,), UNKNOWN, dtype=torch.int64),
         }
@@ -56,15 +57,16 @@ def build(config: IFCAConfig, clients: Clients) -> Method:
             for model in set(choice_K.tolist()) - {UNKNOWN}:
                 models_MP[model] = mixed.values_KP[int(np.flatnonzero(choice_K == model)[0])]
             memory["models"] = models_MP
-        elif len(seen) >= num_models:
-            first = far_apart(distances(trained.values_KP[seen]), num_models)
-            memory |= {"models": trained.values_KP[[seen[place] for place in first]]}
-            memory |= {"started": torch.ones(1, dtype=torch.int64)}
+        elif len(seen) >= num_first:
+            models_MP = memory["models"].clone()
+            first = far_apart(distances(trained.values_KP[seen]), num_first)
+            models_MP[:num_first] = trained.values_KP[[seen[place] for place in first]]
+            memory |= {"models": models_MP, "started": torch.full((1,), num_first, dtype=torch.int64)}
         return State(mixed, last_round_K, memory), Info({"returned": float(len(results.ids))})
 
     def trial(state: State, participants: Participants, results: Results) -> Trial | None:
-        models_MP, num_asked = state.memory["models"], len(results.ids)
-        if not (state.memory["started"] and num_asked):
+        models_MP, num_asked, num_models = state.memory["models"], len(results.ids), int(state.memory["started"])
+        if not (num_models and num_asked):
             return None
         # one of the models is what the client starts from
         sent = num_models - 1 + only_to_judge(participants, len(clients.names))
