@@ -182,7 +182,9 @@ def assemble(
     if cohort_size is None:
         wanted = config.training.cohort_size
         cohort_size = (
-            choose_cohort_size(base, layout, tokenized, config.training, available_bytes(base.device))
+            choose_cohort_size(
+                base, layout, tokenized, config.training, available_bytes(base.device), config.model.adapter.dropout
+            )
             if wanted == "auto"
             else wanted
         )

@@ -105,7 +105,7 @@ def planned_steps(parts: Assembly) -> Steps:
 
 def try_training(parts: Assembly, job: Job, planned: Steps) -> TrainingPrice:
     """Train the heaviest planned step and some others, from the starting rows of `job`."""
-    token_bytes = activation_bytes_per_token(parts.base, parts.layout)
+    token_bytes = activation_bytes_per_token(parts.base, parts.layout, parts.config.model.adapter.dropout)
     row_bytes = head_bytes_per_row(parts.base)
     cohort_seconds: list[float] = []
 

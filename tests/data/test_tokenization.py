@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedmira.data.prompts import render
-from fedmira.data.tokenization import TokenizedExample, prompt_tokens, tokenize_federation
+from fedmira.data.tokenization import TokenizedExample, end_token, prompt_tokens, tokenize_federation
 from fedmira.errors import DataError, SetupError
 from fedmira.types import Client, Example, Federation
 
@@ -160,3 +160,18 @@ def test_a_tokenizer_without_an_end_token_is_refused(make_tokenizer: Callable[..
 def test_a_prompt_without_room_is_refused(tokenizer: Any) -> None:
     with pytest.raises(DataError, match=r"max_length = 16 leaves 1 for it"):
         prompt_tokens(example("a", ""), tokenizer, "plain", 16, reserve=15)
+
+
+def test_in_a_chat_an_answer_ends_as_turns_do(make_tokenizer: Callable[..., Any]) -> None:
+    tokenizer = make_tokenizer()
+    assert end_token(tokenizer, "chat") == end_token(tokenizer, "plain") == END, "nothing special behind a turn"
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<turn>"]})
+    turn = tokenizer.convert_tokens_to_ids("<turn>")
+    tokenizer.chat_template = tokenizer.chat_template.replace(
+        "{{ m.content }}", "{{ m.content }}{% if m.role == 'assistant' %} <turn>\n{% endif %}"
+    )
+    assert (end_token(tokenizer, "chat"), end_token(tokenizer, "plain")) == (turn, END)
+    sequence = first(tokenizer, example("hi", "yo"), 60, "chat")
+    assert sequence.tokens[-1] == turn
+    tokenizer.chat_template = "{{ raise_exception('no answers') }}"
+    assert end_token(tokenizer, "chat") == END

@@ -64,7 +64,7 @@ def answering(monkeypatch: pytest.MonkeyPatch, answers: list[list[str]]) -> list
     """Let the clients answer as told; returns what generation is asked."""
     asked: list[Any] = []
 
-    def generate(base: BaseModel, arena: Arena, prompts: Any, max_new_tokens: int) -> list[list[str]]:
+    def generate(base: BaseModel, arena: Arena, prompts: Any, max_new_tokens: int, **_: Any) -> list[list[str]]:
         asked.append((arena, prompts, max_new_tokens))
         return answers
 

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from tests.reference.tiny_models import LLAMA_LIKE, VOCABULARY, random_examples, tiny_base, tiny_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, GraniteConfig, PreTrainedTokenizerFast
 
-from fedmira.config import ModelConfig
+from fedmira.config import AdapterConfig, ModelConfig
 from fedmira.data.packing import pack
 from fedmira.errors import DataError, SetupError
+from fedmira.evaluation.loss import evaluate_loss
+from fedmira.model.arena import adaptable_layers, initial_arena, lora_layout
 from fedmira.model.base import freeze, load_base
+from fedmira.model.full import full_layout
 from fedmira.model.source import resolve_device
 
 
@@ -147,3 +152,63 @@ def test_a_sequence_beyond_the_context_is_refused() -> None:
     batch = pack([[random_examples(1, seed=0)[0]._replace(tokens=torch.arange(3, 140).numpy() % 90, prompt_length=1)]])
     with pytest.raises(DataError, match=r"136 tokens.*at most 128.*data\.max_length"):
         base.hidden(batch)
+
+
+def test_a_window_that_the_stock_model_does_not_know_is_none() -> None:
+    """Configs of converted models may hold keys that their architecture does not read."""
+    config = transformers.LlamaConfig(**LLAMA_LIKE)
+    config.sliding_window = 8
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(7)
+        base = freeze(AutoModelForCausalLM.from_config(config).double().eval(), None, "llama with a window")
+    assert base.body is not None
+    examples = random_examples(3, seed=0, longest=60)
+    assert max(len(example.tokens) for example in examples) > 20
+    arena = initial_arena(lora_layout(base, AdapterConfig(rank=2)), 1, 0, torch.float64)
+    [own], [stock] = (evaluate_loss(seen, arena, [examples], 4096) for seen in (base, replace(base, body=None)))
+    assert own == pytest.approx(stock)
+
+
+def test_longrope_reads_no_further_than_its_original_context() -> None:
+    """Beyond it positions turn otherwise for a whole batch, and a client would depend on its neighbours."""
+    rope = {
+        "rope_type": "longrope",
+        "short_factor": [1.0] * 4,
+        "long_factor": [4.0, 5.0, 6.0, 7.0],
+        "rope_theta": 10000.0,
+        "original_max_position_embeddings": 32,
+        "factor": 4.0,
+    }
+    settings = {**LLAMA_LIKE, "original_max_position_embeddings": 32, "rope_parameters": rope}
+    config = transformers.Phi3Config(**settings)
+    assert freeze(AutoModelForCausalLM.from_config(config).double().eval(), None, "phi").max_length == 32
+    assert tiny_base("llama").max_length == 128
+
+
+def test_of_a_model_that_sees_only_the_language_model_is_adapted() -> None:
+    text = {
+        **LLAMA_LIKE,
+        "head_dim": 8,
+        "sliding_window": 5,
+        "query_pre_attn_scalar": 16,
+        "layer_types": ["sliding_attention", "full_attention"],
+    }
+    vision = {
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "image_size": 28,
+        "patch_size": 14,
+    }
+    config = transformers.Gemma3Config(
+        text_config=text, vision_config=vision, mm_tokens_per_image=4, image_token_index=92
+    )
+    base = freeze(AutoModelForCausalLM.from_config(config).double().eval(), None, "gemma that sees")
+    layers = adaptable_layers(base)
+    assert len(layers) == 2 * 7
+    assert all("language_model" in name for name in layers)
+    names = [spec.name for spec in full_layout(base).specs]
+    assert names
+    assert not any("vision" in name for name in names)
+    assert any("embed_tokens" in name for name in names)

@@ -9,7 +9,10 @@ import torch
 from tests.reference.engine_twin import peft_model
 from tests.reference.tiny_models import random_arena, random_examples, tiny_base, tiny_layout
 
+from fedmira.config import AdapterConfig
 from fedmira.data.packing import pack
+from fedmira.model.adapted import AdaptedModel
+from fedmira.model.arena import lora_layout
 from fedmira.model.lora import Dropout, attached
 from fedmira.randomness import torch_generator
 
@@ -136,3 +139,17 @@ def test_dropout_scales_what_it_keeps_and_gradients_see_the_same_mask() -> None:
     measured = float((ahead - behind) / (2 * step))
     assert measured == pytest.approx(float((gradient_CP * direction_CP).sum()), rel=1e-6)
     assert abs(float(objective(arena.values_KP, None) - without)) > 1e-6
+
+
+def test_two_pairs_of_a_layer_have_masks_of_their_own() -> None:
+    base = tiny_base("llama")
+    layout = lora_layout(base, AdapterConfig(rank=2, targets=("q_proj",)), 2)
+    asked: list[str] = []
+
+    def generator(row: int, name: str) -> torch.Generator:
+        asked.append(name)
+        return torch.Generator().manual_seed(0)
+
+    arena = random_arena(layout, 1)
+    AdaptedModel(base, arena).hidden(pack([random_examples(2, seed=1)]), Dropout(0.5, generator))
+    assert len(set(asked)) == len(asked) == 4, "two layers of two pairs"

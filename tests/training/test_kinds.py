@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from tests.reference.engine_twin import exact_norms, train_one_by_one
-from tests.reference.tiny_models import FAMILIES, layout_of_kind, ragged_clients, tiny_base
+from tests.reference.tiny_models import FAMILIES, layout_of_kind, ragged_clients, random_examples, tiny_base
 from tests.training.test_equals_peft import OPTIMIZERS
 
 from fedmira.config import TrainingConfig
 from fedmira.data.packing import pack
 from fedmira.evaluation.loss import evaluate_loss
 from fedmira.model.base import BaseModel
+from fedmira.model.full import full_layout
 from fedmira.model.kinds import initial_adapters
 from fedmira.training.cohort import StopRequested, train
 from fedmira.training.memory import activation_bytes_per_token, choose_cohort_size
@@ -222,3 +224,22 @@ def test_clients_with_weights_of_their_own_are_trained_one_at_a_time() -> None:
             cohort_size=2,
             dropout=0.0,
         )
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen2"])
+def test_a_client_is_judged_with_its_own_norms_also_in_16_bits(family: str) -> None:
+    base = tiny_base(family, torch.bfloat16)
+    layout = full_layout(base)
+    delta_1P = torch.zeros(1, layout.num_parameters)
+    draw = torch.Generator().manual_seed(0)
+    for spec in layout.specs:
+        if len(spec.shape) == 1:
+            part = slice(spec.offset, spec.offset + spec.size)
+            delta_1P[0, part] = 0.5 * torch.randn(spec.size, generator=draw)
+    examples = [random_examples(6, seed=1)]
+    pairs = ((base, delta_1P), (replace(base, body=None), delta_1P), (base, torch.zeros_like(delta_1P)))
+    own, stock, before = (
+        evaluate_loss(seen, Arena(layout, values_1P), examples, 4096)[0][0] for seen, values_1P in pairs
+    )
+    assert own == pytest.approx(stock, rel=1e-3)
+    assert abs(own - before) > 10 * abs(own - stock)

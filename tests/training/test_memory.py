@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -41,8 +42,10 @@ def test_the_largest_cohort_that_fits_is_chosen() -> None:
     needs = [memory.estimate(base, layout, clients, TRAINING, size) for size in range(1, 6)]
     totals = [need.total_bytes for need in needs]
     assert totals == sorted(set(totals))
+    # the server's adapters lie beside the cohort's
+    held = memory._SERVER_ARENAS * 5 * layout.num_parameters * 4
     for size, need in enumerate(needs, start=1):
-        enough = int((need.total_bytes - need.base_bytes) / 0.8) + 1
+        enough = int((need.total_bytes - need.base_bytes) / 0.8) + 1 + held
         assert memory.choose_cohort_size(base, layout, clients, TRAINING, enough) == size
     assert memory.choose_cohort_size(base, layout, clients, TRAINING, 0) == 1
     assert memory.estimate_memory(base, layout, clients, TRAINING, 5) == totals[-1]
@@ -73,6 +76,8 @@ def test_free_memory_is_what_the_system_says(tmp_path: Path) -> None:
     assert memory._cgroup_available(tmp_path) is None
     (tmp_path / "memory.max").write_text("150\n")
     assert memory._cgroup_available(tmp_path) == 50
+    (tmp_path / "memory.stat").write_text("anon 10\nfile 85\ninactive_file 80\n")
+    assert memory._cgroup_available(tmp_path) == 130
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
@@ -83,3 +88,11 @@ def test_measuring_leaves_the_base_as_it_was(family: str) -> None:
     memory.activation_bytes_per_token(base, layout)
     assert all(torch.equal(tensor, before[name]) for name, tensor in base.model.state_dict().items())
     assert random_arena(layout, 1).values_KP.shape == (1, layout.num_parameters)
+
+
+def test_dropout_saves_what_the_stock_model_does_and_a_mask_for_each_pair() -> None:
+    base = tiny_base("llama", torch.float32)
+    layout = tiny_layout(base, "llama")
+    stock = memory.activation_bytes_per_token(replace(base, body=None), layout)
+    masks = 4 * sum(spec.shape[1] for spec in layout.specs if spec.group == "lora_a")
+    assert memory.activation_bytes_per_token(base, layout, 0.1) >= stock + masks

@@ -106,13 +106,8 @@ def _chat_prompt(example: Example, tokenizer: PreTrainedTokenizerBase | None) ->
         )
     messages = [{"role": role, "content": text} for role, text in example.turns]
     messages.append({"role": "user", "content": _last_user_turn(example)})
-    options: dict[str, Any] = {"add_generation_prompt": True, "tokenize": False}
-    template = tokenizer.get_chat_template()
-    if "strftime_now" in template:
-        # a macro goes before transformers' function of the same name, which asks the clock
-        options["chat_template"] = _CLOCK + template
     try:
-        prompt = tokenizer.apply_chat_template(messages, **options)
+        prompt = _conversation(messages, tokenizer, add_generation_prompt=True)
     except TemplateError as error:
         roles = ", ".join(message["role"] for message in messages)
         raise DataError(
@@ -126,6 +121,26 @@ def _chat_prompt(example: Example, tokenizer: PreTrainedTokenizerBase | None) ->
             "Set data.template to alpaca or plain."
         )
     return prompt
+
+
+def behind_answer(tokenizer: PreTrainedTokenizerBase) -> str:
+    """What the chat template writes behind an assistant's turn; empty if it has none or does not end a text with it."""
+    if not tokenizer.chat_template:
+        return ""
+    question, answer = {"role": "user", "content": "question"}, {"role": "assistant", "content": "some-answer"}
+    try:
+        text = _conversation([question, answer], tokenizer)
+    except TemplateError:
+        return ""
+    return text.rpartition(answer["content"])[2] if isinstance(text, str) and answer["content"] in text else ""
+
+
+def _conversation(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, **options: Any) -> Any:
+    template = tokenizer.get_chat_template()
+    if "strftime_now" in template:
+        # a macro goes before transformers' function of the same name, which asks the clock
+        options["chat_template"] = _CLOCK + template
+    return tokenizer.apply_chat_template(messages, tokenize=False, **options)
 
 
 def _last_user_turn(example: Example) -> str:

@@ -1,10 +1,11 @@
 """Clients' examples become token sequences with a marked answer; what is cut or dropped is counted.
 
 Prompt and answer are tokenised separately, so that the prompt's tokens are exactly what generation sees: the beginning
-of an answer never merges into the end of the prompt. A sequence is [start token] prompt, answer, end token; the answer
-and the end token are supervised. A sequence that is too long loses the beginning of its prompt (after the start token),
-never a part of its answer; an answer that leaves no room for a prompt is dropped. Special tokens that are spelt out in
-the data stay plain text, except within a chat template. Knows nothing about models, batches or devices.
+of an answer never merges into the end of the prompt. A sequence is [start token] prompt, answer, end token (in a chat
+what ends a turn there); the answer and the end token are supervised. A sequence that is too long loses the beginning of
+its prompt (after the start token), never a part of its answer; an answer that leaves no room for a prompt is dropped.
+Special tokens that are spelt out in the data stay plain text, except within a chat template. Knows nothing about
+models, batches or devices.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from fedmira.data.prompts import render
+from fedmira.data.prompts import behind_answer, render
 from fedmira.errors import DataError, SetupError
 from fedmira.types import Client, Example, Federation
 
@@ -100,7 +101,7 @@ def tokenize_federation(
         DataError: a client has no example left in a split that had some, or the chat template refuses one.
         ConfigError: the template is unknown or does not go with the tokenizer.
     """
-    end = end_token(tokenizer)
+    end = end_token(tokenizer, template)
     clients, counts = [], []
     for client in federation.clients:
         tokenized, count = _tokenize_client(client, tokenizer, template, max_length, end)
@@ -130,11 +131,12 @@ def prompt_tokens(
     return np.array(kept, dtype=np.int32)
 
 
-def end_token(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return the id of the tokenizer's end-of-sequence token.
+def end_token(tokenizer: PreTrainedTokenizerBase, template: str) -> int:
+    """Return the id of the token that ends an answer: the tokenizer's end-of-sequence token, or with `chat` the special
+    token that the chat template ends an assistant's turn with, as in the turns before.
 
     Raises:
-        SetupError: it has none.
+        SetupError: the tokenizer has no end-of-sequence token.
     """
     end = tokenizer.eos_token_id
     if end is None:
@@ -143,6 +145,10 @@ def end_token(tokenizer: PreTrainedTokenizerBase) -> int:
             "learn where an answer ends. Use a base model whose tokenizer defines one, or add eos_token to its "
             "tokenizer_config.json."
         )
+    if template == "chat":
+        special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
+        [behind] = _encode([behind_answer(tokenizer)], tokenizer, split_special_tokens=False)
+        return next((token for token in behind if token in special), int(end))
     return int(end)
 
 

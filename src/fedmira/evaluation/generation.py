@@ -9,7 +9,7 @@ Axes: K clients, P parameters of one adapter, B rows of a step, T tokens, d hidd
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 
@@ -59,20 +59,22 @@ def generate(
     prompts_per_client: Sequence[Sequence[np.ndarray]],
     max_new_tokens: int,
     *,
+    ends: Collection[int] = (),
     batch_sequences: int = 256,
 ) -> list[list[str]]:
     """Answer every prompt greedily and return the answers without special tokens, in the order of the prompts.
 
-    An answer ends at an end token (the tokenizer's, or one that the model's generation config names) or after
-    `max_new_tokens`. Settings of the model's generation config that change what is chosen, such as sampling or a
+    An answer ends at an end token (one of `ends`, the tokenizer's, or one that the model's generation config names) or
+    after `max_new_tokens`. Settings of the model's generation config that change what is chosen, such as sampling or a
     repetition penalty, are left out.
 
     Args:
         base: the frozen model with its tokenizer.
         arena: (K, P); row k answers for client k.
         prompts_per_client: K lists of token ids, (T,) each, of at least one token. A prompt that leaves no room for
-            `max_new_tokens` in the model's context loses its beginning.
+            `max_new_tokens` in the model's context loses its beginning, but for the tokenizer's start token.
         max_new_tokens: at most this many tokens per answer, at least 1.
+        ends: tokens that end an answer besides.
         batch_sequences: answers written at the same time, at most.
 
     Raises:
@@ -87,14 +89,15 @@ def generate(
     if is_full(arena.layout):
         alone = zip(one_by_one(base, arena), prompts_per_client, strict=True)
         return [
-            generate(base, bare, [prompts], max_new_tokens, batch_sequences=batch_sequences)[0]
-            for bare, prompts in alone
+            generate(moved, bare, [prompts], max_new_tokens, ends=ends, batch_sequences=batch_sequences)[0]
+            for (moved, bare), prompts in alone
         ]
     new_tokens, room = tokens_for(base, arena.layout, max_new_tokens)
-    answers = list(_waiting(prompts_per_client, room))
+    answers = list(_waiting(prompts_per_client, room, getattr(base.tokenizer, "bos_token_id", None)))
     # outside of inference mode, so that the weights stay ordinary tensors
     with shifted(base, arena.layout, arena.shift_W), torch.inference_mode():
-        _Writer(base, arena.replace(arena.values_KP.to(base.device)), new_tokens, batch_sequences).write(answers)
+        on_device = arena.replace(arena.values_KP.to(base.device))
+        _Writer(base, on_device, new_tokens, batch_sequences, _end_tokens(base).union(ends)).write(answers)
     texts = [[""] * len(prompts) for prompts in prompts_per_client]
     for answer in answers:
         texts[answer.client][answer.index] = base.tokenizer.decode(
@@ -110,13 +113,27 @@ def tokens_for(base: BaseModel, layout: Layout, max_new_tokens: int) -> tuple[in
     return new_tokens, room - new_tokens
 
 
-def _waiting(prompts_per_client: Sequence[Sequence[np.ndarray]], room: int) -> Iterator[_Answer]:
-    """The answers to write, client by client, long prompts first; a prompt keeps its last `room` tokens."""
+def _waiting(
+    prompts_per_client: Sequence[Sequence[np.ndarray]], room: int, start_token: int | None
+) -> Iterator[_Answer]:
+    """The answers to write, client by client, long prompts first; a prompt keeps `room` tokens, see `_shortened`."""
     name = 0
     for client, prompts in enumerate(prompts_per_client):
         for index in sorted(range(len(prompts)), key=lambda index: -len(prompts[index])):
-            yield _Answer(name, client, index, np.asarray(prompts[index], dtype=np.int64)[-room:])
+            prompt = np.asarray(prompts[index], dtype=np.int64)
+            yield _Answer(name, client, index, _shortened(prompt, room, start_token))
             name += 1
+
+
+def _shortened(prompt_T: np.ndarray, room: int, start_token: int | None) -> np.ndarray:
+    """The last tokens, behind the start token if there was one: models are never without it.
+
+    >>> _shortened(np.array([1, 5, 6, 7]), 3, 1).tolist(), _shortened(np.array([5, 6, 7]), 2, 1).tolist()
+    ([1, 6, 7], [6, 7])
+    """
+    if len(prompt_T) > room > 1 and prompt_T[0] == start_token:
+        return np.append(prompt_T[:1], prompt_T[1 - room :])
+    return prompt_T[-room:]
 
 
 def _end_tokens(base: BaseModel) -> frozenset[int]:
@@ -128,13 +145,13 @@ def _end_tokens(base: BaseModel) -> frozenset[int]:
 class _Writer:
     """Writes answers, as many at a time as are allowed."""
 
-    def __init__(self, base: BaseModel, arena: Arena, new_tokens: int, most_rows: int) -> None:
+    def __init__(self, base: BaseModel, arena: Arena, new_tokens: int, most_rows: int, ends: frozenset[int]) -> None:
         self._base = base
         self._on_cpu = base.device.type == "cpu"
         self._num_clients = arena.num_clients
         self._new_tokens = new_tokens
         self._most_rows = most_rows
-        self._ends = _end_tokens(base)
+        self._ends = ends
         self._virtual_tokens = arena.layout.num_virtual_tokens
         self._cache = KeyValueCache(base, arena)
         self._most_tokens = int(_MEMORY_SHARE * available_bytes(base.device) / _bytes_per_token(base, arena))

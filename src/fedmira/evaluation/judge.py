@@ -36,7 +36,10 @@ def final_records(
     losses = evaluate_loss(base, arena, [client.test for client in clients], evaluation.batch_tokens)
     answers: list[list[str]] = [[] for _ in clients]
     if evaluation.generation.enabled:
-        answers = generate(base, arena, _prompts(clients, evaluation), evaluation.generation.max_new_tokens)
+        # what all clients are taught to end an answer with
+        taught = {int(example.tokens[-1]) for client in clients for example in client.test}
+        ends = taught if len(taught) == 1 else ()
+        answers = generate(base, arena, _prompts(clients, evaluation), evaluation.generation.max_new_tokens, ends=ends)
     records = []
     for client, (loss_sum, tokens), client_answers in zip(clients, losses, answers, strict=True):
         wanted = [example.references or (example.output,) for example in client.examples.test[: len(client_answers)]]

@@ -42,7 +42,7 @@ def evaluate_loss(
         raise ValueError(f"{arena.num_clients} adapters cannot judge {len(examples_per_client)} clients")
     if is_full(arena.layout):
         alone = zip(one_by_one(base, arena), examples_per_client, strict=True)
-        return [evaluate_loss(base, bare, [examples], batch_tokens)[0] for bare, examples in alone]
+        return [evaluate_loss(moved, bare, [examples], batch_tokens)[0] for (moved, bare), examples in alone]
     adapted = AdaptedModel(base, arena.replace(arena.values_KP.to(base.device)))
     sums = [0.0] * arena.num_clients
     counts = [0] * arena.num_clients

@@ -56,7 +56,7 @@ def agreement(base: BaseModel, arena: Arena, texts: Sequence[TokenizedExample], 
 def _logits(base: BaseModel, arena: Arena, text: TokenizedExample, batch_tokens: int) -> torch.Tensor:
     """Predictions of the supervised tokens of one text by every adapter, (S, m, V)."""
     if is_full(arena.layout):
-        return torch.cat([_logits(base, bare, text, batch_tokens) for bare in one_by_one(base, arena)])
+        return torch.cat([_logits(moved, bare, text, batch_tokens) for moved, bare in one_by_one(base, arena)])
     found = []
     adapted = AdaptedModel(base, arena.replace(arena.values_KP.to(base.device)))
     with shifted(base, arena.layout, arena.shift_W):

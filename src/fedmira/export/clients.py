@@ -174,7 +174,7 @@ def answer(run: Path, client: str, instruction: str, context: str = "") -> str:
     Raises:
         UsageError: an unknown client, or a run without a finished round.
     """
-    from fedmira.data.tokenization import prompt_tokens
+    from fedmira.data.tokenization import end_token, prompt_tokens
     from fedmira.evaluation.generation import generate
 
     trained = load_trained(run)
@@ -187,4 +187,5 @@ def answer(run: Path, client: str, instruction: str, context: str = "") -> str:
         min(config.data.max_length, base.max_length - trained.adapters.layout.num_virtual_tokens),
     )
     one = trained.adapters.replace(trained.adapters.values_KP[row : row + 1])
-    return generate(base, one, [[prompt]], config.evaluation.generation.max_new_tokens)[0][0]
+    ends = {end_token(base.tokenizer, config.data.template)}
+    return generate(base, one, [[prompt]], config.evaluation.generation.max_new_tokens, ends=ends)[0][0]

@@ -109,12 +109,15 @@ def initial_arena(
 
 
 def adaptable_layers(base: BaseModel) -> dict[str, tuple[int, int]]:
-    """Module path -> (in features, out features) of every layer that LoRA can be added to, in module order."""
-    head = base.model.get_output_embeddings()
+    """Module path -> (in features, out features) of every layer that LoRA can be added to, in module order.
+
+    Of a model that also sees or hears these are the layers of its language model: no text reaches the others.
+    """
+    head, text = base.model.get_output_embeddings(), base.language_path
     return {
         name: features
         for name, module in base.model.named_modules()
-        if module is not head and (features := _features(module)) is not None
+        if module is not head and name.startswith(text) and (features := _features(module)) is not None
     }
 
 

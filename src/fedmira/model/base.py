@@ -84,9 +84,27 @@ class BaseModel:
 
     @property
     def max_length(self) -> int:
-        """The longest sequence the base was made for, in tokens; huge if its config does not say."""
-        value = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        """The longest sequence the base was made for, in tokens; huge if its config does not say.
+
+        With `longrope` positions turn otherwise as soon as any sequence of a batch is longer than the original context,
+        so that context is the longest: a client must not depend on whom it is packed with.
+        """
+        config = self.model.config.get_text_config()
+        value = getattr(config, "max_position_embeddings", None)
+        rope = getattr(config, "rope_parameters", None) or {}
+        if rope.get("rope_type") == "longrope":
+            value = rope.get("original_max_position_embeddings") or getattr(
+                config, "original_max_position_embeddings", value
+            )
         return _UNLIMITED if value is None else int(value)
+
+    @property
+    def language_path(self) -> str:
+        """Where the language model lies in one that also sees or hears, with a dot behind it; else empty."""
+        if self.model.config.get_text_config() is self.model.config:
+            return ""
+        paths = (path for path, _ in self.model.named_modules() if path.rpartition(".")[2] == "language_model")
+        return next((f"{path}." for path in paths), "")
 
     def facts(self) -> dict[str, Any]:
         """What identifies the base in a manifest; JSON-able. Reads the weights' files of a local folder once."""

@@ -37,7 +37,9 @@ def _llama(model: Any) -> Body | None:
     for index, layer in enumerate(body.layers):
         at = f"{prefix}layers.{index}."
         attention, feed = layer.self_attn, layer.mlp
-        window = getattr(attention, "sliding_window", getattr(config, "sliding_window", None))
+        # Mistral's attention reads it from its config; Llama's has none, whatever its config holds
+        of_config = getattr(config, "sliding_window", None) if config.model_type == "mistral" else None
+        window = getattr(attention, "sliding_window", of_config)
         blocks.append(
             Block(
                 _rms_norm(layer.input_layernorm),

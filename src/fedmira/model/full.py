@@ -10,6 +10,7 @@ Axes: K clients, P parameters of the base.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from types import TracebackType
 
 import torch
@@ -24,10 +25,13 @@ NOTHING = Layout(())
 
 
 def full_layout(base: BaseModel) -> Layout:
-    """Every parameter of the base in its own order and shape; tied weights are there once."""
+    """Every parameter of the base that text reaches, in its own order and shape; tied weights are there once."""
     specs: list[TensorSpec] = []
     offset = 0
+    text, head = base.language_path, base.model.get_output_embeddings().weight
     for name, parameter in base.model.named_parameters():
+        if not name.startswith(text) and parameter is not head:
+            continue
         spec = TensorSpec(name, FULL, name.rpartition(".")[0], tuple(parameter.shape), offset)
         specs.append(spec)
         offset += spec.size
@@ -96,9 +100,11 @@ class _Move:
         parameter.grad = None
 
 
-def one_by_one(base: BaseModel, arena: Arena) -> Iterator[Arena]:
-    """For every client, give the base its weights and yield an arena (1, 0) that adds nothing to them."""
+def one_by_one(base: BaseModel, arena: Arena) -> Iterator[tuple[BaseModel, Arena]]:
+    """For every client, give the base its weights and yield it with an arena (1, 0) that adds nothing to them."""
+    # a body that is kept wider than the base has norms of its own, which do not move
+    seen = base if base.body is None or base.body.dtype == base.dtype else replace(base, body=None)
     with MovedWeights(base, arena.layout) as weights:
         for delta_P in arena.values_KP:
             weights.move(delta_P.to(base.device))
-            yield Arena(NOTHING, delta_P.new_zeros((1, 0), device=base.device))
+            yield seen, Arena(NOTHING, delta_P.new_zeros((1, 0), device=base.device))

@@ -33,14 +33,16 @@ class Dropout:
 
     rate: float
     generator: Callable[[int, str], torch.Generator]
-    """(row of the arena, layer) -> a fresh CPU generator. What it draws must depend on the client, not on its row, so
-    that a client's mask never depends on who trains beside it."""
+    """(row of the arena, name of a pair) -> a fresh CPU generator. What it draws must depend on the client, not on its
+    row, so that a client's mask never depends on who trains beside it."""
 
 
 class _Site(NamedTuple):
     """One target layer with the views of the arena, and of the gradient arena where one is filled."""
 
     layer: str
+    name: str
+    """Of the stream of its masks; a second pair of the layer has one of its own."""
     a_CRI: torch.Tensor
     b_COR: torch.Tensor
     grad_a_CRI: torch.Tensor | None
@@ -90,7 +92,15 @@ def _sites(arena: Arena, gradient_CP: torch.Tensor | None, trainable: frozenset[
         return gradients.view(spec) if gradients is not None and spec.group in trainable else None
 
     return [
-        _Site(a.layer, arena.view(a), arena.view(b), gradient_view(a), gradient_view(b), arena.layout.scaling)
+        _Site(
+            a.layer,
+            a.layer if a.group == PAIRS[0][0] else a.name,
+            arena.view(a),
+            arena.view(b),
+            gradient_view(a),
+            gradient_view(b),
+            arena.layout.scaling,
+        )
         for a, b in pairs(arena.layout)
     ]
 
@@ -133,7 +143,7 @@ def _masks(dropout: Dropout, site: _Site, parts: tuple[Segment, ...], x_NI: torc
     kept = 1.0 - dropout.rate
     return tuple(
         torch.empty(s.stop - s.start, x_NI.shape[1])
-        .bernoulli_(kept, generator=dropout.generator(s.client, site.layer))
+        .bernoulli_(kept, generator=dropout.generator(s.client, site.name))
         .div_(kept)
         .to(device=x_NI.device, dtype=site.a_CRI.dtype)
         for s in parts

@@ -99,9 +99,10 @@ def initial_prompt(base: BaseModel, layout: Layout, seed: int) -> torch.Tensor:
         elif encoded:
             part.normal_(generator=draw)
         else:
-            words_Vd = base.model.get_input_embeddings().weight
-            chosen_V = torch.randint(len(words_Vd), (spec.shape[0],), generator=draw)
-            part.copy_(words_Vd.detach()[chosen_V.to(words_Vd.device)].flatten())
+            # called and not looked up: some families scale what they look up
+            embed = base.model.get_input_embeddings()
+            chosen_V = torch.randint(len(embed.weight), (spec.shape[0],), generator=draw)
+            part.copy_(embed(chosen_V.to(embed.weight.device)).detach().flatten())
     return row_P
 
 

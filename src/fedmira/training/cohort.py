@@ -258,7 +258,8 @@ def _step(work: _Work, cohort: Cohort, adapted: AdaptedModel) -> None:
     while active := _active(work, cohort):
         with stage("data"):
             examples = [_examples(work, cohort, row) if row in active else [] for row in range(len(cohort.tallies))]
-            batch = pack(examples, virtual_tokens=work.layout.num_virtual_tokens)
+            # a mask of what examples share would be shared too
+            batch = pack(examples, not work.dropout, virtual_tokens=work.layout.num_virtual_tokens)
         losses, norms = _try_step(work, cohort, adapted, batch)
         failed = _not_finite(active, losses, norms)
         if failed:

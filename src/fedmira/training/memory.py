@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from fedmira.data.tokenization import TokenizedClient, TokenizedExample
 from fedmira.model.adapted import AdaptedModel
 from fedmira.model.base import BaseModel
 from fedmira.model.full import is_full
+from fedmira.model.lora import Dropout, pairs
 from fedmira.types import Arena, Layout
 
 _HEADROOM = 1.3
@@ -30,6 +32,9 @@ _USABLE = 0.8
 _CPU_ROWS = 2048
 """On a CPU, a step of this many packed rows runs at full speed: a larger one would only leave the cache."""
 _PROBE_TOKENS = 256
+_SERVER_ARENAS = 6
+"""Adapters of all clients that lie on the device while some train: `mira` holds most, 5.5 to 6.2 of them (its state,
+uploads, starts, average, the job and what came back)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +57,11 @@ def bytes_per_client(layout: Layout, optimizer: str, momentum: float = 0.0, elem
     return (2 + moments) * layout.num_parameters * element_bytes
 
 
-def activation_bytes_per_token(base: BaseModel, layout: Layout) -> int:
-    """Bytes that the body saves for backward per packed token, measured; the output head is left out."""
+def activation_bytes_per_token(base: BaseModel, layout: Layout, dropout: float = 0.0) -> int:
+    """Bytes that the body saves for backward per packed token, measured; the output head is left out.
+
+    With dropout it goes through the stock model, and each pair has a mask of its inputs.
+    """
     virtual = layout.num_virtual_tokens
     length = min(_PROBE_TOKENS, base.max_length - virtual)
     # half of the tokens are supervised: behind the last attention a fused body keeps nothing of the others
@@ -84,8 +92,9 @@ def activation_bytes_per_token(base: BaseModel, layout: Layout) -> int:
             trainable=frozenset(layout.groups),
         ) as adapted,
     ):
-        adapted.hidden(batch)
-    return math.ceil(sum(saved.values()) / (virtual + length))
+        adapted.hidden(batch, Dropout(dropout, lambda client, name: torch.Generator()) if dropout else None)
+    masks = sum(spec.shape[1] for spec, _ in pairs(layout)) * values_CP.element_size() if dropout else 0
+    return math.ceil(sum(saved.values()) / (virtual + length)) + masks
 
 
 def estimate(
@@ -143,18 +152,22 @@ def choose_cohort_size(
     clients: Sequence[TokenizedClient],
     training: TrainingConfig,
     available_bytes: int,
+    dropout: float = 0.0,
 ) -> int:
-    """The largest cohort that fits `available_bytes`; on a CPU no more than make 2048 rows. At least 1.
+    """The largest cohort that fits `available_bytes` beside what the server holds; on a CPU no more than make 2048
+    rows. At least 1.
 
     Clients with weights of their own are trained one at a time.
     """
     if is_full(layout):
         return 1
-    token_bytes = activation_bytes_per_token(base, layout)
+    token_bytes = activation_bytes_per_token(base, layout, dropout)
+    arenas = _SERVER_ARENAS + (3 if training.keep_moments else 0)
+    held_bytes = arenas * len(clients) * layout.num_parameters * base.adapter_dtype.itemsize
 
     def fits(size: int) -> bool:
         needed = estimate(base, layout, clients, training, size, token_bytes)
-        return needed.total_bytes - needed.base_bytes <= _USABLE * available_bytes
+        return needed.total_bytes - needed.base_bytes <= _USABLE * (available_bytes - held_bytes)
 
     most = len(clients)
     if base.device.type == "cpu":
@@ -189,13 +202,16 @@ def _meminfo_available(path: Path) -> int | None:
 
 
 def _cgroup_available(folder: Path) -> int | None:
-    """What a container's limit leaves; None where there is no limit."""
+    """What a container's limit leaves, files that can be let go included; None where there is no limit."""
     try:
         limit = (folder / "memory.max").read_text(encoding="ascii").strip()
         used = int((folder / "memory.current").read_text(encoding="ascii"))
     except (OSError, ValueError):
         return None
-    return max(0, int(limit) - used) if limit.isdigit() else None
+    with suppress(OSError):
+        lines = (folder / "memory.stat").read_text(encoding="ascii").splitlines()
+        used -= next((int(line.split()[1]) for line in lines if line.startswith("inactive_file ")), 0)
+    return max(0, int(limit) - max(0, used)) if limit.isdigit() else None
 
 
 def _largest_batch(client: TokenizedClient, batch_size: int) -> tuple[int, int]:
