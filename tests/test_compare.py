@@ -15,8 +15,10 @@ from fedmira import experiment
 from fedmira.assembly import Assembly
 from fedmira.config import RunConfig
 from fedmira.config_file import load_config
-from fedmira.errors import ConfigError, DivergedError, Interrupted
+from fedmira.errors import ConfigError, DivergedError, Interrupted, UsageError
 from fedmira.exchange.in_process import InProcess
+from fedmira.experiment import SilentDisplay
+from fedmira.report.page import write_report
 from fedmira.runs.store import RunStore
 from fedmira.studies import compare as compare_module
 from fedmira.studies.compare import compare, final_validation_loss, study_directory, variant
@@ -296,3 +298,47 @@ def test_a_study_can_be_moved(study: Path, tmp_path: Path, trained: list[Job]) -
     shutil.copytree(study, moved)
     compare(config(seeds=2, learning_rates=RATES), directory=moved)
     assert trained == []
+
+
+class Told(SilentDisplay):
+    def __init__(self) -> None:
+        self.messages: list[str] = []
+
+    def message(self, line: str) -> None:
+        self.messages.append(line)
+
+
+def test_a_run_that_diverges_is_left_out_and_the_others_go_on(tmp_path: Path) -> None:
+    wild = {"name": "fedadam", "server_lr": 1e38}
+    section = {"methods": ["wild", "local_only"], "variants": {"wild": wild}, "seeds": 2}
+    broken, display = tiny("mira", compare=section, federation={"rounds": 3}), Told()
+    with pytest.raises(DivergedError):
+        compare(broken, directory=tmp_path, display=display)
+    assert [(entry["method"], entry["seed"]) for entry in told(tmp_path)["runs"]] == [
+        ("local_only", 0),
+        ("local_only", 1),
+    ]
+    assert sum("wild seed" in line and "left out" in line for line in display.messages) == 2
+    write_report(tmp_path)
+
+
+def test_finished_runs_stay_in_the_study_while_it_is_repeated(study: Path, tmp_path: Path) -> None:
+    again = shutil.copytree(study, tmp_path / "again")
+    seen: list[int] = []
+    longer = config(seeds=3, learning_rates=RATES)
+
+    class Watch(SilentDisplay):
+        def start(self, title: str, total_rounds: int) -> None:
+            seen.append(len(told(again)["runs"]))
+
+    compare(longer, directory=again, display=Watch())
+    assert min(seen) >= 6
+    assert len(told(again)["runs"]) == 9
+
+
+def test_a_comparison_does_not_overwrite_a_run(tmp_path: Path) -> None:
+    path = experiment.run(tiny("local_only"), directory=tmp_path)
+    before = snapshot(path)
+    with pytest.raises(UsageError, match="holds a run, which a comparison would overwrite"):
+        compare(config(), directory=path)
+    assert snapshot(path) == before

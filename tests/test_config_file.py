@@ -95,6 +95,12 @@ def test_settings_without_their_switch_are_refused() -> None:
     assert parse_config(resolved_yaml(quiet)) == quiet
 
 
+@pytest.mark.parametrize("path", ["/data/run #3/x", "*.jsonl", "!odd", "a/*.jsonl", "%here", "@there", "a#b"])
+def test_a_path_on_the_command_line_is_taken_as_it_is(path: str) -> None:
+    config = parse_config("", ["data={source: jsonl, path: x}", f"data.path={path}"])
+    assert config.data.path == path  # type: ignore[union-attr]
+
+
 def test_an_override_may_hold_equals_signs_and_be_empty() -> None:
     config = parse_config("", ["model.path=a=b", "training.clip_norm="])
     assert (config.model.path, config.training.clip_norm) == ("a=b", None)

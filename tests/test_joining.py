@@ -112,6 +112,28 @@ def test_a_run_that_is_prolonged_is_the_run_begun_with_its_rounds(data: Path, me
     assert RunStore.open(path).manifest()["begun_rounds"] == 2
 
 
+@pytest.mark.parametrize(
+    ("sections", "named"),
+    [
+        (
+            {"training": {"local_steps": 2, "batch_size": 2, "cohort_size": 1, "schedule": "cosine"}},
+            "schedule = cosine",
+        ),
+        ({"method": {"name": "fedit_finetuned"}}, "fedit_finetuned trains its last rounds alone"),
+    ],
+)
+def test_a_run_whose_first_rounds_depend_on_how_long_it_is_does_not_go_on(
+    data: Path, sections: dict[str, Any], named: str
+) -> None:
+    method = sections.pop("method", "local_only")
+    path = run(config(data, 2, method, **sections))
+    before = newest(path)
+    with pytest.raises(UsageError, match=named):
+        run(config(data, 4, method, **sections), resume=True)
+    assert same(newest(path), before)
+    assert run(config(data, 2, method, **sections), resume=True) == path
+
+
 def test_fewer_rounds_and_other_changes_are_refused(data: Path) -> None:
     path = run(config(data, 2))
     with pytest.raises(IntegrityError, match=r"federation\.rounds: 2 -> 1"):

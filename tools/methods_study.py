@@ -34,6 +34,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import yaml
 
+from fedmira.evaluation.meters import worst_tenth
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 STUDIES = REPOSITORY / "studies"
 RESULTS = STUDIES / "results"
@@ -351,7 +353,7 @@ def section(study: Study) -> str:
     header = ["method", "mean loss", "vs local_only [95 %]", "vs mira [95 %]", "worst tenth", "harmed", "Rouge-L"]
     rows = [[*header, "MB up + down", "s", "learning rate", "made"], ["---", *["---:"] * 9, "---"]]
     for name, (rate, runs) in sorted(reported.items(), key=lambda item: mean_loss(item[1][1])):
-        worst = np.mean([np.sort(run.losses_K)[-max(1, round(len(run.losses_K) / 10)) :].mean() for run in runs])
+        worst = np.mean([worst_tenth(run.losses_K.tolist()) for run in runs])
         megabytes = np.mean([run.line["upload_bytes"] + run.line["download_bytes"] for run in runs]) / 1e6
         against_mira = "-" if name == "mira" or "mira" not in reported else interval(runs, reported["mira"][1])
         rows.append(

@@ -354,7 +354,7 @@ def _federation(data_json: str, seed: int, stamp: Stamp, known: tuple[str, ...])
 def _stamp(path: str) -> Stamp:
     """Another value once a file that `path` names, matches or holds was written: what was cached is stale then."""
     found = [Path(match) for match in glob.glob(str(home_expanded(path)))] if path else []
-    files = sorted({file for place in found for file in (place.iterdir() if place.is_dir() else [place])})
     with suppress(OSError):
+        files = sorted({file for place in found for file in (place.iterdir() if place.is_dir() else [place])})
         return tuple((str(file), file.stat().st_mtime_ns, file.stat().st_size) for file in files)
     return ()

@@ -140,6 +140,11 @@ def _forget_other_method(raw: dict[str, Any], overrides: Sequence[str]) -> None:
         raw["method"] = {}
 
 
+def _is_plain(text: str) -> bool:
+    """Whether a value is text although YAML would see a comment, an alias or a tag: `a #b`, `*.jsonl`."""
+    return text[:1] not in ("", "[", "{", "'", '"') and (" #" in text or text[0] in "*&!%@`")
+
+
 def _apply_override(raw: dict[str, Any], override: str, mistakes: Mistakes) -> None:
     key_path, equals, text = override.partition("=")
     keys = tuple(key.strip() for key in key_path.split("."))
@@ -148,7 +153,7 @@ def _apply_override(raw: dict[str, Any], override: str, mistakes: Mistakes) -> N
         return
     inside = Mistakes("its value")
     try:
-        value = parse_yaml(f"value: {text}", "its value", inside)[0].get("value")
+        value = text if _is_plain(text) else parse_yaml(f"value: {text}", "its value", inside)[0].get("value")
     except ConfigError as error:
         mistakes.add_override(override, str(error))
         return

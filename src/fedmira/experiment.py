@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import asdict
 from datetime import UTC, datetime
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -33,7 +34,7 @@ from fedmira.runs.signals import StopFlag, stop_on_signals
 from fedmira.runs.store import RunStore
 from fedmira.stages import settle_with, stage
 from fedmira.training.cohort import Progress, StopRequested
-from fedmira.types import Arena, Participants, Results
+from fedmira.types import Arena, Job, Participants, Results
 
 
 class Display(Protocol):
@@ -187,6 +188,7 @@ class _Run:
         noised = round_ == 1 and self.config.exchange.privacy.enabled
         if noised and (line := advice(self.parts.layout, job.upload, job.trainable)):
             self._tell(f"warning: {line}")
+        self._announce(job)
         try:
             results = self.parts.exchange.run(
                 job,
@@ -195,6 +197,7 @@ class _Run:
                 on_step=lambda done, total: self.display.step(round_, done, total),
             )
         except StopRequested as stopped:
+            self._announce(None)
             self._save(round_ - 1, state, stopped.progress)
             self._interrupted(round_)
         except ParticipationError:
@@ -210,6 +213,20 @@ class _Run:
                 "Lower training.learning_rate or set training.clip_norm"
             )
         return results
+
+    def _announce(self, job: Job | None) -> None:
+        """Write down the uploads that `job` will make before it does; None: those that were made.
+
+        Noise that nobody can draw again makes each of them count, also of a round that is repeated after a crash.
+        """
+        privacy = self.config.exchange.privacy
+        if not (privacy.enabled and privacy.noise_seed == "system"):
+            return
+        uploads = list(self.parts.exchange.state().facts["uploads"])
+        for id_ in job.ids[: job.num_crossing] if job is not None and job.upload else ():
+            uploads[id_] += 1
+        with stage("disk"):
+            self.store.write_uploads(uploads)
 
     def _hold_trial(
         self, state: State, participants: Participants, results: Results, info: Info
@@ -334,7 +351,10 @@ class _Run:
 
     def _starting_point(self) -> tuple[State, int, Progress | None]:
         """The state, the next round, and the progress inside it."""
+        announced = self.store.uploads()
         if self.checkpoint is None:
+            if announced:
+                self.parts.exchange.restore(Kept({}, {"uploads": announced}))
             return self.parts.method.init(self.parts.initial_adapters(), self.parts.clients), 1, None
         tensors, facts = self.checkpoint.tensors, self.checkpoint.facts
         device = self.parts.base.device
@@ -343,7 +363,9 @@ class _Run:
             last_round_K=tuple(facts["last_round_K"]),
             memory={name: tensor.to(device) for name, tensor in _under("state.memory.", tensors).items()},
         )
-        self.parts.exchange.restore(Kept(_under("exchange.", tensors), facts["exchange"]))
+        kept = dict(facts["exchange"])
+        kept["uploads"] = [max(pair) for pair in zip_longest(kept["uploads"], announced, fillvalue=0)]
+        self.parts.exchange.restore(Kept(_under("exchange.", tensors), kept))
         progress = None
         if facts["progress"] is not None:
             progress = Progress(tensors=_under("progress.", tensors), facts=facts["progress"])

@@ -430,3 +430,40 @@ def test_an_adapter_of_which_only_b_is_mixed_is_judged_by_its_b() -> None:
     assert trial is not None
     assert trial.sent > 0
     assert trial.groups == {"lora_b"}
+
+
+def test_noise_that_cannot_be_drawn_again_counts_also_where_its_round_is_repeated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    private = {"privacy": {**NOISY["privacy"], "noise_seed": "system"}}
+    config = tiny(private, method={"name": "fedit"}, federation={"rounds": 3})
+    original = experiment._Run._record_round
+
+    def killed(self: Any, participants: Participants, *others: Any) -> None:
+        if participants.round == 2:
+            raise KeyboardInterrupt
+        original(self, participants, *others)
+
+    monkeypatch.setattr(experiment._Run, "_record_round", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run(config, directory=tmp_path)
+    monkeypatch.undo()
+    path = run(config, directory=tmp_path, resume=True)
+    assert outcome(config, path)[1] == {"uploads": [4, 4, 4, 4]}
+    # what follows from the seed is the same noise again
+    repeated = tiny({"privacy": NOISY["privacy"]}, method={"name": "fedit"}, federation={"rounds": 3})
+    assert not (run(repeated, directory=tmp_path / "seeded") / "uploads.json").exists()
+
+
+def test_a_round_that_was_stopped_before_anybody_sent_anything_costs_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    private = {"privacy": {**NOISY["privacy"], "noise_seed": "system"}}
+    config = tiny(private, method={"name": "fedit"}, federation={"rounds": 2})
+    asked = iter([False] * 3 + [True] * 100)
+    monkeypatch.setattr(experiment.StopFlag, "__call__", lambda self: next(asked))
+    with pytest.raises(Interrupted):
+        run(config, directory=tmp_path)
+    monkeypatch.undo()
+    path = run(config, directory=tmp_path, resume=True)
+    assert outcome(config, path)[1] == {"uploads": [2, 2, 2, 2]}

@@ -243,3 +243,10 @@ def test_the_card_says_how_to_load(base_path: str, said: str) -> None:
     assert said in card
     assert "- client: anna" in card
     assert card.startswith("---\nbase_model: ")
+
+
+def test_the_card_loads_the_revision_that_was_trained_on() -> None:
+    card = model_card("some/model", revision="abc123")
+    assert "from_pretrained(BASE, revision='abc123')" in card
+    assert "- revision of the base: abc123" in card
+    assert "revision" not in model_card("some/model")

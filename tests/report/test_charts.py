@@ -214,3 +214,11 @@ def test_ticks_are_within_and_not_too_many(low: float, span: float, wanted: int)
     assert all(low - slack <= value <= high + slack for value in values)
     assert len(values) <= 1.5 * wanted + 1
     assert values == sorted(set(values))
+
+
+def test_a_chart_of_many_methods_has_room_for_all_their_labels() -> None:
+    lines = [Line(f"method{k}", [(1, 2.0), (2, 2.0 + 0.001 * k)], f"s{k % 8}") for k in range(31)]
+    drawing = charts.line_chart(lines, "many")
+    heights = sorted(length(label, "y") for label in found(drawing, "text", " label "))
+    assert min(heights) > 0
+    assert all(above + 16.9 <= below for above, below in zip(heights, heights[1:], strict=False))

@@ -79,3 +79,15 @@ def test_a_graph_says_which_clusters_it_saw(make_run: Make, provenance: dict[str
     page = render(read(changed(make_run(), {}, provenance=provenance)))
     assert ("clusters" in page) == (words is not None)
     assert words is None or words in page
+
+
+def test_without_labels_nothing_is_said_about_them(make_run: Make) -> None:
+    run = make_run(families=2, clients_per_family=2)
+    manifest = json.loads((run / "manifest.json").read_text())
+    for client in manifest["clients"]:
+        client["task"] = client["category"] = ""
+    (run / "manifest.json").write_text(json.dumps(manifest))
+    page = render(read(run))
+    assert "joins clients of one label" not in page
+    assert "grey ones join different labels" not in page
+    assert "a thicker line is a heavier edge." in page

@@ -23,6 +23,7 @@ from safetensors import safe_open
 from tests.runs.faults import Crash, dying_at, failing_at, trace
 
 from fedmira.errors import IntegrityError
+from fedmira.runs import checkpoint
 from fedmira.runs.checkpoint import FACTS, FOLDER, MANIFEST, TENSORS, Checkpoint, load_latest, save
 
 HASH = "0123abcd"
@@ -504,3 +505,22 @@ def test_what_may_be_readable_tomorrow_is_not_passed_over(
     monkeypatch.setattr("fedmira.runs.checkpoint.read_bytes", refuse)
     with pytest.raises(IntegrityError, match=r"could not read the checkpoint .*round-00002"):
         load_latest(tmp_path, config_hash=HASH)
+
+
+def test_a_checkpoint_that_is_replaced_while_it_is_read_is_looked_for_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensors = {"state.adapters": torch.zeros(2, 3)}
+    save(tmp_path, 1, tensors, {}, config_hash="x", keep=1)
+    original, calls = checkpoint._verified_manifest, [0]
+
+    def replaced(generation: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == 1:
+            save(tmp_path, 2, tensors, {}, config_hash="x", keep=1)
+        return original(generation)
+
+    monkeypatch.setattr(checkpoint, "_verified_manifest", replaced)
+    found = load_latest(tmp_path, config_hash="x")
+    assert found is not None
+    assert found.round == 2

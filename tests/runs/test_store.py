@@ -170,6 +170,7 @@ def test_resume_ignores_what_does_not_change_the_computation(tmp_path: Path) -> 
     again = CONFIG.model_copy(update={"output": OutputConfig(directory="elsewhere", keep_checkpoints=9)})
     with RunStore.resume(again, None, tmp_path) as store:
         assert store.path == path
+        assert store.config.output.keep_checkpoints == 9, "what is kept from now on may change"
 
 
 def test_resume_under_a_changed_config_is_refused_with_the_difference(tmp_path: Path) -> None:

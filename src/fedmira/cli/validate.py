@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -52,7 +53,7 @@ def missing_files(config: RunConfig) -> list[FedmiraError]:
             DataError(f"data.path: {data_path} does not exist; give {what} (paths are relative to the current folder)")
         )
     graph = getattr(config.method, "graph", None)
-    if graph is not None and graph.path is not None and not home_expanded(graph.path).is_file():
+    if graph is not None and graph.path is not None and not os.path.isfile(home_expanded(graph.path)):
         problems.append(
             DataError(f"method.graph.path: {graph.path} does not exist; give a .json, .npy or .csv file of the graph")
         )
@@ -61,7 +62,7 @@ def missing_files(config: RunConfig) -> list[FedmiraError]:
             DataError(f"method.graph.probe_path: {graph.probe_path} does not exist; give a JSON Lines file")
         )
     model = config.model.path
-    if model != "embedded" and _looks_local(model) and not (home_expanded(model) / "config.json").is_file():
+    if model != "embedded" and _looks_local(model) and not os.path.isfile(home_expanded(model) / "config.json"):
         problems.append(
             SetupError(
                 f"model.path: {model} is not a folder with a model in Hugging Face format (it has no config.json); "
@@ -72,11 +73,12 @@ def missing_files(config: RunConfig) -> list[FedmiraError]:
 
 
 def _is_there(path: str) -> bool:
-    expanded = home_expanded(path)
-    return expanded.exists() or any(glob.iglob(str(expanded), recursive=True))
+    expanded = str(home_expanded(path))
+    # unlike Path.exists, these do not raise where a folder may not be read or a name is too long
+    return os.path.exists(expanded) or any(glob.iglob(expanded, recursive=True))
 
 
 def _looks_local(path: str) -> bool:
     """Whether `path` cannot be a Hugging Face id, which is `name` or `owner/name` without a file's ending."""
     endings = (".jsonl", ".json", ".gz", ".csv", ".parquet")
-    return path.startswith((".", "/", "~")) or path.count("/") > 1 or path.endswith(endings) or Path(path).exists()
+    return path.startswith((".", "/", "~")) or path.count("/") > 1 or path.endswith(endings) or os.path.exists(path)

@@ -5,6 +5,7 @@ Needs the run directory and the base model; the clients' data is never read.
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -14,6 +15,7 @@ from fedmira.data.partition import check_names
 from fedmira.errors import UsageError, nearest
 from fedmira.export.peft import EMBEDDED_NAME, Settings, adapter_files, model_card, new_folder, write_files
 from fedmira.export.whole_model import write_model
+from fedmira.paths import home_expanded
 from fedmira.types import Arena, Example, Layout
 
 if TYPE_CHECKING:
@@ -107,6 +109,9 @@ def export_clients(run: Path, client: str | None, out: Path, *, with_base: bool 
     # a run directory may have been made elsewhere: its names become folders here, so they are checked again
     check_names((*chosen, BASE_FOLDER) if everyone and with_base else chosen)
     base_path = trained.config.model.path
+    if (local := home_expanded(base_path)).is_dir():
+        # as written it means something else, or nothing, to who loads the export from another folder
+        base_path = str(local.resolve())
     if embedded:
         base_path = (f"../{BASE_FOLDER}" if everyone else BASE_FOLDER) if with_base else EMBEDDED_NAME
     with new_folder(out) as folder:
@@ -137,16 +142,17 @@ def _files(trained: Trained, row: int, base_path: str, run_name: str) -> dict[st
         revision=config.model.revision,
         fan_in_fan_out=_stores_transposed(trained.base, layout),
     )
-    card = _card(trained, row, base_path, run_name)
-    return adapter_files(layout, trained.adapters.values_KP[row], settings, card, trained.adapters.shift_W)
+    files = adapter_files(layout, trained.adapters.values_KP[row], settings, shift_W=trained.adapters.shift_W)
+    # the rank is known once the files are: of the client, of several pairs together, of what was merged into the base
+    rank = json.loads(files["adapter_config.json"]).get("r")
+    return {**files, "README.md": _card(trained, row, base_path, run_name, rank).encode()}
 
 
-def _card(trained: Trained, row: int, base_path: str, run_name: str) -> str:
+def _card(trained: Trained, row: int, base_path: str, run_name: str, rank: int | None = None) -> str:
     config = trained.config
     adapter = config.model.adapter
-    ranks_K = adapter.ranks_of(trained.names)
-    sizes = {
-        "lora": {"rank": adapter.rank if ranks_K is None else ranks_K[row]},
+    sizes: dict[str, dict[str, object]] = {
+        "lora": {"rank": rank},
         "prompt": {"virtual tokens": adapter.num_virtual_tokens},
         "p_tuning": {"virtual tokens": adapter.num_virtual_tokens},
         "full": {},
@@ -160,7 +166,7 @@ def _card(trained: Trained, row: int, base_path: str, run_name: str) -> str:
         **sizes[adapter.kind],
         "template of the prompts": config.data.template,
     }
-    return model_card(base_path, facts, adapter.kind)
+    return model_card(base_path, facts, adapter.kind, config.model.revision)
 
 
 def _stores_transposed(base: BaseModel, layout: Layout) -> bool:

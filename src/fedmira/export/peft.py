@@ -168,24 +168,38 @@ _TITLES: Mapping[AdapterKind, str] = {
 }
 
 
-def model_card(base_path: str, facts: Mapping[str, object] | None = None, kind: AdapterKind = "lora") -> str:
-    """Return README.md of an exported folder: what it is, its `facts` as a list, and how to load it."""
+def model_card(
+    base_path: str,
+    facts: Mapping[str, object] | None = None,
+    kind: AdapterKind = "lora",
+    revision: str | None = None,
+) -> str:
+    """Return README.md of an exported folder: what it is, its `facts` as a list, and how to load it.
+
+    Args:
+        base_path: of the base.
+        facts: what else to say.
+        kind: of the adapter.
+        revision: of the base on the hub, if it is not the newest.
+    """
     library = "transformers" if kind == "full" else "peft"
     header = ["---", f"base_model: {json.dumps(base_path)}", f"library_name: {library}"]
     header += ["pipeline_tag: text-generation", "tags:", f"- {kind}", "- fedmira", "---", ""]
     body = [f"# {_TITLES[kind]} of one client", "", "Made by fedmira: federated multi-task fine-tuning (MIRA).", ""]
     body += [f"- {name}: {value}" for name, value in (facts or {}).items()]
+    body += [f"- revision of the base: {revision}"] if revision else []
     if kind == "full":
         load = "model = AutoModelForCausalLM.from_pretrained(FOLDER)"
         usage = ["", "```python", "from transformers import AutoModelForCausalLM", "", load, "```", ""]
         return "\n".join([*header, *body, *usage, "FOLDER is the folder of this file.", ""])
+    at = f", revision={revision!r}" if revision else ""
     usage = [
         "",
         "```python",
         "from peft import PeftModel",
         "from transformers import AutoModelForCausalLM",
         "",
-        "base = AutoModelForCausalLM.from_pretrained(BASE)  # see below",
+        f"base = AutoModelForCausalLM.from_pretrained(BASE{at})  # see below",
         "model = PeftModel.from_pretrained(base, FOLDER)",
         "```",
         "",

@@ -31,6 +31,7 @@ from fedmira.report.svg import (
 LEFT = 50.0
 TOP = 14.0
 AXIS_HEIGHT = 40.0
+LABEL_HEIGHT = 17.0
 
 
 class Line(NamedTuple):
@@ -64,6 +65,8 @@ def line_chart(lines: Sequence[Line], description: str, *, height: float = 290.0
     lines = [line._replace(points=[point for point in line.points if math.isfinite(point[1])]) for line in lines]
     lines = [line for line in lines if line.points]
     labels = [(line, shorten(line.label, 16)) for line in lines if line.bold]
+    # room for every label at the end of its line
+    height = max(height, TOP + AXIS_HEIGHT + LABEL_HEIGHT * len(labels))
     right = WIDTH - 12 - CHARACTER_WIDTH * max((len(label) for _, label in labels), default=0)
     bottom = height - AXIS_HEIGHT
     rounds = [point[0] for line in lines for point in line.points] or [1.0]
@@ -78,7 +81,7 @@ def line_chart(lines: Sequence[Line], description: str, *, height: float = 290.0
             end = line.points[-1]
             tip = title(f"{line.label}: {format_loss(end[1])}")
             parts.append(tag("circle", tip, cx=x(end[0]), cy=y(end[1]), r=3.5, class_=f"fill {line.colour}"))
-    heights = _apart([y(line.points[-1][1]) for line, _ in labels], 17.0, TOP, bottom)
+    heights = _apart([y(line.points[-1][1]) for line, _ in labels], LABEL_HEIGHT, TOP, bottom)
     for (line, label), label_y in zip(labels, heights, strict=True):
         parts.append(text(right + 4, label_y + 4.5, label, class_=f"label {line.colour}"))
     return drawing("".join(parts), height, description)

@@ -109,7 +109,7 @@ def graph_figures(run: RunRecord, *, truth: bool = True) -> Iterable[Figure]:
         yield Figure(
             heading=f"{run.method}, drawn",
             drawing=Markup(linked),
-            caption=_edges_in_words(len(graph_charts.drawn_edges(graph)), _num_edges(graph)) + _spectrum_in_words(run),
+            caption=_edges_in_words(graph, _num_edges(graph)) + _spectrum_in_words(run),
             square=True,
         )
     for block, adjacency in run.graph.blocks.items():
@@ -126,11 +126,13 @@ def graph_figures(run: RunRecord, *, truth: bool = True) -> Iterable[Figure]:
         yield from truth_figures(run)
 
 
-def _edges_in_words(drawn: int, edges: int) -> str:
+def _edges_in_words(graph: graph_charts.Ordered, edges: int) -> str:
+    drawn = len(graph_charts.drawn_edges(graph))
     if not edges:
         return "No edges: nobody was related closely enough, so every client kept its own adapter in that round."
     counted = f"The {drawn} heaviest of {edges} edges" if drawn < edges else f"{edges} edge{'s' if edges > 1 else ''}"
-    return f"{counted}; a thicker line is a heavier edge, grey ones join different labels."
+    across = ", grey ones join different labels" if any(graph.groups) else ""
+    return f"{counted}; a thicker line is a heavier edge{across}."
 
 
 def _privacy_in_words(run: RunRecord) -> str:

@@ -41,7 +41,7 @@ class Ordered(NamedTuple):
 
     names: tuple[str, ...]
     groups: tuple[str, ...]
-    """The label of each client; equal labels are neighbours."""
+    """The label of each client, empty where there is none; equal labels are neighbours."""
     weights: tuple[tuple[float, ...], ...]
 
 
@@ -62,11 +62,15 @@ def share_within_groups(graph: Ordered) -> float | None:
     pairs = 0
     for row, weights in enumerate(graph.weights):
         for column, weight in enumerate(weights):
-            same = row != column and graph.groups[row] == graph.groups[column]
+            same = row != column and _of_one_group(graph.groups[row], graph.groups[column])
             pairs += same
             total += weight if row != column else 0.0
             inside += weight if same else 0.0
     return inside / total if total > 0 and pairs else None
+
+
+def _of_one_group(one: str, other: str) -> bool:
+    return bool(one) and one == other
 
 
 def heat_map(graph: Ordered, description: str) -> str:
@@ -118,7 +122,7 @@ def node_link(graph: Ordered, description: str) -> str | None:
     parts = []
     for weight, one, other in reversed(edges):
         share = weight / heaviest
-        inside = graph.groups[one] == graph.groups[other]
+        inside = _of_one_group(graph.groups[one], graph.groups[other])
         colour = f"g{_group_index(graph.groups, graph.groups[one])}" if inside else "across"
         (x1, y1), (x2, y2) = places[one], places[other]
         # neighbours bow only a little, opposite nodes pass near the centre

@@ -34,7 +34,7 @@ from fedmira.report.run_sections import left_out, privacy, run_sections
 from fedmira.report.study_sections import study_sections
 from fedmira.report.table import Row, Spread, answer_notes, comparable, rows_of, seed_notes, total_bytes
 from fedmira.report.words import headline
-from fedmira.runs.atomic import write_bytes_atomically
+from fedmira.runs.atomic import make_folder, write_bytes_atomically
 
 
 def write_report(path: Path) -> Path:
@@ -46,7 +46,7 @@ def write_report(path: Path) -> Path:
     """
     page = path / "report" / "index.html"
     content = render(read(path)).encode("utf-8")
-    page.parent.mkdir(exist_ok=True)
+    make_folder(page.parent)
     write_bytes_atomically(page, content)
     return page
 

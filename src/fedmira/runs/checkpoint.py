@@ -17,7 +17,7 @@ import errno
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -47,6 +47,7 @@ _MAY_PASS = {
     *(errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 }
 """Why reading may fail today and not tomorrow; everything else is damage."""
+_LISTINGS = 5
 
 _DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
@@ -135,14 +136,31 @@ def save(
 def load_latest(run_path: Path, *, config_hash: str) -> Checkpoint | None:
     """Return the newest checkpoint that its manifest proves whole, or None if there are none at all.
 
+    A process that saves meanwhile may remove what was listed: then it is listed again.
+
     Raises:
         IntegrityError: there are checkpoints but none is whole, or the newest whole one is of another config.
     """
     parent = run_path / FOLDER
     if parent.is_symlink():
         raise IntegrityError(f"{parent} is a symbolic link, which is not followed; put the real folder there")
+    for _ in range(_LISTINGS):
+        listed = generations(parent)
+        found, skipped = _newest_whole(listed, config_hash)
+        if found is not None or not skipped or generations(parent) == listed:
+            break
+    if found is None and skipped:
+        raise IntegrityError(
+            f"no checkpoint in {parent} can be trusted: {'; '.join(skipped)}. Restore one of them from a copy, "
+            "or remove the run directory and start again"
+        )
+    return found
+
+
+def _newest_whole(listed: Sequence[Generation], config_hash: str) -> tuple[Checkpoint | None, list[str]]:
+    """The newest whole checkpoint of those listed, and why newer ones were skipped."""
     skipped: list[str] = []
-    for generation in reversed(generations(parent)):
+    for generation in reversed(listed):
         try:
             manifest = _verified_manifest(generation)
             if manifest["config_hash"] != config_hash:
@@ -163,13 +181,8 @@ def load_latest(run_path: Path, *, config_hash: str) -> Checkpoint | None:
                 raise disk_error(error, generation.path, "read the checkpoint") from error
             skipped.append(f"{generation.path.name}: {error.strerror or error}: {Path(error.filename or '').name}")
         else:
-            return Checkpoint(generation.round, tensors, facts, generation.path, tuple(skipped))
-    if skipped:
-        raise IntegrityError(
-            f"no checkpoint in {parent} can be trusted: {'; '.join(skipped)}. Restore one of them from a copy, "
-            "or remove the run directory and start again"
-        )
-    return None
+            return Checkpoint(generation.round, tensors, facts, generation.path, tuple(skipped)), skipped
+    return None, skipped
 
 
 def _prune(parent: Path, saved: Generation, existing: list[Generation], keep: int) -> None:

@@ -98,7 +98,8 @@ def read_events(path: Path) -> list[dict[str, Any]]:
             event = None
         if not isinstance(event, dict):
             raise IntegrityError(
-                f"{path}, line {number}, is damaged; resume the run to write it again from a checkpoint"
+                f"{path}, line {number}, is damaged; restore the file from a copy. Resuming writes again only what "
+                "came after the newest checkpoint"
             )
         events.append(event)
     return events

@@ -17,7 +17,7 @@ import fcntl
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
@@ -42,10 +42,11 @@ from fedmira.stages import stage
 
 CONFIG, RESOLVED, MANIFEST = "config.yaml", "config.resolved.yaml", "manifest.json"
 METRICS, GRAPH, PROFILE, LOG, LOCK = "metrics.jsonl", "graph.json", "profile.json", "run.log", ".lock"
+UPLOADS = "uploads.json"
 REPORT = "report"
 SCHEMA = 1
 
-_OWN_NAMES = {CONFIG, RESOLVED, MANIFEST, METRICS, GRAPH, PROFILE, LOG, LOCK, CHECKPOINTS, REPORT}
+_OWN_NAMES = {CONFIG, RESOLVED, MANIFEST, METRICS, GRAPH, PROFILE, UPLOADS, LOG, LOCK, CHECKPOINTS, REPORT}
 _HALF_WRITTEN = re.compile(r"\..+\.tmp-")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
@@ -156,10 +157,13 @@ class RunStore:
             others = list(cls._others(config, directory))
             for other in others:
                 if other._leads_to(config):
-                    other._hold_lock()
                     if (before := other.config.federation.rounds) < config.federation.rounds:
+                        _refuse_to_prolong(config, before)
+                    other._hold_lock()
+                    if before < config.federation.rounds:
                         other.config = with_rounds(other.config, config.federation.rounds)
                         other._prolonged = before, source_text
+                    other._take_output(config)
                     return other
             for other in others:
                 other.refuse_other_config(config)
@@ -196,6 +200,7 @@ class RunStore:
             store = cls.open(path)
             store.refuse_other_config(config)
             store._hold_lock()
+            store._take_output(config)
             return store
         lost = cls(path, config)
         if not lost.has_progress():
@@ -226,6 +231,10 @@ class RunStore:
                 f"{self.path} was started under another config and cannot be resumed with this one:{lines}\n"
                 "Put these values back to resume, or leave out --resume to start a new run."
             )
+
+    def _take_output(self, config: RunConfig) -> None:
+        """Keep and save checkpoints as `config` says from now on; it decides nothing that is computed."""
+        self.config = self.config.model_copy(update={"output": config.output})
 
     def has_progress(self) -> bool:
         """Whether anything would be lost with this directory: an event or a checkpoint."""
@@ -262,6 +271,14 @@ class RunStore:
     def graph(self) -> dict[str, Any]:
         """Return the content of graph.json; {} if none was written yet."""
         return self._read_json(GRAPH)
+
+    def write_uploads(self, uploads_K: Sequence[int]) -> None:
+        """Replace uploads.json: how many noised uploads each client has made, the coming round's among them."""
+        self._write_json(UPLOADS, {"uploads": list(uploads_K)}, indent=None)
+
+    def uploads(self) -> list[int]:
+        """Return what `write_uploads` wrote; [] if it never did."""
+        return [int(count) for count in self._read_json(UPLOADS).get("uploads", [])]
 
     def write_profile(self, profile: Mapping[str, Any]) -> None:
         """Replace profile.json."""
@@ -406,3 +423,27 @@ def _names(path: Path) -> list[str]:
 def _runs_inside(path: Path) -> str:
     runs = sorted(item.name for item in path.iterdir() if (item / RESOLVED).is_file())
     return f"; give one of the runs in it: {', '.join(runs[:5])}" if runs else ""
+
+
+def _refuse_to_prolong(config: RunConfig, before: int) -> None:
+    """Refuse more rounds where earlier ones would have been others if the run had been meant to be so long.
+
+    Raises:
+        UsageError: names the setting.
+    """
+    schedule, name = config.training.schedule, config.method.name
+    why = ""
+    if schedule != "constant":
+        why = f"training.schedule = {schedule} spreads over federation.rounds"
+    elif name == "fedit_finetuned":
+        why = "method.name = fedit_finetuned trains its last rounds alone"
+    if why:
+        raise UsageError(
+            f"a run of {before} rounds cannot go on to {config.federation.rounds}: {why}, so its first rounds would "
+            f"have been others; start a new run, or resume with federation.rounds={before}"
+        )
+
+
+def has_run(path: Path) -> bool:
+    """Whether `path` is the directory of a run that began."""
+    return (path / METRICS).exists() or (path / MANIFEST).exists() or has_checkpoints(path)

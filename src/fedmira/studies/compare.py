@@ -15,18 +15,23 @@ from typing import Any
 
 from fedmira.config import RunConfig
 from fedmira.config_file import resolved_yaml
-from fedmira.errors import ConfigError, DivergedError
+from fedmira.errors import ConfigError, DivergedError, FedmiraError, ParticipationError, UsageError
 from fedmira.experiment import Display, SilentDisplay, carry_out
 from fedmira.paths import home_expanded
 from fedmira.refusals import refusal, refusal_beside
-from fedmira.runs.atomic import write_bytes_atomically
-from fedmira.runs.store import RunStore
+from fedmira.runs.atomic import make_folder, write_bytes_atomically
+from fedmira.runs.store import RunStore, has_run
+
+STUDY = "study.json"
+_FAILURES = (DivergedError, ParticipationError)
+"""What ends one run of a comparison and not the others."""
 
 
 def compare(config: RunConfig, *, directory: Path | None = None, display: Display | None = None) -> Path:
     """Run every method of `config.compare` on every seed and return the study's directory.
 
     Writes `study.json` (which runs there are, what was tuned) and one run directory per method and seed below `runs/`.
+    A run that diverges, or that has too few clients, is told to `display` and left out; the others go on.
 
     Args:
         config: The run; `compare` says which methods, seeds and learning rates.
@@ -36,30 +41,64 @@ def compare(config: RunConfig, *, directory: Path | None = None, display: Displa
     Raises:
         ConfigError: settings would be chosen on a draw that is reported, or on no validation data; or a method cannot
             use the config's adapters.
-        DivergedError: a method has no learning rate at which it trains.
+        UsageError: the directory is one of a run.
+        DivergedError, ParticipationError: a method has no learning rate at which it trains, or a run failed; the first
+            of them, when everything else is done.
     """
     _refuse_unusable(config)
     _refuse_biased_tuning(config)
     display = display or SilentDisplay()
     directory = directory or study_directory(config)
-    directory.mkdir(parents=True, exist_ok=True)
+    if not (directory / STUDY).exists() and has_run(directory):
+        raise UsageError(f"{directory} holds a run, which a comparison would overwrite; give another --out")
+    make_folder(directory)
     study: dict[str, Any] = {
         "name": config.name,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "methods": list(config.compare.methods),
         "seeds": list(range(config.seed, config.seed + config.compare.seeds)),
-        "runs": [],
+        "runs": _earlier_runs(directory),
         "tuning": [],
     }
     write_bytes_atomically(directory / "config.resolved.yaml", resolved_yaml(config).encode())
-    rates = {name: _choose_learning_rate(config, name, directory, study, display) for name in study["methods"]}
-    for seed in study["seeds"]:
-        for name in study["methods"]:
+    rates: dict[str, float] = {}
+    failures: list[FedmiraError] = []
+    for name in study["methods"]:
+        try:
+            rates[name] = _choose_learning_rate(config, name, directory, study, display)
+        except _FAILURES as error:
+            failures.append(error)
+            display.message(f"{name} is left out: {error}")
+    wanted = [(seed, name) for seed in study["seeds"] for name in rates]
+    there = {
+        (entry["seed"], entry["method"]): entry
+        for entry in study["runs"]
+        if rates.get(entry["method"]) == entry["learning_rate"]
+    }
+    for seed, name in wanted:
+        try:
             path = _run(variant(config, name, seed, rates[name]), directory / "runs", display)
+        except _FAILURES as error:
+            failures.append(error)
+            there.pop((seed, name), None)
+            display.message(f"{name} seed {seed} is left out: {error}")
+        else:
             entry = {"method": name, "seed": seed, "path": str(path.relative_to(directory))}
-            study["runs"].append({**entry, "learning_rate": rates[name]})
-            _write(directory, study)
+            there[seed, name] = {**entry, "learning_rate": rates[name]}
+        # runs that an earlier call finished stand in the study while this one comes by them
+        _write(directory, {**study, "runs": [there[key] for key in wanted if key in there]})
+    if failures:
+        raise failures[0]
     return directory
+
+
+def _earlier_runs(directory: Path) -> list[dict[str, Any]]:
+    """The runs that an earlier call wrote down and that are still there."""
+    try:
+        runs = json.loads((directory / STUDY).read_text(encoding="utf-8"))["runs"]
+        return [dict(entry) for entry in runs if (directory / entry["path"]).is_dir()]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
 
 
 def study_directory(config: RunConfig) -> Path:
@@ -157,4 +196,4 @@ def final_validation_loss(path: Path) -> float:
 
 
 def _write(directory: Path, study: dict[str, Any]) -> None:
-    write_bytes_atomically(directory / "study.json", (json.dumps(study, indent=1) + "\n").encode())
+    write_bytes_atomically(directory / STUDY, (json.dumps(study, indent=1) + "\n").encode())

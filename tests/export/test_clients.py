@@ -1,0 +1,60 @@
+"""What a run's exported folders say about themselves: a base that can be found, the rank they have."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedmira import embedded_base_path
+from fedmira.config import RunConfig
+from fedmira.experiment import run
+from fedmira.export.clients import export_clients
+
+
+def exported(tmp_path: Path, path: str, method: dict[str, Any], **adapter: Any) -> tuple[dict[str, Any], str]:
+    config = RunConfig.model_validate(
+        {
+            "data": {"source": "planted", "families": 2, "clients_per_family": 1, "examples": 12},
+            "model": {
+                "path": path,
+                "adapter": {"rank": 2, "targets": ["q_proj", "v_proj"], **adapter},
+                "dtype": "float32",
+                "device": "cpu",
+            },
+            "training": {"local_steps": 1, "batch_size": 2, "learning_rate": 0.01},
+            "federation": {"rounds": 1},
+            "method": method,
+            "evaluation": {"test": False},
+        }
+    )
+    made = run(config, directory=tmp_path / "runs")
+    [name, *_] = (client for client in ("family-0-client-0",))
+    folder = export_clients(made, name, tmp_path / "out")[name]
+    return json.loads((folder / "adapter_config.json").read_text()), (folder / "README.md").read_text()
+
+
+def test_a_local_base_is_named_so_that_it_is_found_from_anywhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(embedded_base_path(), tmp_path / "home" / "base", copy_function=shutil.copyfile)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    config, card = exported(tmp_path, "~/base", {"name": "local_only"})
+    assert config["base_model_name_or_path"] == str((tmp_path / "home" / "base").resolve())
+    assert f"BASE is `{config['base_model_name_or_path']}`" in card
+    assert "- rank: 2" in card
+
+
+@pytest.mark.parametrize(
+    ("method", "adapter", "rank"),
+    [({"name": "feddpa"}, {}, 4), ({"name": "fedit"}, {"rank_pattern": {"q_proj": 5}}, 5)],
+)
+def test_the_card_states_the_rank_that_the_files_have(
+    tmp_path: Path, method: dict[str, Any], adapter: dict[str, Any], rank: int
+) -> None:
+    config, card = exported(tmp_path, "embedded", method, **adapter)
+    assert config["r"] == rank
+    assert f"- rank: {rank}" in card
