@@ -445,6 +445,8 @@ _AIMS = (
     "`mira` minus it [95 %]",
     "best, or within one standard error of the paired difference",
     "the same, of the best's own mean",
+    "best rival with a part of `mira` or more warm-up",
+    "`mira` minus it [95 %]",
     "better than `local_only`",
     "better than `fedit`",
     "at most 2 % of the clients harmed",
@@ -458,11 +460,19 @@ _AIMS = (
 def _reached(reported: Mapping[str, list[Judged]], settings: Mapping[str, Any]) -> list[str]:
     """The cells of `_AIMS` for one federation."""
     mira, local, again = reported["mira"], reported["local_only"], reported.get("local_only-other-batches")
-    told = ("mira", "mira_published-true", "oracle_clusters", "centralised")
-    others = [
-        name for name in reported if (name == "mira_published" or not name.startswith(told)) and name not in settings
+    of_others = [
+        name
+        for name in reported
+        if name not in settings
+        and name not in ("mira", "mira_published-true", "oracle_clusters", "centralised")
+        and not name.startswith("mira-")
     ]
-    best = min(others, key=lambda name: mean_loss(reported[name]))
+
+    def lowest(names: Sequence[str]) -> str:
+        return min(names, key=lambda name: mean_loss(reported[name]))
+
+    best = lowest([name for name in of_others if "-" not in name])
+    helped = [name for name in of_others if "-" in name]
     gaps = [m.losses_K.mean() - b.losses_K.mean() for m, b in zip(mira, reported[best], strict=True)]
     error = float(np.std(gaps, ddof=1) / math.sqrt(len(gaps))) if len(gaps) > 1 else 0.0
     own_error = standard_error(reported[best])
@@ -483,6 +493,8 @@ def _reached(reported: Mapping[str, list[Judged]], settings: Mapping[str, Any]) 
         interval(mira, reported[best]),
         f"{verdict(float(np.mean(gaps)) <= error)} ({error:.3f})",
         f"{verdict(float(np.mean(gaps)) <= own_error)} ({own_error:.3f})",
+        lowest(helped) if helped else "-",
+        interval(mira, reported[lowest(helped)]) if helped else "-",
         against("local_only"),
         against("fedit"),
         f"{verdict(harm(mira, local) <= 0.02)}: {harm(mira, local):.1%}",
@@ -493,10 +505,64 @@ def _reached(reported: Mapping[str, list[Judged]], settings: Mapping[str, Any]) 
     ]
 
 
+_ADVANCES = {
+    "no choice: everybody keeps its mixture": "mira-no-choice",
+    "choice without tolerance for the start": "mira-all-tolerated",
+    "no average over rounds": "mira-no-average",
+    "the average whatever clients say": "mira-always-average",
+    "neither choice nor average": "mira-bare",
+    "neighbours of other clusters count too": "mira-all-neighbours",
+    "a graph for each block": "mira-layers",
+    "a graph that remembers": "mira-memory",
+    "a warm-up of one round; of none": "mira-warmup-1 mira-no-warmup",
+    "graph: clusters": "mira-clusters",
+    "graph: smooth (Kalofolias)": "mira-kalofolias",
+    "graph: task covariance (MTRL)": "mira-mtrl",
+    "graph: validation trust": "mira-trust",
+    "graph: embeddings of prompts": "mira-embeddings",
+    "graph: everybody with everybody": "mira-uniform",
+    "graph: the true one, shuffled": "mira-permuted",
+    "graph: the labels; the true one": "mira-labels mira-true",
+    "strength 1; 4": "mira-strength-1 mira-strength-4",
+    "strength chosen in the run": "mira-auto",
+    "deep blocks more personal": "mira-depth",
+    "mixed as products": "mira-products",
+    "mixed by least squares": "mira-least-squares",
+    "one A that nobody trains, tuned anew; without choice": "mira-shared-a mira-shared-a-asks-nobody",
+    "clipped; without Krum's outliers; geometric median": "mira-clip mira-krum mira-median",
+    "moments that stay with clients": "mira-moments",
+    "bf16 up; int8 up; int8 both ways": "mira-bf16 mira-int8 mira-int8-both-ways",
+    "top 10 % up; 3 %; 1 %": "mira-top-10 mira-top-3 mira-top-1",
+    "noise of 0.01 C; 0.1 C": "mira-private-weak mira-private",
+}
+"""What is changed about `mira`, and the names of the runs that do it."""
+
+
+def advances(studies: Sequence[Study]) -> str:
+    """The table of what each part of `mira`, and each that is off by default, changes on each federation."""
+    runs_of = {study.name: {name: runs for name, (_, runs) in chosen(study).items()} for study in studies}
+    rows = [["changed", *runs_of], ["---", *["---:"] * len(runs_of)]]
+    for changed, names in _ADVANCES.items():
+        cells = [
+            "; ".join(
+                interval(reported[name], reported["mira"]) if {name, "mira"} <= set(reported) else "-"
+                for name in names.split()
+            )
+            for reported in runs_of.values()
+        ]
+        rows.append([changed, *("-" if set(cell) <= set("-; ") else cell for cell in cells)])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+_CHANGED = """## Which parts pay
+
+Loss with one thing changed minus loss of `mira` with its defaults: what is above 0 pays to leave as it is, what is
+below would pay to change. All run at `mira`'s learning rate but the true graph, the labels, the shared A and the noise,
+which are tuned anew. Where an interval holds 0, these draws do not tell."""
+
 _PICTURE = """## What smaller messages cost
 
-Planted tasks; one standard error over draws; made by `python tools/methods_picture.py`, of runs of an earlier default
-of `mira` (all neighbours count, always the average), whose lines stand in `studies/results/` too.
+Planted tasks; one standard error over draws; made by `python tools/methods_picture.py`.
 
 ![Loss of mira against the bytes that cross, by compression](bytes.svg)"""
 
@@ -504,7 +570,7 @@ of `mira` (all neighbours count, always the average), whose lines stand in `stud
 def page(_arguments: argparse.Namespace) -> None:
     studies = [load_study(path, None) for path in sorted(STUDIES.glob("*.yaml"))]
     words = (STUDIES / "words.md").read_text(encoding="utf-8").rstrip()
-    print("\n\n".join([words, aims(studies), *map(section, studies), _PICTURE]))
+    print("\n\n".join([words, aims(studies), _CHANGED, advances(studies), *map(section, studies), _PICTURE]))
 
 
 def main() -> None:
