@@ -20,6 +20,7 @@ from fedmira.experiment import Display, SilentDisplay, carry_out
 from fedmira.paths import home_expanded
 from fedmira.refusals import refusal, refusal_beside
 from fedmira.runs.atomic import make_folder, write_bytes_atomically
+from fedmira.runs.naming import run_directory
 from fedmira.runs.store import RunStore, has_run
 
 STUDY = "study.json"
@@ -69,24 +70,25 @@ def compare(config: RunConfig, *, directory: Path | None = None, display: Displa
         except _FAILURES as error:
             failures.append(error)
             display.message(f"{name} is left out: {error}")
-    wanted = [(seed, name) for seed in study["seeds"] for name in rates]
-    there = {
-        (entry["seed"], entry["method"]): entry
-        for entry in study["runs"]
-        if rates.get(entry["method"]) == entry["learning_rate"]
-    }
-    for seed, name in wanted:
+    wanted = {(seed, name): variant(config, name, seed, rates[name]) for seed in study["seeds"] for name in rates}
+    # runs that an earlier call finished stand in the study while this one comes by them
+    finished = {entry["path"] for entry in study["runs"]}
+    paths = {key: str(run_directory(one, directory / "runs").relative_to(directory)) for key, one in wanted.items()}
+    there = {key for key, path in paths.items() if path in finished}
+    for (seed, name), one in wanted.items():
         try:
-            path = _run(variant(config, name, seed, rates[name]), directory / "runs", display)
+            _run(one, directory / "runs", display)
+            there.add((seed, name))
         except _FAILURES as error:
             failures.append(error)
-            there.pop((seed, name), None)
+            there.discard((seed, name))
             display.message(f"{name} seed {seed} is left out: {error}")
-        else:
-            entry = {"method": name, "seed": seed, "path": str(path.relative_to(directory))}
-            there[seed, name] = {**entry, "learning_rate": rates[name]}
-        # runs that an earlier call finished stand in the study while this one comes by them
-        _write(directory, {**study, "runs": [there[key] for key in wanted if key in there]})
+        study["runs"] = [
+            {"method": of, "seed": draw, "path": paths[draw, of], "learning_rate": rates[of]}
+            for draw, of in wanted
+            if (draw, of) in there
+        ]
+        _write(directory, study)
     if failures:
         raise failures[0]
     return directory
