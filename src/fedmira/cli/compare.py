@@ -10,6 +10,7 @@ import click
 from fedmira.cli.arguments import config_arguments, read_config
 from fedmira.cli.recipes import recipe_path
 from fedmira.cli.session import Session, standard_options
+from fedmira.errors import FedmiraError
 
 if TYPE_CHECKING:
     from fedmira.config import RunConfig
@@ -59,13 +60,24 @@ def _compare(session: Session, config: RunConfig, directory: Path | None) -> Non
     from fedmira.report.page import write_report
     from fedmira.report.table import render_table, study_rows
 
+    failure: FedmiraError | None = None
     with session.loading(config) as display:
+        from fedmira.studies.compare import FAILURES, study_directory
         from fedmira.studies.compare import compare as run_comparison
 
-        study = run_comparison(config, directory=directory, display=display)
+        study = directory or study_directory(config)
+        try:
+            study = run_comparison(config, directory=directory, display=display)
+        except FAILURES as error:
+            # what did not fail is shown all the same
+            failure = error
+    if failure is not None and not (study / "study.json").is_file():
+        raise failure
     page = write_report(study)
     rows = study_rows(study)
     session.result(
         {"study": str(study), "report": str(page), "methods": [row.facts() for row in rows]},
         f"\n{render_table(rows)}\nReport: {page}",
     )
+    if failure is not None:
+        raise failure

@@ -24,7 +24,7 @@ from fedmira.runs.naming import run_directory
 from fedmira.runs.store import RunStore, has_run
 
 STUDY = "study.json"
-_FAILURES = (DivergedError, ParticipationError)
+FAILURES = (DivergedError, ParticipationError)
 """What ends one run of a comparison and not the others."""
 
 
@@ -67,7 +67,7 @@ def compare(config: RunConfig, *, directory: Path | None = None, display: Displa
     for name in study["methods"]:
         try:
             rates[name] = _choose_learning_rate(config, name, directory, study, display)
-        except _FAILURES as error:
+        except FAILURES as error:
             failures.append(error)
             display.message(f"{name} is left out: {error}")
     wanted = {(seed, name): variant(config, name, seed, rates[name]) for seed in study["seeds"] for name in rates}
@@ -79,7 +79,7 @@ def compare(config: RunConfig, *, directory: Path | None = None, display: Displa
         try:
             _run(one, directory / "runs", display)
             there.add((seed, name))
-        except _FAILURES as error:
+        except FAILURES as error:
             failures.append(error)
             there.discard((seed, name))
             display.message(f"{name} seed {seed} is left out: {error}")
