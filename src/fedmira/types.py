@@ -126,6 +126,14 @@ class Layout:
         return tuple(dict.fromkeys(spec.layer for spec in self.specs))
 
     @property
+    def pairs(self) -> tuple[tuple[TensorSpec, TensorSpec], ...]:
+        """The factors (A, B) of every low-rank pair of every layer, in row order of A."""
+        places = {(spec.layer, spec.group): spec for spec in self.specs}
+        partner = dict(PAIRS)
+        keys = ((spec, (spec.layer, partner[spec.group])) for spec in self.specs if spec.group in partner)
+        return tuple((spec, places[key]) for spec, key in keys if key in places)
+
+    @property
     def num_virtual_tokens(self) -> int:
         """Rows that the adapter puts before every sequence; 0 unless it is a soft prompt."""
         return sum(spec.shape[0] for spec in self.specs if spec.group == "prompt")

@@ -32,7 +32,7 @@ def exported(tmp_path: Path, path: str, method: dict[str, Any], **adapter: Any) 
         }
     )
     made = run(config, directory=tmp_path / "runs")
-    [name, *_] = (client for client in ("family-0-client-0",))
+    name = "family-0-client-0"
     folder = export_clients(made, name, tmp_path / "out")[name]
     return json.loads((folder / "adapter_config.json").read_text()), (folder / "README.md").read_text()
 

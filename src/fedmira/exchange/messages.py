@@ -14,7 +14,7 @@ from math import ceil
 import torch
 
 from fedmira.exchange_config import Compression
-from fedmira.types import PAIRS, Layout, TensorSpec
+from fedmira.types import Layout, TensorSpec
 
 Message = Mapping[str, torch.Tensor]
 """By name, each with S as its first axis."""
@@ -35,18 +35,14 @@ def crossing_bytes(layout: Layout, values_SP: torch.Tensor, groups: Iterable[str
 
 def _absent(layout: Layout, values_SP: torch.Tensor, groups: frozenset[str]) -> Iterator[int]:
     """Numbers of each pair that `groups` would send although their component is 0 in A and B."""
-    by_name = {(spec.layer, spec.group): spec for spec in layout.specs}
-    for layer in layout.layers:
-        for group_a, group_b in PAIRS:
-            if (layer, group_a) not in by_name or (layer, group_b) not in by_name:
-                continue
-            a_SRI, b_SOR = (_view(values_SP, by_name[layer, group]) for group in (group_a, group_b))
-            # one number of each tells of almost all components that they are there
-            doubtful_SR = (a_SRI[:, :, 0] == 0) & (b_SOR[:, 0, :] == 0)
-            if not doubtful_SR.any():
-                continue
-            absent = int(((a_SRI == 0).all(dim=2) & (b_SOR == 0).all(dim=1)).sum())
-            yield absent * ((group_a in groups) * a_SRI.shape[2] + (group_b in groups) * b_SOR.shape[1])
+    for spec_a, spec_b in layout.pairs:
+        a_SRI, b_SOR = _view(values_SP, spec_a), _view(values_SP, spec_b)
+        # one number of each tells of almost all components that they are there
+        doubtful_SR = (a_SRI[:, :, 0] == 0) & (b_SOR[:, 0, :] == 0)
+        if not doubtful_SR.any():
+            continue
+        absent = int(((a_SRI == 0).all(dim=2) & (b_SOR == 0).all(dim=1)).sum())
+        yield absent * ((spec_a.group in groups) * a_SRI.shape[2] + (spec_b.group in groups) * b_SOR.shape[1])
 
 
 def encode(

@@ -13,13 +13,13 @@ Axes: K clients, S rows handed in, R rank of the arena, P parameters of one adap
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 
 from fedmira.federation.method import Info, Method, State
-from fedmira.types import PAIRS, Arena, Clients, Job, Layout, Losses, Participants, Results, TensorSpec, Trial
+from fedmira.types import PAIRS, Arena, Clients, Job, Layout, Losses, Participants, Results, Trial
 
 _AXIS = {group: axis for pair in PAIRS for axis, group in enumerate(pair)}
 """Which axis of a tensor counts components: A is (R, I), B is (O, R)."""
@@ -41,21 +41,12 @@ def _restarted(layout: Layout, values_SP: torch.Tensor, initial_P: torch.Tensor,
     """Give the components that a row has and that are 0 in both factors the A of `initial_P`, in place."""
     rows, first = Arena(layout, values_SP), Arena(layout, initial_P[None])
     ranks = torch.tensor(ranks_S, device=values_SP.device)
-    for spec_a, spec_b in _pairs(layout):
+    for spec_a, spec_b in layout.pairs:
         a_SRI, b_SOR = rows.view(spec_a), rows.view(spec_b)
         has_SR = torch.arange(spec_a.shape[0], device=values_SP.device) < ranks[:, None]
         dead_SR = has_SR & ~(a_SRI != 0).any(dim=2) & ~(b_SOR != 0).any(dim=1)
         if dead_SR.any():
             a_SRI[dead_SR] = first.view(spec_a).expand_as(a_SRI)[dead_SR]
-
-
-def _pairs(layout: Layout) -> Iterator[tuple[TensorSpec, TensorSpec]]:
-    """The factors A and B of every layer and pair."""
-    places = {(spec.layer, spec.group): spec for spec in layout.specs}
-    for (layer, group), spec in places.items():
-        for group_a, group_b in PAIRS:
-            if group == group_a and (layer, group_b) in places:
-                yield spec, places[layer, group_b]
 
 
 def within_ranks(method: Method, ranks_K: Sequence[int], pooled: bool = False) -> Method:

@@ -17,7 +17,7 @@ from fedmira.data.packing import PackedBatch
 from fedmira.model import fused
 from fedmira.model.base import BaseModel
 from fedmira.model.full import FULL, MovedWeights, is_full
-from fedmira.model.lora import ALL_GROUPS, Dropout, attached, pairs
+from fedmira.model.lora import ALL_GROUPS, Dropout, attached
 from fedmira.model.soft_prompt import SoftPrompts
 from fedmira.types import Arena
 
@@ -56,7 +56,7 @@ class AdaptedModel:
         if arena.layout.num_virtual_tokens:
             self._prompts = SoftPrompts(arena, gradient_CP, trainable)
         self._computed = arena
-        layers = {spec.layer for spec, _ in pairs(arena.layout)}
+        layers = {spec.layer for spec, _ in arena.layout.pairs}
         if base.body is not None and layers <= base.body.layers:
             if arena.values_KP.dtype != base.body.dtype:
                 # adapters are kept in a wider type than a body in 16 bits computes in

@@ -24,7 +24,7 @@ from fedmira.model.attention import PACKED, Packing, Settings, attention_of
 from fedmira.model.base import BaseModel
 from fedmira.model.body import Soften
 from fedmira.model.buckets import Bucket, Growing, PackedRows, Pair, group_by_length
-from fedmira.model.lora import attached, pairs
+from fedmira.model.lora import attached
 from fedmira.model.low_rank import assign_rows
 from fedmira.model.soft_prompt import SoftPrompts
 from fedmira.types import Arena
@@ -51,7 +51,7 @@ class KeyValueCache:
             arena: (K, P), on the device of the base.
         """
         self._base = base
-        layers = {spec.layer for spec, _ in pairs(arena.layout)}
+        layers = {spec.layer for spec, _ in arena.layout.pairs}
         self._body = base.body if base.body is not None and layers <= base.body.layers else None
         self._prompts = SoftPrompts(arena) if arena.layout.num_virtual_tokens else None
         # the body written out computes adapters in its own dtype

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 
 from fedmira.model.base import BaseModel
 from fedmira.model.low_rank import Segment, segments
-from fedmira.types import PAIRS, Arena, Layout, TensorSpec
+from fedmira.types import PAIRS, Arena, TensorSpec
 
 ALL_GROUPS = frozenset(group for pair in PAIRS for group in pair)
 
@@ -101,15 +101,8 @@ def _sites(arena: Arena, gradient_CP: torch.Tensor | None, trainable: frozenset[
             gradient_view(b),
             arena.layout.scaling,
         )
-        for a, b in pairs(arena.layout)
+        for a, b in arena.layout.pairs
     ]
-
-
-def pairs(layout: Layout) -> list[tuple[TensorSpec, TensorSpec]]:
-    """The (A, B) specs of every pair of every target layer, in row order."""
-    by_layer = {(spec.layer, spec.group): spec for spec in layout.specs}
-    partner = dict(PAIRS)
-    return [(spec, by_layer[spec.layer, partner[spec.group]]) for spec in layout.specs if spec.group in partner]
 
 
 def _make_hook(

@@ -20,7 +20,7 @@ import torch
 
 from fedmira.config import TrainingConfig
 from fedmira.training.optimizers import Moments, fresh_moments
-from fedmira.types import PAIRS, Layout, TensorSpec
+from fedmira.types import Layout, TensorSpec
 
 _PREFIX = "moments"
 
@@ -117,7 +117,7 @@ def turn(
     first_P, second_P = first_P.clone(), second_P.clone()
     if torch.equal(ended_P, start_P):
         return first_P, second_P
-    for spec_a, spec_b in _pairs(layout):
+    for spec_a, spec_b in layout.pairs:
         (a_RI, b_OR), (to_a_RI, to_b_OR) = (
             (_seen(row_P, spec_a).double(), _seen(row_P, spec_b).double()) for row_P in (ended_P, start_P)
         )
@@ -129,18 +129,6 @@ def turn(
                 moment_a_RI.copy_(by_RR.T @ moment_a_RI.double())
                 moment_b_OR.copy_(moment_b_OR.double() @ by_RR)
     return first_P, second_P
-
-
-def _pairs(layout: Layout) -> list[tuple[TensorSpec, TensorSpec]]:
-    by_layer: dict[str, dict[str, TensorSpec]] = {}
-    for spec in layout.specs:
-        by_layer.setdefault(spec.layer, {})[spec.group] = spec
-    return [
-        (specs[group_a], specs[group_b])
-        for specs in by_layer.values()
-        for group_a, group_b in PAIRS
-        if group_a in specs and group_b in specs
-    ]
 
 
 def _seen(row_P: torch.Tensor, spec: TensorSpec) -> torch.Tensor:

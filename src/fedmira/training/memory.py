@@ -22,7 +22,7 @@ from fedmira.data.tokenization import TokenizedClient, TokenizedExample
 from fedmira.model.adapted import AdaptedModel
 from fedmira.model.base import BaseModel
 from fedmira.model.full import is_full
-from fedmira.model.lora import Dropout, pairs
+from fedmira.model.lora import Dropout
 from fedmira.types import Arena, Layout
 
 _HEADROOM = 1.3
@@ -93,7 +93,7 @@ def activation_bytes_per_token(base: BaseModel, layout: Layout, dropout: float =
         ) as adapted,
     ):
         adapted.hidden(batch, Dropout(dropout, lambda client, name: torch.Generator()) if dropout else None)
-    masks = sum(spec.shape[1] for spec, _ in pairs(layout)) * values_CP.element_size() if dropout else 0
+    masks = sum(spec.shape[1] for spec, _ in layout.pairs) * values_CP.element_size() if dropout else 0
     return math.ceil(sum(saved.values()) / (virtual + length)) + masks
 
 
