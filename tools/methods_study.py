@@ -49,6 +49,8 @@ _LATER: Mapping[str, Mapping[str, Any]] = {
 _TUNED_ALONE = (
     *("mira-true", "mira-labels", "mira-shared-a", "mira-shared-a-asks-nobody", "mira-private-weak", "mira-private"),
     *("pfedgraph-average", "local_only-average", "fedlease-warmup-2", "mira_published-strong", "mira_published-true"),
+    *("local_only-rank-2", "local_only-rank-32", "mira-rank-2", "mira-rank-4", "mira-rank-16", "mira-rank-32"),
+    "mira-ranks-mixed",
 )
 
 
@@ -149,8 +151,8 @@ def missing(study: Study, methods: Sequence[str], found: Mapping[Any, Any], agai
 def tuned_as(name: str) -> str:
     """Whose learning rate a name runs at: a variant changes one thing of a method, and leaves its rate as it is.
 
-    Rivals of `mira`, those that are told the true graph, and those that train other tensors would be held back by that;
-    they are tuned themselves.
+    Rivals of `mira`, those that are told the true graph, and those that train other tensors or ranks would be held back
+    by that; they are tuned themselves.
     """
     return name if name in _TUNED_ALONE else name.partition("-")[0]
 
@@ -534,6 +536,8 @@ _ADVANCES = {
     "bf16 up; int8 up; int8 both ways": "mira-bf16 mira-int8 mira-int8-both-ways",
     "top 10 % up; 3 %; 1 %": "mira-top-10 mira-top-3 mira-top-1",
     "noise of 0.01 C; 0.1 C": "mira-private-weak mira-private",
+    "rank 2; 4; 16; 32, tuned anew": "mira-rank-2 mira-rank-4 mira-rank-16 mira-rank-32",
+    "ranks 2, 8 and 32 in turn, tuned anew": "mira-ranks-mixed",
 }
 """What is changed about `mira`, and the names of the runs that do it."""
 
