@@ -8,7 +8,7 @@ Axes: K clients, S participants of a round, P parameters of one adapter, T token
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -165,6 +165,11 @@ class Arena:
     def replace(self, values_KP: torch.Tensor) -> Arena:
         """The same layout and shift over other values."""
         return replace(self, values_KP=values_KP)
+
+    def rows(self, ids: Sequence[int]) -> Arena:
+        """The adapters of the clients `ids`, to be read only: those of all, in order, are this arena itself."""
+        rows = list(ids)
+        return self if rows == list(range(self.num_clients)) else self.replace(self.values_KP[rows])
 
 
 # ------------------------------------------------------------------------------------ between server and participants

@@ -52,7 +52,13 @@ def test_a_blend_is_linear_and_keeps_bytes_at_its_ends() -> None:
     mixed = blend(OWN, MIXED, torch.tensor([0.0, 0.25, 1.0], dtype=torch.float64))
     assert mixed.values_KP.tolist() == [[0.0, 4.0], [2.0, 3.0], [8.0, 0.0]]
     odd = OWN.replace(torch.full((3, 2), 0.1))
-    assert same_bytes(blend(odd, MIXED, torch.zeros(3)).values_KP, odd.values_KP)
+    # nobody's adapter is copied where all want the same
+    assert blend(odd, MIXED, torch.zeros(3)) is odd
+    assert blend(odd, MIXED, torch.ones(3)) is MIXED
+    some = blend(odd, MIXED, torch.tensor([0.0, 1.0, 0.5]))
+    assert same_bytes(some.values_KP[0], odd.values_KP[0])
+    assert same_bytes(some.values_KP[1], MIXED.values_KP[1])
+    assert odd.values_KP.tolist() == torch.full((3, 2), 0.1).tolist()
 
 
 def test_every_client_keeps_what_does_best_on_its_own_examples() -> None:

@@ -104,10 +104,16 @@ def test_laplacian_properties(adjacency: np.ndarray) -> None:
 
 
 @pytest.mark.parametrize("offset", [0.0, 1e6])
-def test_disagreement_equals_its_twin_also_far_from_the_origin(offset: float) -> None:
+@pytest.mark.parametrize(("num_clients", "kind"), [(5, "random"), (80, "few edges"), (5, "even"), (80, "even")])
+def test_disagreement_equals_its_twin_also_far_from_the_origin(num_clients: int, kind: str, offset: float) -> None:
     generator = np.random.Generator(np.random.Philox(0))
-    values_KP = generator.normal(size=(5, 40)) + offset
-    adjacency = known.random(5, 0)
+    values_KP = generator.normal(size=(num_clients, 40)) + offset
+    adjacency = known.random(num_clients, 0)
+    if kind != "random":
+        weights_KK = np.full((num_clients, num_clients), 0.3)
+        distance_KK = np.abs(np.subtract.outer(np.arange(num_clients), np.arange(num_clients)))
+        weights_KK[distance_KK > 2 if kind == "few edges" else distance_KK == 0] = 0
+        adjacency = graphs.validated(weights_KK, num_clients, "given")
     expected = mixing_twin.disagreement(values_KP, adjacency.adjacency_KK)
     assert graphs.disagreement(adjacency, torch.from_numpy(values_KP)) == pytest.approx(expected, rel=1e-9)
 

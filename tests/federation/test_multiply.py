@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fedmira.federation import multiply as module
-from fedmira.federation.multiply import multiply, multiply_sparse, over_tiles, sparse
+from fedmira.federation.multiply import multiply, multiply_sparse, over_tiles, sparse, times
 
 
 @pytest.fixture
@@ -51,6 +51,12 @@ def test_what_is_sparse_is_gathered_and_the_rest_is_not(monkeypatch: pytest.Monk
     multiply(np.ones((100, 100)), torch.zeros(100, 3))
     with pytest.raises(AssertionError, match="not this way"):
         multiply(np.eye(100), torch.zeros(100, 3))
+
+
+@pytest.mark.parametrize("per_row", [3, 60])
+def test_tiles_are_multiplied_either_way(per_row: int) -> None:
+    matrix, tile = some_entries(90, 80, per_row), torch.from_numpy(numbers(80, 50))
+    assert np.allclose(times(matrix, tile.device)(tile).numpy(), matrix @ tile.numpy(), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("entries", [2, 90])

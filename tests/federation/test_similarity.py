@@ -24,6 +24,10 @@ def noise(num_clients: int, seed: int = 0, of: Layout | None = None) -> Arena:
     return Arena(of, torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64))
 
 
+def alike(after: Arena, before: Arena | None = None, clip: bool = False) -> np.ndarray:
+    return similarity.similarity(similarity.layer_grams(after, before), clip)
+
+
 def families(sizes: tuple[int, ...], own: float = 0.3, common: float = 3.0) -> tuple[Arena, list[str]]:
     """Adapters that share a common part, a part of their family, and a part of their own."""
     num_clients, of = sum(sizes), layout(features=((12, 10), (9, 14)))
@@ -50,7 +54,7 @@ def test_products_are_formed_where_that_is_less_work(
 ) -> None:
     way = "_gram_of_products" if formed else "_gram_of_factors"
     original, calls = getattr(similarity, way), []
-    monkeypatch.setattr(similarity, way, lambda a, b: calls.append(1) or original(a, b))
+    monkeypatch.setattr(similarity, way, lambda *given: calls.append(1) or original(*given))
     arena = noise(num_clients, of=layout(rank=rank, features=((12, 10), (9, 14))))
     grams = similarity.layer_grams(arena)
     assert len(calls) == (0 if formed and num_clients == 1 else 2)
@@ -60,14 +64,14 @@ def test_products_are_formed_where_that_is_less_work(
 
 def test_compared_is_where_the_clients_were_heading() -> None:
     before, after = noise(6, 1), noise(6, 2)
-    seen = similarity.similarity(similarity.heading(after, before))
+    seen = alike(after, before)
     assert np.allclose(seen, mixing_twin.similarity(after, before), rtol=0, atol=1e-12)
-    cut = similarity.similarity(similarity.heading(after, before), clip=True)
+    cut = alike(after, before, clip=True)
     assert np.allclose(cut, mixing_twin.similarity(after, before, clip=True), rtol=0, atol=1e-12)
     assert not np.allclose(cut, seen, atol=1e-3)
     # clients that did not move were heading where they are
-    still = similarity.similarity(similarity.heading(after, after))
-    assert np.allclose(still, similarity.similarity(after), rtol=0, atol=1e-12)
+    still = alike(after, after)
+    assert np.allclose(still, alike(after), rtol=0, atol=1e-12)
 
 
 @given(st.integers(0, 1000))
@@ -125,7 +129,7 @@ def test_centring_removes_what_all_learn_alike() -> None:
 
 @pytest.mark.parametrize("num_clients", [1, 2])
 def test_fewer_than_three_clients_say_nothing(num_clients: int) -> None:
-    assert not similarity.similarity(noise(num_clients)).any()
+    assert not alike(noise(num_clients)).any()
 
 
 @pytest.mark.parametrize("rows", ["zero", "equal", "equal but for rounding", "one different"])
@@ -140,7 +144,7 @@ def test_clients_that_equal_the_mean_get_no_similarity_and_no_nan(rows: str) -> 
         values = values * (1 + 1e-9 * noise(5, seed=3).values_KP)
     if rows == "one different":
         values[4] += 1.0
-    cosine = similarity.similarity(arena.replace(values))
+    cosine = alike(arena.replace(values))
     assert np.isfinite(cosine).all()
     if rows == "one different":
         assert cosine[0, 1] == pytest.approx(1)
@@ -165,31 +169,51 @@ def test_ties_do_not_depend_on_the_order_of_clients() -> None:
     assert similarity.mutual_neighbours(alike, 2, 1.0).sum() == 20
 
 
-def test_observe_touches_only_pairs_that_were_compared() -> None:
+def test_only_pairs_with_a_client_that_returned_are_compared_anew() -> None:
+    start, after = noise(6, 5), noise(6)
+    nothing = np.zeros((2, 6, 6))
+    first = similarity.heading_grams(nothing, after, start, (0, 2, 3), (0, 2, 3))
+    rows = [0, 2, 3]
+    twin = mixing_twin.layer_grams(after, start)
+    assert np.allclose(first[:, rows][:, :, rows], np.stack(twin)[:, rows][:, :, rows], rtol=1e-12)
+    assert not np.delete(first, rows, axis=1).any()
+    assert not nothing.any()
+    # 2 and 3 have not moved; that they did, if they had, would not be looked at
+    later = after.replace(after.values_KP.clone())
+    later.values_KP[[0, 1, 4, 5]] = noise(6, seed=9).values_KP[[0, 1, 4, 5]]
+    second = similarity.heading_grams(first, later, start, range(6), (0, 1, 4, 5))
+    assert np.allclose(second, mixing_twin.layer_grams(later, start), rtol=1e-12)
+    assert np.array_equal(second, second.transpose(0, 2, 1))
+    assert np.array_equal(second[:, 2, 3], first[:, 2, 3])
+    unseen = similarity.heading_grams(first, noise(6, seed=3), start, range(6), (0, 1, 4, 5))
+    assert np.array_equal(unseen[:, 2, 3], first[:, 2, 3])
+    assert similarity.heading_grams(first, later, start, range(6), ()) is first
+
+
+def test_moved_touches_only_pairs_that_were_compared() -> None:
     start, after, nothing = noise(6, 5), noise(6), np.zeros((6, 6))
-    first = similarity.observe(nothing, after, start, (0, 2, 3), (0, 2, 3), memory=0.5)
-    assert np.array_equal(np.argwhere(first.any(axis=1))[:, 0], [0, 2, 3])
     rows = [0, 2, 3]
     now = mixing_twin.similarity(after.replace(after.values_KP[rows]), start.replace(start.values_KP[rows]))
+    first = similarity.moved(nothing, now, rows, rows, memory=0.5)
+    assert np.array_equal(np.argwhere(first.any(axis=1))[:, 0], rows)
     # a new pair is taken as seen, not shrunk towards an unseen past
     assert np.allclose(first[np.ix_(rows, rows)], now)
     assert not nothing.any()
-    later = noise(6, seed=9)
-    second = similarity.observe(first, later, start, range(6), (0, 1, 4), memory=0.5)
-    whole = mixing_twin.similarity(later, start)
+    whole = mixing_twin.similarity(noise(6, seed=9), start)
+    second = similarity.moved(first, whole, range(6), (0, 1, 4), memory=0.5)
     assert second[0, 2] == pytest.approx(0.5 * first[0, 2] + 0.5 * whole[0, 2])
     assert second[1, 4] == pytest.approx(whole[1, 4])
     # neither of the two returned
     assert second[2, 3] == first[2, 3]
     assert second[3, 5] == 0
-    assert np.allclose(similarity.observe(first, later, start, range(6), range(6), memory=0.0), whole)
-    assert similarity.observe(first, later, start, (0, 1), (0, 1), memory=0.5) is first
-    assert similarity.observe(first, later, start, range(6), (), memory=0.5) is first
+    assert np.allclose(similarity.moved(first, whole, range(6), range(6), memory=0.0), whole)
+    assert similarity.moved(first, now[:2, :2], (0, 1), (0, 1), memory=0.5) is first
+    assert similarity.moved(first, whole, range(6), (), memory=0.5) is first
 
 
 def test_graph_recovers_families_of_unequal_size() -> None:
     arena, labels = families((5, 3, 4))
-    cosine = similarity.similarity(arena)
+    cosine = alike(arena)
     graph = neighbour_graph(cosine, GraphConfig())
     assert weight_inside(graph, labels) > 0.95
     assert (graph.adjacency_KK.sum(axis=1) > 0).all()

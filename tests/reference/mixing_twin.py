@@ -61,13 +61,18 @@ def dense_by_layer(arena: Arena) -> list[list[np.ndarray]]:
     ]
 
 
-def similarity(after: Arena, before: Arena, clip: bool = False) -> np.ndarray:
-    """Mean over layers of the centred cosines of 2 after - before, cut to the median length if `clip`."""
-    headings = [
+def headings(after: Arena, before: Arena) -> list[list[np.ndarray]]:
+    """2 after - before as dense updates, layer by layer, client by client."""
+    return [
         [2 * new - old for new, old in zip(*layer, strict=True)]
         for layer in zip(dense_by_layer(after), dense_by_layer(before), strict=True)
     ]
-    return np.mean([centred_cosine(clipped(updates) if clip else updates) for updates in headings], axis=0)
+
+
+def similarity(after: Arena, before: Arena, clip: bool = False) -> np.ndarray:
+    """Mean over layers of the centred cosines of 2 after - before, cut to the median length if `clip`."""
+    layers = headings(after, before)
+    return np.mean([centred_cosine(clipped(updates) if clip else updates) for updates in layers], axis=0)
 
 
 def clipped(updates: list[np.ndarray]) -> list[np.ndarray]:
@@ -76,9 +81,10 @@ def clipped(updates: list[np.ndarray]) -> list[np.ndarray]:
     return [update * min(1.0, median / np.linalg.norm(update)) for update in updates]
 
 
-def layer_grams(arena: Arena) -> list[np.ndarray]:
-    """Per layer the inner products of the dense updates."""
-    return [np.array([[one @ other for other in updates] for one in updates]) for updates in dense_by_layer(arena)]
+def layer_grams(arena: Arena, before: Arena | None = None) -> list[np.ndarray]:
+    """Per layer the inner products of the dense updates, or of where clients were heading from `before`."""
+    layers = dense_by_layer(arena) if before is None else headings(arena, before)
+    return [np.array([[one @ other for other in updates] for one in updates]) for updates in layers]
 
 
 def centred_cosine(updates: list[np.ndarray]) -> np.ndarray:

@@ -36,17 +36,24 @@ def first_choice(config: ChoiceConfig, num_clients: int) -> dict[str, torch.Tens
 
 
 def blend(own: Arena, mixed: Arena, alpha_K: torch.Tensor) -> Arena:
-    """Return (1 - alpha_k) own_k + alpha_k mixed_k, (K, P); rows with alpha 0 or 1 keep their bytes."""
+    """Return (1 - alpha_k) own_k + alpha_k mixed_k, (K, P); rows with alpha 0 or 1 keep their bytes.
+
+    To be read only: where all are 0, or all 1, it is what was handed in.
+    """
     if (alpha_K == 1).all():
         return mixed
-    share_K1 = alpha_K[:, None].to(own.values_KP)
-    values_KP = torch.lerp(own.values_KP, mixed.values_KP, share_K1)
-    values_KP = torch.where(share_K1 == 0, own.values_KP, values_KP)
-    return own.replace(torch.where(share_K1 == 1, mixed.values_KP, values_KP))
+    if (alpha_K == 0).all():
+        return own
+    values_KP = mixed.values_KP.clone()
+    for k in torch.nonzero(alpha_K != 1).flatten().tolist():
+        values_KP[k] = own.values_KP[k]
+        if alpha_K[k] != 0:
+            values_KP[k].lerp_(mixed.values_KP[k], float(alpha_K[k]))
+    return mixed.replace(values_KP)
 
 
 def blended(state: State, alpha_K: torch.Tensor, ids: Sequence[int] | None = None) -> Arena:
-    """Return what clients get by these shares, (S, P).
+    """Return what clients get by these shares, (S, P), to be read only, see `blend`.
 
     Args:
         state: its adapters are x, `uploads` in its memory is theta.
@@ -56,8 +63,7 @@ def blended(state: State, alpha_K: torch.Tensor, ids: Sequence[int] | None = Non
     own, mixed = state.adapters.replace(state.memory["uploads"]), state.adapters
     if ids is None:
         return blend(own, mixed, alpha_K)
-    rows = list(ids)
-    return blend(own.replace(own.values_KP[rows]), mixed.replace(mixed.values_KP[rows]), alpha_K[rows])
+    return blend(own.rows(ids), mixed.rows(ids), alpha_K[list(ids)])
 
 
 def taken(state: State, share: str, ids: Sequence[int] | None = None) -> Arena:

@@ -252,16 +252,21 @@ def weight_inside(graph: Graph, labels: Sequence[str]) -> float:
 
 def disagreement(graph: Graph, values_KP: torch.Tensor) -> float:
     """Return tr(Theta^T L Theta) = 1/2 sum_kl a_kl ||theta_k - theta_l||^2, Eq. (3) of MIRA, computed in float64."""
-    from fedmira.federation.multiply import gather, over_tiles, sparse
+    from fedmira.federation.multiply import over_tiles, times
 
     if not graph.num_edges:
         return 0.0
-    laplacian_KK = sparse(laplacian(graph)).to(values_KP.device)
+    laplacian_KK = laplacian(graph)
+    others_KK = 1 - np.eye(graph.num_clients)
+    if np.array_equal(graph.adjacency_KK, graph.adjacency_KK[0, 1] * others_KK):
+        # everybody with everybody: L x = K a x for an x of mean 0
+        laplacian_KK = laplacian_KK.trace() / (graph.num_clients - 1) * np.eye(graph.num_clients)
+    apply_laplacian = times(laplacian_KK, values_KP.device)
 
     def of_tile(columns: slice) -> float:
         tile = values_KP[:, columns].double()
         # L ignores what all rows share; without it small differences of large numbers keep their digits
         tile = tile - tile.mean(dim=0)
-        return float((gather(laplacian_KK, tile) * tile).sum())
+        return float((apply_laplacian(tile) * tile).sum())
 
     return max(sum(over_tiles(of_tile, values_KP)), 0.0)

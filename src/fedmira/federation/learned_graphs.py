@@ -21,12 +21,12 @@ from fedmira.federation.learning import Builder, Learner, Memory, Seen
 from fedmira.federation.ranks import trimmed
 from fedmira.federation.similarity import (
     MINIMUM_CLIENTS,
-    heading,
-    layer_similarities,
+    cosines,
+    heading_grams,
     low_rank_pairs,
     moved,
     mutual_neighbours,
-    observe,
+    similarity,
 )
 from fedmira.graph_config import GraphConfig
 from fedmira.types import Arena, Clients
@@ -99,6 +99,19 @@ def _drawn(
     return weights_KK, facts
 
 
+def _no_grams(initial: Arena) -> dict[str, torch.Tensor]:
+    num_layers, num_clients = len(low_rank_pairs(initial.layout)), initial.num_clients
+    return {"grams": torch.zeros(num_layers, num_clients, num_clients, dtype=torch.float64)}
+
+
+def _compared(memory: Memory, seen: Seen) -> tuple[dict[str, torch.Tensor], list[Matrix]]:
+    """Return the inner products to remember, (L, K, K), and those of each layer among the clients seen, (C, C)."""
+    before_LKK = memory["grams"].cpu().numpy()
+    grams_LKK = heading_grams(before_LKK, seen.uploads, seen.starts, seen.clients, seen.returned)
+    block = np.ix_(seen.clients, seen.clients)
+    return {"grams": torch.from_numpy(np.array(grams_LKK))}, [gram_KK[block] for gram_KK in grams_LKK]
+
+
 def _from_adapters(draw: _Draw) -> Builder:
     """Return the builder of learners that draw a graph from the similarities of where clients were heading.
 
@@ -110,18 +123,16 @@ def _from_adapters(draw: _Draw) -> Builder:
         num_clients = len(clients.names)
 
         def init(initial: Arena) -> dict[str, torch.Tensor]:
-            low_rank_pairs(initial.layout)
-            return {"similarity": torch.zeros(num_clients, num_clients, dtype=torch.float64)}
+            return {"similarity": torch.zeros(num_clients, num_clients, dtype=torch.float64), **_no_grams(initial)}
 
         def learn(memory: Memory, seen: Seen) -> tuple[dict[str, torch.Tensor], Graph]:
-            before_KK = memory["similarity"].cpu().numpy()
-            now_KK = observe(
-                before_KK, seen.uploads, seen.starts, seen.clients, seen.returned, config.memory, clip=seen.clip
-            )
+            grams, among_CC = _compared(memory, seen)
+            before_KK, now_CC = memory["similarity"].cpu().numpy(), similarity(among_CC, seen.clip)
+            now_KK = moved(before_KK, now_CC, seen.clients, seen.returned, config.memory)
             weights_KK, facts = _drawn(draw, now_KK, seen, config, clients)
             names = ("neighbours", "power", "within_clusters", "spread")
             used = {name: getattr(config, name) for name in names if config.uses(name)}
-            return {"similarity": torch.from_numpy(np.array(now_KK))}, validated(
+            return {"similarity": torch.from_numpy(np.array(now_KK)), **grams}, validated(
                 weights_KK, num_clients, config.kind, {**used, **facts}
             )
 
@@ -148,27 +159,25 @@ def _gram_layers(config: GraphConfig, clients: Clients) -> Learner:
 
     def init(initial: Arena) -> dict[str, torch.Tensor]:
         shape = (len(blocks_of(initial)), num_clients, num_clients)
-        return {"similarity": torch.zeros(shape, dtype=torch.float64)}
+        return {"similarity": torch.zeros(shape, dtype=torch.float64), **_no_grams(initial)}
 
     def learn(memory: Memory, seen: Seen) -> tuple[dict[str, torch.Tensor], Graph]:
         similarity_GKK = memory["similarity"].cpu().numpy()
         blocks = blocks_of(seen.uploads)
-        rows = seen.clients
-        if len(rows) >= MINIMUM_CLIENTS and seen.returned:
-            after, before = (one.replace(one.values_KP[rows]) for one in (seen.uploads, seen.starts))
-            cosines = layer_similarities(heading(after, before), seen.clip)
-            everywhere_CC = np.mean(cosines, axis=0)
-            now = [
-                (1 - config.pooling) * np.mean([cosines[place] for place in places], axis=0)
-                + config.pooling * everywhere_CC
-                for places in blocks.values()
+        grams, among_CC = _compared(memory, seen)
+        of_layer = [cosines(gram_CC, seen.clip) for gram_CC in among_CC]
+        everywhere_CC = np.mean(of_layer, axis=0)
+        now = [
+            (1 - config.pooling) * np.mean([of_layer[place] for place in places], axis=0)
+            + config.pooling * everywhere_CC
+            for places in blocks.values()
+        ]
+        similarity_GKK = np.stack(
+            [
+                moved(before_KK, now_CC, seen.clients, seen.returned, config.memory)
+                for before_KK, now_CC in zip(similarity_GKK, now, strict=True)
             ]
-            similarity_GKK = np.stack(
-                [
-                    moved(before_KK, now_CC, rows, seen.returned, config.memory)
-                    for before_KK, now_CC in zip(similarity_GKK, now, strict=True)
-                ]
-            )
+        )
         of_block, clusters = {}, []
         for block, similarity_KK in zip(blocks, similarity_GKK, strict=True):
             of_block[block], facts = _drawn(_neighbours, similarity_KK, seen, config, clients)
@@ -182,7 +191,7 @@ def _gram_layers(config: GraphConfig, clients: Clients) -> Learner:
             details |= {"clusters": clusters}
         graph = validated(mean_KK, num_clients, config.kind, {**details, "blocks": len(blocks)})
         by_layer = {layer: of_block.get(block_of(layer), graph.adjacency_KK) for layer in layers}
-        return {"similarity": torch.from_numpy(np.array(similarity_GKK))}, replace(graph, by_layer=by_layer)
+        return {"similarity": torch.from_numpy(similarity_GKK), **grams}, replace(graph, by_layer=by_layer)
 
     return Learner(init, learn)
 

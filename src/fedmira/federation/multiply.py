@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -68,14 +69,27 @@ def sparse(matrix_MK: npt.NDArray[np.float64]) -> SparseMatrix:
 
 def multiply(matrix_MK: npt.NDArray[np.float64], values_KP: torch.Tensor) -> torch.Tensor:
     """Return matrix @ values, (M, P), in new memory, in the dtype and on the device of `values`."""
-    entries = int(np.count_nonzero(matrix_MK))
     out_MP = values_KP.new_empty(len(matrix_MK), values_KP.shape[1])
-    # per element of the result a gathered entry costs about two of a product, and a tile's way in and out about 32
-    if 2 * entries + 32 * len(matrix_MK) < matrix_MK.size:
+    if _few(matrix_MK):
         multiply_sparse(sparse(matrix_MK), values_KP, out_MP)
     else:
         _multiply_dense(matrix_MK, values_KP, out_MP)
     return out_MP
+
+
+def times(matrix_MK: npt.NDArray[np.float64], device: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Return the function that multiplies tiles of float64 on `device` by the matrix, (K, C) to (M, C)."""
+    if _few(matrix_MK):
+        return partial(gather, sparse(matrix_MK).to(device))
+    return partial(torch.matmul, torch.from_numpy(matrix_MK).to(device))
+
+
+def _few(matrix_MK: npt.NDArray[np.float64]) -> bool:
+    """Whether gathering is less work than a product.
+
+    Per element of the result a gathered entry costs about two of a product, and a tile's way in and out about 32.
+    """
+    return 2 * int(np.count_nonzero(matrix_MK)) + 32 * len(matrix_MK) < matrix_MK.size
 
 
 def multiply_sparse(matrix: SparseMatrix, values_KP: torch.Tensor, out_MP: torch.Tensor) -> None:

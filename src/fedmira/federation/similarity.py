@@ -5,12 +5,12 @@ not, whichever is less work. Adapters look alike wherever they were mixed, right
 itself, so what is compared is where each client was heading. Knows nothing about how the adapters were trained. The
 Gram matrices are linear algebra over an arena; `tests/reference/mixing_twin.py` is the slow way.
 
-Axes: K clients, C those compared, R rank, I and O in and out features.
+Axes: K clients, C those compared, L layers, R rank, I and O in and out features.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -42,25 +42,17 @@ def low_rank_pairs(layout: Layout) -> tuple[tuple[TensorSpec, TensorSpec], ...]:
     return pairs
 
 
-def heading(after: Arena, before: Arena) -> Arena:
-    """Return where each client was heading, 2 B A - B0 A0, as one pair of twice the rank per layer.
+def heading(after: Arena, before: Arena, spec_a: TensorSpec, spec_b: TensorSpec) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return where each client was heading in one layer, 2 B A - B0 A0, as a pair of twice the rank.
 
     Mixing has moved a client from its own optimum towards its neighbours' before it trains; one local update beyond
     what it sent undoes about as much. 2 B A - B0 A0 = [2 B, -B0] [A; A0]; both arenas have the same layout.
     """
-    specs: list[TensorSpec] = []
-    columns: list[torch.Tensor] = []
-    for spec_a, spec_b in low_rank_pairs(after.layout):
-        stacked_a = torch.cat([after.view(spec_a), before.view(spec_a)], dim=1)
-        stacked_b = torch.cat([2 * after.view(spec_b), -before.view(spec_b)], dim=2)
-        for spec, stacked in ((spec_a, stacked_a), (spec_b, stacked_b)):
-            offset = sum(column.shape[1] for column in columns)
-            specs.append(TensorSpec(spec.name, spec.group, spec.layer, tuple(stacked.shape[1:]), offset))
-            columns.append(stacked.flatten(1))
-    return Arena(Layout(tuple(specs), after.layout.scaling), torch.cat(columns, dim=1))
+    a_CRI = torch.cat([after.view(spec_a), before.view(spec_a)], dim=1)
+    return a_CRI, torch.cat([2 * after.view(spec_b), -before.view(spec_b)], dim=2)
 
 
-def layer_grams(arena: Arena) -> tuple[Matrix, ...]:
+def layer_grams(arena: Arena, before: Arena | None = None, first: int | None = None) -> tuple[Matrix, ...]:
     """Return per layer G_kl = <dW_k, dW_l> = s^2 tr((B_k^T B_l)(A_l A_k^T)), (C, C) in float64.
 
     Equals the inner products of the dense updates dW = s B A and does not change when a client's factors are turned by
@@ -69,35 +61,40 @@ def layer_grams(arena: Arena) -> tuple[Matrix, ...]:
 
     Args:
         arena: the C clients to compare, with lora_a of shape (R, I) and lora_b of shape (O, R) per layer.
+        before: what they started from; then dW is where they were heading, see `heading`.
+        first: only pairs with one of so many first clients are computed, the others are 0; None: all pairs.
     """
-    num_clients = arena.num_clients
     grams = []
     for spec_a, spec_b in low_rank_pairs(arena.layout):
-        (rank, num_in), num_out = spec_a.shape, spec_b.shape[0]
-        formed = num_in * num_out * (num_clients + 2 * rank) < num_clients * rank**2 * (num_in + num_out)
+        a_CRI, b_COR = arena.view(spec_a), arena.view(spec_b)
+        if before is not None:
+            a_CRI, b_COR = heading(arena, before, spec_a, spec_b)
+        (num_clients, rank, num_in), num_out = a_CRI.shape, b_COR.shape[1]
+        wanted = num_clients if first is None else first
+        formed = num_in * num_out * (wanted + 2 * rank) < wanted * rank**2 * (num_in + num_out)
         gram_of = _gram_of_products if formed else _gram_of_factors
-        upper_CC = gram_of(arena.view(spec_a), arena.view(spec_b)).triu_().cpu().numpy() * arena.layout.scaling**2
+        upper_CC = gram_of(a_CRI, b_COR, wanted).triu_().cpu().numpy() * arena.layout.scaling**2
         grams.append(np.asarray(upper_CC + np.triu(upper_CC, 1).T))
     return tuple(grams)
 
 
-def _gram_of_factors(a_CRI: torch.Tensor, b_COR: torch.Tensor) -> torch.Tensor:
-    """Return <B_k A_k, B_l A_l> for k <= l, (C, C) in float64, from the inner products of the factors' rows."""
+def _gram_of_factors(a_CRI: torch.Tensor, b_COR: torch.Tensor, first: int) -> torch.Tensor:
+    """Return <B_k A_k, B_l A_l> for k <= l, k < first, (C, C) in float64, from the inner products of factors' rows."""
     num_clients, rank = a_CRI.shape[:2]
     stacked_a = a_CRI.double().flatten(0, 1)
     stacked_b = b_COR.double().transpose(1, 2).flatten(0, 1)
     gram_CC = stacked_a.new_zeros(num_clients, num_clients)
     step = max(1, min(_strip(num_clients), _BLOCK_ELEMENTS // max(1, num_clients * rank * rank)))
-    for start in range(0, num_clients, step):
-        stop = min(start + step, num_clients)
+    for start in range(0, first, step):
+        stop = min(start + step, first)
         some, later = slice(start * rank, stop * rank), slice(start * rank, None)
         paired = (stacked_b[some] @ stacked_b[later].T) * (stacked_a[some] @ stacked_a[later].T)
         gram_CC[start:stop, start:] = paired.view(stop - start, rank, num_clients - start, rank).sum((1, 3))
     return gram_CC
 
 
-def _gram_of_products(a_CRI: torch.Tensor, b_COR: torch.Tensor) -> torch.Tensor:
-    """Return <B_k A_k, B_l A_l> for k <= l, (C, C) in float64, from the products, some rows of each at a time."""
+def _gram_of_products(a_CRI: torch.Tensor, b_COR: torch.Tensor, first: int) -> torch.Tensor:
+    """Return <B_k A_k, B_l A_l> for k <= l, k < first, (C, C) in float64, from the products, some rows at a time."""
     num_clients, _, num_in = a_CRI.shape
     gram_CC = torch.zeros(num_clients, num_clients, dtype=torch.float64, device=a_CRI.device)
     a_CRI = a_CRI.double()
@@ -105,8 +102,9 @@ def _gram_of_products(a_CRI: torch.Tensor, b_COR: torch.Tensor) -> torch.Tensor:
     step = _strip(num_clients)
     for b_CoR in torch.split(b_COR, rows, dim=1):
         products_CP = (b_CoR.double() @ a_CRI).flatten(1)
-        for start in range(0, num_clients, step):
-            gram_CC[start : start + step, start:] += products_CP[start : start + step] @ products_CP[start:].T
+        for start in range(0, first, step):
+            stop = min(start + step, first)
+            gram_CC[start:stop, start:] += products_CP[start:stop] @ products_CP[start:].T
     return gram_CC
 
 
@@ -148,49 +146,56 @@ def clipped(gram_CC: Matrix) -> Matrix:
     return np.asarray(gram_CC * scale_C[:, None] * scale_C[None, :])
 
 
-def layer_similarities(arena: Arena, clip: bool = False) -> tuple[Matrix, ...]:
-    """Return per layer the centred cosines of the updates, (C, C); `clip` cuts those far longer than the others."""
-    return tuple(centred_cosine(clipped(gram_CC) if clip else gram_CC) for gram_CC in layer_grams(arena))
-
-
-def similarity(arena: Arena, clip: bool = False) -> Matrix:
-    """Return the mean over layers of the centred cosines, (C, C): every layer counts the same, however far it moved."""
-    return np.asarray(np.mean(layer_similarities(arena, clip), axis=0))
-
-
-def observe(
-    previous_KK: Matrix,
-    after: Arena,
-    before: Arena,
-    seen: Sequence[int],
-    returned: Sequence[int],
-    memory: float,
-    clip: bool = False,
+def heading_grams(
+    previous_LKK: Matrix, after: Arena, before: Arena, seen: Sequence[int], returned: Sequence[int]
 ) -> Matrix:
-    """Return the similarities after a round, (K, K); 0 means never compared.
+    """Return per layer the inner products of where clients were heading, (L, K, K); 0 with one that was never seen.
 
-    A pair with a client that returned moves to `memory * previous + (1 - memory) * now`; a pair compared for the first
-    time takes what is seen now; all others stay as they were.
+    Only pairs with a client that returned are computed: nobody else has moved.
 
     Args:
-        previous_KK: the similarities before.
+        previous_LKK: what was returned after the round before; zeros before round 1.
         after: (K, P), the last upload of every client.
         before: (K, P), what each client started from when it made that upload.
-        seen: the clients that ever returned; only they are compared.
+        seen: the clients that ever returned.
         returned: those of them that returned this round.
-        memory: weight of the past, 0 to 1.
-        clip: no update counts for more than the median one, see `clipped`.
     """
-    rows = list(seen)
-    if len(rows) < MINIMUM_CLIENTS or not returned:
-        return previous_KK
-    headings = heading(after.replace(after.values_KP[rows]), before.replace(before.values_KP[rows]))
-    now_CC = similarity(headings, clip)
-    return moved(previous_KK, now_CC, rows, returned, memory)
+    if not returned:
+        return previous_LKK
+    order = [*returned, *sorted(set(seen) - set(returned))]
+    now = layer_grams(after.rows(order), before.rows(order), len(returned))
+    new_C = np.arange(len(order)) < len(returned)
+    grams_LKK, block = previous_LKK.copy(), np.ix_(order, order)
+    for gram_KK, now_CC in zip(grams_LKK, now, strict=True):
+        gram_KK[block] = np.where(new_C[:, None] | new_C, now_CC, gram_KK[block])
+    return grams_LKK
+
+
+def cosines(gram_CC: Matrix, clip: bool = False) -> Matrix:
+    """Return the centred cosines of updates with these inner products; `clip` first cuts those that are far longer."""
+    return centred_cosine(clipped(gram_CC) if clip and len(gram_CC) else gram_CC)
+
+
+def similarity(grams: Iterable[Matrix], clip: bool = False) -> Matrix:
+    """Return the mean over layers of the centred cosines, (C, C): every layer counts the same, however far it moved."""
+    return np.asarray(np.mean([cosines(gram_CC, clip) for gram_CC in grams], axis=0))
 
 
 def moved(previous_KK: Matrix, now_CC: Matrix, rows: Sequence[int], returned: Sequence[int], memory: float) -> Matrix:
-    """Return the moving average of similarities, (K, K), after `now_CC` was seen among the clients `rows`."""
+    """Return the moving average of similarities, (K, K), after a round; 0 means never compared.
+
+    A pair with a client that returned moves to `memory * previous + (1 - memory) * now`; a pair compared for the first
+    time takes what is seen now; all others stay as they were. What fewer than three clients show is nothing.
+
+    Args:
+        previous_KK: the similarities before.
+        now_CC: those seen now, among the clients `rows`.
+        rows: the clients that ever returned.
+        returned: those of them that returned this round.
+        memory: weight of the past, 0 to 1.
+    """
+    if len(rows) < MINIMUM_CLIENTS or not returned:
+        return previous_KK
     before_CC = previous_KK[np.ix_(rows, rows)]
     moved_CC = np.where(before_CC != 0, memory * before_CC + (1 - memory) * now_CC, now_CC)
     new_C = np.isin(rows, list(returned))
