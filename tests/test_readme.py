@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 from pathlib import Path
@@ -27,6 +28,19 @@ def test_the_tree_names_every_folder_and_module_and_nothing_else() -> None:
     there = {path.name + ("/" if path.is_dir() else "") for path in package.iterdir() if path.name not in NOT_SHOWN}
     assert set(tree()) == there
     assert all(len(purpose) > 10 for purpose in tree().values())
+
+
+def test_imports_point_up_the_tree() -> None:
+    package = REPOSITORY / "src" / "fedmira"
+    place = {name.rstrip("/").removesuffix(".py"): number for number, name in enumerate(tree())}
+    down = []
+    for path in package.rglob("*.py"):
+        own = path.relative_to(package).parts[0].removesuffix(".py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("fedmira."):
+                other = str(node.module).split(".")[1]
+                down += [f"{path.name} imports {other}"] if place[other] > place.get(own, len(place)) else []
+    assert not down
 
 
 def test_the_first_screen_has_the_two_commands() -> None:

@@ -34,6 +34,7 @@ from fedmira.data.tokenization import (
 from fedmira.errors import DataError, IntegrityError, SetupError
 from fedmira.evaluation.costs import adapter_bytes, model_bytes, optimizer_bytes
 from fedmira.evaluation.predictions import prompt_products
+from fedmira.exchange import Exchange
 from fedmira.exchange.in_process import InProcess
 from fedmira.federation.graph import from_matrix
 from fedmira.federation.method import Method, State
@@ -58,7 +59,7 @@ class Assembly(NamedTuple):
     clients: Clients
     method: Method
     cohort_size: int
-    exchange: InProcess
+    exchange: Exchange
     given_graph: np.ndarray | None = None
     """With `method.graph.kind: given`, the matrix (K, K) of the file in client order; with `embeddings`, the inner
     products of the clients' prompt embeddings."""
@@ -105,7 +106,7 @@ class Assembly(NamedTuple):
             "memory": {
                 "model_bytes": model_bytes(self.base.num_parameters, self.base.dtype),
                 "adapter_bytes": adapter_bytes(self.layout, dtype),
-                "optimizer_bytes": optimizer_bytes(self.layout, training.optimizer, dtype, momentum=training.momentum),
+                "optimizer_bytes": optimizer_bytes(self.layout, training, dtype),
             },
             "cohort_size": self.cohort_size,
             "graph": self.graph_facts(),

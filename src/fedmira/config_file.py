@@ -82,7 +82,7 @@ def resolved_yaml(config: RunConfig) -> str:
 
 
 def config_hash(config: RunConfig) -> str:
-    """Return 8 hex digits that name what `config` computes: equal for configs that differ only in name and output.
+    """Return 8 hex digits that name what `config` computes: `name`, `output` and `compare` do not count.
 
     >>> config_hash(RunConfig()) == config_hash(RunConfig(name="other"))
     True

@@ -127,10 +127,10 @@ def dry_run(config: RunConfig) -> Estimate:
     adapters = method.personalise(state)
     per_token = try_evaluation(parts, adapters)
     num_evaluations = sum(1 for r in range(1, rounds + 1) if r == rounds or r % evaluation.every == 0)
-    judged = num_evaluations * sum(len(e.tokens) - 1 for client in parts.tokenized for e in client.validation)
+    judged = num_evaluations * sum(e.num_inputs for client in parts.tokenized for e in client.validation)
     answers = 0.0
     if evaluation.test:
-        judged += sum(len(e.tokens) - 1 for client in parts.tokenized for e in client.test)
+        judged += sum(e.num_inputs for client in parts.tokenized for e in client.test)
         if evaluation.generation.enabled:
             answers = try_generation(parts, adapters, per_token)
     judged += asked_tokens
@@ -211,7 +211,7 @@ def _mix(parts: Assembly, state: State, round_: int) -> tuple[State, float, Call
 def _tokens_of(parts: Assembly, trial: Trial) -> int:
     clients = [parts.tokenized[id_] for id_ in trial.ids]
     examples = [e for client in clients for e in (client.train if trial.split == "train" else client.validation)]
-    return trial.num_candidates * sum(len(example.tokens) - 1 for example in examples)
+    return trial.num_candidates * sum(example.num_inputs for example in examples)
 
 
 def _made_up_losses(trial: Trial, seed: int) -> Losses:

@@ -12,11 +12,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fedmira.assembly import Assembly
+from fedmira.data.splits import SPLITS
 from fedmira.errors import IntegrityError, UsageError
 from fedmira.federation.joining import joined
 from fedmira.federation.method import State
 
-_SPLITS = ("train", "validation", "test")
 _NAMED = 5
 
 
@@ -90,7 +90,7 @@ def grown_manifest(manifest: Mapping[str, Any], parts: Assembly, num_before: int
 
 
 def _change(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    sizes = [f"{split} {before[split]} -> {now[split]}" for split in _SPLITS if before[split] != now[split]]
+    sizes = [f"{split} {before[split]} -> {now[split]}" for split in SPLITS if before[split] != now[split]]
     return ", ".join(sizes) or "other texts or another task"
 
 

@@ -74,10 +74,7 @@ class TrainingPrice(NamedTuple):
 def planned_steps(parts: Assembly) -> Steps:
     """The steps of the cohorts of every round, or of rounds spread evenly over a long run."""
     config, training = parts.config, parts.config.training
-    lengths = [
-        [(len(example.tokens) - 1, len(example.tokens) - example.prompt_length) for example in client.train]
-        for client in parts.tokenized
-    ]
+    lengths = [[(example.num_inputs, example.num_supervised) for example in client.train] for client in parts.tokenized]
 
     def client_batches(id_: int, round_: int) -> list[tuple[int, ...]]:
         client = parts.tokenized[id_]
@@ -134,7 +131,7 @@ def try_evaluation(parts: Assembly, adapters: Arena) -> float:
     row_bytes = head_bytes_per_row(parts.base)
 
     def supervised(batch: list[list[TokenizedExample]]) -> int:
-        return sum(len(example.tokens) - example.prompt_length for examples in batch for example in examples)
+        return sum(example.num_supervised for examples in batch for example in examples)
 
     def attempt(batch: list[list[TokenizedExample]]) -> float:
         return timed(parts, lambda: evaluate_loss(parts.base, adapters, batch, limit))[1]
@@ -160,7 +157,7 @@ def try_generation(parts: Assembly, adapters: Arena, seconds_per_token: float) -
     ]
     if not asked:
         return 0.0
-    lengths = [min(settings.max_new_tokens, len(e.tokens) - e.prompt_length) for _, e in asked]
+    lengths = [min(settings.max_new_tokens, e.num_supervised) for _, e in asked]
     most_tokens = _TRIAL_SECONDS / max(seconds_per_token, 1e-9)
     tried: list[tuple[int, TokenizedExample]] = []
     for place in asked[max(0, (len(asked) - _TOGETHER) // 2) :]:
@@ -280,4 +277,4 @@ def _spread(number: int) -> list[float]:
 
 
 def _num_tokens(batch: list[list[TokenizedExample]]) -> int:
-    return sum(len(example.tokens) - 1 for examples in batch for example in examples)
+    return sum(example.num_inputs for examples in batch for example in examples)

@@ -8,7 +8,7 @@ Axes: K clients, S participants of a round, P parameters of one adapter, T token
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -101,6 +101,11 @@ class TensorSpec:
             product *= extent
         return product
 
+    @property
+    def columns(self) -> slice:
+        """Its elements in a row."""
+        return slice(self.offset, self.offset + self.size)
+
 
 @dataclass(frozen=True, slots=True)
 class Layout:
@@ -109,6 +114,16 @@ class Layout:
     specs: tuple[TensorSpec, ...]
     scaling: float = 1.0
     """Factor of the low-rank product: alpha / rank."""
+
+    @classmethod
+    def of(cls, tensors: Iterable[tuple[str, str, str, tuple[int, ...]]], scaling: float = 1.0) -> Layout:
+        """Lay tensors (name, group, layer, shape) behind one another."""
+        specs: list[TensorSpec] = []
+        offset = 0
+        for name, group, layer, shape in tensors:
+            specs.append(TensorSpec(name, group, layer, shape, offset))
+            offset += specs[-1].size
+        return cls(tuple(specs), scaling)
 
     @property
     def num_parameters(self) -> int:
@@ -140,7 +155,7 @@ class Layout:
 
     def slices(self, group: str) -> tuple[slice, ...]:
         """The ranges of a row that belong to `group`."""
-        return tuple(slice(s.offset, s.offset + s.size) for s in self.specs if s.group == group)
+        return tuple(s.columns for s in self.specs if s.group == group)
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +174,7 @@ class Arena:
 
     def view(self, spec: TensorSpec) -> torch.Tensor:
         """The tensor `spec` of all clients, `(K, *spec.shape)`, sharing memory with the arena."""
-        rows = self.values_KP[:, spec.offset : spec.offset + spec.size]
+        rows = self.values_KP[:, spec.columns]
         return rows.view(self.num_clients, *spec.shape)
 
     def replace(self, values_KP: torch.Tensor) -> Arena:

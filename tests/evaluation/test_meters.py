@@ -11,7 +11,6 @@ from fedmira.evaluation.meters import (
     ClientRecord,
     Mean,
     Scores,
-    losses_by_task,
     mean,
     perplexity,
     relative_changes,
@@ -59,7 +58,7 @@ def test_mean_loss_counts_clients_and_task_mean_counts_tokens_within_a_task() ->
     assert summary.task_mean_loss == pytest.approx(((1.0 * 10 + 3.0 * 30) / 40 + 6.0) / 2)
     assert summary.perplexity == pytest.approx(math.exp(10 / 3))
     assert summary.share_harmed is None
-    assert losses_by_task(records) == {"x": Mean(100.0, 40.0), "y": Mean(30.0, 5.0)}
+    assert {t: s.loss for t, s in scores_by_task(records).items()} == {"x": 2.5, "y": 6.0}
 
 
 def test_without_task_labels_there_is_no_mean_over_tasks() -> None:

@@ -106,10 +106,3 @@ def test_the_joined_pair_is_the_sum_of_the_products() -> None:
             for a, b in (("lora_a", "lora_b"), ("second_a", "second_b"))
         ]
         torch.testing.assert_close(found[f"{layer}.lora_b"] @ found[f"{layer}.lora_a"], products[0] + products[1])
-
-
-def test_one_pair_stays_as_it_is() -> None:
-    arena = trained_arena(tiny_base("llama", torch.float32), AdapterConfig(rank=2), 1)
-    layout, row_P = joined_pairs(arena.layout, arena.values_KP[0])
-    assert layout is arena.layout
-    assert torch.equal(row_P, arena.values_KP[0])

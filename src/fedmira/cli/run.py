@@ -32,10 +32,10 @@ def run(session: Session, config: Path, overrides: tuple[str, ...], dry_run: boo
         session.result(estimate._asdict(), "\n".join(estimate.lines()))
         return
     with session.loading(run_config) as display:
-        from fedmira.experiment import run as carry_out
+        from fedmira.experiment import run as run_experiment
 
         source_text = config.read_text(encoding="utf-8")
-        path = carry_out(run_config, resume=resume, source_text=source_text, display=display, profile=profile)
+        path = run_experiment(run_config, resume=resume, source_text=source_text, display=display, profile=profile)
     from fedmira.report.summary import summarise_run
 
     summary = summarise_run(path)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from fedmira.report.formats import printable as printable_word
+from fedmira.report.formats import printable as escaped
 
 if TYPE_CHECKING:
     from fedmira.config import RunConfig
@@ -60,7 +60,7 @@ def printable(text: str) -> str:
     >>> printable("red\\x1b[31m")
     'red\\\\x1b[31m'
     """
-    return "\n".join("\t".join(map(printable_word, line.split("\t"))) for line in text.split("\n"))
+    return escaped(text, keep="\n\t")
 
 
 def _switch(name: str) -> Callable[[click.Context, click.Parameter, bool], None]:

@@ -85,7 +85,7 @@ def pack(
             tokens.append(np.zeros(virtual_tokens, dtype=np.int64))
         for index, example in enumerate(examples):
             skipped = virtual_tokens + shared if index else 0
-            length = virtual_tokens + len(example.tokens) - 1
+            length = virtual_tokens + example.num_inputs
             tokens.append(example.tokens[shared if index else 0 : -1])
             positions.append(np.arange(skipped, length))
             supervised.append(num_rows - skipped + np.arange(virtual_tokens + example.prompt_length - 1, length))
@@ -102,10 +102,8 @@ def pack(
         rows_per_client=tuple(rows_per_client),
         supervised_rows_M=_joined(supervised),
         labels_M=_joined(labels),
-        supervised_per_client=tuple(
-            sum(len(e.tokens) - e.prompt_length for e in client) for client in examples_per_client
-        ),
-        tokens_per_client=tuple(sum(len(e.tokens) - 1 for e in client) for client in examples_per_client),
+        supervised_per_client=tuple(sum(e.num_supervised for e in client) for client in examples_per_client),
+        tokens_per_client=tuple(sum(e.num_inputs for e in client) for client in examples_per_client),
     )
 
 

@@ -19,13 +19,13 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from fedmira.data.prompts import behind_answer, render
+from fedmira.data.splits import SPLITS
 from fedmira.errors import DataError, SetupError
 from fedmira.types import Client, Example, Federation
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-SPLITS = ("train", "validation", "test")
 NUM_NAMED_DROPS = 3
 
 
@@ -37,6 +37,16 @@ class TokenizedExample(NamedTuple):
     prompt_length: int
     """The first `prompt_length` tokens are not supervised; at least 1, and smaller than T."""
     id: str
+
+    @property
+    def num_inputs(self) -> int:
+        """Tokens that a model reads: all but the last, which nothing follows."""
+        return len(self.tokens) - 1
+
+    @property
+    def num_supervised(self) -> int:
+        """Tokens of the answer, its end token among them."""
+        return len(self.tokens) - self.prompt_length
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,7 +189,7 @@ def _tokenize_client(
         examples: tuple[Example, ...] = getattr(client, split)
         kept: list[tuple[Example, TokenizedExample]] = []
         prompts = _prompt_ids(examples, tokenizer, template)
-        answers = _encode([render(e, template, tokenizer).answer for e in examples], tokenizer)
+        answers = _encode([example.output for example in examples], tokenizer)
         for example, prompt, answer in zip(examples, prompts, answers, strict=True):
             supervised = [*answer, end]
             visible = _keep_end(prompt, max_length - len(supervised), tokenizer)
@@ -203,7 +213,7 @@ def _tokenize_client(
         name=client.name,
         num_examples=len(everything),
         num_tokens=sum(len(sequence.tokens) for sequence in everything),
-        num_supervised_tokens=sum(len(sequence.tokens) - sequence.prompt_length for sequence in everything),
+        num_supervised_tokens=sum(sequence.num_supervised for sequence in everything),
         longest=max((len(sequence.tokens) for sequence in everything), default=0),
         truncated_prompts=truncated,
         dropped_examples=len(dropped),

@@ -10,139 +10,28 @@ c_attn and c_proj have 8,110,080 parameters, so float32 U + D is 61.9 MiB; 7.73 
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from dataclasses import dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING
 
-from fedmira.errors import UsageError, nearest
+import torch
+
+from fedmira.config import TrainingConfig
+from fedmira.training.optimizers import num_moments
 from fedmira.types import Layout
 
-if TYPE_CHECKING:
-    import torch
 
-BYTES_PER_ELEMENT = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
-
-
-@dataclass(frozen=True, slots=True)
-class MemoryCost:
-    """Bytes at one client while it trains, as the paper counts them: activations are left out."""
-
-    model_bytes: int
-    """C_w: the frozen base."""
-    adapter_bytes: int
-    """C_dw: the tuned tensors of one client."""
-    optimizer_bytes: int
-    """C_O: the optimizer's moments for them."""
-
-    @property
-    def total_bytes(self) -> int:
-        """C_w + C_dw + C_O."""
-        return self.model_bytes + self.adapter_bytes + self.optimizer_bytes
-
-
-@dataclass(frozen=True, slots=True)
-class CommunicationCost:
-    """Bytes between the server and one client in one round."""
-
-    upload_bytes: int
-    """U: client to server."""
-    download_bytes: int
-    """D: server to client."""
-
-    @property
-    def total_bytes(self) -> int:
-        """U + D."""
-        return self.upload_bytes + self.download_bytes
-
-
-def element_bytes(dtype: str | torch.dtype) -> int:
-    """Bytes of one number; `dtype` is a torch dtype or its name.
-
-    Raises:
-        UsageError: the dtype is unknown here.
-
-    >>> element_bytes("bfloat16")
-    2
-    """
-    name = str(dtype).removeprefix("torch.")
-    if name not in BYTES_PER_ELEMENT:
-        allowed = ", ".join(BYTES_PER_ELEMENT)
-        raise UsageError(f"unknown dtype {name!r}{nearest(name, BYTES_PER_ELEMENT)}; allowed: {allowed}")
-    return BYTES_PER_ELEMENT[name]
-
-
-def model_bytes(num_parameters: int, dtype: str | torch.dtype) -> int:
+def model_bytes(num_parameters: int, dtype: torch.dtype) -> int:
     """C_w: bytes of a base model with `num_parameters` parameters, tied ones counted once."""
-    return num_parameters * element_bytes(dtype)
+    return num_parameters * dtype.itemsize
 
 
-def adapter_bytes(layout: Layout, dtype: str | torch.dtype, groups: Collection[str] | None = None) -> int:
-    """C_dw: bytes of one client's adapter, or of some of its groups of tensors.
-
-    Args:
-        layout: the tensors of one adapter.
-        dtype: of the adapter's numbers.
-        groups: the groups to count; all of them if None.
-
-    Raises:
-        UsageError: a group is not in the layout.
-    """
-    wanted = _known_groups(layout, groups)
-    return sum(spec.size for spec in layout.specs if spec.group in wanted) * element_bytes(dtype)
+def adapter_bytes(layout: Layout, dtype: torch.dtype) -> int:
+    """C_dw: bytes of one client's adapter."""
+    return layout.num_parameters * dtype.itemsize
 
 
-def optimizer_bytes(
-    layout: Layout,
-    optimizer: str,
-    dtype: str | torch.dtype = "float32",
-    *,
-    momentum: float = 0.0,
-    trainable: Collection[str] | None = None,
-) -> int:
-    """C_O: bytes of the moments that an optimizer keeps for one client's trainable tensors.
-
-    Args:
-        layout: the tensors of one adapter.
-        optimizer: `adamw` or `adam` (two moments a parameter), or `sgd` (one with momentum, none without).
-        dtype: of the moments.
-        momentum: of sgd.
-        trainable: the groups that move; all of them if None.
-
-    Raises:
-        UsageError: the optimizer or a group is unknown.
-    """
-    moments = {"adamw": 2, "adam": 2, "sgd": 1 if momentum else 0}
-    if optimizer not in moments:
-        allowed = ", ".join(moments)
-        raise UsageError(f"unknown optimizer {optimizer!r}{nearest(optimizer, moments)}; allowed: {allowed}")
-    return moments[optimizer] * adapter_bytes(layout, dtype, trainable)
-
-
-def communication_cost(
-    layout: Layout,
-    dtype: str | torch.dtype,
-    *,
-    upload: Collection[str] | None = None,
-    download: Collection[str] | None = None,
-) -> CommunicationCost:
-    """What one participant and the server exchange in one round if these groups travel; all of them if None.
-
-    An estimate for planning (`--dry-run`, Table II). What a run reports is counted at the seam instead.
-    """
-    return CommunicationCost(
-        upload_bytes=adapter_bytes(layout, dtype, upload),
-        download_bytes=adapter_bytes(layout, dtype, download),
-    )
-
-
-def _known_groups(layout: Layout, groups: Collection[str] | None) -> Collection[str]:
-    if groups is None:
-        return layout.groups
-    unknown = sorted(set(groups) - set(layout.groups))
-    if unknown:
-        raise UsageError(f"the adapter has no group {unknown[0]!r}; its groups: {', '.join(layout.groups)}")
-    return groups
+def optimizer_bytes(layout: Layout, training: TrainingConfig, dtype: torch.dtype) -> int:
+    """C_O: bytes of the moments that an optimizer keeps for one client."""
+    return num_moments(training) * adapter_bytes(layout, dtype)
 
 
 _HIGHEST_BEFORE = {"cpu": 0, "cuda": 0}
@@ -154,8 +43,6 @@ def highest_memory_bytes() -> int:
 
     The bytes torch allocated on the fullest CUDA device if there were any, else the resident set.
     """
-    import torch
-
     allocated = [int(torch.cuda.max_memory_allocated(index)) for index in range(torch.cuda.device_count())]
     on_cuda = max([_HIGHEST_BEFORE["cuda"], *allocated])
     return on_cuda or max(_high_water_mark_bytes(), _HIGHEST_BEFORE["cpu"])
@@ -164,8 +51,6 @@ def highest_memory_bytes() -> int:
 def memory_bytes(device: str | torch.device) -> int:
     """Memory in use now: what torch allocated on a CUDA device, else the resident set; 0 where the system is silent."""
     if str(device).startswith("cuda"):
-        import torch
-
         return int(torch.cuda.memory_allocated(device))
     return _status_bytes("VmRSS:") or 0
 
@@ -192,8 +77,6 @@ class PeakMemory:
 
     def __enter__(self) -> PeakMemory:
         if self._device.startswith("cuda"):
-            import torch
-
             reached = int(torch.cuda.max_memory_allocated(self._device))
             _HIGHEST_BEFORE["cuda"] = max(_HIGHEST_BEFORE["cuda"], reached)
             torch.cuda.reset_peak_memory_stats(self._device)
@@ -209,8 +92,6 @@ class PeakMemory:
         traceback: TracebackType | None,
     ) -> None:
         if self.source == "cuda":
-            import torch
-
             self.peak_bytes = int(torch.cuda.max_memory_allocated(self._device))
         else:
             self.peak_bytes = _high_water_mark_bytes()

@@ -66,7 +66,7 @@ def batches(
     filled = 0
     for client, examples in enumerate(examples_per_client):
         for example in examples:
-            length = len(example.tokens) - 1
+            length = example.num_inputs
             if filled and filled + length > batch_tokens:
                 yield batch
                 batch = [[] for _ in examples_per_client]

@@ -129,7 +129,7 @@ def summarise(
     upload_bytes: int | None = None,
     download_bytes: int | None = None,
 ) -> Summary:
-    """Sum up a run over its clients. The order of the clients never changes the result.
+    """Sum up a run over its clients. Their order changes the result by rounding at most.
 
     Args:
         records: one per client, measured on its test examples.
@@ -187,19 +187,11 @@ def scores_by_task(records: Iterable[ClientRecord]) -> dict[str, Scores]:
     return {task: scores(group) for task, group in members.items()}
 
 
-def losses_by_task(records: Iterable[ClientRecord]) -> dict[str, Mean]:
-    """Pooled test loss of each task, in order of first appearance."""
-    pooled: dict[str, Mean] = {}
-    for record in records:
-        pooled[record.task] = pooled.get(record.task, Mean()) + record.loss
-    return pooled
-
-
 def task_mean(records: Sequence[ClientRecord]) -> float | None:
-    """Unweighted mean of `losses_by_task`, nats per token; None where no client has a task label."""
+    """Unweighted mean of the losses of `scores_by_task`, nats per token; None where no client has a task label."""
     if not any(record.task for record in records):
         return None
-    return mean(loss for pooled in losses_by_task(records).values() if (loss := pooled.value) is not None)
+    return mean(pooled.loss for pooled in scores_by_task(records).values() if pooled.loss is not None)
 
 
 def worst_tenth(losses: Sequence[float]) -> float | None:

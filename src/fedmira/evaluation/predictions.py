@@ -63,7 +63,7 @@ def _logits(base: BaseModel, arena: Arena, text: TokenizedExample, batch_tokens:
         for batch_examples in batches([[text]] * arena.num_clients, batch_tokens):
             batch = pack(batch_examples, virtual_tokens=arena.layout.num_virtual_tokens)
             found.append(base.logits(adapted.hidden(batch)))
-    return torch.cat(found).view(arena.num_clients, len(text.tokens) - text.prompt_length, -1)
+    return torch.cat(found).view(arena.num_clients, text.num_supervised, -1)
 
 
 def prompt_products(

@@ -63,7 +63,7 @@ def admit(
         for spec in crossing(layout, groups):
             sent = upload[spec.name]
             assert isinstance(sent, torch.Tensor)
-            rows_SP[place, spec.offset : spec.offset + spec.size] = sent.detach().reshape(-1).to(rows_SP.device)
+            rows_SP[place, spec.columns] = sent.detach().reshape(-1).to(rows_SP.device)
     fitting = [place for place in range(len(uploads)) if place not in wrong]
     judged = sound(
         layout, groups, rows_SP[fitting], [names[place] for place in fitting], start_SP[fitting], max_norm_ratio
@@ -100,11 +100,7 @@ def sound(
     for place, name in enumerate(names):
         reason = ""
         if not finite[place]:
-            tensors = [
-                spec.name
-                for spec in layout.specs
-                if not torch.isfinite(values_SP[place, spec.offset : spec.offset + spec.size]).all()
-            ]
+            tensors = [spec.name for spec in layout.specs if not torch.isfinite(values_SP[place, spec.columns]).all()]
             reason = f"values that are not finite in {_listed(tensors)}"
         elif place < len(norms) and max_norm_ratio is not None and median and norms[place] > max_norm_ratio * median:
             reason = (

@@ -138,9 +138,7 @@ class InProcess:
             for row, (loss_sum, tokens) in enumerate(evaluate_loss(self._base, arena, examples, self._batch_tokens)):
                 if tokens:
                     mean_SQ[row, number] = loss_sum / tokens
-        tokens_S = tuple(
-            sum(len(example.tokens) - example.prompt_length for example in of_client) for of_client in examples
-        )
+        tokens_S = tuple(sum(example.num_supervised for example in of_client) for of_client in examples)
         agreement_SS = None
         if trial.compare_SP is not None:
             agreement_SS = agreement(self._base, Arena(self._layout, trial.compare_SP), self._texts, self._batch_tokens)

@@ -117,7 +117,7 @@ def crossing(layout: Layout, groups: Collection[str]) -> tuple[TensorSpec, ...]:
 
 
 def _view(rows_SP: torch.Tensor, spec: TensorSpec) -> torch.Tensor:
-    return rows_SP[:, spec.offset : spec.offset + spec.size].view(len(rows_SP), *spec.shape)
+    return rows_SP[:, spec.columns].view(len(rows_SP), *spec.shape)
 
 
 def _longer(spec: TensorSpec) -> int:

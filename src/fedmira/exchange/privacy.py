@@ -66,7 +66,7 @@ def privatise_(
     """
     specs = crossing(layout, groups)
     for value_P, start_P, stream in zip(values_SP, start_SP, streams, strict=True):
-        parts = [slice(spec.offset, spec.offset + spec.size) for spec in specs]
+        parts = [spec.columns for spec in specs]
         differences = [(value_P[part] - start_P[part].to(value_P)).float() for part in parts]
         norms = [torch.linalg.vector_norm(difference.double()) for difference in differences]
         norm = float(torch.linalg.vector_norm(torch.stack(norms))) if norms else 0.0

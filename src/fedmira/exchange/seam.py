@@ -9,8 +9,8 @@ the client's own, bit for bit.
 Of a job with seeds only numbers of directions and scalars cross, and are counted; the rows that they stand for move
 here as they are.
 
-What both sides remember is plain tensors and facts, so that a checkpoint can keep it; it changes only when a round is
-complete. Knows nothing about how clients train.
+What both sides remember is plain tensors and facts, so that a checkpoint can keep it; what they say changes only when a
+round is complete. Knows nothing about how clients train.
 
 Axes: K clients, S rows of a job, G groups, P parameters of one adapter.
 """
@@ -107,7 +107,7 @@ class Seam:
             raise ConfigError(NO_LOSSES)
 
     def send(self, job: Job) -> Sent:
-        """Return `job` with what the clients decode. Remembers nothing: the round may be stopped."""
+        """Return `job` with what the clients decode. Nothing new is remembered: the round may be stopped."""
         if job.seeds is not None:
             return Sent(job, _sums_bytes(job, job.seeds))
         form = self._config.download_compression
@@ -211,7 +211,7 @@ class Seam:
             rows = [came[places[number]] for number in kept]
             memory_KP = self._tensors[f"error.{block}"]
             for spec in crossing(self._layout, job.upload):
-                columns = slice(spec.offset, spec.offset + spec.size)
+                columns = spec.columns
                 memory_KP[[job.ids[row] for row in rows], columns] = error_SP[kept, columns]
         if self._config.download_compression == "none":
             return
@@ -220,7 +220,7 @@ class Seam:
             copy_KP = self._remembered(f"copy.{block}", job, self._layout.num_parameters, job.start_SP.dtype)
             known_KG = self._remembered(f"known.{block}", job, num_groups, torch.bool)
             for spec in crossing(self._layout, job.download):
-                columns = slice(spec.offset, spec.offset + spec.size)
+                columns = spec.columns
                 copy_KP[ids, columns] = crossed_SP[rows, columns]
                 known_KG[ids, self._layout.groups.index(spec.group)] = True
 
@@ -236,7 +236,7 @@ class Seam:
         self, into_SP: torch.Tensor, rows: list[int], from_SP: torch.Tensor, groups: frozenset[str] | set[str]
     ) -> None:
         for spec in crossing(self._layout, groups):
-            columns = slice(spec.offset, spec.offset + spec.size)
+            columns = spec.columns
             into_SP[rows, columns] = from_SP[:, columns].to(into_SP)
 
     def _chunks(self, job: Job, rows: list[int]) -> list[tuple[list[int], list[int], int]]:

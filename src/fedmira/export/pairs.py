@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from fedmira.types import PAIRS, Layout, TensorSpec
+from fedmira.types import PAIRS, Layout
 
 
 def num_pairs(layout: Layout) -> int:
@@ -18,22 +18,16 @@ def num_pairs(layout: Layout) -> int:
 def joined_pairs(layout: Layout, row_P: torch.Tensor) -> tuple[Layout, torch.Tensor]:
     """Return the adapter with one pair per layer whose product is the sum of the products, and its row.
 
-    The rank of a layer is the sum of its pairs' ranks; the scaling stays. One pair per layer stays as it is.
+    The rank of a layer is the sum of the ranks of its pairs; the scaling stays.
     """
-    if num_pairs(layout) < 2:
-        return layout, row_P
     first_a, first_b = PAIRS[0]
     by_place = {(spec.layer, spec.group): spec for spec in layout.specs}
-    specs: list[TensorSpec] = []
+    tensors: list[tuple[str, str, str, tuple[int, ...]]] = []
     columns: list[torch.Tensor] = []
-    offset = 0
     for layer in layout.layers:
         for factor, (group, axis) in enumerate(((first_a, 0), (first_b, 1))):
             parts = [by_place[layer, pair[factor]] for pair in PAIRS if (layer, pair[factor]) in by_place]
-            values = torch.cat(
-                [row_P[spec.offset : spec.offset + spec.size].reshape(spec.shape) for spec in parts], dim=axis
-            )
-            specs.append(TensorSpec(f"{layer}.{group}", group, layer, tuple(values.shape), offset))
+            values = torch.cat([row_P[spec.columns].reshape(spec.shape) for spec in parts], dim=axis)
+            tensors.append((f"{layer}.{group}", group, layer, tuple(values.shape)))
             columns.append(values.reshape(-1))
-            offset += specs[-1].size
-    return Layout(tuple(specs), layout.scaling), torch.cat(columns)
+    return Layout.of(tensors, layout.scaling), torch.cat(columns)

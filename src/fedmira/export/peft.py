@@ -50,19 +50,18 @@ class Settings(NamedTuple):
 
 
 def adapter_files(
-    layout: Layout, row_P: torch.Tensor, settings: Settings, card: str = "", shift_W: torch.Tensor | None = None
+    layout: Layout, row_P: torch.Tensor, settings: Settings, shift_W: torch.Tensor | None = None
 ) -> dict[str, bytes]:
     """Return the files of a PEFT folder for one adapter, name to content: config, weights and model card.
 
     There are no `modules_to_save`, no DoRA and no biases, which vLLM refuses. Several pairs of a layer become one of
-    their ranks together. Of a soft prompt the embeddings of its
-    virtual tokens are stored, computed by its encoder if it has one: so does PEFT, and it loads nothing else.
+    their ranks together. Of a soft prompt the embeddings of its virtual tokens are stored, computed by its encoder if
+    it has one: so does PEFT, and it loads nothing else.
 
     Args:
         layout: The tensors of the adapter, named by the paths of the base model's modules.
         row_P: One row of an arena (P,), any floating dtype; stored as it is.
         settings: What else the folder states.
-        card: README.md; a short one by default.
         shift_W: What was added to the weights of the adapted layers, see `Arena.shift_W`; it becomes part of the pairs.
 
     Raises:
@@ -88,7 +87,7 @@ def adapter_files(
     return {
         "adapter_config.json": (json.dumps(config, indent=2, sort_keys=True) + "\n").encode(),
         "adapter_model.safetensors": save(tensors, metadata={"format": "pt"}),
-        "README.md": (card or model_card(settings.base_path)).encode(),
+        "README.md": model_card(settings.base_path).encode(),
     }
 
 
@@ -99,7 +98,7 @@ def _peft_tensors(layout: Layout, row_P: torch.Tensor) -> dict[str, torch.Tensor
             raise UsageError(
                 f"{spec.name} is of group {spec.group!r}; only LoRA factors and soft prompts can be exported to PEFT"
             )
-        values = row_P[spec.offset : spec.offset + spec.size].reshape(spec.shape)
+        values = row_P[spec.columns].reshape(spec.shape)
         tensors[f"base_model.model.{spec.layer}.{PEFT_SUFFIX[spec.group]}"] = values.detach().cpu().contiguous()
     return dict(sorted(tensors.items()))
 

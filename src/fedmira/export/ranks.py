@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from fedmira.types import Arena, Layout, TensorSpec
+from fedmira.types import Arena, Layout
 
 
 def fitted(layout: Layout, row_P: torch.Tensor, shift_W: torch.Tensor | None = None) -> tuple[Layout, torch.Tensor]:
@@ -24,11 +24,10 @@ def fitted(layout: Layout, row_P: torch.Tensor, shift_W: torch.Tensor | None = N
         shift_W: (O, I) of each layer, flat, in the order of `layout.layers`.
     """
     one = Arena(layout, row_P[None])
-    by_name = {(spec.layer, spec.group): spec for spec in layout.specs}
     pairs: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
     start = 0
-    for layer in layout.layers:
-        a_RI, b_OR = (one.view(by_name[layer, group])[0] for group in ("lora_a", "lora_b"))
+    for spec_a, spec_b in layout.pairs:
+        layer, a_RI, b_OR = spec_a.layer, one.view(spec_a)[0], one.view(spec_b)[0]
         there_R = (a_RI != 0).any(dim=1) | (b_OR != 0).any(dim=0)
         there_R[0] |= not there_R.any()
         pairs[layer] = (a_RI[there_R], b_OR[:, there_R])
@@ -36,15 +35,9 @@ def fitted(layout: Layout, row_P: torch.Tensor, shift_W: torch.Tensor | None = N
             size = b_OR.shape[0] * a_RI.shape[1]
             pairs[layer] = _whole(*pairs[layer], shift_W[start : start + size], layout.scaling)
             start += size
-    specs: list[TensorSpec] = []
-    parts: list[torch.Tensor] = []
-    offset = 0
-    for spec in layout.specs:
-        factor = pairs[spec.layer][spec.group == "lora_b"]
-        specs.append(TensorSpec(spec.name, spec.group, spec.layer, tuple(factor.shape), offset))
-        parts.append(factor.flatten())
-        offset += factor.numel()
-    return Layout(tuple(specs), layout.scaling), torch.cat(parts)
+    factors = [pairs[spec.layer][spec.group == "lora_b"] for spec in layout.specs]
+    tensors = ((s.name, s.group, s.layer, tuple(f.shape)) for s, f in zip(layout.specs, factors, strict=True))
+    return Layout.of(tensors, layout.scaling), torch.cat([factor.flatten() for factor in factors])
 
 
 def _whole(

@@ -33,17 +33,17 @@ def one_start(initial: Arena, clients: Clients) -> State:
     return State(initial.replace(rows_KP), state.last_round_K)
 
 
-def mean_of(clients: Clients, returned: Collection[int], groups: Collection[str], kept: Collection[str]) -> Mixer:
-    """Return the mixer that gives everybody sum_k n_k theta_k / sum_k n_k in `groups` over those that returned.
+def mean_of(clients: Clients, returned: Collection[int], shared: Collection[str] | None = None) -> Mixer:
+    """Return the mixer that gives everybody sum_k n_k theta_k / sum_k n_k in the groups `shared`; None: in all.
 
-    Groups in `kept` stay as they are. If nobody returned everything does.
+    The mean is over those that returned; if nobody did, everything stays as it is.
     """
     if not returned:
         return keep()
     mean = average(returned_weights(clients, returned))
-    if not kept:
+    if shared is None:
         return mean
-    return by_group({group: keep() if group in kept else mean for group in (*groups, *kept)})
+    return lambda arena: by_group({g: mean if g in shared else keep() for g in arena.layout.groups})(arena)
 
 
 def follow(shared: Collection[str] | None = None) -> Callable[[State, int], State]:
@@ -57,7 +57,7 @@ def follow(shared: Collection[str] | None = None) -> Callable[[State, int], Stat
         rows_NP = state.adapters.values_KP[num_before:].clone()
         for spec in state.adapters.layout.specs:
             if shared is None or spec.group in shared:
-                columns = slice(spec.offset, spec.offset + spec.size)
+                columns = spec.columns
                 held = state.adapters.values_KP[:num_before, columns]
                 if not torch.equal(held, held[:1].expand_as(held)):
                     raise ConfigError(
@@ -88,17 +88,14 @@ def share(clients: Clients, shared: frozenset[str] | None = None) -> Method:
             )
         return one_start(initial, clients)
 
-    def groups_of(state: State) -> frozenset[str]:
-        return frozenset(state.adapters.layout.groups)
-
     def plan(state: State, participants: Participants) -> Job:
-        crossing = groups_of(state) if shared is None else shared
-        return exchange_everything(state, participants)._replace(download=crossing, upload=crossing)
+        job = exchange_everything(state, participants)
+        return job if shared is None else job._replace(download=shared, upload=shared)
 
     def merge(state: State, participants: Participants, results: Results) -> tuple[State, Info]:
         adapters, last_round_K = received(state.adapters, state, participants, results)
-        averaged = groups_of(state) if shared is None else shared
-        mixer = mean_of(clients, results.ids, averaged, groups_of(state) - averaged)
-        return State(mixer(adapters), last_round_K), Info({"returned": float(len(results.ids))})
+        return State(mean_of(clients, results.ids, shared)(adapters), last_round_K), Info(
+            {"returned": float(len(results.ids))}
+        )
 
     return Method(init=init, plan=plan, merge=merge, personalise=own_adapters, join=follow(shared))

@@ -7,15 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from fedmira.errors import DataError, nearest
-
-if TYPE_CHECKING:
-    import torch
+from fedmira.federation.multiply import over_tiles, times
 
 Matrix: TypeAlias = npt.NDArray[np.float64]
 _NEGLIGIBLE = 1e-12
@@ -252,8 +251,6 @@ def weight_inside(graph: Graph, labels: Sequence[str]) -> float:
 
 def disagreement(graph: Graph, values_KP: torch.Tensor) -> float:
     """Return tr(Theta^T L Theta) = 1/2 sum_kl a_kl ||theta_k - theta_l||^2, Eq. (3) of MIRA, computed in float64."""
-    from fedmira.federation.multiply import over_tiles, times
-
     if not graph.num_edges:
         return 0.0
     laplacian_KK = laplacian(graph)

@@ -52,7 +52,7 @@ class Method(NamedTuple):
     personalise: Callable[[State], Arena]
     """(K, P): what each client is judged by and gets to keep."""
     trial: Callable[[State, Participants, Results], Trial | None] | None = None
-    """After `merge`: what clients that returned are asked to judge on their own examples; None asks nobody."""
+    """After `merge`: what clients are asked to judge on their own examples; None asks nobody."""
     decide: Callable[[State, Trial, Losses], tuple[State, Info]] | None = None
     """The state after the answers to a trial. Its numbers join those of `merge`; its graph, if any, replaces that."""
     join: Callable[[State, int], State] | None = None

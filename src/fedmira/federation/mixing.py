@@ -291,12 +291,6 @@ def matrix_of(mixer: Mixer, num_clients: int, layer: str = "") -> Matrix:
 
 def _part(arena: Arena, wanted: Sequence[TensorSpec]) -> tuple[Arena, torch.Tensor]:
     """Return the wanted tensors, closed up and copied, and the columns of the arena they come from."""
-    specs: list[TensorSpec] = []
-    columns: list[torch.Tensor] = []
-    offset = 0
-    for spec in wanted:
-        specs.append(TensorSpec(spec.name, spec.group, spec.layer, spec.shape, offset))
-        columns.append(torch.arange(spec.offset, spec.offset + spec.size))
-        offset += spec.size
-    chosen = torch.cat(columns)
-    return Arena(Layout(tuple(specs), arena.layout.scaling), arena.values_KP[:, chosen]), chosen
+    layout = Layout.of(((s.name, s.group, s.layer, s.shape) for s in wanted), arena.layout.scaling)
+    chosen = torch.cat([torch.arange(spec.offset, spec.offset + spec.size) for spec in wanted])
+    return Arena(layout, arena.values_KP[:, chosen]), chosen

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 
 from fedmira.errors import FedmiraError
-from fedmira.federation.method import State
+from fedmira.federation.method import Info, State
 from fedmira.types import Arena, Clients, Job, Participants, Results
 
 
@@ -46,6 +46,12 @@ def received(into: Arena, state: State, participants: Participants, results: Res
     values_KP[list(ids)] = values_SP.to(values_KP)
     last_round_K = tuple(participants.round if k in here else last for k, last in enumerate(state.last_round_K))
     return into.replace(values_KP), last_round_K
+
+
+def stored(state: State, participants: Participants, results: Results) -> tuple[State, Info]:
+    """Return the state with the returned rows in place: `Method.merge` where nothing is mixed."""
+    adapters, last_round_K = received(state.adapters, state, participants, results)
+    return State(adapters, last_round_K), Info({"returned": float(len(results.ids))})
 
 
 def split(results: Results, num_rows: int) -> tuple[Results, ...]:

@@ -12,24 +12,27 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from fedmira.federation.averaging import one_start
 from fedmira.federation.method import State
 from fedmira.federation.similarity import low_rank_pairs
-from fedmira.types import Arena, Job, Participants
+from fedmira.types import Arena, Clients, Job, Participants
 
 Factors = tuple[torch.Tensor, torch.Tensor]
 """B (O, Q) and A (Q, I)."""
 
 
-def first_shift(initial: Arena) -> dict[str, torch.Tensor]:
-    """Return what is remembered before round 1: no shift, which everybody knows. Kept in float32 at least."""
+def unshifted(initial: Arena, clients: Clients) -> State:
+    """Return the state before round 1: one start, and no shift, which everybody knows. Kept in float32 at least."""
+    state = one_start(initial, clients)
     size = sum(spec_a.shape[1] * spec_b.shape[0] for spec_a, spec_b in low_rank_pairs(initial.layout))
     dtype = torch.promote_types(initial.values_KP.dtype, torch.float32)
     device = initial.values_KP.device
-    return {
+    memory = {
         "shift": torch.zeros(size, dtype=dtype, device=device),
         "shift_sent": torch.zeros(1, dtype=torch.int64, device=device),
         "shift_known": torch.zeros(initial.num_clients, dtype=torch.int64, device=device),
     }
+    return State(state.adapters, state.last_round_K, memory)
 
 
 def pair_bytes(b_OQ: torch.Tensor, a_QI: torch.Tensor, element_size: int) -> int:

@@ -32,8 +32,7 @@ def low_rank_pairs(layout: Layout) -> tuple[tuple[TensorSpec, TensorSpec], ...]:
     Raises:
         ConfigError: the adapter has no low-rank pair, so comparing products means nothing for it.
     """
-    by_layer = {spec.layer: spec for spec in layout.specs if spec.group == "lora_a"}
-    pairs = tuple((by_layer[s.layer], s) for s in layout.specs if s.group == "lora_b" and s.layer in by_layer)
+    pairs = tuple(pair for pair in layout.pairs if pair[0].group == "lora_a")
     if not pairs:
         raise ConfigError(
             f"this method.graph.kind compares low-rank products, but the adapter has the groups {list(layout.groups)}"

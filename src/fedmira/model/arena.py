@@ -13,12 +13,13 @@ from itertools import groupby
 from typing import Any
 
 import torch
+from transformers.pytorch_utils import Conv1D
 
 from fedmira.config import AdapterConfig
 from fedmira.errors import ConfigError, nearest
 from fedmira.model.base import BaseModel
 from fedmira.randomness import torch_generator
-from fedmira.types import PAIRS, Arena, Layout, TensorSpec
+from fedmira.types import PAIRS, Arena, Layout
 
 
 def lora_layout(base: BaseModel, adapter: AdapterConfig, num_pairs: int = 1) -> Layout:
@@ -52,20 +53,14 @@ def lora_layout(base: BaseModel, adapter: AdapterConfig, num_pairs: int = 1) -> 
     if not chosen:
         raise ConfigError(f"{base.name} has no linear layer that an adapter could be added to; use another model.path")
     ranks = _ranks(adapter, chosen)
-    specs: list[TensorSpec] = []
-    offset = 0
+    tensors: list[tuple[str, str, str, tuple[int, ...]]] = []
     for _, siblings in groupby(chosen, key=lambda name: name.rpartition(".")[0]):
         names = list(siblings)
         # the A of layers that share an input lie behind one another, so that together they are one matrix
-        shapes: list[tuple[str, str, tuple[int, int]]] = []
         for group_a, group_b in PAIRS[:num_pairs]:
-            shapes += [(name, group_a, (ranks[name], linears[name][0])) for name in names]
-            shapes += [(name, group_b, (linears[name][1], ranks[name])) for name in names]
-        for name, group, shape in shapes:
-            spec = TensorSpec(f"{name}.{group}", group, name, shape, offset)
-            specs.append(spec)
-            offset += spec.size
-    return Layout(tuple(specs), scaling=adapter.alpha / adapter.rank)
+            tensors += [(f"{n}.{group_a}", group_a, n, (ranks[n], linears[n][0])) for n in names]
+            tensors += [(f"{n}.{group_b}", group_b, n, (linears[n][1], ranks[n])) for n in names]
+    return Layout.of(tensors, scaling=adapter.alpha / adapter.rank)
 
 
 def _ranks(adapter: AdapterConfig, layers: Sequence[str]) -> dict[str, int]:
@@ -104,7 +99,7 @@ def initial_arena(
         if spec.group in draws:
             # kaiming_uniform with a = sqrt(5) has gain sqrt(1/3): the bound is gain * sqrt(3 / I)
             bound = 1.0 / math.sqrt(spec.shape[1])
-            row_P[spec.offset : spec.offset + spec.size].uniform_(-bound, bound, generator=draws[spec.group])
+            row_P[spec.columns].uniform_(-bound, bound, generator=draws[spec.group])
     return Arena(layout, row_P.to(device=device, dtype=dtype).repeat(num_clients, 1))
 
 
@@ -122,8 +117,6 @@ def adaptable_layers(base: BaseModel) -> dict[str, tuple[int, int]]:
 
 
 def _features(module: Any) -> tuple[int, int] | None:
-    from transformers.pytorch_utils import Conv1D
-
     if isinstance(module, torch.nn.Linear):
         return module.in_features, module.out_features
     if isinstance(module, Conv1D):

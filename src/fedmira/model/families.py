@@ -15,6 +15,7 @@ import torch
 
 from fedmira.model.attention import Settings
 from fedmira.model.body import Block, Body, Norm, Stack, state_dtype
+from fedmira.model.products import as_OI
 
 
 def fused_body(model: Any) -> Body | None:
@@ -125,8 +126,7 @@ def _stack(at: str, parent: Any, names: Sequence[str]) -> Stack:
     """The layers `names` of a module as one; a single layer is read where it is."""
     layers = [getattr(parent, name) for name in names]
     if len(layers) == 1:
-        # transformers' Conv1D keeps (I, O)
-        weight = layers[0].weight if isinstance(layers[0], torch.nn.Linear) else layers[0].weight.T
+        weight = as_OI(layers[0])
         return Stack(weight, layers[0].bias, {at + names[0]: slice(0, weight.shape[0])})
     weight_OI = torch.cat([layer.weight.detach() for layer in layers])
     biases = [layer.bias for layer in layers]

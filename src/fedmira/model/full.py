@@ -16,7 +16,7 @@ from types import TracebackType
 import torch
 
 from fedmira.model.base import BaseModel
-from fedmira.types import Arena, Layout, TensorSpec
+from fedmira.types import Arena, Layout
 
 FULL = "full"
 """The group of all parameters of the base."""
@@ -26,16 +26,12 @@ NOTHING = Layout(())
 
 def full_layout(base: BaseModel) -> Layout:
     """Every parameter of the base that text reaches, in its own order and shape; tied weights are there once."""
-    specs: list[TensorSpec] = []
-    offset = 0
     text, head = base.language_path, base.model.get_output_embeddings().weight
-    for name, parameter in base.model.named_parameters():
-        if not name.startswith(text) and parameter is not head:
-            continue
-        spec = TensorSpec(name, FULL, name.rpartition(".")[0], tuple(parameter.shape), offset)
-        specs.append(spec)
-        offset += spec.size
-    return Layout(tuple(specs))
+    return Layout.of(
+        (name, FULL, name.rpartition(".")[0], tuple(parameter.shape))
+        for name, parameter in base.model.named_parameters()
+        if name.startswith(text) or parameter is head
+    )
 
 
 def is_full(layout: Layout) -> bool:
@@ -63,7 +59,7 @@ class MovedWeights:
         self._kept = [parameter.detach().clone() for parameter in self._parameters]
         if self._gradient_P is not None:
             for spec, parameter in zip(self._layout.specs, self._parameters, strict=True):
-                part = self._gradient_P[spec.offset : spec.offset + spec.size].view(spec.shape)
+                part = self._gradient_P[spec.columns].view(spec.shape)
                 parameter.requires_grad_(True)
                 self._hooks.append(parameter.register_post_accumulate_grad_hook(_Move(part)))
         return self
@@ -85,7 +81,7 @@ class MovedWeights:
         """Give the base the weights W + delta; added in the wider of both types."""
         with torch.no_grad():
             for spec, parameter, kept in zip(self._layout.specs, self._parameters, self._kept, strict=True):
-                parameter.copy_(kept + delta_P[spec.offset : spec.offset + spec.size].view(spec.shape))
+                parameter.copy_(kept + delta_P[spec.columns].view(spec.shape))
 
 
 class _Move:

@@ -29,6 +29,12 @@ def _by_intel() -> bool:
 _ONEDNN = hasattr(torch.ops.mkldnn, "_linear_pointwise") and not _by_intel()
 
 
+def as_OI(layer: torch.nn.Module) -> torch.Tensor:
+    """The weight of a linear layer as (O, I): a view, where transformers' Conv1D keeps (I, O)."""
+    weight: torch.Tensor = layer.weight  # type: ignore[assignment]
+    return weight if isinstance(layer, torch.nn.Linear) else weight.T
+
+
 def product(
     x_NI: torch.Tensor,
     weight_OI: torch.Tensor,

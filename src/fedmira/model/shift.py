@@ -14,6 +14,7 @@ from contextlib import contextmanager
 import torch
 
 from fedmira.model.base import BaseModel
+from fedmira.model.products import as_OI
 from fedmira.types import Layout
 
 
@@ -32,26 +33,17 @@ def shifted(base: BaseModel, layout: Layout, shift_W: torch.Tensor | None) -> It
     if shift_W is None:
         yield
         return
-    weights = [base.model.get_submodule(layer).weight for layer in layout.layers]
+    weights = [as_OI(base.model.get_submodule(layer)) for layer in layout.layers]
     sizes = [weight.numel() for weight in weights]
     if shift_W.shape != (sum(sizes),):
         raise ValueError(f"a shift of shape {tuple(shift_W.shape)} for {sum(sizes)} weights of the adapted layers")
     kept = [weight.detach().clone() for weight in weights]
     try:
         with torch.no_grad():
-            for layer, weight, part in zip(layout.layers, weights, torch.split(shift_W, sizes), strict=True):
-                weight.add_(_as_stored(base, layer, weight, part))
+            for weight, part in zip(weights, torch.split(shift_W, sizes), strict=True):
+                weight.add_(part.view(weight.shape).to(weight))
         yield
     finally:
         with torch.no_grad():
             for weight, before in zip(weights, kept, strict=True):
                 weight.copy_(before)
-
-
-def _as_stored(base: BaseModel, layer: str, weight: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
-    """A layer's shift (O, I) in the orientation of its weight: GPT-2's Conv1D keeps it transposed."""
-    from transformers.pytorch_utils import Conv1D
-
-    if isinstance(base.model.get_submodule(layer), Conv1D):
-        return part.view(weight.shape[1], weight.shape[0]).T.to(weight)
-    return part.view(weight.shape).to(weight)

@@ -21,7 +21,7 @@ from fedmira.errors import ConfigError
 from fedmira.model.base import BaseModel
 from fedmira.model.body import Soften
 from fedmira.randomness import torch_generator
-from fedmira.types import Arena, Layout, TensorSpec
+from fedmira.types import Arena, Layout
 
 PROMPT = "prompt"
 ENCODER = "encoder"
@@ -66,11 +66,8 @@ def p_tuning_layout(base: BaseModel, adapter: AdapterConfig) -> Layout:
 
 
 def _layout(tensors: Sequence[tuple[str, str, tuple[int, ...]]]) -> Layout:
-    specs: list[TensorSpec] = []
-    for name, group, shape in tensors:
-        # of no layer: a prompt stands before all of them
-        specs.append(TensorSpec(name, group, "", shape, sum(spec.size for spec in specs)))
-    return Layout(tuple(specs))
+    # of no layer: a prompt stands before all of them
+    return Layout.of((name, group, "", shape) for name, group, shape in tensors)
 
 
 def num_features(base: BaseModel) -> int:
@@ -89,7 +86,7 @@ def initial_prompt(base: BaseModel, layout: Layout, seed: int) -> torch.Tensor:
     encoded = ENCODER in layout.groups
     num_inputs = 1
     for spec in layout.specs:
-        part = row_P[spec.offset : spec.offset + spec.size]
+        part = row_P[spec.columns]
         draw = torch_generator(seed, "adapter", spec.name)
         if spec.group == ENCODER:
             # the bias of a layer follows its weight and has the same bound

@@ -60,13 +60,13 @@ class Step(NamedTuple):
     after: float
 
 
-def line_chart(lines: Sequence[Line], description: str, *, height: float = 290.0) -> str:
+def line_chart(lines: Sequence[Line], description: str) -> str:
     """Curves of a loss over rounds, drawn in order; non-finite points are left out."""
     lines = [line._replace(points=[point for point in line.points if math.isfinite(point[1])]) for line in lines]
     lines = [line for line in lines if line.points]
     labels = [(line, shorten(line.label, 16)) for line in lines if line.bold]
     # room for every label at the end of its line
-    height = max(height, TOP + AXIS_HEIGHT + LABEL_HEIGHT * len(labels))
+    height = max(290.0, TOP + AXIS_HEIGHT + LABEL_HEIGHT * len(labels))
     right = WIDTH - 12 - CHARACTER_WIDTH * max((len(label) for _, label in labels), default=0)
     bottom = height - AXIS_HEIGHT
     rounds = [point[0] for line in lines for point in line.points] or [1.0]
@@ -113,7 +113,6 @@ def change_bars(
     low: float,
     high: float,
     tolerance: float,
-    height: float = 210.0,
 ) -> str:
     """One thin bar per client from best to worst: up is worse than the reference, down is better.
 
@@ -123,8 +122,8 @@ def change_bars(
         low: the lowest change of all charts that stand side by side, and
         high: the highest, so that they can be compared.
         tolerance: a change above it is drawn as harm.
-        height: in user units.
     """
+    height = 210.0
     bottom = height - 12.0
     y = Scale(min(low, -tolerance), max(high, tolerance), bottom, TOP)
     order = sorted(changes, key=lambda change: change[1])
@@ -207,7 +206,6 @@ def stacked_columns(
     description: str,
     write: Callable[[float], str],
     unit: tuple[str, float],
-    height: float = 220.0,
 ) -> str:
     """One column per round made of parts, from zero.
 
@@ -216,8 +214,8 @@ def stacked_columns(
         description: what the chart shows.
         write: how a value is written where one points at it.
         unit: (name, size) of what the axis counts in.
-        height: in user units.
     """
+    height = 220.0
     left, top, bottom = LEFT, TOP + 16, height - AXIS_HEIGHT
     name, size = unit
     sums = [sum(bar.value for bar in bars) for _, bars in columns]
@@ -251,7 +249,7 @@ def stacked_columns(
     return drawing("".join(parts), height, description)
 
 
-def merge_steps(steps: Sequence[Step], description: str, colour: str, *, height: float = 220.0) -> str:
+def merge_steps(steps: Sequence[Step], description: str, colour: str) -> str:
     """What a merge does to a non-negative number: a line falls from before (ring) to after (dot) in each round.
 
     The scale is logarithmic where the positive values span more than a factor of fifty.
@@ -264,6 +262,7 @@ def merge_steps(steps: Sequence[Step], description: str, colour: str, *, height:
     def transform(value: float) -> float:
         return math.log10(max(value, min(positive))) if logarithmic else value
 
+    height = 220.0
     left, bottom = 62.0, height - AXIS_HEIGHT
     low, high = extent([transform(value) for value in values], include=() if logarithmic else (0.0,))
     y = Scale(low, high, bottom, TOP)

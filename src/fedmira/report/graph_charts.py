@@ -132,9 +132,7 @@ def node_link(graph: Ordered, description: str) -> str | None:
         parts.append(
             tag(
                 "path",
-                title(
-                    f"{shorten(graph.names[one], TIP_LENGTH)} - {shorten(graph.names[other], TIP_LENGTH)}: {weight:.3g}"
-                ),
+                _tip(graph.names, one, other, weight),
                 d=f"M{x1:.0f} {y1:.0f}Q{middle_x:.0f} {middle_y:.0f} {x2:.0f} {y2:.0f}",
                 class_=f"edge {colour}",
                 stroke_width=write(0.3 + 3.0 * fineness * share),

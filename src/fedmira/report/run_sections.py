@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from markupsafe import Markup
 
-from fedmira.evaluation.meters import losses_by_task
+from fedmira.evaluation.meters import scores_by_task
 from fedmira.report import charts
 from fedmira.report.figures import (
     BYTE_PARTS,
@@ -52,7 +52,7 @@ def _client_curves(run: RunRecord) -> Iterable[Figure]:
 
 
 def _run_tasks(run: RunRecord) -> Iterable[Figure]:
-    tasks = {task: pooled.value for task, pooled in losses_by_task(run.records).items() if pooled.value is not None}
+    tasks = {task: pooled.loss for task, pooled in scores_by_task(run.records).items() if pooled.loss is not None}
     if not tasks:
         return
     groups = [(task or "no task label", [charts.Bar(run.method, loss, "s0")]) for task, loss in tasks.items()]

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from markupsafe import Markup
 
-from fedmira.evaluation.meters import HARM_TOLERANCE, losses_by_task, mean, relative_changes
+from fedmira.evaluation.meters import HARM_TOLERANCE, mean, relative_changes, scores_by_task
 from fedmira.report import charts
 from fedmira.report.figures import (
     BYTE_PARTS,
@@ -157,9 +157,9 @@ def _changes(study: StudyRecord) -> Iterable[Figure]:
 def _study_tasks(study: StudyRecord, colours: Mapping[str, str]) -> Iterable[Figure]:
     losses: dict[str, dict[str, list[float]]] = {}
     for run in (run for method in study.methods for run in study.compared(method)):
-        for task, pooled in losses_by_task(run.records).items():
-            if pooled.value is not None:
-                losses.setdefault(task, {}).setdefault(run.method, []).append(pooled.value)
+        for task, pooled in scores_by_task(run.records).items():
+            if pooled.loss is not None:
+                losses.setdefault(task, {}).setdefault(run.method, []).append(pooled.loss)
     groups = [
         (
             task or "no task label",

@@ -6,8 +6,8 @@
     run.log                 what people were told       checkpoints/    see `checkpoint`
     profile.json            where the time went, if that was asked for
 
-One process writes a run at a time (a lock says so), any number may read it. Knows nothing about what events and facts
-mean.
+One process writes a run at a time (a lock says so), any number may read it. Knows nothing about how a run is carried
+out; of what events say it reads how far a run has come.
 """
 
 from __future__ import annotations

@@ -132,4 +132,4 @@ def turn(
 
 
 def _seen(row_P: torch.Tensor, spec: TensorSpec) -> torch.Tensor:
-    return row_P[spec.offset : spec.offset + spec.size].view(spec.shape)
+    return row_P[spec.columns].view(spec.shape)

@@ -23,6 +23,7 @@ from fedmira.model.adapted import AdaptedModel
 from fedmira.model.base import BaseModel
 from fedmira.model.full import is_full
 from fedmira.model.lora import Dropout
+from fedmira.training.optimizers import num_moments
 from fedmira.types import Arena, Layout
 
 _HEADROOM = 1.3
@@ -51,10 +52,9 @@ class MemoryEstimate:
         return self.base_bytes + self.clients_bytes + self.activation_bytes
 
 
-def bytes_per_client(layout: Layout, optimizer: str, momentum: float = 0.0, element_bytes: int = 4) -> int:
+def bytes_per_client(layout: Layout, training: TrainingConfig, element_bytes: int = 4) -> int:
     """Bytes of one client's adapter, gradient and moments while it trains; updates need none beside them."""
-    moments = {"adamw": 2, "adam": 2, "sgd": 1 if momentum else 0}[optimizer]
-    return (2 + moments) * layout.num_parameters * element_bytes
+    return (2 + num_moments(training)) * layout.num_parameters * element_bytes
 
 
 def activation_bytes_per_token(base: BaseModel, layout: Layout, dropout: float = 0.0) -> int:
@@ -124,7 +124,7 @@ def estimate(
     return MemoryEstimate(
         # where a client has weights of its own, those of the base are kept beside them
         base_bytes=2 * base_bytes if is_full(layout) else base_bytes,
-        clients_bytes=cohort_size * bytes_per_client(layout, training.optimizer, training.momentum, element_bytes),
+        clients_bytes=cohort_size * bytes_per_client(layout, training, element_bytes),
         activation_bytes=math.ceil(_HEADROOM * tokens * per_token) + supervised * head_bytes_per_row(base),
     )
 
@@ -133,17 +133,6 @@ def head_bytes_per_row(base: BaseModel) -> int:
     """Bytes of one supervised row behind the output head: logits, and their log-softmax and gradient in float32."""
     vocabulary = int(base.model.config.get_text_config().vocab_size)
     return vocabulary * (base.dtype.itemsize + 2 * max(4, base.dtype.itemsize))
-
-
-def estimate_memory(
-    base: BaseModel,
-    layout: Layout,
-    clients: Sequence[TokenizedClient],
-    training: TrainingConfig,
-    cohort_size: int,
-) -> int:
-    """Predicted bytes in all while a cohort of `cohort_size` trains, the base among them."""
-    return estimate(base, layout, clients, training, cohort_size).total_bytes
 
 
 def choose_cohort_size(
@@ -218,13 +207,13 @@ def _largest_batch(client: TokenizedClient, batch_size: int) -> tuple[int, int]:
     """(tokens, supervised tokens) of the longest batch this client can draw."""
     longest = sorted(client.train, key=lambda example: len(example.tokens), reverse=True)[:batch_size]
     return (
-        sum(len(example.tokens) - 1 for example in longest),
-        sum(len(example.tokens) - example.prompt_length for example in longest),
+        sum(example.num_inputs for example in longest),
+        sum(example.num_supervised for example in longest),
     )
 
 
 def _mean_batch_rows(client: TokenizedClient, batch_size: int) -> float:
     """Packed rows of a batch of mean length; what all examples of the client begin with is there once."""
-    lengths = [len(example.tokens) - 1 for example in client.train]
+    lengths = [example.num_inputs for example in client.train]
     shared = common_prefix(client.train)
     return shared + min(batch_size, len(lengths)) * (sum(lengths) / max(1, len(lengths)) - shared)

@@ -42,7 +42,7 @@ def build(config: DittoConfig, clients: Clients) -> Method:
         adapters, last_round_K = received(state.adapters, state, participants, personal)
         everybody = state.adapters.replace(state.memory["global"].expand_as(adapters.values_KP))
         globals_, _ = received(everybody, state, participants, of_global)
-        mean = mean_of(clients, of_global.ids, globals_.layout.groups, ())(globals_)
+        mean = mean_of(clients, of_global.ids)(globals_)
         memory = {"global": mean.values_KP[:1].clone()}
         return State(adapters, last_round_K, memory), Info({"returned": float(len(personal.ids))})
 

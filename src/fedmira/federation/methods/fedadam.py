@@ -34,7 +34,7 @@ def build(config: FedAdamConfig, clients: Clients) -> Method:
         if not results.ids:
             return State(state.adapters, last_round_K, state.memory), info
         memory = dict(state.memory)
-        mean = mean_of(clients, results.ids, adapters.layout.groups, ())(adapters)
+        mean = mean_of(clients, results.ids)(adapters)
         theta_P = state.adapters.values_KP[0].to(memory["first"])
         change_P = mean.values_KP[0].to(memory["first"]) - theta_P
         if config.rule == "adam":

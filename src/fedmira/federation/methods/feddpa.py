@@ -30,7 +30,7 @@ def build(clients: Clients) -> Method:
     def merge(state: State, participants: Participants, results: Results) -> tuple[State, Info]:
         adapters, last_round_K = received(state.adapters, state, participants, results)
         if participants.round % 2:
-            adapters = mean_of(clients, results.ids, _GLOBAL, _OWN)(adapters)
+            adapters = mean_of(clients, results.ids, _GLOBAL)(adapters)
         return State(adapters, last_round_K), Info({"returned": float(len(results.ids))})
 
     return Method(init=one_start, plan=plan, merge=merge, personalise=own_adapters, join=follow(_GLOBAL))

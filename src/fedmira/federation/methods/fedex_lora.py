@@ -8,21 +8,17 @@ from __future__ import annotations
 
 import torch
 
-from fedmira.federation.averaging import follow, mean_of, one_start, returned_weights
+from fedmira.federation.averaging import follow, mean_of, returned_weights
 from fedmira.federation.method import Info, Method, State
 from fedmira.federation.products import stacked
 from fedmira.federation.receiving import exchange_everything, received
-from fedmira.federation.shifting import first_shift, pair_bytes, shifted_adapters, shifted_by, with_shift
+from fedmira.federation.shifting import pair_bytes, shifted_adapters, shifted_by, unshifted, with_shift
 from fedmira.federation.similarity import low_rank_pairs
-from fedmira.types import Arena, Clients, Job, Participants, Results
+from fedmira.types import Clients, Job, Participants, Results
 
 
 def build(clients: Clients) -> Method:
     """Return the method; who downloads the means and the stacked factors of a round makes its residual itself."""
-
-    def init(initial: Arena, clients: Clients) -> State:
-        state = one_start(initial, clients)
-        return State(state.adapters, state.last_round_K, first_shift(initial))
 
     def plan(state: State, participants: Participants) -> Job:
         return with_shift(exchange_everything(state, participants), state, participants)
@@ -34,7 +30,7 @@ def build(clients: Clients) -> Method:
             return State(state.adapters, last_round_K, state.memory), info
         weights_K = returned_weights(clients, results.ids)
         shares_K = [weight / sum(weights_K) for weight in weights_K]
-        mean = mean_of(clients, results.ids, adapters.layout.groups, ())(adapters)
+        mean = mean_of(clients, results.ids)(adapters)
         factors, own_bytes = [], []
         for spec_a, spec_b in low_rank_pairs(adapters.layout):
             b_OQ, a_QI = stacked(adapters, spec_a, spec_b, shares_K)
@@ -43,4 +39,4 @@ def build(clients: Clients) -> Method:
             own_bytes.append(pair_bytes(b_OQ, a_QI, adapters.values_KP.element_size()))
         return State(mean, last_round_K, shifted_by(state, factors, own_bytes, results.ids)), info
 
-    return Method(init=init, plan=plan, merge=merge, personalise=shifted_adapters, join=follow())
+    return Method(init=unshifted, plan=plan, merge=merge, personalise=shifted_adapters, join=follow())

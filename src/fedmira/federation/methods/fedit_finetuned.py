@@ -8,7 +8,7 @@ from __future__ import annotations
 from fedmira.config import FederationConfig
 from fedmira.federation.averaging import share
 from fedmira.federation.method import Info, Method, State
-from fedmira.federation.receiving import exchange_everything, received
+from fedmira.federation.receiving import exchange_everything, stored
 from fedmira.method_config import FedITFinetunedConfig
 from fedmira.types import Clients, Job, Participants, Results
 
@@ -35,7 +35,6 @@ def build(config: FedITFinetunedConfig, clients: Clients, federation: Federation
     def merge(state: State, participants: Participants, results: Results) -> tuple[State, Info]:
         if participants.round <= global_rounds:
             return averaging.merge(state, participants, results)
-        adapters, last_round_K = received(state.adapters, state, participants, results)
-        return State(adapters, last_round_K), Info({"returned": float(len(results.ids))})
+        return stored(state, participants, results)
 
     return averaging._replace(plan=plan, merge=merge)

@@ -11,11 +11,11 @@ import math
 
 import torch
 
-from fedmira.federation.averaging import follow, one_start, returned_weights
+from fedmira.federation.averaging import follow, returned_weights
 from fedmira.federation.method import Info, Method, State
 from fedmira.federation.products import energy_rank, spectrum, stacked
 from fedmira.federation.receiving import exchange_everything, received
-from fedmira.federation.shifting import first_shift, pair_bytes, shifted_adapters, shifted_by, with_shift
+from fedmira.federation.shifting import pair_bytes, shifted_adapters, shifted_by, unshifted, with_shift
 from fedmira.federation.similarity import low_rank_pairs
 from fedmira.randomness import torch_generator
 from fedmira.types import Arena, Clients, Job, Participants, Results
@@ -23,10 +23,6 @@ from fedmira.types import Arena, Clients, Job, Participants, Results
 
 def build(clients: Clients, energy: float | None = None) -> Method:
     """Return the method; with `energy` each layer's sum is cut to the least rank that holds this share of it."""
-
-    def init(initial: Arena, clients: Clients) -> State:
-        state = one_start(initial, clients)
-        return State(state.adapters, state.last_round_K, first_shift(initial))
 
     def plan(state: State, participants: Participants) -> Job:
         # everybody draws its fresh pair from the seed of the round
@@ -52,7 +48,7 @@ def build(clients: Clients, energy: float | None = None) -> Method:
         info = Info({"returned": float(len(results.ids)), "merged_rank": sum(ranks) / len(ranks)})
         return State(_fresh(adapters, clients.seed, participants.round), last_round_K, memory), info
 
-    return Method(init=init, plan=plan, merge=merge, personalise=shifted_adapters, join=follow())
+    return Method(init=unshifted, plan=plan, merge=merge, personalise=shifted_adapters, join=follow())
 
 
 def _fresh(arena: Arena, seed: int, round_: int) -> Arena:

@@ -5,9 +5,9 @@ Knows nothing about other clients: nothing is sent, nothing is mixed.
 
 from __future__ import annotations
 
-from fedmira.federation.method import Info, Method, State
-from fedmira.federation.receiving import exchange_everything, first_state, own_adapters, received
-from fedmira.types import Job, Participants, Results
+from fedmira.federation.method import Method, State
+from fedmira.federation.receiving import exchange_everything, first_state, own_adapters, stored
+from fedmira.types import Job, Participants
 
 
 def build() -> Method:
@@ -16,8 +16,4 @@ def build() -> Method:
     def plan(state: State, participants: Participants) -> Job:
         return exchange_everything(state, participants)._replace(download=frozenset(), upload=frozenset())
 
-    def merge(state: State, participants: Participants, results: Results) -> tuple[State, Info]:
-        adapters, last_round_K = received(state.adapters, state, participants, results)
-        return State(adapters, last_round_K), Info({"returned": float(len(results.ids))})
-
-    return Method(init=first_state, plan=plan, merge=merge, personalise=own_adapters)
+    return Method(init=first_state, plan=plan, merge=stored, personalise=own_adapters)

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from fedmira.federation.method import Info, Method, State
+from fedmira.federation.method import Method, State
 from fedmira.federation.multiply import multiply
-from fedmira.federation.receiving import exchange_everything, first_state, own_adapters, received
+from fedmira.federation.receiving import exchange_everything, first_state, own_adapters, stored
 from fedmira.method_config import MrMtlConfig
-from fedmira.types import Job, Participants, Pull, Results
+from fedmira.types import Job, Participants, Pull
 
 
 def build(config: MrMtlConfig) -> Method:
@@ -28,8 +28,4 @@ def build(config: MrMtlConfig) -> Method:
         mean_1P = multiply(seen_K[None, :] / seen_K.sum(), state.adapters.values_KP)
         return job._replace(pull=Pull(mean_1P.expand_as(job.start_SP), (config.strength,) * len(job.ids)))
 
-    def merge(state: State, participants: Participants, results: Results) -> tuple[State, Info]:
-        adapters, last_round_K = received(state.adapters, state, participants, results)
-        return State(adapters, last_round_K), Info({"returned": float(len(results.ids))})
-
-    return Method(init=first_state, plan=plan, merge=merge, personalise=own_adapters)
+    return Method(init=first_state, plan=plan, merge=stored, personalise=own_adapters)

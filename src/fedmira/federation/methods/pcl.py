@@ -12,7 +12,7 @@ import torch
 from fedmira.federation.graph import PRIVACY, validated
 from fedmira.federation.method import Info, Method, State
 from fedmira.federation.mixing import linear
-from fedmira.federation.receiving import exchange_everything, first_state, own_adapters, received
+from fedmira.federation.receiving import exchange_everything, first_state, own_adapters, stored
 from fedmira.method_config import PCLConfig
 from fedmira.types import Clients, Job, Losses, Participants, Results, Trial
 
@@ -27,10 +27,6 @@ def build(config: PCLConfig, clients: Clients) -> Method:
     def plan(state: State, participants: Participants) -> Job:
         # what a client starts from it made itself, from adapters it got for the trial
         return exchange_everything(state, participants)._replace(download=frozenset())
-
-    def merge(state: State, participants: Participants, results: Results) -> tuple[State, Info]:
-        adapters, last_round_K = received(state.adapters, state, participants, results)
-        return State(adapters, last_round_K), Info({"returned": float(len(results.ids))})
 
     def trial(state: State, participants: Participants, results: Results) -> Trial | None:
         if not results.ids:
@@ -56,4 +52,4 @@ def build(config: PCLConfig, clients: Clients) -> Method:
         own_share = float(np.diagonal(trust_SS).mean())
         return State(mixed, state.last_round_K, dict(state.memory)), Info({"mixing_share": 1 - own_share}, graph)
 
-    return Method(first_state, plan, merge, own_adapters, trial, decide)
+    return Method(first_state, plan, stored, own_adapters, trial, decide)
