@@ -19,7 +19,7 @@ def tiny(**sections: Any) -> RunConfig:
             "data": {"source": "planted", "families": 2, "clients_per_family": 2, "examples": 12},
             "model": {"adapter": {"rank": 2, "targets": ["q_proj"]}, "dtype": "float32", "device": "cpu"},
             "training": {"local_steps": 1, "batch_size": 2},
-            "federation": {"rounds": 3},
+            "federation": {"rounds": 4},
             "evaluation": {"generation": {"max_new_tokens": 2}},
             **sections,
         }
@@ -52,13 +52,40 @@ def test_what_rests_on_validation_examples_that_nobody_holds_is_named(
     assert warnings(assemble(tiny(method=method))) == ()
 
 
+@pytest.mark.parametrize(
+    ("sections", "told"),
+    [
+        ({"method": {"name": "mira", "graph": {"warmup_rounds": 4}}}, "everybody to the end unless what is learned"),
+        ({"method": {"name": "mira", "graph": {"warmup_rounds": 4, "settled": 1}}}, "everybody to the end, and no"),
+        (
+            {"method": {"name": "mira", "graph": {"warmup_rounds": 4, "warmup": "none"}}},
+            "nobody is joined with anybody",
+        ),
+        ({"method": {"name": "mira", "graph": {"kind": "labels"}}}, None),
+        (
+            {"method": {"name": "fedlease", "warmup_rounds": 5}},
+            "method.warmup_rounds = 5 and federation.rounds = 4",
+        ),
+        ({"method": {"name": "fedlease", "warmup_rounds": 4}}, None),
+        ({"method": {"name": "fedit_finetuned", "local_rounds": 4}}, "method.local_rounds = 4 and"),
+        ({"method": {"name": "fedit_finetuned", "local_rounds": 3}}, None),
+        ({"training": {"warmup_rounds": 4}}, "training.warmup_rounds = 4 and federation"),
+        ({"training": {"warmup_rounds": 3.5}}, None),
+    ],
+)
+def test_a_phase_that_takes_all_rounds_is_told(sections: dict[str, Any], told: str | None) -> None:
+    lines = warnings(assemble(tiny(**sections)))
+    assert len(lines) == (told is not None)
+    assert told is None or told in lines[0]
+
+
 @pytest.mark.parametrize(("uploads", "refused"), [(3, None), (2, 3), (1, 2), (0, 1)])
 def test_the_round_that_the_privacy_budget_will_not_allow_is_known_before_the_first(
     uploads: int, refused: int | None
 ) -> None:
     budget = epsilon(uploads, 2.0, 1e-5) + 1e-6
     privacy = {"enabled": True, "noise_multiplier": 2.0, "budget": budget}
-    config = tiny(method={"name": "fedit"}, exchange={"privacy": privacy})
+    config = tiny(method={"name": "fedit"}, exchange={"privacy": privacy}, federation={"rounds": 3})
     told = warnings(assemble(config))
     assert len(told) == (refused is not None)
     if refused is not None:

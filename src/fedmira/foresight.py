@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import Counter
 
 from fedmira.assembly import Assembly
+from fedmira.config import RunConfig
 from fedmira.data.sources.files import unusable_line
 from fedmira.evaluation.judge import shortened_line
 from fedmira.exchange.privacy import max_uploads
@@ -20,6 +21,8 @@ def warnings(parts: Assembly) -> tuple[str, ...]:
     lines = (
         unusable_line(parts.federation.provenance),
         _unanswered_line(parts),
+        _graph_line(parts.config),
+        *_phase_lines(parts.config),
         shortened_line(parts.base, parts.layout, parts.tokenized, parts.config.evaluation),
         _budget_line(parts),
     )
@@ -35,6 +38,32 @@ def _unanswered_line(parts: Assembly) -> str:
         f"no client holds validation examples, so nothing comes of {' and '.join(asked)} in method.name = "
         f"{parts.config.method.name}; set data.partition.validation to 0.15, for example"
     )
+
+
+def _graph_line(config: RunConfig) -> str:
+    """Whether the warm-up of a learned graph may take all rounds."""
+    graph, rounds = getattr(config.method, "graph", None), config.federation.rounds
+    if graph is None or not graph.uses("warmup_rounds") or graph.warmup_rounds < rounds:
+        return ""
+    joined = "everybody is joined with everybody" if graph.warmup == "uniform" else "nobody is joined with anybody"
+    sooner = " unless what is learned settles sooner" if graph.settled < 1 else ""
+    return (
+        f"method.graph.warmup_rounds = {graph.warmup_rounds} and federation.rounds = {rounds}: {joined} to the end"
+        f"{sooner}, and no learned graph is used; take more rounds, or fewer to warm up"
+    )
+
+
+def _phase_lines(config: RunConfig) -> list[str]:
+    """Which other phases take all rounds, so that what should follow them, or come before, never happens."""
+    rounds, warming, alone = config.federation.rounds, config.training.warmup_rounds, "as with local_only"
+    clustered = getattr(config.method, "warmup_rounds", 0)
+    local = getattr(config.method, "local_rounds", None) or 0
+    found = (
+        (warming >= rounds, f"training.warmup_rounds = {warming:g}", "training.learning_rate is never reached"),
+        (clustered > rounds, f"method.warmup_rounds = {clustered}", f"clients train alone, {alone}"),
+        (local >= rounds, f"method.local_rounds = {local}", f"nothing is averaged, {alone}"),
+    )
+    return [f"{key} and federation.rounds = {rounds}: {what}" for holds, key, what in found if holds]
 
 
 def _budget_line(parts: Assembly) -> str:
