@@ -174,3 +174,29 @@ def test_a_folder_is_not_a_config(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").touch()
     with pytest.raises(ConfigError, match=r"is a folder.*a\.yaml"):
         load_config(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("model: {device: gpu}", "device = gpu is unknown; allowed: auto, cpu, cuda, cuda:1 and so on, mps"),
+        ("data: {partition: {test: 0}}", "data.partition.test = 0 leaves nothing to judge clients by in the end"),
+        ("federation: {clients_per_round: 17}", "data.families * data.clients_per_family = 16; lower it to at most 16"),
+        ("compare: {methods: 'fedit,mira'}", "for a list write [fedit,mira]"),
+        ("compare: {methods: fedit}", "for a list of one write [fedit]"),
+    ],
+)
+def test_what_the_config_alone_shows_is_told(text: str, told: str) -> None:
+    assert told in message_of(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "model: {device: 'cuda:1'}",
+        "{data: {partition: {test: 0}}, evaluation: {test: false}}",
+        "federation: {clients_per_round: 16}",
+    ],
+)
+def test_what_can_be_is_taken(text: str) -> None:
+    assert parse_config(text)

@@ -86,6 +86,8 @@ def test_the_method_of_the_docs_moves_clients_half_way(examples: tuple[dict[str,
     assert torch.equal(method.personalise(state).values_KP, expected)
     assert state.last_round_K == (1, 1)
     assert info.numbers["returned"] == 2
+    nobody = Results((), torch.zeros(0, 4), (), 0, 0, 0.0, 0)
+    assert torch.equal(method.merge(state, participants, nobody)[0].adapters.values_KP, expected)
 
 
 def test_the_source_of_the_docs_becomes_clients(examples: tuple[dict[str, Any], ...]) -> None:

@@ -19,9 +19,10 @@ from zipfile import BadZipFile
 
 import numpy as np
 import torch
+from pydantic import TypeAdapter
 
 from fedmira import __version__
-from fedmira.config import ModelConfig, RunConfig
+from fedmira.config import DataConfig, ModelConfig, RunConfig
 from fedmira.data.partition import build_federation
 from fedmira.data.probe import probe_texts
 from fedmira.data.tokenization import (
@@ -340,6 +341,7 @@ def cached_federation(config: RunConfig, known: tuple[str, ...] = ()) -> Federat
 
 
 Stamp: TypeAlias = tuple[tuple[str, int, int], ...]
+_DATA: TypeAdapter[DataConfig] = TypeAdapter(DataConfig)
 
 
 @functools.lru_cache(maxsize=1)
@@ -349,7 +351,7 @@ def _base(model_json: str, stamp: Stamp) -> BaseModel:
 
 @functools.lru_cache(maxsize=4)
 def _federation(data_json: str, seed: int, stamp: Stamp, known: tuple[str, ...]) -> Federation:
-    return build_federation(RunConfig.model_validate({"data": json.loads(data_json)}).data, seed, known)
+    return build_federation(_DATA.validate_json(data_json), seed, known)
 
 
 def _stamp(path: str) -> Stamp:

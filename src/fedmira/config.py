@@ -9,7 +9,7 @@ import re
 from collections.abc import Sequence
 from typing import Annotated, Literal
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, PositiveInt, field_validator, model_validator
 
 from fedmira.config_basics import (
     RUN_NAME,
@@ -121,6 +121,13 @@ class ModelConfig(Section):
     """`auto`, `cpu`, `cuda`, `cuda:1`, `mps`."""
     adapter: AdapterConfig = AdapterConfig()
     """What is trained on top of the base."""
+
+    @field_validator("device")
+    @classmethod
+    def _device_that_could_be(cls, device: str) -> str:
+        if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", device):
+            raise ValueError(f"device = {device} is unknown; allowed: auto, cpu, cuda, cuda:1 and so on, mps")
+        return device
 
 
 # ---------------------------------------------------------------------------------------------------------------- data
@@ -444,6 +451,18 @@ class RunConfig(Section):
                 raise ValueError(
                     "exchange.privacy would fill the components that clients of smaller rank leave at 0 with noise; "
                     "remove model.adapter.client_ranks, or switch exchange.privacy.enabled off"
+                )
+        if self.evaluation.test and not self.data.partition.test:
+            raise ValueError(
+                "data.partition.test = 0 leaves nothing to judge clients by in the end; set it to 0.25, for example, "
+                "or evaluation.test: false to train on everything"
+            )
+        if self.data.source == "planted" and self.federation.clients_per_round is not None:
+            most = self.data.families * self.data.clients_per_family
+            if self.federation.clients_per_round > most:
+                raise ValueError(
+                    f"federation.clients_per_round = {self.federation.clients_per_round}, but data.families * "
+                    f"data.clients_per_family = {most}; lower it to at most {most}"
                 )
         known = (*METHOD_NAMES, *self.compare.variants)
         for name in self.compare.methods:

@@ -270,7 +270,7 @@ def hint_for_value(value: Any, field: FieldInfo) -> str:
         return "; for nothing write null"
     accepts_list = any(get_origin(member) is tuple for member in members)
     if accepts_list and isinstance(value, str | int | float) and not isinstance(value, bool):
-        return f"; for a list of one write [{value}]"
+        return f"; for a list{'' if ',' in str(value) else ' of one'} write [{value}]"
     if str in members and isinstance(value, int | float) and not isinstance(value, bool):
         return f"; if it is a name, put it in quotes: {str(value)!r}"
     return ""

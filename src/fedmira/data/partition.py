@@ -99,10 +99,12 @@ def check_names(names: Iterable[str]) -> None:
     seen: dict[str, str] = {}
     for name in names:
         if not CLIENT_NAME.fullmatch(name):
+            strange = re.sub(r"[A-Za-z0-9 ._-]", "", name)
+            because = f" because of {strange[0]!r} (U+{ord(strange[0]):04X})" if strange else ""
             raise DataError(
-                f"the client name {_shown(name)} cannot be used. Allowed: 1 to 100 of the characters A-Z a-z 0-9, "
-                "space, dot, dash and underscore, not beginning with a dot or a space and not ending with a space. "
-                "Rename it in the data (the client field, the task or the file name)."
+                f"the client name {_shown(name)} cannot be used{because}. Allowed: 1 to 100 of the characters A-Z a-z "
+                "0-9, space, dot, dash and underscore, not beginning with a dot or a space and not ending with a "
+                "space. Rename it in the data (the client field, the task or the file name)."
             )
         if name.casefold() in seen:
             raise DataError(
@@ -113,7 +115,7 @@ def check_names(names: Iterable[str]) -> None:
 
 
 def _shown(name: str) -> str:
-    return ascii(name if len(name) <= 110 else name[:100] + "...")
+    return repr(name if len(name) <= 110 else name[:100] + "...")
 
 
 def _client(holding: _Holding, config: PartitionConfig, seed: int, placed: dict[str, str]) -> Client:

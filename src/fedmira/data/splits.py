@@ -75,7 +75,8 @@ def split_sizes(num_examples: int, partition: PartitionConfig) -> SplitSizes:
 
 def needed_splits(partition: PartitionConfig) -> tuple[str, ...]:
     """Return the splits that must not be empty at any client."""
-    return SPLITS if partition.validation else ("train", "test")
+    wanted = (True, partition.validation > 0, partition.test > 0)
+    return tuple(split for split, there in zip(SPLITS, wanted, strict=True) if there)
 
 
 def split_client(
@@ -153,10 +154,6 @@ def _refuse_empty(
         raise DataError(
             f"client {name!r} has no examples; every client needs at least {len(needed)}. "
             "Give it examples, ask for fewer clients, or remove it from the data."
-        )
-    if not partition.test:
-        raise DataError(
-            f"data.partition.test = 0 leaves nothing to judge client {name!r} by. Set it to 0.25, for example."
         )
     instead = ", remove it, or set data.partition.validation to 0" if partition.validation else " or remove it"
     raise DataError(
