@@ -93,19 +93,19 @@ def test_the_bytes_of_each_form(compression: Compression, per_row: int) -> None:
 
 def test_only_the_named_groups_cost_bytes_in_the_dtype_of_the_tensors() -> None:
     values_SP = rows(5, 3)
-    assert crossing_bytes(LAYOUT, values_SP, frozenset()) == 0
-    assert crossing_bytes(LAYOUT, values_SP, {"lora_b"}) == 3 * 20 * 4
-    assert crossing_bytes(LAYOUT, values_SP.bfloat16(), GROUPS) == 3 * 36 * 2
+    assert crossing_bytes(LAYOUT, frozenset(), values_SP) == 0
+    assert crossing_bytes(LAYOUT, {"lora_b"}, values_SP) == 3 * 20 * 4
+    assert crossing_bytes(LAYOUT, GROUPS, values_SP.bfloat16()) == 3 * 36 * 2
 
 
 def test_components_beyond_the_rank_of_a_client_do_not_cross() -> None:
     values_SP = torch.ones(2, LAYOUT.num_parameters)
     values_SP[1, 5:10] = 0.0
     # with its column of B the second component of layer a still needs its row of A
-    assert crossing_bytes(LAYOUT, values_SP, GROUPS) == 2 * 36 * 4
+    assert crossing_bytes(LAYOUT, GROUPS, values_SP) == 2 * 36 * 4
     values_SP[1, 11:18:2] = 0.0
-    assert crossing_bytes(LAYOUT, values_SP, GROUPS) == (2 * 36 - 5 - 4) * 4
-    assert crossing_bytes(LAYOUT, values_SP, {"lora_b"}) == (2 * 20 - 4) * 4
+    assert crossing_bytes(LAYOUT, GROUPS, values_SP) == (2 * 36 - 5 - 4) * 4
+    assert crossing_bytes(LAYOUT, {"lora_b"}, values_SP) == (2 * 20 - 4) * 4
     # a component that does nothing yet, B = 0, crosses
     values_SP[0, 11:18:2] = 0.0
-    assert crossing_bytes(LAYOUT, values_SP, {"lora_a"}) == (2 * 16 - 5) * 4
+    assert crossing_bytes(LAYOUT, {"lora_a"}, values_SP) == (2 * 16 - 5) * 4

@@ -155,4 +155,4 @@ def trial_bytes(trial: Trial, layout: Layout, rows_SP: torch.Tensor) -> tuple[in
     """
     groups = layout.groups if trial.groups is None else trial.groups
     answers = len(trial.ids) * trial.num_candidates * _ANSWER_BYTES
-    return answers, trial.sent * crossing_bytes(layout, rows_SP, groups) if trial.sent else 0
+    return answers, trial.sent * crossing_bytes(layout, groups, rows_SP) if trial.sent else 0

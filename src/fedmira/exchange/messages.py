@@ -23,7 +23,7 @@ _INT8 = 127.0
 PLACES, NUMBERS = "places", "numbers"
 
 
-def crossing_bytes(layout: Layout, values_SP: torch.Tensor, groups: Iterable[str]) -> int:
+def crossing_bytes(layout: Layout, groups: Iterable[str], values_SP: torch.Tensor) -> int:
     """Bytes of the tensors of `groups` in the rows `values_SP` if they cross as they are.
 
     Components that are 0 in both factors of a pair are beyond a client's rank and need not cross.
@@ -106,7 +106,7 @@ def encoded_bytes(
 ) -> int:
     """Bytes of the rows `values_SP` in the form `compression`; they depend on sizes alone."""
     if compression == "none" or not len(values_SP):
-        return crossing_bytes(layout, values_SP, groups)
+        return crossing_bytes(layout, groups, values_SP)
     wide_SP = values_SP[:1].to(torch.promote_types(values_SP.dtype, torch.float32))
     return len(values_SP) * message_bytes(encode(layout, groups, wide_SP, compression, top_k))
 

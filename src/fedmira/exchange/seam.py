@@ -113,7 +113,7 @@ class Seam:
         form = self._config.download_compression
         shift_bytes = len(set(job.ids)) * job.shift_bytes
         if form == "none":
-            return Sent(job, shift_bytes + crossing_bytes(self._layout, job.start_SP[: job.num_crossing], job.download))
+            return Sent(job, shift_bytes + crossing_bytes(self._layout, job.download, job.start_SP[: job.num_crossing]))
         crossed_SP = _crossed(job)
         got_SP, total_bytes = crossed_SP.clone(), shift_bytes
         for rows, ids, block in self._chunks(job, list(range(job.num_crossing))):
@@ -123,7 +123,7 @@ class Seam:
                 known = self._remembered(f"known.{block}", job, len(self._layout.groups), torch.bool)[ids, number]
                 told = [row for row, knows in zip(rows, known.tolist(), strict=True) if knows]
                 full = [row for row, knows in zip(rows, known.tolist(), strict=True) if not knows]
-                total_bytes += crossing_bytes(self._layout, crossed_SP[full], {group})
+                total_bytes += crossing_bytes(self._layout, {group}, crossed_SP[full])
                 if told:
                     copy_KP = self._remembered(f"copy.{block}", job, self._layout.num_parameters, crossed_SP.dtype)
                     copy_SP = copy_KP[[job.ids[row] for row in told]]
@@ -152,7 +152,7 @@ class Seam:
         # rows that stay with their clients are the last ones
         sent = [row for row in came if row < job.num_crossing]
         sent_SP, sent_start_SP = values_SP[: len(sent)], start_SP[: len(sent)]
-        upload_bytes = crossing_bytes(self._layout, sent_SP, groups)
+        upload_bytes = crossing_bytes(self._layout, groups, sent_SP)
         if job.seeds is not None:
             upload_bytes = _pairs_bytes(sum(reports[row].num_steps for row in sent))
         errors: list[tuple[list[int], int, torch.Tensor]] = []
@@ -290,8 +290,8 @@ def _arrived(job: Job, crossed_SP: torch.Tensor, got_SP: torch.Tensor) -> Job:
 def uncompressed_bytes(layout: Layout, job: Job, num_returned: int) -> int:
     """What upload and download of `job` would take if the tensors crossed as they are."""
     crossing_SP = job.start_SP[: job.num_crossing]
-    up = crossing_bytes(layout, crossing_SP[:num_returned], job.upload)
-    return up + crossing_bytes(layout, crossing_SP, job.download) + len(set(job.ids)) * job.shift_bytes
+    up = crossing_bytes(layout, job.upload, crossing_SP[:num_returned])
+    return up + crossing_bytes(layout, job.download, crossing_SP) + len(set(job.ids)) * job.shift_bytes
 
 
 def planned_bytes(config: ExchangeConfig, layout: Layout, job: Job, num_steps: int) -> tuple[int, int]:

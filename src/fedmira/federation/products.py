@@ -115,14 +115,14 @@ def _spectra(b_KOR: torch.Tensor, a_KRI: torch.Tensor, combinations: Sequence[Se
 
 
 def in_products(
-    matrix_KK: Matrix, align: bool = True, ranks_K: Sequence[int] | None = None, reference: Arena | None = None
+    matrix_MK: Matrix, align: bool = True, ranks_K: Sequence[int] | None = None, reference: Arena | None = None
 ) -> Mixer:
     """Return the mixer B_k A_k <- sum_l P_kl B_l A_l, each to the nearest pair of its rank; exact if that is enough.
 
     Rows like the identity's keep their bytes.
 
     Args:
-        matrix_KK: P, (M, K); a row of weights for each result.
+        matrix_MK: P, (M, K); a row of weights for each result.
         align: turn each pair by the rotation that brings it nearest to its reference; False leaves U S^1/2, S^1/2 V^T.
         ranks_K: largest rank of each result; None means that of the layer.
         reference: (M, P), what each result replaces; None means the arena itself.
@@ -134,7 +134,7 @@ def in_products(
         pairs = low_rank_pairs(arena.layout)
         moving = [
             (rows, weights)
-            for rows, weights in _alike(matrix_KK)
+            for rows, weights in _alike(matrix_MK)
             if reference is not None or len(rows) > 1 or weights != np.eye(1, len(weights), rows[0])[0].tolist()
         ]
         for spec_a, spec_b in pairs if moving else ():

@@ -155,8 +155,8 @@ class BaseModel:
                 packing=packing,
                 use_cache=False,
             )
-        hidden_ND: torch.Tensor = output.last_hidden_state.squeeze(0)
-        return hidden_ND
+        hidden_Nd: torch.Tensor = output.last_hidden_state.squeeze(0)
+        return hidden_Nd
 
     def inputs(self, tokens_N: torch.Tensor, soften: Soften | None = None) -> dict[str, torch.Tensor]:
         """What the stock model is called with for packed tokens: ids, or embeddings where there are soft prompts."""
@@ -169,11 +169,11 @@ class BaseModel:
         """What final logits are squeezed below, as in Gemma; None if they are not."""
         return getattr(self.model.config.get_text_config(), "final_logit_softcapping", None)
 
-    def logits(self, hidden_MD: torch.Tensor, room: torch.Tensor | None = None) -> torch.Tensor:
+    def logits(self, hidden_Md: torch.Tensor, room: torch.Tensor | None = None) -> torch.Tensor:
         """Apply the output embedding to hidden states (M, d) and return logits (M, V), which may lie in `room`."""
         head = self.model.get_output_embeddings()
-        tracked = torch.is_grad_enabled() and hidden_MD.requires_grad
-        logits_MV = head(hidden_MD) if tracked else product(hidden_MD, head.weight, head.bias, room)
+        tracked = torch.is_grad_enabled() and hidden_Md.requires_grad
+        logits_MV = head(hidden_Md) if tracked else product(hidden_Md, head.weight, head.bias, room)
         if self.softcap is not None:
             logits_MV = torch.tanh(logits_MV / self.softcap) * self.softcap
         return logits_MV
