@@ -37,6 +37,7 @@ def test_a_graph_says_what_it_reveals_and_how_stable_it_is(make_run: Make) -> No
     provenance = {"privacy": "Every client tells the server its task label <b>."}
     stable = changed(make_run(), {**numbers, "stability_margin": [2.5] * 8}, provenance=provenance)
     page = render(read(stable))
+    assert "warm-up" not in page
     assert "What it reveals: every client tells the server its task label &lt;b&gt;." in page
     assert "4 connected components, 1 of them single clients. Laplacian eigenvalues from 0.5" in page
     assert "an explicit step would bear 2.5 times this strength" in page
@@ -79,6 +80,24 @@ def test_a_graph_says_which_clusters_it_saw(make_run: Make, provenance: dict[str
     page = render(read(changed(make_run(), {}, provenance=provenance)))
     assert ("clusters" in page) == (words is not None)
     assert words is None or words in page
+
+
+@pytest.mark.parametrize(
+    ("warmup", "whom"), [("uniform", "everybody with everybody alike"), ("none", "nobody with any")]
+)
+def test_the_graph_of_the_warm_up_is_not_called_learned(make_run: Make, warmup: str, whom: str) -> None:
+    run = make_run(families=2, clients_per_family=2, rounds=3)
+    weight = float(warmup == "uniform")
+    matrix = [[weight * (row != column) for column in range(4)] for row in range(4)]
+    provenance = {"warmup": warmup, "round": 3, "privacy": "The server compares."}
+    page = render(read(changed(run, {}, adjacency=matrix, provenance=provenance)))
+    assert f"This is the graph of the warm-up after round 3, {whom}" in page
+    assert "nothing that was learned was used in that round" in page
+    assert "mira, graph gram, warm-up</h3>" in page
+    assert "What learning a graph reveals: the server compares." in page
+    assert "of its weight joins clients of one label" not in page
+    assert "related closely enough" not in page
+    assert ("No edges: the warm-up joins nobody" in page) == (warmup == "none")
 
 
 def test_without_labels_nothing_is_said_about_them(make_run: Make) -> None:
