@@ -148,6 +148,14 @@ class RunRecord:
                 by_round[round_] = by_round.get(round_, Mean()) + Mean(loss, 1)
         return [(round_, mean.value) for round_, mean in sorted(by_round.items()) if mean.value is not None]
 
+    def lowest_validation_loss(self) -> tuple[int, float] | None:
+        """(round, validation loss) of the mean's minimum over rounds that judged the same clients as the last one."""
+        everybody_there = max(self.joined_after.values(), default=0)
+        known = [
+            point for point in self.mean_validation_losses() if point[0] > everybody_there and math.isfinite(point[1])
+        ]
+        return min(known, key=lambda point: point[1], default=None)
+
 
 @dataclass(frozen=True)
 class StudyRecord:
