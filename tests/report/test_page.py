@@ -395,11 +395,15 @@ def test_a_browser_runs_nothing_that_a_name_smuggles_in(make_study: Make, looked
         assert view["charts"] == view["drawn"] >= 8
 
 
-def test_a_browser_draws_a_run_of_long_names(make_run: Make, looked_at: Any) -> None:
+@pytest.mark.parametrize(("labelled", "families", "each"), [(True, 12, 4), (False, 24, 1), (False, 4, 1)])
+def test_a_browser_draws_a_run_of_long_names(
+    make_run: Make, looked_at: Any, labelled: bool, families: int, each: int
+) -> None:
     run = make_run(
-        families=12,
+        families=families,
+        clients_per_family=each,
         name_of=lambda family, k: f"{'long' * 12}{family}-{k}",
-        task_of=lambda family: f"{'word' * 12}{family}",
+        task_of=lambda family: f"{'word' * 12}{family}" if labelled else "",
     )
     for view in looked_at(write_report(run), dark=False):
         assert view["scrollWidth"] <= view["width"]

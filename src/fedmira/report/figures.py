@@ -12,14 +12,14 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from fedmira.evaluation.meters import mean
+from fedmira.evaluation.meters import mean, scores_by_task
 from fedmira.report import charts, graph_charts
 from fedmira.report.formats import format_share
 from fedmira.report.reading import REFERENCE_METHOD, GraphRecord, RunRecord, number, seconds_of
 
 NUM_COLOURS = 8
 SPLIT_TASKS = 8
-"""A bar chart of more tasks than this stands in two columns."""
+"""A bar chart of more tasks or clients than this stands in two columns."""
 FOLDED_TASKS = 30
 """A bar chart of more tasks than this starts folded."""
 TIME_PARTS = (("train", "s4"), ("merge", "s3"), ("evaluate", "s7"))
@@ -66,19 +66,40 @@ def colours_of(methods: Iterable[str]) -> dict[str, str]:
     }
 
 
-def task_figure(groups: Sequence[tuple[str, Sequence[charts.Bar]]], caption: str, legend: Legend = ()) -> Figure:
-    """Bars of every task; many tasks stand in two columns of one scale, very many start folded."""
+def by_client(runs: Iterable[RunRecord]) -> bool:
+    """Whether test losses are better drawn of each client than of each task: none has a label, and they are few."""
+    found = [run.records for run in runs]
+    return not any(record.task for records in found for record in records) and all(
+        len(records) <= graph_charts.MAXIMUM_NAMES for records in found
+    )
+
+
+def judged_losses(run: RunRecord, *, of_clients: bool) -> dict[str, float]:
+    """Loss per token by the name of the client or, pooled over its clients, of the task; none where none is known."""
+    if of_clients:
+        losses = {record.name: record.loss.value for record in run.records}
+    else:
+        losses = {task or "no task label": pooled.loss for task, pooled in scores_by_task(run.records).items()}
+    return {name: loss for name, loss in losses.items() if loss is not None}
+
+
+def loss_figure(
+    groups: Sequence[tuple[str, Sequence[charts.Bar]]], caption: str, legend: Legend = (), *, of_clients: bool
+) -> Figure:
+    """Bars of every task or client; many of them stand in two columns of one scale, very many start folded."""
+    what = "client" if of_clients else "task"
+    pooled = "" if of_clients else ", pooled over the clients of a task"
     highest = max((bar.value for _, bars in groups for bar in bars if math.isfinite(bar.value)), default=1.0)
     half = -(-len(groups) // 2) if len(groups) > SPLIT_TASKS else len(groups)
     columns = [
-        charts.grouped_bars(part, f"Test loss of {len(part)} tasks", highest=highest)
+        charts.grouped_bars(part, f"Test loss of {len(part)} {what}s", highest=highest)
         for part in (groups[:half], groups[half:])
         if part
     ]
     return Figure(
-        heading="Test loss of each task",
+        heading=f"Test loss of each {what}",
         drawing=Markup("".join(columns)),
-        caption=f"Nats per answer token, pooled over the clients of a task{caption}; shorter is better.",
+        caption=f"Nats per answer token{pooled}{caption}; shorter is better.",
         legend=legend,
         wide=len(columns) > 1,
         folded=len(groups) > FOLDED_TASKS,
