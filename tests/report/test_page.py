@@ -254,6 +254,17 @@ def test_nothing_is_written_for_other_or_damaged_folders(tmp_path: Path, make_ru
     assert not (tmp_path / "report").exists()
 
 
+def test_a_run_that_failed_before_its_first_round_is_said_to_have_none(make_run: Make) -> None:
+    run = make_run()
+    (run / "manifest.json").unlink()
+    with pytest.raises(IntegrityError, match="manifest"):
+        write_report(run)
+    (run / "metrics.jsonl").write_text("")
+    with pytest.raises(UsageError, match=r"has no finished round yet; continue it with `fedmira run CONFIG --resume`"):
+        write_report(run)
+    assert not (run / "report").exists()
+
+
 def test_a_page_of_eighty_clients_stays_small(make_study: Make) -> None:
     study = make_study(
         seeds=(0,),

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from fedmira.report.page import render
 from fedmira.report.reading import read
 from fedmira.report.summary import summarise_run
 from fedmira.report.words import headline
@@ -175,6 +176,31 @@ def test_a_run_that_trained_on_after_its_best_says_so(
         assert sentences[1] == lines[-1] == ROSE.format(last)
         facts = summarise_run(run).facts()
         assert (facts["lowest_validation_round"], facts["lowest_validation_loss"]) == (2, pytest.approx(1.525))
+
+
+LOG = """\
+2026-11-27T21:35:52.471Z round {0}: anna was left out: her loss <b> is not finite; lower training.learning_rate
+2026-11-27T21:35:52.472Z round {0}: ben: was left out: his too
+2026-11-27T21:35:52.473Z round {1}: carl was left out: long ago
+2026-11-27T21:35:53.000Z round {1}: train loss 6.8159
+"""
+
+
+@pytest.mark.parametrize("rounds", [0, 2])
+def test_a_run_that_lost_all_results_of_a_round_says_why_from_its_log(make_run: Make, rounds: int) -> None:
+    run = make_run(rounds=rounds, finished=False)
+    (run / "run.log").write_text(LOG.format(rounds + 1, rounds))
+    sentences = headline(read(run))
+    assert sentences[1] == (
+        f"Round {rounds + 1} left 2 client results out and did not end. The first reason: "
+        "her loss <b> is not finite; lower training.learning_rate."
+    )
+    section = render(read(run)).split("<h2>Left out</h2>")[1].split("</section>")[0]
+    assert section.count(f"<td>{rounds + 1}</td>") == 2
+    assert "her loss &lt;b&gt; is not finite" in section
+    assert "long ago" not in section
+    (run / "run.log").unlink()
+    assert len(headline(read(run))) == 1
 
 
 def test_a_client_that_joins_with_a_high_loss_is_no_rise(make_run: Make) -> None:

@@ -117,7 +117,7 @@ def left_out(run: RunRecord) -> list[dict[str, str]]:
         {"round": str(event["round"]), "name": str(failure["client"]), "reason": str(failure["reason"])}
         for event in run.rounds
         for failure in event.get("failures", ())
-    ]
+    ] + [{"round": str(run.next_round), "name": name, "reason": reason} for name, reason in run.ended_by.items()]
 
 
 def privacy(run: RunRecord) -> list[tuple[str, str]]:

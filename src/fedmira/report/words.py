@@ -137,10 +137,11 @@ def _run_headline(run: RunRecord) -> list[str]:
     rounds = f"{summary.num_rounds} round{'' if summary.num_rounds == 1 else 's'}"
     if summary.numbers is None:
         if summary.validation_loss is None:
-            return [f"{run.method}, {rounds} so far; nothing has been evaluated yet."]
+            return [f"{run.method}, {rounds} so far; nothing has been evaluated yet.", *_end_in_words(run)]
         loss = format_loss(summary.validation_loss)
         return [
             f"{run.method} is at a mean validation loss of {loss} nats per token after {rounds}; no test numbers yet.",
+            *_end_in_words(run),
             *summary.advice(),
         ]
     numbers = summary.numbers
@@ -161,6 +162,15 @@ def _run_headline(run: RunRecord) -> list[str]:
     if failures:
         sentences.append(f"{failures} client result{'s' if failures > 1 else ''} went missing on the way.")
     return sentences
+
+
+def _end_in_words(run: RunRecord) -> list[str]:
+    """Why the round after the last did not come to an end, if results were left out of it."""
+    if not run.ended_by:
+        return []
+    count, first = len(run.ended_by), next(iter(run.ended_by.values()))
+    results = "1 client result" if count == 1 else f"{count} client results"
+    return [f"Round {run.next_round} left {results} out and did not end. The first reason: {first}."]
 
 
 def _losses_by_seed(study: StudyRecord) -> dict[tuple[str, int], float]:
