@@ -15,7 +15,7 @@ from fedmira import experiment
 from fedmira.assembly import Assembly
 from fedmira.config import RunConfig
 from fedmira.config_file import load_config
-from fedmira.errors import ConfigError, DivergedError, Interrupted, UsageError
+from fedmira.errors import ConfigError, DivergedError, IntegrityError, Interrupted, UsageError
 from fedmira.exchange.in_process import InProcess
 from fedmira.experiment import SilentDisplay
 from fedmira.report.page import write_report
@@ -342,3 +342,36 @@ def test_a_comparison_does_not_overwrite_a_run(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="holds a run, which a comparison would overwrite"):
         compare(config(), directory=path)
     assert snapshot(path) == before
+
+
+def test_a_study_of_another_config_is_refused_with_what_differs(tmp_path: Path, trained: list[Job]) -> None:
+    compare(config(methods=["local_only"]), directory=tmp_path)
+    trained.clear()
+    before = snapshot(tmp_path)
+    other = config(methods=["local_only", "fedit"])
+    data = other.data.model_copy(update={"clients_per_family": 3})
+    other = other.model_copy(update={"data": data, "seed": 5, "name": "renamed"})
+    with pytest.raises(UsageError, match=r"holds a study of another config") as raised:
+        compare(other, directory=tmp_path)
+    assert raised.value.args[0].splitlines()[1:] == [
+        "  data.clients_per_family: 2 -> 3",
+        "Give another --out for a new study, or put these values back to go on with that one.",
+    ]
+    many = tiny("fedit", compare={"methods": ["local_only"]}, federation={"rounds": 3}, training={"batch_size": 1})
+    with pytest.raises(UsageError, match=r"\.\.\. \(\d+ in all\)\nGive another --out"):
+        compare(many, directory=tmp_path)
+    assert trained == []
+    assert snapshot(tmp_path) == before
+    (tmp_path / "config.resolved.yaml").write_text("no_such_key: 1\n")
+    with pytest.raises(IntegrityError, match="damaged or was written by another version"):
+        compare(config(methods=["local_only"]), directory=tmp_path)
+
+
+def test_other_methods_variants_seeds_and_names_go_on_with_a_study(tmp_path: Path, trained: list[Job]) -> None:
+    compare(config(methods=["local_only"]), directory=tmp_path)
+    trained.clear()
+    section = {"methods": ["local_only", "soft"], "variants": {"soft": {"name": "mira", "strength": 0.1}}, "seeds": 2}
+    more = config(**section, tuning_seed=77).model_copy(update={"name": "tiny"})
+    compare(more, directory=tmp_path)
+    assert len(trained) == 3 * 2, "all but local_only on seed 0"
+    compare(more.model_copy(update={"seed": 1}), directory=tmp_path)

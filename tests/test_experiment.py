@@ -26,6 +26,8 @@ from fedmira.evaluation.judge import final_records, validation_losses
 from fedmira.exchange.in_process import InProcess
 from fedmira.experiment import run
 from fedmira.export.clients import load_trained
+from fedmira.report.reading import read_run
+from fedmira.report.words import headline
 from fedmira.runs.checkpoint import FOLDER, TENSORS, load_latest
 from fedmira.runs.store import RunStore
 from fedmira.types import Arena, Job, Results
@@ -326,6 +328,13 @@ def test_a_run_in_which_all_clients_fail_stops_with_the_reason(tmp_path: Path, p
     assert raised.value.exit_code == 1
     assert f"the loss of client {CLIENTS[0]} is not finite in round 1, step 1" in str(raised.value)
     assert "learning_rate" in str(raised.value)
+    [path] = tmp_path.iterdir()
+    words = headline(read_run(path))
+    assert words[0] == "mira, 0 rounds so far; nothing has been evaluated yet."
+    assert words[1].startswith(
+        "Round 1 left 4 client results out and did not end. The first reason: "
+        f"the loss of client {CLIENTS[0]} is not finite in round 1, step 1"
+    )
 
 
 def test_a_run_whose_clients_fail_late_can_go_on_once_they_are_well(

@@ -32,6 +32,7 @@ from fedmira.profile import profiled
 from fedmira.runs.checkpoint import Checkpoint, load_latest, save
 from fedmira.runs.signals import StopFlag, stop_on_signals
 from fedmira.runs.store import RunStore
+from fedmira.runs.telling import left_out_line
 from fedmira.stages import settle_with, stage
 from fedmira.training.cohort import Progress, StopRequested
 from fedmira.types import Arena, Job, Participants, Results
@@ -206,7 +207,7 @@ class _Run:
             raise
         for report in results.reports:
             if report.failure:
-                self._tell(f"round {round_}: {self.parts.clients.names[report.id]} was left out: {report.failure}")
+                self._tell(left_out_line(round_, self.parts.clients.names[report.id], report.failure))
         if not results.ids:
             raise DivergedError(
                 f"round {round_}: no client returned a result. First failure: {results.reports[0].failure}. "

@@ -251,12 +251,18 @@ def test_compare_ends_with_a_table_and_a_report_and_goes_on_where_it_stopped(fed
 
 def test_a_method_that_diverges_costs_the_exit_code_and_not_the_table(fedmira, place: Path) -> None:
     wild = "compare.variants={wild: {name: fedadam, server_lr: 1.0e38}}"
-    outcome = fedmira(
-        "compare", "c.yaml", wild, "federation.rounds=3", "--methods", "wild,local_only", "--out", "study"
-    )
+    outcome = fedmira("compare", "c.yaml", wild, "federation.rounds=3", "--methods", "wild,local_only", "--out", "wild")
     assert outcome.code == 1
     assert "local_only" in outcome.out
-    assert Path("study/report/index.html").is_file()
+    assert Path("wild/report/index.html").is_file()
+
+
+def test_compare_keeps_a_study_of_another_config(fedmira, place: Path) -> None:
+    before = Path("study/study.json").read_bytes()
+    outcome = fedmira("compare", "c.yaml", "federation.rounds=3", "--methods", "local_only", "--out", "study")
+    assert outcome.code == 2
+    assert "federation.rounds: 2 -> 3\nGive another --out" in outcome.err
+    assert Path("study/study.json").read_bytes() == before
 
 
 def test_compare_with_a_misspelt_method(fedmira, place: Path) -> None:

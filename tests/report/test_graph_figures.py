@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from fedmira.errors import IntegrityError
+from fedmira.report.graph_charts import MAXIMUM_NAMES
 from fedmira.report.page import render
 from fedmira.report.reading import read
 
@@ -37,6 +38,7 @@ def test_a_graph_says_what_it_reveals_and_how_stable_it_is(make_run: Make) -> No
     provenance = {"privacy": "Every client tells the server its task label <b>."}
     stable = changed(make_run(), {**numbers, "stability_margin": [2.5] * 8}, provenance=provenance)
     page = render(read(stable))
+    assert "warm-up" not in page
     assert "What it reveals: every client tells the server its task label &lt;b&gt;." in page
     assert "4 connected components, 1 of them single clients. Laplacian eigenvalues from 0.5" in page
     assert "an explicit step would bear 2.5 times this strength" in page
@@ -81,13 +83,53 @@ def test_a_graph_says_which_clusters_it_saw(make_run: Make, provenance: dict[str
     assert words is None or words in page
 
 
+@pytest.mark.parametrize(
+    ("warmup", "whom"), [("uniform", "everybody with everybody alike"), ("none", "nobody with any")]
+)
+def test_the_graph_of_the_warm_up_is_not_called_learned(make_run: Make, warmup: str, whom: str) -> None:
+    run = make_run(families=2, clients_per_family=2, rounds=3)
+    weight = float(warmup == "uniform")
+    matrix = [[weight * (row != column) for column in range(4)] for row in range(4)]
+    provenance = {"warmup": warmup, "round": 3, "privacy": "The server compares."}
+    page = render(read(changed(run, {}, adjacency=matrix, provenance=provenance)))
+    assert f"This is the graph of the warm-up after round 3, {whom}" in page
+    assert "nothing that was learned was used in that round" in page
+    assert "mira, graph gram, warm-up</h3>" in page
+    assert "What learning a graph reveals: the server compares." in page
+    assert "of its weight joins clients of one label" not in page
+    assert "related closely enough" not in page
+    assert ("No edges: the warm-up joins nobody" in page) == (warmup == "none")
+
+
+def test_without_labels_a_printed_graph_and_its_losses_name_every_client(make_run: Make, make_study: Make) -> None:
+    """In rows, columns, nodes and bars; not only where one points."""
+    unlabelled: dict[str, Any] = {
+        "clients_per_family": 1,
+        "name_of": lambda family, k: f"<i>ward{family}",
+        "task_of": lambda family: "",
+        "true_graph": False,
+    }
+    for num_clients in (3, MAXIMUM_NAMES):
+        for path in (
+            make_run(families=num_clients, **unlabelled),
+            make_study(methods=("local_only", "mira"), seeds=(0,), families=num_clients, **unlabelled),
+        ):
+            page = render(read(path))
+            for k in range(num_clients):
+                assert page.count(f">&lt;i&gt;ward{k}</text>") == 4
+            assert "Test loss of each client</h3>" in page
+            assert "no task label</text>" not in page
+            assert "ordered by label" not in page
+    crowd = render(read(make_run(families=MAXIMUM_NAMES + 1, **unlabelled)))
+    assert "ward1</text>" not in crowd
+    assert "Test loss of each task</h3>" in crowd
+    labelled = render(read(make_study(methods=("local_only", "mira"), seeds=(0,))))
+    assert "client0</text>" not in labelled
+    assert "ordered by label" in labelled
+
+
 def test_without_labels_nothing_is_said_about_them(make_run: Make) -> None:
-    run = make_run(families=2, clients_per_family=2)
-    manifest = json.loads((run / "manifest.json").read_text())
-    for client in manifest["clients"]:
-        client["task"] = client["category"] = ""
-    (run / "manifest.json").write_text(json.dumps(manifest))
-    page = render(read(run))
+    page = render(read(make_run(families=2, clients_per_family=2, task_of=lambda family: "")))
     assert "joins clients of one label" not in page
     assert "grey ones join different labels" not in page
     assert "a thicker line is a heavier edge." in page

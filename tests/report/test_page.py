@@ -254,6 +254,17 @@ def test_nothing_is_written_for_other_or_damaged_folders(tmp_path: Path, make_ru
     assert not (tmp_path / "report").exists()
 
 
+def test_a_run_that_failed_before_its_first_round_is_said_to_have_none(make_run: Make) -> None:
+    run = make_run()
+    (run / "manifest.json").unlink()
+    with pytest.raises(IntegrityError, match="manifest"):
+        write_report(run)
+    (run / "metrics.jsonl").write_text("")
+    with pytest.raises(UsageError, match=r"has no finished round yet; continue it with `fedmira run CONFIG --resume`"):
+        write_report(run)
+    assert not (run / "report").exists()
+
+
 def test_a_page_of_eighty_clients_stays_small(make_study: Make) -> None:
     study = make_study(
         seeds=(0,),
@@ -395,11 +406,15 @@ def test_a_browser_runs_nothing_that_a_name_smuggles_in(make_study: Make, looked
         assert view["charts"] == view["drawn"] >= 8
 
 
-def test_a_browser_draws_a_run_of_long_names(make_run: Make, looked_at: Any) -> None:
+@pytest.mark.parametrize(("labelled", "families", "each"), [(True, 12, 4), (False, 24, 1), (False, 4, 1)])
+def test_a_browser_draws_a_run_of_long_names(
+    make_run: Make, looked_at: Any, labelled: bool, families: int, each: int
+) -> None:
     run = make_run(
-        families=12,
+        families=families,
+        clients_per_family=each,
         name_of=lambda family, k: f"{'long' * 12}{family}-{k}",
-        task_of=lambda family: f"{'word' * 12}{family}",
+        task_of=lambda family: f"{'word' * 12}{family}" if labelled else "",
     )
     for view in looked_at(write_report(run), dark=False):
         assert view["scrollWidth"] <= view["width"]

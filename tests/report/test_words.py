@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
 
+from fedmira.report.page import render
 from fedmira.report.reading import read
+from fedmira.report.summary import summarise_run
 from fedmira.report.words import headline
 
 Make = Callable[..., Path]
@@ -125,3 +128,98 @@ def test_a_run_says_where_it_ends(make_run: Make) -> None:
     assert "fedmira compare" in words[1]
     assert "validation loss" in headline(read(make_run(finished=False)))[0]
     assert len(headline(read(make_run(method="local_only")))) == 1
+
+
+def with_validation(run: Path, losses: list[float], late: tuple[str, int] | None = None) -> Path:
+    """Let all clients have these validation losses, a round each; `late` joined after that round, 1.0 above them."""
+    events = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for event in (event for event in events if event["event"] == "evaluation"):
+        if late and event["round"] <= late[1]:
+            del event["clients"][late[0]]
+        for name, client in event["clients"].items():
+            loss = losses[event["round"] - 1] + (late is not None and name == late[0])
+            client |= {"loss_sum": None if math.isnan(loss) else loss * 100, "tokens": 100}
+    (run / "metrics.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+    if late:
+        manifest = json.loads((run / "manifest.json").read_text())
+        [client] = [client for client in manifest["clients"] if client["name"] == late[0]]
+        client["joined_after"] = late[1]
+        (run / "manifest.json").write_text(json.dumps(manifest))
+    return run
+
+
+ROSE = (
+    "Validation loss was lowest after round 2 (1.525) and is {} after the last; "
+    "fewer rounds or a lower learning rate may do better."
+)
+
+
+@pytest.mark.parametrize(
+    ("losses", "last"),
+    [
+        ([2.0, 1.525, 3.832], "3.832"),
+        ([2.0, 1.525, float("nan")], "nan"),
+        ([2.0, 1.525, 1.6], None),
+        ([2.0, 1.9, 1.525], None),
+        ([float("nan")] * 3, None),
+    ],
+)
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_run_that_trained_on_after_its_best_says_so(
+    make_run: Make, losses: list[float], last: str | None, finished: bool
+) -> None:
+    run = with_validation(make_run(rounds=3, finished=finished), losses)
+    sentences, lines = headline(read(run)), summarise_run(run).lines()
+    if last is None:
+        assert not any("fewer rounds" in sentence for sentence in (*sentences, *lines))
+    else:
+        assert sentences[1] == lines[-1] == ROSE.format(last)
+        facts = summarise_run(run).facts()
+        assert (facts["lowest_validation_round"], facts["lowest_validation_loss"]) == (2, pytest.approx(1.525))
+
+
+LOG = """\
+2026-11-27T21:35:52.471Z round {0}: anna was left out: her loss <b> is not finite; lower training.learning_rate
+2026-11-27T21:35:52.472Z round {0}: ben: was left out: his too
+2026-11-27T21:35:52.473Z round {1}: carl was left out: long ago
+2026-11-27T21:35:53.000Z round {1}: train loss 6.8159
+"""
+
+
+@pytest.mark.parametrize("rounds", [0, 2])
+def test_a_run_that_lost_all_results_of_a_round_says_why_from_its_log(make_run: Make, rounds: int) -> None:
+    run = make_run(rounds=rounds, finished=False)
+    (run / "run.log").write_text(LOG.format(rounds + 1, rounds))
+    sentences = headline(read(run))
+    assert sentences[1] == (
+        f"Round {rounds + 1} left 2 client results out and did not end. The first reason: "
+        "her loss <b> is not finite; lower training.learning_rate."
+    )
+    section = render(read(run)).split("<h2>Left out</h2>")[1].split("</section>")[0]
+    assert section.count(f"<td>{rounds + 1}</td>") == 2
+    assert "her loss &lt;b&gt; is not finite" in section
+    assert "long ago" not in section
+    (run / "run.log").unlink()
+    assert len(headline(read(run))) == 1
+
+
+def test_a_client_that_joins_with_a_high_loss_is_no_rise(make_run: Make) -> None:
+    """The mean before it joined was over others; what counts is what came after."""
+    late = ("family0-client0", 1)
+
+    def said(losses: list[float]) -> str:
+        return " ".join(headline(read(with_validation(make_run(rounds=3, families=1), losses, late))))
+
+    assert "lowest after" not in said([1.0, 1.0, 1.0])
+    assert "lowest after round 2 (1.250) and is 2.250 after the last" in said([0.5, 1.0, 2.0])
+
+
+def test_a_study_names_the_methods_that_trained_on_after_their_best_on_every_seed(make_study: Make) -> None:
+    study = make_study(methods=("local_only", "fedit", "mira"), seeds=(0, 1), rounds=2)
+    assert "clearly above" not in " ".join(headline(read(study)))
+    for entry in json.loads((study / "study.json").read_text())["runs"]:
+        if entry["method"] == "fedit" or (entry["method"], entry["seed"]) == ("mira", 0):
+            with_validation(study / entry["path"], [1.0, 2.0])
+    assert "Under fedit the validation loss ends clearly above its lowest; fewer rounds" in " ".join(
+        headline(read(study))
+    )

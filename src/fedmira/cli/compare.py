@@ -31,7 +31,7 @@ def quickstart(session: Session, out: Path | None) -> None:
 @click.command(short_help="Train several methods on the same clients and compare them.")
 @config_arguments
 @click.option("--methods", help="Comma-separated names, such as local_only,fedit,mira; variants of the config count.")
-@click.option("--seeds", type=int, help="Number of paired draws.")
+@click.option("--seeds", type=int, help="Number of paired draws; finished runs are kept in the same --out folder.")
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), help="Folder of the study.")
 @standard_options
 @click.pass_obj

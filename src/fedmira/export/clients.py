@@ -56,7 +56,7 @@ def load_trained(run: Path) -> Trained:
     from fedmira.model.base import load_base
     from fedmira.model.kinds import adapter_layout
     from fedmira.runs.checkpoint import load_latest
-    from fedmira.runs.store import RunStore
+    from fedmira.runs.store import RunStore, no_finished_round
 
     if (run / "study.json").is_file():
         example = next(iter(sorted((run / "runs").glob("*"))), run / "runs" / "RUN")
@@ -64,7 +64,7 @@ def load_trained(run: Path) -> Trained:
     store = RunStore.open(run)
     checkpoint = load_latest(run, config_hash=store.config_hash)
     if checkpoint is None or checkpoint.facts["completed_rounds"] == 0:
-        raise UsageError(f"{run} has no finished round yet; continue it with `fedmira run CONFIG --resume`")
+        raise no_finished_round(run)
     manifest = store.manifest()
     base = load_base(store.config.model)
     refuse_other_base(run, manifest["model"], base)

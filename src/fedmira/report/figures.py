@@ -12,14 +12,14 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from fedmira.evaluation.meters import mean
+from fedmira.evaluation.meters import mean, scores_by_task
 from fedmira.report import charts, graph_charts
 from fedmira.report.formats import format_share
-from fedmira.report.reading import REFERENCE_METHOD, RunRecord, number, seconds_of
+from fedmira.report.reading import REFERENCE_METHOD, GraphRecord, RunRecord, number, seconds_of
 
 NUM_COLOURS = 8
 SPLIT_TASKS = 8
-"""A bar chart of more tasks than this stands in two columns."""
+"""A bar chart of more tasks or clients than this stands in two columns."""
 FOLDED_TASKS = 30
 """A bar chart of more tasks than this starts folded."""
 TIME_PARTS = (("train", "s4"), ("merge", "s3"), ("evaluate", "s7"))
@@ -66,19 +66,40 @@ def colours_of(methods: Iterable[str]) -> dict[str, str]:
     }
 
 
-def task_figure(groups: Sequence[tuple[str, Sequence[charts.Bar]]], caption: str, legend: Legend = ()) -> Figure:
-    """Bars of every task; many tasks stand in two columns of one scale, very many start folded."""
+def by_client(runs: Iterable[RunRecord]) -> bool:
+    """Whether test losses are better drawn of each client than of each task: none has a label, and they are few."""
+    found = [run.records for run in runs]
+    return not any(record.task for records in found for record in records) and all(
+        len(records) <= graph_charts.MAXIMUM_NAMES for records in found
+    )
+
+
+def judged_losses(run: RunRecord, *, of_clients: bool) -> dict[str, float]:
+    """Loss per token by the name of the client or, pooled over its clients, of the task; none where none is known."""
+    if of_clients:
+        losses = {record.name: record.loss.value for record in run.records}
+    else:
+        losses = {task or "no task label": pooled.loss for task, pooled in scores_by_task(run.records).items()}
+    return {name: loss for name, loss in losses.items() if loss is not None}
+
+
+def loss_figure(
+    groups: Sequence[tuple[str, Sequence[charts.Bar]]], caption: str, legend: Legend = (), *, of_clients: bool
+) -> Figure:
+    """Bars of every task or client; many of them stand in two columns of one scale, very many start folded."""
+    what = "client" if of_clients else "task"
+    pooled = "" if of_clients else ", pooled over the clients of a task"
     highest = max((bar.value for _, bars in groups for bar in bars if math.isfinite(bar.value)), default=1.0)
     half = -(-len(groups) // 2) if len(groups) > SPLIT_TASKS else len(groups)
     columns = [
-        charts.grouped_bars(part, f"Test loss of {len(part)} tasks", highest=highest)
+        charts.grouped_bars(part, f"Test loss of {len(part)} {what}s", highest=highest)
         for part in (groups[:half], groups[half:])
         if part
     ]
     return Figure(
-        heading="Test loss of each task",
+        heading=f"Test loss of each {what}",
         drawing=Markup("".join(columns)),
-        caption=f"Nats per answer token, pooled over the clients of a task{caption}; shorter is better.",
+        caption=f"Nats per answer token{pooled}{caption}; shorter is better.",
         legend=legend,
         wide=len(columns) > 1,
         folded=len(groups) > FOLDED_TASKS,
@@ -94,14 +115,13 @@ def graph_figures(run: RunRecord, *, truth: bool = True) -> Iterable[Figure]:
     if run.graph is None:
         return
     graph = graph_charts.order_by_group(run.graph.names, group_labels(run), run.graph.adjacency)
-    share = graph_charts.share_within_groups(graph)
-    inside = "" if share is None else f" {format_share(share)} of its weight joins clients of one label."
     what = f"{run.method}, graph {run.graph.name}" if run.graph.name else run.method
+    learned = _labels_in_words(graph) + _clusters_in_words(run)
     yield Figure(
-        heading=what,
+        heading=f"{what}, warm-up" if _warming_up(run.graph) else what,
         drawing=Markup(graph_charts.heat_map(graph, f"Weights of the graph of {run.method} as a heat map")),
-        caption=f"Row and column are clients, a stronger cell is a heavier edge.{inside}{_clusters_in_words(run)}"
-        f"{_privacy_in_words(run)}",
+        caption="Row and column are clients, a stronger cell is a heavier edge."
+        f"{_warmup_in_words(run.graph) or learned}{_privacy_in_words(run.graph)}",
         square=True,
     )
     linked = graph_charts.node_link(graph, f"The graph of {run.method} drawn on a circle")
@@ -109,35 +129,57 @@ def graph_figures(run: RunRecord, *, truth: bool = True) -> Iterable[Figure]:
         yield Figure(
             heading=f"{run.method}, drawn",
             drawing=Markup(linked),
-            caption=_edges_in_words(graph, _num_edges(graph)) + _spectrum_in_words(run),
+            caption=_edges_in_words(graph, learned=not _warming_up(run.graph)) + _spectrum_in_words(run),
             square=True,
         )
     for block, adjacency in run.graph.blocks.items():
         part = graph_charts.order_by_group(run.graph.names, group_labels(run), adjacency)
-        share = graph_charts.share_within_groups(part)
-        inside = "" if share is None else f" {format_share(share)} of its weight joins clients of one label."
         yield Figure(
             heading=f"{run.method}, {block}",
             drawing=Markup(graph_charts.heat_map(part, f"Weights of the graph of {block} of {run.method}")),
-            caption=f"The layers of this block are mixed on a graph of their own.{inside}",
+            caption=f"The layers of this block are mixed on a graph of their own.{_labels_in_words(part)}",
             square=True,
         )
     if truth:
         yield from truth_figures(run)
 
 
-def _edges_in_words(graph: graph_charts.Ordered, edges: int) -> str:
-    drawn = len(graph_charts.drawn_edges(graph))
+def _labels_in_words(graph: graph_charts.Ordered) -> str:
+    share = graph_charts.share_within_groups(graph)
+    return "" if share is None else f" {format_share(share)} of its weight joins clients of one label."
+
+
+def _warming_up(graph: GraphRecord) -> bool:
+    """Whether clients were mixed on what `graph.warmup` says, since what was learned was not trusted yet."""
+    return "warmup" in graph.provenance
+
+
+def _warmup_in_words(graph: GraphRecord) -> str:
+    if not _warming_up(graph):
+        return ""
+    whom = {"uniform": "everybody with everybody alike", "none": "nobody with anybody"}
+    warmup = str(graph.provenance["warmup"])
+    after = f" after round {graph.provenance['round']}" if "round" in graph.provenance else ""
+    return (
+        f" This is the graph of the warm-up{after}, {whom.get(warmup, warmup)}: nothing that was learned was used in "
+        "that round. A learned graph is used once method.graph.warmup_rounds are over, or earlier if it settles."
+    )
+
+
+def _edges_in_words(graph: graph_charts.Ordered, *, learned: bool) -> str:
+    drawn, edges = len(graph_charts.drawn_edges(graph)), _num_edges(graph)
     if not edges:
-        return "No edges: nobody was related closely enough, so every client kept its own adapter in that round."
+        why = "nobody was related closely enough" if learned else "the warm-up joins nobody"
+        return f"No edges: {why}, so every client kept its own adapter in that round."
     counted = f"The {drawn} heaviest of {edges} edges" if drawn < edges else f"{edges} edge{'s' if edges > 1 else ''}"
     across = ", grey ones join different labels" if any(graph.groups) else ""
     return f"{counted}; a thicker line is a heavier edge{across}."
 
 
-def _privacy_in_words(run: RunRecord) -> str:
-    note = "" if run.graph is None else str(run.graph.provenance.get("privacy") or "")
-    return f" What it reveals: {note[:1].lower()}{note[1:]}" if note else ""
+def _privacy_in_words(graph: GraphRecord) -> str:
+    note = str(graph.provenance.get("privacy") or "")
+    what = "learning a graph" if _warming_up(graph) else "it"
+    return f" What {what} reveals: {note[:1].lower()}{note[1:]}" if note else ""
 
 
 def _clusters_in_words(run: RunRecord) -> str:

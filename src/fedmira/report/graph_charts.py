@@ -21,6 +21,10 @@ MAXIMUM_EDGES = 200
 """Only the heaviest edges are drawn."""
 MAXIMUM_TIPS = 300
 """Cells or edges that name their two clients when pointed at; where there are more, none does."""
+MAXIMUM_NAMES = 24
+"""Where no labels group the clients, up to so many are named beside their rows, columns and nodes."""
+NAME_LENGTH = 16
+"""Characters of a client's name beside a row."""
 TIP_LENGTH = 24
 """Characters of a client's name in such a tip."""
 LEVELS = 8
@@ -29,6 +33,8 @@ UPRIGHT_LABELS = 8
 """More groups than this are named along rays, and more than
 RADIAL_LABELS only when pointed at."""
 RADIAL_LABELS = 40
+TINY_WIDTH = 6.0
+"""Of a character of such a name."""
 SIZE = 360.0
 """Side of a drawing in user units."""
 GROUP_COLOURS = 8
@@ -74,11 +80,15 @@ def _of_one_group(one: str, other: str) -> bool:
 
 
 def heat_map(graph: Ordered, description: str) -> str:
-    """The matrix of weights, darker is heavier; bars along two sides and thin lines mark the groups."""
+    """The matrix of weights, darker is heavier; bars along two sides and thin lines mark the groups.
+
+    Without groups, names stand along these two sides.
+    """
     names, groups, weights = _binned(graph)
     size = len(names)
     heaviest = max((weight for row in weights for weight in row if math.isfinite(weight)), default=0.0)
-    margin = 12.0
+    shown = [shorten(name, NAME_LENGTH) for name in names] if _is_named(graph) else []
+    margin = 12.0 + TINY_WIDTH * max(map(len, shown), default=0)
     cell = (SIZE - margin - 2) / max(1, size)
     parts = [tag("rect", x=margin, y=margin, width=cell * size, height=cell * size, class_="paper")]
     filled = [
@@ -89,7 +99,12 @@ def heat_map(graph: Ordered, description: str) -> str:
     ]
     cells = _cells(filled, names, heaviest) if len(filled) <= MAXIMUM_TIPS else _strokes(filled, heaviest)
     parts.append(tag("g", cells, transform=f"translate({margin} {margin}) scale({cell:.4f})"))
-    for start, end, label in _runs(groups):
+    for position, name in enumerate(shown):
+        middle = margin + (position + 0.5) * cell
+        for turn, anchor, x, y in ((0, "end", margin - 5, middle), (-90, "start", middle, margin - 5)):
+            place = f"translate({x:.1f} {y:.1f}) rotate({turn})"
+            parts.append(text(0, 3.5, name, text_anchor=anchor, class_="label tiny", transform=place))
+    for start, end, label in [] if shown else _runs(groups):
         colour = f"fill g{_group_index(groups, label)}"
         at, length = margin + start * cell, (end - start) * cell
         tip = title(label or "clients")
@@ -109,8 +124,9 @@ def node_link(graph: Ordered, description: str) -> str | None:
     size = len(graph.names)
     if size > MAXIMUM_NODES:
         return None
-    radial = len(_runs(graph.groups)) > UPRIGHT_LABELS
-    longest = max(map(len, graph.groups), default=0)
+    labels = graph.names if _is_named(graph) else graph.groups
+    radial = len(_runs(labels)) > UPRIGHT_LABELS
+    longest = max(map(len, labels), default=0)
     margin = 92.0 if radial else min(92.0, max(52.0, 24.0 + 7.2 * longest))
     centre, radius = SIZE / 2, SIZE / 2 - margin
     angles = [2 * math.pi * (index + 0.5) / max(1, size) - math.pi / 2 for index in range(size)]
@@ -146,8 +162,12 @@ def node_link(graph: Ordered, description: str) -> str | None:
         tip = title(f"{name} ({group})" if group else name)
         parts.append(tag("circle", tip, cx=x, cy=y, r=dot, class_=css))
     write_labels = _radial_labels if radial else _upright_labels
-    parts.append(write_labels(graph.groups, angles, centre, radius + dot + 7))
+    parts.append(write_labels(labels, angles, centre, radius + dot + 7))
     return drawing("".join(parts), SIZE, description, SIZE)
+
+
+def _is_named(graph: Ordered) -> bool:
+    return not any(graph.groups) and len(graph.names) <= MAXIMUM_NAMES
 
 
 def drawn_edges(graph: Ordered) -> list[tuple[float, int, int]]:
@@ -161,10 +181,10 @@ def drawn_edges(graph: Ordered) -> list[tuple[float, int, int]]:
     return sorted((edge for edge in edges if edge[0] > 0), reverse=True)[:MAXIMUM_EDGES]
 
 
-def _upright_labels(groups: Sequence[str], angles: Sequence[float], centre: float, radius: float) -> str:
-    """The name of each group, level, beside the middle of its arc."""
+def _upright_labels(labels: Sequence[str], angles: Sequence[float], centre: float, radius: float) -> str:
+    """Each label once, level, beside the middle of its arc."""
     parts = []
-    for start, end, label in _runs(groups):
+    for start, end, label in _runs(labels):
         if len(angles) == end - start:
             return ""  # one group needs no name
         angle = (angles[start] + angles[end - 1]) / 2
@@ -176,9 +196,9 @@ def _upright_labels(groups: Sequence[str], angles: Sequence[float], centre: floa
     return "".join(parts)
 
 
-def _radial_labels(groups: Sequence[str], angles: Sequence[float], centre: float, radius: float) -> str:
-    """The name of each group along the ray through the middle of its arc, while there is room between the rays."""
-    runs = _runs(groups)
+def _radial_labels(labels: Sequence[str], angles: Sequence[float], centre: float, radius: float) -> str:
+    """Each label once, along the ray through the middle of its arc, while there is room between the rays."""
+    runs = _runs(labels)
     if len(runs) > RADIAL_LABELS:
         return ""
     parts = []

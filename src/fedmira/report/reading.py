@@ -19,6 +19,8 @@ import yaml
 from fedmira.errors import IntegrityError, UsageError
 from fedmira.evaluation.meters import ClientRecord, Mean
 from fedmira.runs.lines import read_events
+from fedmira.runs.store import no_finished_round
+from fedmira.runs.telling import read_left_out
 
 REFERENCE_METHOD = "local_only"
 """The method that every client is compared with."""
@@ -56,6 +58,8 @@ class RunRecord:
     """Events `evaluation`, one per evaluated round, ascending."""
     final: Mapping[str, Any] | None
     """The event `final`; None in a run that is not finished or was not judged on test data."""
+    ended_by: Mapping[str, str]
+    """Why results were left out, by client, of the round after the last one in `rounds`: of that one nothing came."""
 
     @functools.cached_property
     def records(self) -> tuple[ClientRecord, ...]:
@@ -75,6 +79,10 @@ class RunRecord:
             )
             for name, values in self.final["clients"].items()
         )
+
+    @property
+    def next_round(self) -> int:
+        return _next_round(self.rounds)
 
     @property
     def joined_after(self) -> dict[str, int]:
@@ -148,6 +156,14 @@ class RunRecord:
                 by_round[round_] = by_round.get(round_, Mean()) + Mean(loss, 1)
         return [(round_, mean.value) for round_, mean in sorted(by_round.items()) if mean.value is not None]
 
+    def lowest_validation_loss(self) -> tuple[int, float] | None:
+        """(round, validation loss) of the mean's minimum over rounds that judged the same clients as the last one."""
+        everybody_there = max(self.joined_after.values(), default=0)
+        known = [
+            point for point in self.mean_validation_losses() if point[0] > everybody_there and math.isfinite(point[1])
+        ]
+        return min(known, key=lambda point: point[1], default=None)
+
 
 @dataclass(frozen=True)
 class StudyRecord:
@@ -188,7 +204,7 @@ def read(path: Path) -> RunRecord | StudyRecord:
     """The run or the study in `path`.
 
     Raises:
-        UsageError: `path` is neither.
+        UsageError: `path` is neither, or a run that has not begun its first round.
         IntegrityError: one of its files is missing or damaged.
     """
     if (path / "study.json").is_file():
@@ -234,8 +250,10 @@ def read_run(path: Path, *, method: str | None = None, seed: int | None = None) 
     except yaml.YAMLError as error:
         raise IntegrityError(f"{path / 'config.resolved.yaml'} is not YAML: {error}") from error
     events = read_events(path / "metrics.jsonl")
+    if not events and not (path / "manifest.json").exists():
+        raise no_finished_round(path)
     try:
-        final = _by_round(events, "final")
+        final, rounds = _by_round(events, "final"), _by_round(events, "round")
         run = RunRecord(
             path=path,
             method=method if method is not None else str(config["method"]["name"]),
@@ -244,9 +262,10 @@ def read_run(path: Path, *, method: str | None = None, seed: int | None = None) 
             config_text=config_text,
             manifest=_json(path / "manifest.json"),
             graph=_graph(path / "graph.json"),
-            rounds=_by_round(events, "round"),
+            rounds=rounds,
             evaluations=_by_round(events, "evaluation"),
             final=final[-1] if final else None,
+            ended_by=read_left_out(path / "run.log", _next_round(rounds)),
         )
         # parse all numbers now, so that damage is reported with the file's name
         _ = run.joined_after, run.records, run.upload_bytes, run.download_bytes, run.seconds, run.validation_losses()
@@ -287,6 +306,10 @@ def _square(rows: Sequence[Sequence[Any]], size: int) -> tuple[tuple[float, ...]
     if len(matrix) != size or any(len(row) != size for row in matrix):
         raise ValueError(f"graph.json has {size} names but no matrix of {size} x {size}")
     return matrix
+
+
+def _next_round(rounds: Sequence[Mapping[str, Any]]) -> int:
+    return int(rounds[-1]["round"]) + 1 if rounds else 1
 
 
 def _by_round(events: Iterable[Mapping[str, Any]], kind: str) -> tuple[Mapping[str, Any], ...]:

@@ -6,17 +6,18 @@ from collections.abc import Iterable
 
 from markupsafe import Markup
 
-from fedmira.evaluation.meters import scores_by_task
 from fedmira.report import charts
 from fedmira.report.figures import (
     BYTE_PARTS,
     TIME_PARTS,
     Figure,
     Section,
+    by_client,
     disagreement_figures,
     graph_course,
     graph_figures,
-    task_figure,
+    judged_losses,
+    loss_figure,
 )
 from fedmira.report.formats import byte_unit, format_bytes, format_loss, format_seconds, format_share
 from fedmira.report.reading import RunRecord, number, seconds_of
@@ -25,7 +26,7 @@ from fedmira.report.reading import RunRecord, number, seconds_of
 def run_sections(run: RunRecord) -> list[Section]:
     """What the page shows of a run; sections can be empty."""
     return [
-        Section("Losses", (*_client_curves(run), *_run_tasks(run)), ragged=True),
+        Section("Losses", (*_client_curves(run), *_run_test(run)), ragged=True),
         Section("Who learns from whom", tuple(graph_figures(run))),
         Section("What merging does", (*disagreement_figures([run], {run.method: "s0"}), *graph_course(run))),
         Section("What it costs", tuple(_run_costs(run))),
@@ -51,12 +52,13 @@ def _client_curves(run: RunRecord) -> Iterable[Figure]:
     )
 
 
-def _run_tasks(run: RunRecord) -> Iterable[Figure]:
-    tasks = {task: pooled.loss for task, pooled in scores_by_task(run.records).items() if pooled.loss is not None}
-    if not tasks:
-        return
-    groups = [(task or "no task label", [charts.Bar(run.method, loss, "s0")]) for task, loss in tasks.items()]
-    yield task_figure(groups, ", each client judged with its own adapter")
+def _run_test(run: RunRecord) -> Iterable[Figure]:
+    of_clients = by_client([run])
+    groups = [
+        (name, [charts.Bar(run.method, loss, "s0")]) for name, loss in judged_losses(run, of_clients=of_clients).items()
+    ]
+    if groups:
+        yield loss_figure(groups, ", each client judged with its own adapter", of_clients=of_clients)
 
 
 def _run_costs(run: RunRecord) -> Iterable[Figure]:
@@ -115,7 +117,7 @@ def left_out(run: RunRecord) -> list[dict[str, str]]:
         {"round": str(event["round"]), "name": str(failure["client"]), "reason": str(failure["reason"])}
         for event in run.rounds
         for failure in event.get("failures", ())
-    ]
+    ] + [{"round": str(run.next_round), "name": name, "reason": reason} for name, reason in run.ended_by.items()]
 
 
 def privacy(run: RunRecord) -> list[tuple[str, str]]:

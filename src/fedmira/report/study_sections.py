@@ -10,18 +10,21 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from markupsafe import Markup
 
-from fedmira.evaluation.meters import HARM_TOLERANCE, mean, relative_changes, scores_by_task
+from fedmira.evaluation.meters import HARM_TOLERANCE, mean, relative_changes
 from fedmira.report import charts
 from fedmira.report.figures import (
     BYTE_PARTS,
     TIME_PARTS,
     Figure,
     Section,
+    by_client,
     colours_of,
     disagreement_figures,
     graph_figures,
+    group_labels,
+    judged_losses,
+    loss_figure,
     seconds_spent,
-    task_figure,
     truth_figures,
 )
 from fedmira.report.formats import format_bytes, format_seconds, format_share
@@ -32,6 +35,7 @@ def study_sections(study: StudyRecord) -> list[Section]:
     """What the page shows of a study; sections can be empty."""
     colours = colours_of(study.methods)
     first = [runs[0] for method in study.methods if (runs := study.of(method))]
+    order = "; clients are ordered by label" if any(label for run in first for label in group_labels(run)) else ""
     graphs = [figure for run in _with_graph(first) for figure in graph_figures(run, truth=False)]
     truth = next((figure for run in first for figure in truth_figures(run)), None)
     if graphs and truth:
@@ -43,11 +47,11 @@ def study_sections(study: StudyRecord) -> list[Section]:
             (*_seed_by_seed(study, colours), *_changes(study)),
             "Every client is compared with itself: the same examples and the same seed, trained alone.",
         ),
-        Section("Losses", (*_method_curves(study, colours), *_study_tasks(study, colours)), ragged=True),
+        Section("Losses", (*_method_curves(study, colours), *_study_test(study, colours)), ragged=True),
         Section(
             "Who learns from whom",
             tuple(graphs),
-            f"Graphs after the last round, seed {first[0].seed}; clients are ordered by label." if first else "",
+            f"Graphs after the last round, seed {first[0].seed}{order}." if first else "",
         ),
         Section("What merging does", tuple(disagreement_figures(first, colours))),
         Section("What it costs", tuple(_study_costs(study))),
@@ -154,26 +158,28 @@ def _changes(study: StudyRecord) -> Iterable[Figure]:
         )
 
 
-def _study_tasks(study: StudyRecord, colours: Mapping[str, str]) -> Iterable[Figure]:
+def _study_test(study: StudyRecord, colours: Mapping[str, str]) -> Iterable[Figure]:
     losses: dict[str, dict[str, list[float]]] = {}
-    for run in (run for method in study.methods for run in study.compared(method)):
-        for task, pooled in scores_by_task(run.records).items():
-            if pooled.loss is not None:
-                losses.setdefault(task, {}).setdefault(run.method, []).append(pooled.loss)
+    runs = [run for method in study.methods for run in study.compared(method)]
+    of_clients = by_client(runs)
+    for run in runs:
+        for name, loss in judged_losses(run, of_clients=of_clients).items():
+            losses.setdefault(name, {}).setdefault(run.method, []).append(loss)
     groups = [
         (
-            task or "no task label",
+            name,
             [
                 charts.Bar(method, mean(by_method[method]) or 0.0, colours[method])
                 for method in study.methods
                 if method in by_method
             ],
         )
-        for task, by_method in losses.items()
+        for name, by_method in losses.items()
     ]
     if groups:
         legend = tuple((method, colours[method]) for method in study.methods if study.of(method))
-        yield task_figure(groups, ", mean over seeds" if len(study.seeds) > 1 else "", legend)
+        over = ", mean over seeds" if len(study.seeds) > 1 else ""
+        yield loss_figure(groups, over, legend, of_clients=of_clients)
 
 
 def _study_costs(study: StudyRecord) -> Iterable[Figure]:

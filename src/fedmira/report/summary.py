@@ -13,6 +13,9 @@ from fedmira.report.formats import format_answers, format_bytes, format_loss, fo
 from fedmira.report.reading import RunRecord, read_run
 from fedmira.report.table import summary_of
 
+RISE = 0.05
+"""A validation loss that ends above its lowest by more than this share has clearly risen again."""
+
 
 class RunSummary(NamedTuple):
     """The closing numbers of one run."""
@@ -23,6 +26,8 @@ class RunSummary(NamedTuple):
     """None where the run was not judged on test data."""
     validation_loss: float | None
     """After the last evaluated round, unweighted over clients."""
+    lowest_validation: tuple[int, float] | None
+    """(round, loss) where that mean was lowest with the clients of the last round; None if it was never finite."""
     max_answers: int | None
     """Answers per client that Rouge-L and exact match cover, at most; None where all test examples were answered."""
     max_answer_tokens: int | None
@@ -41,6 +46,8 @@ class RunSummary(NamedTuple):
             "method": self.method,
             "rounds": self.num_rounds,
             "validation_loss": self.validation_loss,
+            "lowest_validation_loss": self.lowest_validation[1] if self.lowest_validation else None,
+            "lowest_validation_round": self.lowest_validation[0] if self.lowest_validation else None,
             "max_answers": self.max_answers,
             "max_answer_tokens": self.max_answer_tokens,
             "seconds": self.seconds,
@@ -76,7 +83,20 @@ class RunSummary(NamedTuple):
         if self.peak_memory_bytes:
             found.append(("peak memory", format_bytes(self.peak_memory_bytes)))
         width = max(len(label) for label, _ in found)
-        return [f"{label.ljust(width)}  {text}" for label, text in found]
+        return [*(f"{label.ljust(width)}  {text}" for label, text in found), *self.advice()]
+
+    def advice(self) -> list[str]:
+        """A sentence where training went on after its best; nothing where it did not."""
+        if self.lowest_validation is None or self.validation_loss is None:
+            return []
+        round_, lowest = self.lowest_validation
+        # a last loss that is not a number has risen too
+        if self.validation_loss <= (1 + RISE) * lowest:
+            return []
+        return [
+            f"Validation loss was lowest after round {round_} ({format_loss(lowest)}) and is "
+            f"{format_loss(self.validation_loss)} after the last; fewer rounds or a lower learning rate may do better."
+        ]
 
 
 def summarise_run(path: Path) -> RunSummary:
@@ -96,6 +116,7 @@ def summary_of_run(run: RunRecord) -> RunSummary:
         num_rounds=len(run.rounds),
         numbers=summary_of(run) if run.records else None,
         validation_loss=curve[-1][1] if curve else None,
+        lowest_validation=run.lowest_validation_loss(),
         max_answers=run.max_answers,
         max_answer_tokens=run.max_answer_tokens,
         seconds=run.seconds,

@@ -18,7 +18,7 @@ TIE = 0.0005
 
 
 def headline(record: RunRecord | StudyRecord) -> list[str]:
-    """One to four sentences, the most important first."""
+    """A few sentences, the most important first."""
     return _run_headline(record) if isinstance(record, RunRecord) else _study_headline(record)
 
 
@@ -51,11 +51,21 @@ def _study_headline(study: StudyRecord) -> list[str]:
         names = ", ".join(dict.fromkeys(lost))
         runs = "1 run" if len(lost) == 1 else f"{len(lost)} runs"
         sentences.append(f"{runs} ended with a test loss that is not finite: {names}.")
+    if risen := [method for method in study.methods if _has_risen(study.compared(method))]:
+        sentences.append(
+            f"Under {_list(risen)} the validation loss ends clearly above its lowest; fewer rounds or a lower learning "
+            "rate may do better."
+        )
     unfinished, total = sum(row.num_unfinished for row in every), len(study.seeds) * len(every)
     if unfinished:
         has = "has" if unfinished == 1 else "have"
         sentences.append(f"The comparison is not complete: {unfinished} of {total} runs {has} no test numbers.")
     return sentences
+
+
+def _has_risen(runs: Sequence[RunRecord]) -> bool:
+    """Whether every seed trained on after its best."""
+    return bool(runs) and all(summary_of_run(run).advice() for run in runs)
 
 
 def _compare(rows: Sequence[Row], whole: dict[int, dict[str, float]]) -> list[str]:
@@ -127,15 +137,18 @@ def _run_headline(run: RunRecord) -> list[str]:
     rounds = f"{summary.num_rounds} round{'' if summary.num_rounds == 1 else 's'}"
     if summary.numbers is None:
         if summary.validation_loss is None:
-            return [f"{run.method}, {rounds} so far; nothing has been evaluated yet."]
+            return [f"{run.method}, {rounds} so far; nothing has been evaluated yet.", *_end_in_words(run)]
         loss = format_loss(summary.validation_loss)
         return [
-            f"{run.method} is at a mean validation loss of {loss} nats per token after {rounds}; no test numbers yet."
+            f"{run.method} is at a mean validation loss of {loss} nats per token after {rounds}; no test numbers yet.",
+            *_end_in_words(run),
+            *summary.advice(),
         ]
     numbers = summary.numbers
     sentences = [
         f"{run.method} ends at a mean test loss of {format_loss(numbers.mean_loss)} nats per token over "
-        f"{numbers.num_clients} clients after {rounds}; the worst tenth is at {format_loss(numbers.worst_tenth_loss)}."
+        f"{numbers.num_clients} clients after {rounds}; the worst tenth is at {format_loss(numbers.worst_tenth_loss)}.",
+        *summary.advice(),
     ]
     if run.method != REFERENCE_METHOD:
         sentences.append(
@@ -149,6 +162,15 @@ def _run_headline(run: RunRecord) -> list[str]:
     if failures:
         sentences.append(f"{failures} client result{'s' if failures > 1 else ''} went missing on the way.")
     return sentences
+
+
+def _end_in_words(run: RunRecord) -> list[str]:
+    """Why the round after the last did not come to an end, if results were left out of it."""
+    if not run.ended_by:
+        return []
+    count, first = len(run.ended_by), next(iter(run.ended_by.values()))
+    results = "1 client result" if count == 1 else f"{count} client results"
+    return [f"Round {run.next_round} left {results} out and did not end. The first reason: {first}."]
 
 
 def _losses_by_seed(study: StudyRecord) -> dict[tuple[str, int], float]:
@@ -170,4 +192,4 @@ def _over(seeds: int) -> str:
 
 
 def _list(names: Sequence[str]) -> str:
-    return f"{', '.join(names[:-1])} and {names[-1]}"
+    return f"{', '.join(names[:-1])} and {names[-1]}" if len(names) > 1 else names[0]

@@ -444,6 +444,11 @@ def _refuse_to_prolong(config: RunConfig, before: int) -> None:
         )
 
 
+def no_finished_round(path: Path) -> UsageError:
+    """What to say of a run that has nothing to show yet."""
+    return UsageError(f"{path} has no finished round yet; continue it with `fedmira run CONFIG --resume`")
+
+
 def has_run(path: Path) -> bool:
     """Whether `path` is the directory of a run that began."""
     return (path / METRICS).exists() or (path / MANIFEST).exists() or has_checkpoints(path)

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from fedmira.config import RunConfig
-from fedmira.config_file import resolved_yaml
-from fedmira.errors import ConfigError, DivergedError, FedmiraError, ParticipationError, UsageError
+from fedmira.config_file import config_difference, parse_config, resolved_yaml
+from fedmira.errors import ConfigError, DivergedError, FedmiraError, IntegrityError, ParticipationError, UsageError
 from fedmira.experiment import Display, SilentDisplay, carry_out
 from fedmira.paths import home_expanded
 from fedmira.refusals import refusal, refusal_beside
@@ -23,7 +23,9 @@ from fedmira.runs.atomic import make_folder, write_bytes_atomically
 from fedmira.runs.naming import run_directory
 from fedmira.runs.store import RunStore, has_run
 
-STUDY = "study.json"
+STUDY, RESOLVED = "study.json", "config.resolved.yaml"
+SHOWN = 5
+"""Differing keys that a refusal lists."""
 FAILURES = (DivergedError, ParticipationError)
 """What ends one run of a comparison and not the others."""
 
@@ -42,7 +44,7 @@ def compare(config: RunConfig, *, directory: Path | None = None, display: Displa
     Raises:
         ConfigError: settings would be chosen on a draw that is reported, or on no validation data; or a method cannot
             use the config's adapters.
-        UsageError: the directory is one of a run.
+        UsageError: the directory is one of a run, or of a study of another config.
         DivergedError, ParticipationError: a method has no learning rate at which it trains, or a run failed; the first
             of them, when everything else is done.
     """
@@ -52,6 +54,7 @@ def compare(config: RunConfig, *, directory: Path | None = None, display: Displa
     directory = directory or study_directory(config)
     if not (directory / STUDY).exists() and has_run(directory):
         raise UsageError(f"{directory} holds a run, which a comparison would overwrite; give another --out")
+    _refuse_other_study(config, directory)
     make_folder(directory)
     study: dict[str, Any] = {
         "name": config.name,
@@ -61,7 +64,7 @@ def compare(config: RunConfig, *, directory: Path | None = None, display: Displa
         "runs": _earlier_runs(directory),
         "tuning": [],
     }
-    write_bytes_atomically(directory / "config.resolved.yaml", resolved_yaml(config).encode())
+    write_bytes_atomically(directory / RESOLVED, resolved_yaml(config).encode())
     rates: dict[str, float] = {}
     failures: list[FedmiraError] = []
     for name in study["methods"]:
@@ -92,6 +95,28 @@ def compare(config: RunConfig, *, directory: Path | None = None, display: Displa
     if failures:
         raise failures[0]
     return directory
+
+
+def _refuse_other_study(config: RunConfig, directory: Path) -> None:
+    """Refuse a folder whose study would be overwritten by runs that cannot be compared with those in it.
+
+    Other methods, variants, seeds and rates of `compare` are the same study going on.
+    """
+    path = directory / RESOLVED
+    if not (directory / STUDY).exists() or not path.exists():
+        return
+    try:
+        before = parse_config(path.read_text(encoding="utf-8"), source=RESOLVED)
+    except (OSError, ValueError, ConfigError) as error:
+        raise IntegrityError(f"{path} is damaged or was written by another version of fedmira: {error}") from error
+    differences = [line for line in config_difference(before, config) if not line.startswith("seed: ")]
+    if differences:
+        shown = "".join(f"\n  {line}" for line in differences[:SHOWN])
+        more = f"\n  ... ({len(differences)} in all)" if len(differences) > SHOWN else ""
+        raise UsageError(
+            f"{directory} holds a study of another config, which this one would overwrite:{shown}{more}\n"
+            "Give another --out for a new study, or put these values back to go on with that one."
+        )
 
 
 def _earlier_runs(directory: Path) -> list[dict[str, Any]]:
