@@ -13,7 +13,7 @@ from tests.test_experiment import METHODS, tiny
 
 from fedmira import experiment
 from fedmira.assembly import Assembly
-from fedmira.config import RunConfig
+from fedmira.config import EvaluationConfig, RunConfig
 from fedmira.config_file import load_config
 from fedmira.errors import ConfigError, DivergedError, IntegrityError, Interrupted, UsageError
 from fedmira.exchange.in_process import InProcess
@@ -375,3 +375,10 @@ def test_other_methods_variants_seeds_and_names_go_on_with_a_study(tmp_path: Pat
     compare(more, directory=tmp_path)
     assert len(trained) == 3 * 2, "all but local_only on seed 0"
     compare(more.model_copy(update={"seed": 1}), directory=tmp_path)
+
+
+def test_nothing_is_compared_without_test_numbers(tmp_path: Path, trained: list[Job]) -> None:
+    untested = config().model_copy(update={"evaluation": EvaluationConfig(test=False)})
+    with pytest.raises(ConfigError, match=r"evaluation\.test = false leaves nothing to compare"):
+        compare(untested, directory=tmp_path / "study")
+    assert not trained

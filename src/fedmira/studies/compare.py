@@ -42,8 +42,8 @@ def compare(config: RunConfig, *, directory: Path | None = None, display: Displa
         display: Told about progress.
 
     Raises:
-        ConfigError: settings would be chosen on a draw that is reported, or on no validation data; or a method cannot
-            use the config's adapters.
+        ConfigError: settings would be chosen on a draw that is reported, or on no validation data; a method cannot use
+            the config's adapters; or nobody would be tested.
         UsageError: the directory is one of a run, or of a study of another config.
         DivergedError, ParticipationError: a method has no learning rate at which it trains, or a run failed; the first
             of them, when everything else is done.
@@ -155,6 +155,8 @@ def variant(config: RunConfig, method: str, seed: int, learning_rate: float, *, 
 
 def _refuse_unusable(config: RunConfig) -> None:
     """Not a rule of the config: `fedmira run` reads the same file and does not look at this section."""
+    if not config.evaluation.test:
+        raise ConfigError("evaluation.test = false leaves nothing to compare methods by; set it to true")
     for name in config.compare.methods:
         method, ranks = config.method_named(name), bool(config.model.adapter.client_ranks)
         if reason := refusal(method, config.model.adapter.kind) or refusal_beside(
