@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from tests.runs.faults import failing_at
 
 from fedmira.config import FederationConfig, OutputConfig, RunConfig, TrainingConfig
 from fedmira.config_file import config_hash, parse_config
-from fedmira.errors import IntegrityError, UsageError
+from fedmira.errors import IntegrityError, SetupError, UsageError
 from fedmira.method_config import FedITConfig
 from fedmira.runs.checkpoint import save
 from fedmira.runs.naming import run_directory
@@ -121,6 +122,29 @@ def test_a_link_is_not_a_run_directory(kind: str, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="symbolic link"):
         RunStore.open(path)
     assert not target.exists() or os.listdir(target) == []
+
+
+@pytest.mark.parametrize("make", [RunStore.create, RunStore.resume, RunStore.open_or_create])
+@pytest.mark.parametrize("place", ["file", "file/below", "/proc/nowhere"])
+def test_a_place_that_cannot_be_written_is_a_fault_of_the_place(make: Any, place: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(SetupError, match=f"could not make the folder .*{place}.*choose another folder"):
+        make(CONFIG, None, tmp_path / place)
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_a_run_that_can_no_longer_be_written_is_refused_when_it_is_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its lock and its events may be writable files in a folder that is not."""
+    with_an_event(CONFIG, tmp_path)
+
+    def refuse(**_: object) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr("tempfile.TemporaryFile", refuse)
+    with pytest.raises(SetupError, match=r"could not write to .*Permission denied .*who owns the folder"):
+        RunStore.resume(CONFIG, None, tmp_path)
 
 
 def test_where_there_is_no_run(store: RunStore, tmp_path: Path) -> None:
@@ -376,7 +400,7 @@ def test_a_full_disk_leaves_no_half_event(store: RunStore, monkeypatch: pytest.M
         return write(descriptor, data[:4])
 
     monkeypatch.setattr(os, "write", fills_up)
-    with pytest.raises(IntegrityError, match=r"metrics\.jsonl: No space left on device \(ENOSPC\).*--resume"):
+    with pytest.raises(SetupError, match=r"metrics\.jsonl: No space left on device \(ENOSPC\).*--resume"):
         store.append({"round": 2})
     monkeypatch.undo()
     assert (store.path / METRICS).read_bytes() == b'{"round":1}\n'
@@ -407,7 +431,7 @@ def test_a_damaged_small_file_is_an_error(name: str, store: RunStore) -> None:
 
 def test_a_disk_that_fails_keeps_the_old_manifest(store: RunStore) -> None:
     store.write_manifest({"a": 1})
-    with pytest.raises(IntegrityError, match=r"could not write .*manifest\.json"), failing_at(2, errno.ENOSPC):
+    with pytest.raises(SetupError, match=r"could not write .*manifest\.json"), failing_at(2, errno.ENOSPC):
         store.write_manifest({"a": 2})
     assert store.manifest()["a"] == 1
     assert not [name for name in os.listdir(store.path) if ".tmp" in name]

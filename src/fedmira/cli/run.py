@@ -27,8 +27,12 @@ def run(session: Session, config: Path, overrides: tuple[str, ...], dry_run: boo
         if resume or profile:
             raise UsageError("--dry-run predicts a whole run and does none; leave out --resume and --profile with it")
         from fedmira.estimate import dry_run as estimate_run
+        from fedmira.runs.atomic import unwritable_line
+        from fedmira.runs.naming import run_directory
 
         estimate = estimate_run(run_config)
+        if line := unwritable_line(run_directory(run_config)):
+            estimate = estimate._replace(warnings=(*estimate.warnings, line))
         session.result(estimate._asdict(), "\n".join(estimate.lines()))
         return
     with session.loading(run_config) as display:

@@ -25,13 +25,14 @@ from typing import Any
 
 from fedmira.config import RunConfig
 from fedmira.config_file import config_difference, config_hash, parse_config, resolved_yaml, with_rounds
-from fedmira.errors import ConfigError, IntegrityError, UsageError
+from fedmira.errors import ConfigError, IntegrityError, SetupError, UsageError
 from fedmira.runs.atomic import (
     disk_error,
     disk_errors_named,
     make_folder,
     read_bytes,
     sync_folder,
+    unwritable_line,
     write_bytes_atomically,
 )
 from fedmira.runs.generations import FOLDER as CHECKPOINTS
@@ -78,7 +79,7 @@ class RunStore:
 
         Raises:
             UsageError: the directory holds a run already, or something else, or another process writes it.
-            IntegrityError: the disk refused.
+            SetupError, IntegrityError: the disk refused.
         """
         path = run_directory(config, directory)
         store = cls(path, config)
@@ -240,8 +241,10 @@ class RunStore:
         """Whether anything would be lost with this directory: an event or a checkpoint."""
         try:
             size = os.lstat(self.path / METRICS).st_size
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             size = 0
+        except OSError as error:
+            raise disk_error(error, self.path, "look into") from error
         return size > 0 or has_checkpoints(self.path)
 
     # ---------------------------------------------------------------------------------------------------- small files
@@ -314,7 +317,7 @@ class RunStore:
         """Add one event to metrics.jsonl, as `lines.event_line` writes it.
 
         Raises:
-            IntegrityError: the disk refused; no part of the event is left in the file.
+            SetupError, IntegrityError: the disk refused; no part of the event is left in the file.
             UsageError: another process writes this run.
         """
         with stage("disk"):
@@ -365,6 +368,9 @@ class RunStore:
         """Become the only writer of this run."""
         if self._lock is not None:
             return
+        if line := unwritable_line(self.path):
+            # a lock that can be taken says nothing about the files that come later
+            raise SetupError(line)
         path = self.path / LOCK
         with disk_errors_named(path, "open"):
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
