@@ -134,6 +134,8 @@ class _Run:
                 state = self._take_in(self.larger, state, round_ - 1)
             method, num_clients = self.parts.method, len(self.parts.clients.names)
             participants = participation.draw(num_clients, config.federation, config.seed, round_)
+            # what could be wrong with the settings has shown by now
+            self.store.keep()
             results = self._exchange(state, participants, progress)
             progress = None
             merge_started = time.perf_counter()

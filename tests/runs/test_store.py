@@ -9,7 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -215,6 +215,48 @@ def test_resume_under_a_changed_config_is_refused_with_the_difference(tmp_path: 
     ):
         assert f"\n  {line}\n" in str(caught.value)
     assert not run_directory(changed, tmp_path).exists()
+
+
+class Failure(Exception):
+    pass
+
+
+def failing_after(store: RunStore, *steps: Callable[[RunStore], object]) -> None:
+    with store:
+        for step in steps:
+            step(store)
+        raise Failure
+
+
+def test_a_directory_goes_with_the_set_up_that_failed_in_it(tmp_path: Path) -> None:
+    store = RunStore.resume(CONFIG, None, tmp_path)
+    with pytest.raises(Failure):
+        failing_after(store, lambda store: store.write_manifest({}), lambda store: store.log("a line"))
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        lambda store: store.append({"event": "round"}),
+        lambda store: save(store.path, 0, {"x": torch.zeros(1)}, {}, config_hash=config_hash(CONFIG), keep=1),
+        RunStore.keep,
+    ],
+    ids=["event", "checkpoint", "keep"],
+)
+def test_a_directory_stays_once_something_came_of_it(step: Callable[[RunStore], object], tmp_path: Path) -> None:
+    store = RunStore.create(CONFIG, None, tmp_path)
+    with pytest.raises(Failure):
+        failing_after(store, step)
+    assert os.listdir(tmp_path) == [store.path.name]
+
+
+def test_a_directory_that_was_there_before_stays(tmp_path: Path) -> None:
+    RunStore.create(CONFIG, None, tmp_path).close()
+    store = RunStore.create(CONFIG, None, tmp_path)
+    with pytest.raises(Failure):
+        failing_after(store)
+    assert os.listdir(tmp_path) == [store.path.name]
 
 
 def test_another_seed_method_or_name_is_another_run(tmp_path: Path) -> None:

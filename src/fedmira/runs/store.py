@@ -31,6 +31,7 @@ from fedmira.runs.atomic import (
     disk_errors_named,
     make_folder,
     read_bytes,
+    remove_tree,
     sync_folder,
     unwritable_line,
     write_bytes_atomically,
@@ -60,6 +61,8 @@ class RunStore:
         self.config = config
         self._begun_rounds = config.federation.rounds
         self._prolonged: tuple[int, str | None] | None = None
+        self._provisional = False
+        """Whether this process made the directory and nothing says yet that it will be needed; see `keep`."""
         self._lock: int | None = None
         self._files: dict[str, int] = {}
 
@@ -83,7 +86,8 @@ class RunStore:
         """
         path = run_directory(config, directory)
         store = cls(path, config)
-        if _exists(path):
+        store._provisional = not _exists(path)
+        if not store._provisional:
             _refuse_link(path)
             # a process that was killed may have left a file half written
             foreign = sorted(name for name in set(_names(path)) - _OWN_NAMES if not _HALF_WRITTEN.match(name))
@@ -104,6 +108,7 @@ class RunStore:
                 write_bytes_atomically(path / CONFIG, source_text.encode())
             write_bytes_atomically(path / RESOLVED, resolved_yaml(config).encode())
         except BaseException:
+            store._withdraw()
             store.close()
             raise
         return store
@@ -390,6 +395,16 @@ class RunStore:
         with disk_errors_named(self.path, "sync"):
             sync_folder(self.path)
 
+    def keep(self) -> None:
+        """Leave the directory where it is from now on, even if the run fails before its first event."""
+        self._provisional = False
+
+    def _withdraw(self) -> None:
+        """Remove the directory if this process made it and nothing came of it."""
+        if self._provisional and not self.has_progress():
+            remove_tree(self.path)
+        self._provisional = False
+
     def close(self) -> None:
         """Release the lock and the files; a later write takes them again."""
         for descriptor in self._files.values():
@@ -405,6 +420,8 @@ class RunStore:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        if error is not None:
+            self._withdraw()
         self.close()
 
 
