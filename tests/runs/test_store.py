@@ -217,6 +217,42 @@ def test_resume_under_a_changed_config_is_refused_with_the_difference(tmp_path: 
     assert not run_directory(changed, tmp_path).exists()
 
 
+def with_rounds(rounds: int) -> RunConfig:
+    return CONFIG.model_copy(update={"federation": FederationConfig(rounds=rounds)})
+
+
+@pytest.fixture
+def prolonged(tmp_path: Path) -> Path:
+    """A run begun with 2 rounds that got 4 since."""
+    with RunStore.create(with_rounds(2), None, tmp_path) as store:
+        store.append({"event": "round", "round": 1})
+        store.write_manifest({})
+    with RunStore.resume(with_rounds(4), None, tmp_path) as store:
+        store.write_rounds()
+        return store.path
+
+
+def test_a_prolonged_run_says_how_it_goes_on(prolonged: Path, tmp_path: Path) -> None:
+    how = "This run was prolonged to 4 rounds: write federation.rounds=4, also in the file, to resume"
+    with pytest.raises(
+        IntegrityError, match=f"rounds: 4 -> 2\n{how}, or give another name or output.directory to start"
+    ):
+        RunStore.resume(with_rounds(2), None, tmp_path)
+    with pytest.raises(
+        UsageError, match=r"prolonged to 4 rounds; write federation\.rounds=4, also in the file, and add"
+    ):
+        RunStore.create(with_rounds(2), None, tmp_path)
+    with pytest.raises(IntegrityError, match=f"rounds: 4 -> 3\n{how}, or leave out --resume to start a new run"):
+        RunStore.resume(with_rounds(3), None, tmp_path)
+    RunStore.create(with_rounds(3), None, tmp_path).close()
+
+
+def test_where_more_than_the_rounds_differs_all_of_it_is_to_be_put_back(prolonged: Path, tmp_path: Path) -> None:
+    other = with_rounds(2).model_copy(update={"training": TrainingConfig(learning_rate=1e-3)})
+    with pytest.raises(IntegrityError, match="Put these values back to resume, or leave out --resume"):
+        RunStore.resume(other, None, tmp_path)
+
+
 class Failure(Exception):
     pass
 

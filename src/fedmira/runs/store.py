@@ -101,7 +101,7 @@ class RunStore:
         try:
             if store.has_progress():
                 raise UsageError(
-                    f"{path} holds this run already; add --resume to continue it, "
+                    f"{path} holds this run already{_how_to_go_on(path, config)} to continue it, "
                     "or remove it or choose another output.directory to start again"
                 )
             if source_text is not None:
@@ -233,9 +233,15 @@ class RunStore:
         differences = config_difference(self.config, config)
         if differences:
             lines = "".join(f"\n  {line}" for line in differences)
+            how, rounds = "Put these values back", self.config.federation.rounds
+            if self._begun_rounds < rounds and not config_difference(self.config, with_rounds(config, rounds)):
+                how = f"This run was prolonged to {rounds} rounds: write federation.rounds={rounds}, also in the file,"
+            # without --resume, the config that the run was begun with means this directory too
+            same_place = config_hash(config) == self.config_hash
+            anew = "give another name or output.directory" if same_place else "leave out --resume"
             raise IntegrityError(
                 f"{self.path} was started under another config and cannot be resumed with this one:{lines}\n"
-                "Put these values back to resume, or leave out --resume to start a new run."
+                f"{how} to resume, or {anew} to start a new run."
             )
 
     def _take_output(self, config: RunConfig) -> None:
@@ -441,6 +447,14 @@ def _refuse_link(path: Path) -> None:
 def _names(path: Path) -> list[str]:
     with disk_errors_named(path, "list"):
         return os.listdir(path)
+
+
+def _how_to_go_on(path: Path, config: RunConfig) -> str:
+    """What continues the run at `path`, which was begun as `config` and may have got more rounds since."""
+    rounds = RunStore.open(path).config.federation.rounds if _exists(path / RESOLVED) else 0
+    if rounds <= config.federation.rounds:
+        return "; add --resume"
+    return f", prolonged to {rounds} rounds; write federation.rounds={rounds}, also in the file, and add --resume"
 
 
 def _runs_inside(path: Path) -> str:
