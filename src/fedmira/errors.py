@@ -8,7 +8,7 @@ FedmiraError                     exit code 1   something failed while running
 |-- SetupError                   4             a package, a device, a model folder or a place to write is missing
 |-- IntegrityError               5             a checkpoint or a run directory cannot be trusted
 |-- ParticipationError           6             too few clients, or the privacy budget is spent
-`-- Interrupted                  130 / 143     a signal arrived; the state was saved
+`-- Interrupted              129, 130, 143     a signal arrived; the state was saved
 
 Every message says what is wrong, what was given, what is allowed and what to do. This module knows nothing
 about the rest of the package.
