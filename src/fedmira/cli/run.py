@@ -23,7 +23,7 @@ from fedmira.errors import UsageError
 def run(session: Session, config: Path, overrides: tuple[str, ...], dry_run: bool, resume: bool, profile: bool) -> None:
     """Train as CONFIG says; KEY=VALUE pairs such as method.graph.kind=labels win over the file."""
     from fedmira.runs.atomic import unwritable_line
-    from fedmira.runs.naming import run_directory
+    from fedmira.runs.naming import run_directory, run_stem
     from fedmira.runs.store import RunStore
 
     run_config = read_config(config, overrides)
@@ -40,6 +40,11 @@ def run(session: Session, config: Path, overrides: tuple[str, ...], dry_run: boo
     open_store = RunStore.resume if resume else RunStore.create
     # before anything heavy is loaded: what speaks against the directory is said at once
     with open_store(run_config, config.read_text(encoding="utf-8")) as store:
+        if resume and not store.has_progress():
+            where = f"no run {run_stem(run_config)} has begun in {store.path.parent}"
+            line = f"nothing to resume; this is a new run: {where}"
+            session.warn(line)
+            store.log(f"warning: {line}")
         with session.loading(run_config, store.log) as display:
             from fedmira.experiment import carry_out
 
