@@ -25,7 +25,7 @@ def test_exit_codes(kind: type[errors.FedmiraError], exit_code: int) -> None:
     assert issubclass(kind, errors.FedmiraError)
 
 
-@pytest.mark.parametrize(("signal_number", "exit_code"), [(2, 130), (15, 143)])
+@pytest.mark.parametrize(("signal_number", "exit_code"), [(1, 129), (2, 130), (15, 143)])
 def test_a_signal_has_the_exit_code_that_shells_expect(signal_number: int, exit_code: int) -> None:
     error = errors.Interrupted("saved", signal_number)
     assert (error.exit_code, str(error)) == (exit_code, "saved")

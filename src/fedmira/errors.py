@@ -5,10 +5,10 @@ FedmiraError                     exit code 1   something failed while running
 |-- UsageError                   2             the command or the config is wrong: change it
 |   `-- ConfigError              2             one or more keys of the config are wrong: each is listed
 |-- DataError                    3             a data file, a client or an example is unusable
-|-- SetupError                   4             a package, a device or a model folder is missing
+|-- SetupError                   4             a package, a device, a model folder or a place to write is missing
 |-- IntegrityError               5             a checkpoint or a run directory cannot be trusted
 |-- ParticipationError           6             too few clients, or the privacy budget is spent
-`-- Interrupted                  130 / 143     a signal arrived; the state was saved
+`-- Interrupted              129, 130, 143     a signal arrived; the state was saved
 
 Every message says what is wrong, what was given, what is allowed and what to do. This module knows nothing
 about the rest of the package.
@@ -47,7 +47,7 @@ class DataError(FedmiraError):
 
 
 class SetupError(FedmiraError):
-    """A package, a device or a model folder is missing or unusable."""
+    """A package, a device, a model folder or a place to write is missing or unusable."""
 
     exit_code = 4
 

@@ -78,7 +78,7 @@ def run(
         profile: Write where the time went; see `fedmira.profile`.
 
     Raises:
-        Interrupted: SIGINT or SIGTERM; everything is saved, `resume=True` continues bit for bit.
+        Interrupted: SIGINT, SIGTERM or SIGHUP; everything is saved, `resume=True` continues bit for bit.
         IntegrityError: the directory belongs to another config, or no checkpoint in it is valid.
         DivergedError: no client of a round came to finite numbers.
     """
@@ -135,6 +135,8 @@ class _Run:
                 state = self._take_in(self.larger, state, round_ - 1)
             method, num_clients = self.parts.method, len(self.parts.clients.names)
             participants = participation.draw(num_clients, config.federation, config.seed, round_)
+            # what could be wrong with the settings has shown by now
+            self.store.keep()
             results = self._exchange(state, participants, progress)
             progress = None
             merge_started = time.perf_counter()
@@ -395,7 +397,8 @@ class _Run:
             )
 
     def _interrupted(self, round_: int) -> None:
-        name = {2: "SIGINT", 15: "SIGTERM"}.get(self.stop.signal_number, "a signal")
+        name = {1: "SIGHUP", 2: "SIGINT", 15: "SIGTERM"}.get(self.stop.signal_number, "a signal")
+        self.store.log(f"stopped by {name} in round {round_}; everything is saved")
         raise Interrupted(
             f"stopped by {name} in round {round_}; everything is saved in {self.store.path}. "
             "Start it again to continue; `fedmira run` needs --resume for that",

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import io
+import os
 import sys
 
 import pytest
 
-from fedmira.cli.display import LiveDisplay, PlainDisplay, open_display
+from fedmira.cli.display import LiveDisplay, PlainDisplay, SteadyDisplay, open_display
 from fedmira.cli.session import Session
 from fedmira.config import RunConfig
 
@@ -25,7 +27,7 @@ class CountingStream(io.StringIO):
         super().flush()
 
 
-def tell(display: PlainDisplay | LiveDisplay) -> None:
+def tell(display: PlainDisplay | LiveDisplay | SteadyDisplay) -> None:
     display.start("mira seed 0", 2)
     for round_ in (1, 2):
         for done in range(5):
@@ -69,7 +71,7 @@ def test_a_terminal_gets_a_bar_and_keeps_one_line_per_run(monkeypatch: pytest.Mo
 def test_the_display_fits_the_output(monkeypatch: pytest.MonkeyPatch, term: str, terminal: bool, kind: type) -> None:
     monkeypatch.setenv("TERM", term)
     monkeypatch.setattr(sys, "stdout", Terminal() if terminal else io.StringIO())
-    assert type(open_display(to_stderr=False)) is kind
+    assert type(open_display(sys.stdout)) is kind
 
 
 def test_json_keeps_standard_output_free(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -87,3 +89,31 @@ def test_json_keeps_standard_output_free(monkeypatch: pytest.MonkeyPatch, capsys
 def test_quiet_shows_nothing() -> None:
     with Session(quiet=True).loading(RunConfig()) as display:
         assert display is None
+
+
+class GoneAfter(Terminal):
+    """A reader that leaves after some writes."""
+
+    def __init__(self, writes: int) -> None:
+        super().__init__()
+        self.writes = writes
+
+    def write(self, text: str) -> int:
+        self.writes -= 1
+        if self.writes < 0:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return super().write(text)
+
+
+@pytest.mark.parametrize("term", ["xterm", "dumb"])
+@pytest.mark.parametrize("writes", [0, 1, 4])
+def test_a_reader_that_leaves_is_told_once_and_ends_nothing(
+    monkeypatch: pytest.MonkeyPatch, term: str, writes: int
+) -> None:
+    told: list[str] = []
+    stream = GoneAfter(writes)
+    monkeypatch.setenv("TERM", term)
+    monkeypatch.setattr(sys, "stdout", stream)
+    tell(SteadyDisplay(told.append, to_stderr=False))
+    assert told == ["progress can no longer be shown (Input/output error); the work goes on without"]
+    assert stream.writes < 0

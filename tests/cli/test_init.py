@@ -39,7 +39,7 @@ def test_copies_a_recipe_byte_for_byte_and_never_overwrites(fedmira, tmp_path: P
 
 def test_a_folder_that_does_not_exist_is_named(fedmira, tmp_path: Path) -> None:
     outcome = fedmira("init", "jsonl", tmp_path / "nowhere" / "x.yaml")
-    assert outcome.code == 2
+    assert outcome.code == 4
     assert "nowhere" in outcome.err
 
 

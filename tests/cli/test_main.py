@@ -105,6 +105,7 @@ def test_version(fedmira) -> None:
         (SetupError("it broke"), 4),
         (IntegrityError("it broke"), 5),
         (ParticipationError("it broke"), 6),
+        (Interrupted("it broke", 1), 129),
         (Interrupted("it broke", 2), 130),
         (Interrupted("it broke", 15), 143),
     ],

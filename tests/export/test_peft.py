@@ -16,7 +16,7 @@ import torch
 
 import fedmira
 from fedmira.config import AdapterConfig, ModelConfig
-from fedmira.errors import IntegrityError, UsageError
+from fedmira.errors import SetupError, UsageError
 from fedmira.export.peft import Settings, adapter_files, model_card, new_folder, write_files
 from fedmira.model.arena import initial_arena, lora_layout
 from fedmira.model.base import BaseModel, freeze, load_base
@@ -216,9 +216,16 @@ def test_a_failure_leaves_nothing_behind(tmp_path: Path) -> None:
             (folder / "half").write_text("written")
             raise OSError(28, "No space left on device")
 
-    with pytest.raises(IntegrityError, match="No space left"):
+    with pytest.raises(SetupError, match="No space left"):
         fill_the_disk()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_where_the_folder_should_lie_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(SetupError, match="file: Not a directory"), new_folder(tmp_path / "file" / "x"):
+        pass
+    assert (tmp_path / "file").read_text() == "mine"
 
 
 def test_what_is_no_lora_is_refused(tmp_path: Path) -> None:

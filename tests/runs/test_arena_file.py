@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fedmira.errors import IntegrityError
+from fedmira.errors import IntegrityError, SetupError
 from fedmira.federation.multiply import sparse
 from fedmira.runs import arena_mixing
 from fedmira.runs.arena_file import ArenaFile, create, open_arena, read_rows, write_rows
@@ -138,7 +138,7 @@ def test_a_disk_that_refuses_leaves_what_was_there(tmp_path: Path, monkeypatch: 
 
     with monkeypatch.context() as patched:
         patched.setattr(os, call, refuse)
-        with pytest.raises(IntegrityError, match="the disk is full"):
+        with pytest.raises(SetupError, match="the disk is full"):
             mix(arena, sparse(matrix()), arena.path)
     assert torch.equal(read_rows(open_arena(arena.path), range(K)), values)
     assert os.listdir(tmp_path) == ["a"]

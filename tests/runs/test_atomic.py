@@ -10,8 +10,15 @@ from pathlib import Path
 import pytest
 from tests.runs.faults import Crash, dying_at, failing_at, trace
 
-from fedmira.errors import IntegrityError
-from fedmira.runs.atomic import read_bytes, remove_tree, write_all, write_bytes_atomically
+from fedmira.errors import IntegrityError, SetupError
+from fedmira.runs.atomic import (
+    disk_error,
+    read_bytes,
+    remove_tree,
+    unwritable_line,
+    write_all,
+    write_bytes_atomically,
+)
 
 
 def test_write_and_replace(tmp_path: Path) -> None:
@@ -85,6 +92,31 @@ def test_modes_follow_the_umask(tmp_path: Path) -> None:
     finally:
         os.umask(previous)
     assert stat.S_IMODE((tmp_path / "x").stat().st_mode) == 0o640
+
+
+@pytest.mark.parametrize(
+    ("number", "kind"),
+    [
+        (errno.EACCES, SetupError),
+        (errno.EROFS, SetupError),
+        (errno.ENOSPC, SetupError),
+        (errno.ENOTDIR, SetupError),
+        (errno.EIO, IntegrityError),
+        (errno.ELOOP, IntegrityError),
+        (errno.ENOENT, IntegrityError),
+    ],
+)
+def test_a_place_to_change_is_told_from_contents_not_to_trust(number: int, kind: type[Exception]) -> None:
+    assert type(disk_error(OSError(number, os.strerror(number)), Path("x"), "write")) is kind
+
+
+def test_a_folder_is_tried_without_a_trace(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    assert unwritable_line(tmp_path) == unwritable_line(tmp_path / "not" / "yet") == ""
+    for path in (tmp_path / "file", tmp_path / "file" / "below"):
+        assert "could not write to" in unwritable_line(path)
+        assert "file: Not a directory (ENOTDIR)" in unwritable_line(path)
+    assert os.listdir(tmp_path) == ["file"]
 
 
 def test_removing_what_is_not_there_is_no_error(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ import torch
 from safetensors import safe_open
 from tests.runs.faults import Crash, dying_at, failing_at, trace
 
-from fedmira.errors import IntegrityError
+from fedmira.errors import IntegrityError, SetupError
 from fedmira.runs import checkpoint
 from fedmira.runs.checkpoint import FACTS, FOLDER, MANIFEST, TENSORS, Checkpoint, load_latest, save
 
@@ -254,13 +254,13 @@ def test_a_failing_disk_at_any_system_call_is_reported_and_loses_nothing(error_n
         try:
             with failing_at(number, error_number):
                 put(run, 3)
-        except IntegrityError as error:
+        except (IntegrityError, SetupError) as error:
             caught = error
         if caught is None:
             assert get(run).round == 3, "only cleaning up may fail in silence"
         else:
             reported += 1
-            assert caught.exit_code == 5
+            assert caught.exit_code == (5 if error_number == errno.EIO else 4)
             assert str(run / FOLDER) in str(caught)
             assert errno.errorcode[error_number] in str(caught)
             assert not [name for name in names(run) if name.startswith(".tmp")]
@@ -274,7 +274,7 @@ def test_a_failing_disk_at_any_system_call_is_reported_and_loses_nothing(error_n
 
 def test_a_full_disk_says_what_to_do(tmp_path: Path) -> None:
     put(tmp_path, 1)
-    with pytest.raises(IntegrityError) as caught, failing_at(8, errno.ENOSPC):
+    with pytest.raises(SetupError) as caught, failing_at(8, errno.ENOSPC):
         put(tmp_path, 2)
     message = str(caught.value)
     assert "could not save the checkpoint" in message
@@ -287,7 +287,7 @@ def test_a_limit_of_the_real_kernel(tmp_path: Path) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (500, hard))
     try:
-        with pytest.raises(IntegrityError, match=r"state\.safetensors: File too large \(EFBIG\)"):
+        with pytest.raises(SetupError, match=r"state\.safetensors: File too large \(EFBIG\)"):
             put(tmp_path, 2)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -297,7 +297,7 @@ def test_a_limit_of_the_real_kernel(tmp_path: Path) -> None:
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / FOLDER).write_text("a file where the folder should be")
-    with pytest.raises(IntegrityError, match="checkpoints"):
+    with pytest.raises(SetupError, match="checkpoints: Not a directory"):
         put(tmp_path, 1)
 
 
@@ -503,7 +503,8 @@ def test_what_may_be_readable_tomorrow_is_not_passed_over(
         raise OSError(number, os.strerror(number), str(path))
 
     monkeypatch.setattr("fedmira.runs.checkpoint.read_bytes", refuse)
-    with pytest.raises(IntegrityError, match=r"could not read the checkpoint .*round-00002"):
+    kind = IntegrityError if number == errno.EIO else SetupError
+    with pytest.raises(kind, match=r"could not read the checkpoint .*round-00002"):
         load_latest(tmp_path, config_hash=HASH)
 
 

@@ -15,7 +15,7 @@ def send(number: int) -> None:
     os.kill(os.getpid(), number)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_the_first_signal_raises_the_flag(number: int) -> None:
     with stop_on_signals() as stop:
         assert not stop()
@@ -33,21 +33,35 @@ def test_a_second_sigint_interrupts_at_once() -> None:
             send(signal.SIGINT)
 
 
-def test_after_sigterm_a_sigint_interrupts_and_a_sigterm_does_not() -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_after_another_signal_a_sigint_interrupts_and_the_same_again_does_not(number: int) -> None:
     with stop_on_signals() as stop:
-        send(signal.SIGTERM)
-        send(signal.SIGTERM)
-        assert stop.signal_number == signal.SIGTERM
+        send(number)
+        send(number)
+        assert stop.signal_number == number
         with pytest.raises(KeyboardInterrupt):
             send(signal.SIGINT)
-        assert stop.signal_number == signal.SIGTERM
+        assert stop.signal_number == number
+
+
+def test_a_sighup_that_is_ignored_stays_so() -> None:
+    """As under `nohup`."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with stop_on_signals() as stop:
+            send(signal.SIGHUP)
+            assert not stop()
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_handlers_are_put_back_even_after_an_error() -> None:
-    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = [signal.getsignal(number) for number in numbers]
     with pytest.raises(KeyError), stop_on_signals():
         {}[signal.getsignal(signal.SIGINT) not in before]
-    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+    assert [signal.getsignal(number) for number in numbers] == before
 
 
 def test_another_thread_gets_a_flag_that_stays_down() -> None:

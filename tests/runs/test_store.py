@@ -9,8 +9,9 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from tests.runs.faults import failing_at
 
 from fedmira.config import FederationConfig, OutputConfig, RunConfig, TrainingConfig
 from fedmira.config_file import config_hash, parse_config
-from fedmira.errors import IntegrityError, UsageError
+from fedmira.errors import IntegrityError, SetupError, UsageError
 from fedmira.method_config import FedITConfig
 from fedmira.runs.checkpoint import save
 from fedmira.runs.naming import run_directory
@@ -123,6 +124,29 @@ def test_a_link_is_not_a_run_directory(kind: str, tmp_path: Path) -> None:
     assert not target.exists() or os.listdir(target) == []
 
 
+@pytest.mark.parametrize("make", [RunStore.create, RunStore.resume, RunStore.open_or_create])
+@pytest.mark.parametrize("place", ["file", "file/below", "/proc/nowhere"])
+def test_a_place_that_cannot_be_written_is_a_fault_of_the_place(make: Any, place: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(SetupError, match=f"could not make the folder .*{place}.*choose another folder"):
+        make(CONFIG, None, tmp_path / place)
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_a_run_that_can_no_longer_be_written_is_refused_when_it_is_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its lock and its events may be writable files in a folder that is not."""
+    with_an_event(CONFIG, tmp_path)
+
+    def refuse(**_: object) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr("tempfile.TemporaryFile", refuse)
+    with pytest.raises(SetupError, match=r"could not write to .*Permission denied .*who owns the folder"):
+        RunStore.resume(CONFIG, None, tmp_path)
+
+
 def test_where_there_is_no_run(store: RunStore, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="there is no run directory"):
         RunStore.open(tmp_path / "nothing")
@@ -191,6 +215,84 @@ def test_resume_under_a_changed_config_is_refused_with_the_difference(tmp_path: 
     ):
         assert f"\n  {line}\n" in str(caught.value)
     assert not run_directory(changed, tmp_path).exists()
+
+
+def with_rounds(rounds: int) -> RunConfig:
+    return CONFIG.model_copy(update={"federation": FederationConfig(rounds=rounds)})
+
+
+@pytest.fixture
+def prolonged(tmp_path: Path) -> Path:
+    """A run begun with 2 rounds that got 4 since."""
+    with RunStore.create(with_rounds(2), None, tmp_path) as store:
+        store.append({"event": "round", "round": 1})
+        store.write_manifest({})
+    with RunStore.resume(with_rounds(4), None, tmp_path) as store:
+        store.write_rounds()
+        return store.path
+
+
+def test_a_prolonged_run_says_how_it_goes_on(prolonged: Path, tmp_path: Path) -> None:
+    how = "This run was prolonged to 4 rounds: write federation.rounds=4, also in the file, to resume"
+    with pytest.raises(
+        IntegrityError, match=f"rounds: 4 -> 2\n{how}, or give another name or output.directory to start"
+    ):
+        RunStore.resume(with_rounds(2), None, tmp_path)
+    with pytest.raises(
+        UsageError, match=r"prolonged to 4 rounds; write federation\.rounds=4, also in the file, and add"
+    ):
+        RunStore.create(with_rounds(2), None, tmp_path)
+    with pytest.raises(IntegrityError, match=f"rounds: 4 -> 3\n{how}, or leave out --resume to start a new run"):
+        RunStore.resume(with_rounds(3), None, tmp_path)
+    RunStore.create(with_rounds(3), None, tmp_path).close()
+
+
+def test_where_more_than_the_rounds_differs_all_of_it_is_to_be_put_back(prolonged: Path, tmp_path: Path) -> None:
+    other = with_rounds(2).model_copy(update={"training": TrainingConfig(learning_rate=1e-3)})
+    with pytest.raises(IntegrityError, match="Put these values back to resume, or leave out --resume"):
+        RunStore.resume(other, None, tmp_path)
+
+
+class Failure(Exception):
+    pass
+
+
+def failing_after(store: RunStore, *steps: Callable[[RunStore], object]) -> None:
+    with store:
+        for step in steps:
+            step(store)
+        raise Failure
+
+
+def test_a_directory_goes_with_the_set_up_that_failed_in_it(tmp_path: Path) -> None:
+    store = RunStore.resume(CONFIG, None, tmp_path)
+    with pytest.raises(Failure):
+        failing_after(store, lambda store: store.write_manifest({}), lambda store: store.log("a line"))
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        lambda store: store.append({"event": "round"}),
+        lambda store: save(store.path, 0, {"x": torch.zeros(1)}, {}, config_hash=config_hash(CONFIG), keep=1),
+        RunStore.keep,
+    ],
+    ids=["event", "checkpoint", "keep"],
+)
+def test_a_directory_stays_once_something_came_of_it(step: Callable[[RunStore], object], tmp_path: Path) -> None:
+    store = RunStore.create(CONFIG, None, tmp_path)
+    with pytest.raises(Failure):
+        failing_after(store, step)
+    assert os.listdir(tmp_path) == [store.path.name]
+
+
+def test_a_directory_that_was_there_before_stays(tmp_path: Path) -> None:
+    RunStore.create(CONFIG, None, tmp_path).close()
+    store = RunStore.create(CONFIG, None, tmp_path)
+    with pytest.raises(Failure):
+        failing_after(store)
+    assert os.listdir(tmp_path) == [store.path.name]
 
 
 def test_another_seed_method_or_name_is_another_run(tmp_path: Path) -> None:
@@ -376,7 +478,7 @@ def test_a_full_disk_leaves_no_half_event(store: RunStore, monkeypatch: pytest.M
         return write(descriptor, data[:4])
 
     monkeypatch.setattr(os, "write", fills_up)
-    with pytest.raises(IntegrityError, match=r"metrics\.jsonl: No space left on device \(ENOSPC\).*--resume"):
+    with pytest.raises(SetupError, match=r"metrics\.jsonl: No space left on device \(ENOSPC\).*--resume"):
         store.append({"round": 2})
     monkeypatch.undo()
     assert (store.path / METRICS).read_bytes() == b'{"round":1}\n'
@@ -407,7 +509,7 @@ def test_a_damaged_small_file_is_an_error(name: str, store: RunStore) -> None:
 
 def test_a_disk_that_fails_keeps_the_old_manifest(store: RunStore) -> None:
     store.write_manifest({"a": 1})
-    with pytest.raises(IntegrityError, match=r"could not write .*manifest\.json"), failing_at(2, errno.ENOSPC):
+    with pytest.raises(SetupError, match=r"could not write .*manifest\.json"), failing_at(2, errno.ENOSPC):
         store.write_manifest({"a": 2})
     assert store.manifest()["a"] == 1
     assert not [name for name in os.listdir(store.path) if ".tmp" in name]

@@ -1,6 +1,6 @@
 """Live progress on a terminal, one plain line per round elsewhere.
 
-Both implement the `Display` that `experiment` and `studies` call. Knows nothing about rounds beyond their numbers.
+All implement the `Display` that `experiment` and `studies` call. Knows nothing about rounds beyond their numbers.
 """
 
 from __future__ import annotations
@@ -8,8 +8,11 @@ from __future__ import annotations
 import os
 import sys
 import time
-from typing import TYPE_CHECKING, TextIO
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, TextIO, cast
 
+from fedmira.cli.process import discard
 from fedmira.cli.session import printable
 
 if TYPE_CHECKING:
@@ -120,13 +123,78 @@ class LiveDisplay:
             self._progress = None
 
 
-def open_display(*, to_stderr: bool) -> PlainDisplay | LiveDisplay:
+class SteadyStream:
+    """A stream whose reader may leave; what is written from then on goes nowhere, and `lost` says why.
+
+    Not left to the displays: a bar is also drawn by a thread of its own.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self.lost = ""
+
+    def write(self, text: str) -> int:
+        with self._steadily():
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with self._steadily():
+            self._stream.flush()
+
+    @contextmanager
+    def _steadily(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self.lost = self.lost or error.strerror or str(error)
+            discard(self._stream)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+class SteadyDisplay:
+    """Shows what another display shows until its reader leaves: a pager that is closed, a terminal that is gone.
+
+    Then `told` hears why, once, and nothing else happens: a run of hours does not end because nobody looks on.
+    """
+
+    def __init__(self, told: Callable[[str], None], *, to_stderr: bool) -> None:
+        self._stream = SteadyStream(sys.stderr if to_stderr else sys.stdout)
+        self._shown = open_display(cast(TextIO, self._stream))
+        self._told: Callable[[str], None] | None = told
+
+    def _show(self, show: Callable[..., None], *arguments: object) -> None:
+        show(*arguments)
+        if self._stream.lost and (told := self._told):
+            self._told = None
+            told(f"progress can no longer be shown ({self._stream.lost}); the work goes on without")
+
+    def start(self, title: str, total_rounds: int) -> None:
+        self._show(self._shown.start, title, total_rounds)
+
+    def step(self, round_: int, done: int, total: int) -> None:
+        self._show(self._shown.step, round_, done, total)
+
+    def round(self, round_: int, line: str) -> None:
+        self._show(self._shown.round, round_, line)
+
+    def message(self, line: str) -> None:
+        self._show(self._shown.message, line)
+
+    def finish(self, line: str) -> None:
+        self._show(self._shown.finish, line)
+
+    def close(self) -> None:
+        self._shown.close()
+
+
+def open_display(stream: TextIO) -> PlainDisplay | LiveDisplay:
     """Return the display that fits where the output goes: live on a terminal, plain lines elsewhere.
 
-    `to_stderr` keeps standard output free for a result in JSON. A terminal that cannot move its cursor
-    (TERM=dumb) gets plain lines; NO_COLOR is respected.
+    A terminal that cannot move its cursor (TERM=dumb) gets plain lines; NO_COLOR is respected.
     """
-    stream = sys.stderr if to_stderr else sys.stdout
     if stream.isatty() and os.environ.get("TERM", "") not in ("", "dumb"):
         return LiveDisplay(stream)
     return PlainDisplay(stream)

@@ -24,9 +24,9 @@ def export(session: Session, run: Path, client: str | None, all_clients: bool, o
         raise UsageError("give either --client NAME or --all")
     from fedmira.export.clients import export_clients
 
-    folders = export_clients(run, client, out, with_base=with_base)
+    folders = export_clients(run, client, out, with_base=with_base, warn=session.warn)
     session.result(
-        {"folders": {name: str(folder) for name, folder in folders.items()}},
+        {"folders": {name: str(folder) for name, folder in folders.items()}, "warnings": session.warnings},
         "\n".join(f"{name}: {folder}" for name, folder in folders.items()),
     )
 
@@ -42,5 +42,6 @@ def predict(session: Session, run: Path, client: str, context: str, text: str) -
     """Print what the model of RUN answers to the instruction TEXT with the adapter of a client."""
     from fedmira.export.clients import answer
 
-    reply = answer(run, client, text, context)
-    session.result({"client": client, "instruction": text, "input": context, "answer": reply}, reply)
+    reply = answer(run, client, text, context, warn=session.warn)
+    facts = {"client": client, "instruction": text, "input": context, "answer": reply, "warnings": session.warnings}
+    session.result(facts, reply)

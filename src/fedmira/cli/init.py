@@ -8,7 +8,7 @@ import click
 
 from fedmira.cli.recipes import purpose, recipe_names, recipe_path
 from fedmira.cli.session import Session, standard_options
-from fedmira.errors import UsageError
+from fedmira.errors import SetupError, UsageError
 
 
 @click.command(short_help="Copy a recipe to edit; without a name, list the recipes.")
@@ -33,7 +33,7 @@ def init(session: Session, recipe: str | None, file: Path | None) -> None:
     except FileExistsError:
         raise UsageError(f"{target} exists; remove it or give another name: fedmira init {recipe} FILE") from None
     except OSError as error:
-        raise UsageError(f"cannot write {target}: {error.strerror}") from None
+        raise SetupError(f"cannot write {target}: {error.strerror}") from None
     session.result(
         {"recipe": recipe, "file": str(target)},
         f"Wrote {target}. Edit it, then:\n  fedmira validate {target}\n  fedmira run {target}",

@@ -1,13 +1,12 @@
 """The command `fedmira`: its commands in the order a user meets them, and what happens to an error.
 
 Exit codes: 0 done, 1 failed while running, 2 usage or config, 3 data, 4 environment, 5 checkpoint or integrity,
-6 too few clients or a spent privacy budget, 130 / 143 interrupted after a clean checkpoint.
+6 too few clients or a spent privacy budget, 129, 130, 143 interrupted after a clean checkpoint.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import signal
 import sys
 import traceback
@@ -20,10 +19,10 @@ from fedmira.cli.compare import compare, quickstart
 from fedmira.cli.data import data
 from fedmira.cli.export import export, predict
 from fedmira.cli.init import init
-from fedmira.cli.process import prepare_process
+from fedmira.cli.process import discard, prepare_process
 from fedmira.cli.report import report
 from fedmira.cli.run import run
-from fedmira.cli.session import Session, debug_option, printable
+from fedmira.cli.session import Session, debug_option, printable, tell
 from fedmira.cli.validate import validate
 from fedmira.errors import FedmiraError
 
@@ -54,9 +53,12 @@ def _fail(session: Session, message: str, exit_code: int) -> int:
     """Tell what went wrong on standard error, and with --json on standard output as well; return the exit code."""
     if session.debug:
         traceback.print_exc()
-    click.echo(click.style("Error:", fg="red", bold=True) + " " + printable(message), err=True)
+    tell(click.style("Error:", fg="red", bold=True) + " " + printable(message))
     if session.json:
-        click.echo(json.dumps({"error": message, "exit_code": exit_code}, sort_keys=True))
+        try:
+            click.echo(json.dumps({"error": message, "exit_code": exit_code}, sort_keys=True))
+        except OSError:
+            discard(sys.stdout)
     return exit_code
 
 
@@ -76,8 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (KeyboardInterrupt, click.Abort):
         return _fail(session, "interrupted", 128 + signal.SIGINT)
     except BrokenPipeError:
-        # the reader of a pipe left; nothing more can be written, and Python must not try when it exits
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        discard(sys.stdout)
         return 1
     except Exception as error:
         hint = "" if session.debug else "\nThis is a fault in fedmira. Run again with --debug to see where it happened."

@@ -1,10 +1,13 @@
-"""How the process of the command line waits and keeps memory; a library leaves both to the program that uses it."""
+"""How the process of the command line waits, keeps memory and writes to who left; a library leaves all three to the
+program that uses it.
+"""
 
 from __future__ import annotations
 
 import ctypes
 import os
 import sys
+from typing import TextIO
 
 _SPINS = "1000"
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
@@ -28,3 +31,15 @@ def prepare_process() -> None:
     if mallopt is not None:
         mallopt(_MMAP_THRESHOLD, _MOST_IN_HEAP)
         mallopt(_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def discard(stream: TextIO) -> None:
+    """Let all that is still written to `stream` vanish: its reader left, and Python must not fail again at its exit."""
+    try:
+        descriptor = stream.fileno()
+    except OSError:
+        # not a file, such as a stream of a test
+        return
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, descriptor)
+    os.close(nowhere)

@@ -22,6 +22,10 @@ from fedmira.errors import UsageError
 @click.pass_obj
 def run(session: Session, config: Path, overrides: tuple[str, ...], dry_run: bool, resume: bool, profile: bool) -> None:
     """Train as CONFIG says; KEY=VALUE pairs such as method.graph.kind=labels win over the file."""
+    from fedmira.runs.atomic import unwritable_line
+    from fedmira.runs.naming import run_directory, run_stem
+    from fedmira.runs.store import RunStore
+
     run_config = read_config(config, overrides)
     if dry_run:
         if resume or profile:
@@ -29,20 +33,28 @@ def run(session: Session, config: Path, overrides: tuple[str, ...], dry_run: boo
         from fedmira.estimate import dry_run as estimate_run
 
         estimate = estimate_run(run_config)
+        if line := unwritable_line(run_directory(run_config)):
+            estimate = estimate._replace(warnings=(*estimate.warnings, line))
         session.result(estimate._asdict(), "\n".join(estimate.lines()))
         return
-    with session.loading(run_config) as display:
-        from fedmira.experiment import run as run_experiment
+    open_store = RunStore.resume if resume else RunStore.create
+    # before anything heavy is loaded: what speaks against the directory is said at once
+    with open_store(run_config, config.read_text(encoding="utf-8")) as store:
+        if resume and not store.has_progress():
+            where = f"no run {run_stem(run_config)} has begun in {store.path.parent}"
+            line = f"nothing to resume; this is a new run: {where}"
+            session.warn(line)
+            store.log(f"warning: {line}")
+        with session.loading(run_config, store.log) as display:
+            from fedmira.experiment import carry_out
 
-        source_text = config.read_text(encoding="utf-8")
-        path = run_experiment(run_config, resume=resume, source_text=source_text, display=display, profile=profile)
+            path = carry_out(store, display, profile=profile)
     from fedmira.report.summary import summarise_run
 
     summary = summarise_run(path)
     facts, lines = {"run": str(path), **summary.facts()}, [f"Run: {path}", *summary.lines()]
     if profile:
         from fedmira.profile import lines as profile_lines
-        from fedmira.runs.store import RunStore
 
         facts["profile"] = RunStore.open(path).profile()
         lines += ["", *profile_lines(facts["profile"]), ""]

@@ -7,13 +7,15 @@ about what the commands compute.
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from fedmira.cli.process import discard
 from fedmira.report.formats import printable as escaped
 
 if TYPE_CHECKING:
@@ -30,28 +32,50 @@ class Session:
     debug: bool = False
     json: bool = False
     quiet: bool = False
+    warnings: list[str] = field(default_factory=list)
+    """What `warn` has said so far."""
+
+    def warn(self, line: str) -> None:
+        """Say on standard error what the user may not expect, with --quiet too."""
+        self.warnings.append(line)
+        tell(printable(f"warning: {line}"))
 
     def result(self, facts: Mapping[str, Any], text: str) -> None:
         """Print the outcome of a command: `facts` as one JSON object with --json, else `text`."""
         click.echo(json.dumps(facts, sort_keys=True, allow_nan=False) if self.json else printable(text))
 
     @contextmanager
-    def loading(self, config: RunConfig) -> Iterator[Display | None]:
+    def loading(self, config: RunConfig, log: Callable[[str], None] | None = None) -> Iterator[Display | None]:
         """A display for the run `config`, None with --quiet; closed whatever happens, so the terminal stays usable.
 
-        Says at once what takes the first seconds: torch is imported and the model loaded inside the block.
+        Says at once what takes the first seconds: torch is imported and the model loaded inside the block. If the
+        reader of the display leaves, the block goes on; that is a warning, and a line for `log`.
         """
         if self.quiet:
             yield None
             return
-        from fedmira.cli.display import open_display
+        from fedmira.cli.display import SteadyDisplay
 
-        display = open_display(to_stderr=self.json)
+        def tell_all(line: str) -> None:
+            self.warn(line)
+            if log is not None:
+                log(f"warning: {line}")
+
+        # standard output is kept free for a result in JSON
+        display = SteadyDisplay(tell_all, to_stderr=self.json)
         display.message(f"Loading the base model ({config.model.path}) and the data ({config.data.source}) ...")
         try:
             yield display
         finally:
             display.close()
+
+
+def tell(text: str) -> None:
+    """Print `text` on standard error; nothing happens if nobody can read it any more."""
+    try:
+        click.echo(text, err=True)
+    except OSError:
+        discard(sys.stderr)
 
 
 def printable(text: str) -> str:

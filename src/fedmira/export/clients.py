@@ -1,4 +1,4 @@
-"""What the clients of a finished run get to keep: as PEFT folders or whole models, or put to use on a question.
+"""What the clients of a run get to keep: as PEFT folders or whole models, or put to use on a question.
 
 Needs the run directory and the base model; the clients' data is never read.
 """
@@ -7,8 +7,13 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
 
 from fedmira import embedded_base_path
 from fedmira.data.partition import check_names
@@ -26,7 +31,7 @@ BASE_FOLDER = "base"
 
 
 class Trained(NamedTuple):
-    """A finished run: who its clients are and the adapters they keep."""
+    """A run with a finished round: who its clients are and the adapters they keep."""
 
     config: RunConfig
     names: tuple[str, ...]
@@ -35,6 +40,14 @@ class Trained(NamedTuple):
     base: BaseModel
     rounds: int
     """Rounds that are behind these adapters."""
+
+    @property
+    def unfinished_line(self) -> str:
+        """How far a run has come that goes on or was interrupted; empty if it is finished."""
+        rounds = self.config.federation.rounds
+        if self.rounds >= rounds:
+            return ""
+        return f"this run has finished {self.rounds} of {rounds} rounds; the adapter is that of round {self.rounds}"
 
     def row(self, client: str) -> int:
         """The row of `client`; raises UsageError with the nearest right names if there is no such client."""
@@ -77,7 +90,14 @@ def load_trained(run: Path) -> Trained:
     return Trained(store.config, names, adapters, base, int(checkpoint.facts["completed_rounds"]))
 
 
-def export_clients(run: Path, client: str | None, out: Path, *, with_base: bool = False) -> dict[str, Path]:
+def export_clients(
+    run: Path,
+    client: str | None,
+    out: Path,
+    *,
+    with_base: bool = False,
+    warn: Callable[[str], object] = warnings.warn,
+) -> dict[str, Path]:
     """Write the adapter of one client of a run, or of each, as PEFT folders; return the folder of each name.
 
     Where every weight was tuned (kind `full`), the folders hold whole models instead.
@@ -87,6 +107,7 @@ def export_clients(run: Path, client: str | None, out: Path, *, with_base: bool 
         client: One name, whose folder is `out`; or None for every client, each in `out`/NAME.
         out: New or empty folder.
         with_base: Put a copy of the embedded base model beside the adapters, as `out`/base.
+        warn: Told if the run is not finished.
 
     Raises:
         UsageError: an unknown client, a folder that is not empty, or `with_base` without the embedded model.
@@ -114,6 +135,8 @@ def export_clients(run: Path, client: str | None, out: Path, *, with_base: bool 
         base_path = str(local.resolve())
     if embedded:
         base_path = (f"../{BASE_FOLDER}" if everyone else BASE_FOLDER) if with_base else EMBEDDED_NAME
+    if line := trained.unfinished_line:
+        warn(line)
     with new_folder(out) as folder:
         if with_base:
             shutil.copytree(embedded_base_path(), folder / BASE_FOLDER, copy_function=shutil.copyfile)
@@ -161,7 +184,7 @@ def _card(trained: Trained, row: int, base_path: str, run_name: str, rank: int |
         "client": trained.names[row],
         "run": run_name,
         "method": config.method.name,
-        "rounds": trained.rounds,
+        "rounds": f"{trained.rounds} of {config.federation.rounds}" if trained.unfinished_line else trained.rounds,
         "seed": config.seed,
         **sizes[adapter.kind],
         "template of the prompts": config.data.template,
@@ -174,24 +197,49 @@ def _stores_transposed(base: BaseModel, layout: Layout) -> bool:
     return any(type(base.model.get_submodule(spec.layer)).__name__ == "Conv1D" for spec in layout.specs)
 
 
-def answer(run: Path, client: str, instruction: str, context: str = "") -> str:
+def answer(
+    run: Path, client: str, instruction: str, context: str = "", *, warn: Callable[[str], object] = warnings.warn
+) -> str:
     """Return what the run's model writes after `instruction` (and `context`) with the adapter of `client`, greedily.
+
+    `warn` is told if the run is not finished, and if the question is too long to be read whole.
 
     Raises:
         UsageError: an unknown client, or a run without a finished round.
     """
-    from fedmira.data.tokenization import end_token, prompt_tokens
+    from fedmira.data.tokenization import end_token
     from fedmira.evaluation.generation import generate
 
     trained = load_trained(run)
     row = trained.row(client)
     config, base = trained.config, trained.base
-    prompt = prompt_tokens(
-        Example(instruction=instruction, output="", input=context),
-        base.tokenizer,
-        config.data.template,
-        min(config.data.max_length, base.max_length - trained.adapters.layout.num_virtual_tokens),
-    )
+    if line := trained.unfinished_line:
+        warn(line)
+    prompt, line = _question(trained, Example(instruction=instruction, output="", input=context))
+    if line:
+        warn(line)
     one = trained.adapters.replace(trained.adapters.values_KP[row : row + 1])
     ends = {end_token(base.tokenizer, config.data.template)}
     return generate(base, one, [[prompt]], config.evaluation.generation.max_new_tokens, ends=ends)[0][0]
+
+
+def _question(trained: Trained, example: Example) -> tuple[np.ndarray, str]:
+    """The prompt (T,), and how many tokens of its beginning the model does not read, if any, and why."""
+    from fedmira.data.tokenization import prompt_tokens
+    from fedmira.evaluation.generation import tokens_for
+
+    config, base, layout = trained.config, trained.base, trained.adapters.layout
+    longest = min(config.data.max_length, base.max_length - layout.num_virtual_tokens)
+    whole, prompt = (
+        prompt_tokens(example, base.tokenizer, config.data.template, most) for most in (sys.maxsize, longest)
+    )
+    new_tokens, room = tokens_for(base, layout, config.evaluation.generation.max_new_tokens)
+    left_out = len(whole) - min(len(prompt), room)
+    if not left_out:
+        return prompt, ""
+    why = f"the base model has room for {room:,} beside {new_tokens:,} new ones"
+    if config.data.max_length <= room:
+        why = f"data.max_length of this run is {config.data.max_length}"
+    return prompt, (
+        f"{left_out:,} tokens of the question's beginning were left out: as a prompt it has {len(whole):,}, and {why}"
+    )

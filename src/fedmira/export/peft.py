@@ -229,7 +229,7 @@ def new_folder(out: Path) -> Iterator[Path]:
 
     Raises:
         UsageError: `out` exists and is not an empty folder.
-        IntegrityError: the disk refuses; the message names the reason.
+        SetupError, IntegrityError: the disk refuses; the message names the reason.
     """
     if out.is_symlink() or (out.exists() and not out.is_dir()) or (out.is_dir() and any(out.iterdir())):
         raise UsageError(f"{out} exists and is not an empty folder; give a new folder, or remove this one")

@@ -82,7 +82,8 @@ def create(
         block_columns: c; None makes blocks of about 128 MiB. Mixing holds four blocks, a row is P / c pieces.
 
     Raises:
-        IntegrityError: the path exists already, or the disk is full or refused.
+        IntegrityError: the path exists already.
+        SetupError, IntegrityError: the disk is full or refused.
         ValueError: a size is below 1, or another dtype.
     """
     if block_columns is None:
@@ -137,7 +138,8 @@ def read_rows(arena: ArenaFile, ids: Sequence[int]) -> torch.Tensor:
     """Return the adapters of the clients `ids`, (S, P), in their order and in the dtype of the file.
 
     Raises:
-        IntegrityError: the disk refused, or the file is no longer as long as it was.
+        SetupError, IntegrityError: the disk refused.
+        IntegrityError: the file is no longer as long as it was.
         ValueError: an id is not in 0 to K - 1.
     """
     _refuse_ids(arena, ids)
@@ -156,7 +158,7 @@ def write_rows(arena: ArenaFile, ids: Sequence[int], rows_SP: torch.Tensor) -> N
     Many rows at once are faster than one by one, and clients that follow each other are written together.
 
     Raises:
-        IntegrityError: the disk refused.
+        SetupError, IntegrityError: the disk refused.
         ValueError: an id is not in 0 to K - 1 or comes twice, or `rows_SP` is not (S, P).
     """
     _refuse_ids(arena, ids)

@@ -33,7 +33,8 @@ def mix(arena: ArenaFile, matrix: SparseMatrix, target: Path) -> ArenaFile:
         target: a file in an existing folder, with room for another arena.
 
     Raises:
-        IntegrityError: the disk is full or refused, or the arena is shorter than it was; `target` is as it was.
+        SetupError, IntegrityError: the disk is full or refused; `target` is as it was.
+        IntegrityError: the arena is shorter than it was; `target` is as it was.
         ValueError: the matrix is not (K, K).
     """
     if (matrix.num_rows, matrix.num_columns) != (arena.num_clients, arena.num_clients):

@@ -1,7 +1,8 @@
 """Files that are either whole or not there: write beside, fsync, rename, fsync the folder.
 
-Every failure of the disk becomes an `IntegrityError` that names the path and the reason; what was there before stays.
-Symbolic links are never followed. Modes follow the umask. Knows nothing about what the files mean.
+Every failure of the disk becomes an error that names the path and the reason: a `SetupError` where the place must be
+changed (no permission, no space, no folder), an `IntegrityError` where what is there cannot be trusted. What was there
+before stays. Symbolic links are never followed. Modes follow the umask. Knows nothing about what the files mean.
 """
 
 from __future__ import annotations
@@ -11,12 +12,13 @@ import os
 import secrets
 import shutil
 import stat
+import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from fedmira.errors import IntegrityError
+from fedmira.errors import IntegrityError, SetupError
 
 CHUNK_BYTES = 8 << 20
 
@@ -28,21 +30,29 @@ _ADVICE = {
     errno.EROFS: "the file system is read-only: choose another output.directory",
     errno.EIO: "the disk reports a fault: choose an output.directory on another disk",
     errno.EFBIG: "the file is larger than the file system or a limit of this shell (ulimit -f) allows",
+    errno.ENOTDIR: "a part of this path is a file: choose another folder",
     errno.ELOOP: "it is a symbolic link, which is not followed: put the real file or folder there",
 }
 
+_OF_THE_PLACE = {
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG),
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EMFILE, errno.ENFILE, errno.ENOMEM),
+}
+"""What says nothing against the files that are there."""
 
-def disk_error(error: OSError, path: Path, doing: str) -> IntegrityError:
+
+def disk_error(error: OSError, path: Path, doing: str) -> SetupError | IntegrityError:
     """Return the exception that tells a person what happened while `doing` something with `path`."""
     name = errno.errorcode.get(error.errno or 0, "unknown")
     reason = error.strerror or str(error)
     advice = _ADVICE.get(error.errno or 0, "")
-    return IntegrityError(f"could not {doing} {path}: {reason} ({name})" + (f"; {advice}" if advice else ""))
+    kind = SetupError if error.errno in _OF_THE_PLACE else IntegrityError
+    return kind(f"could not {doing} {path}: {reason} ({name})" + (f"; {advice}" if advice else ""))
 
 
 @contextmanager
 def disk_errors_named(path: Path, doing: str) -> Iterator[None]:
-    """Turn an `OSError` of the block into an `IntegrityError` that names `path`."""
+    """Turn an `OSError` of the block into a `disk_error` that names `path`."""
     try:
         yield
     except OSError as error:
@@ -93,7 +103,7 @@ def write_bytes_atomically(path: Path, data: bytes) -> None:
     """Replace `path` by `data`, durably: after a crash at any moment it holds either the old bytes or the new.
 
     Raises:
-        IntegrityError: the disk refused; the old file, if any, is untouched and nothing is left beside it.
+        SetupError, IntegrityError: the disk refused; the old file, if any, is untouched and nothing is left beside it.
     """
     beside = path.with_name(f".{path.name}.tmp-{nonce()}")
     with disk_errors_named(path, "write"):
@@ -130,12 +140,30 @@ def make_folder(path: Path) -> None:
     """Create a folder and its parents.
 
     Raises:
-        IntegrityError: it cannot be made, or is a link or a file.
+        SetupError: it cannot be made there, or a file is in the way.
+        IntegrityError: it is a link, or the disk is at fault.
     """
     with disk_errors_named(path, "make the folder"):
-        path.mkdir(parents=True, exist_ok=True)
         if path.is_symlink():
             raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path))
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except FileExistsError:
+            raise OSError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path)) from None
+        except FileNotFoundError as error:
+            # such as below /proc, or where the current folder was removed
+            raise SetupError(f"could not make the folder {path}: {error.strerror}; choose another folder") from error
+
+
+def unwritable_line(path: Path) -> str:
+    """Why nothing could be written into the folder `path`, which need not exist yet; empty if that looks possible."""
+    there = next(folder for folder in (path, *path.absolute().parents) if os.path.lexists(folder))
+    try:
+        # the system's own answer: permissions alone do not tell about disks that are read-only
+        with tempfile.TemporaryFile(dir=there):
+            return ""
+    except OSError as error:
+        return str(disk_error(error, there, "write to"))
 
 
 def remove_tree(path: Path) -> None:

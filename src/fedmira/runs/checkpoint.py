@@ -86,7 +86,7 @@ def save(
     being computed again, and is removed.
 
     Raises:
-        IntegrityError: the disk refused; the message names path and reason, and older checkpoints are untouched.
+        SetupError, IntegrityError: the disk refused; the message says where and why, older checkpoints are untouched.
         ValueError: a fact is not JSON (NaN included) or a tensor has a dtype that safetensors lacks.
     """
     parent = run_path / FOLDER

@@ -43,7 +43,7 @@ def generations(parent: Path) -> list[Generation]:
     """Return the checkpoints in the folder `parent`, whole or not, from the oldest to the newest.
 
     Raises:
-        IntegrityError: the folder cannot be listed.
+        SetupError, IntegrityError: the folder cannot be listed.
     """
     try:
         names = os.listdir(parent)

@@ -33,7 +33,7 @@ def add_line(path: Path, descriptor: int, line: str) -> None:
     """Add one line.
 
     Raises:
-        IntegrityError: the disk refused; no part of the line is left in the file.
+        SetupError, IntegrityError: the disk refused; no part of the line is left in the file.
     """
     size = os.fstat(descriptor).st_size
     try:
@@ -82,7 +82,8 @@ def read_events(path: Path) -> list[dict[str, Any]]:
     """Return all events, oldest first; a torn last line is left out, and a file that is not there has none.
 
     Raises:
-        IntegrityError: any other line is damaged, or the file cannot be read.
+        IntegrityError: any other line is damaged.
+        SetupError, IntegrityError: the file cannot be read.
     """
     try:
         data = read_bytes(path)

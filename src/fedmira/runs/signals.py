@@ -1,4 +1,4 @@
-"""Turning SIGINT and SIGTERM into a question that the round loop asks between steps.
+"""Turning SIGINT, SIGTERM and SIGHUP into a question that the round loop asks between steps.
 
 Knows nothing about what is saved when it is told to stop.
 """
@@ -25,8 +25,9 @@ class StopFlag:
 
 @contextmanager
 def stop_on_signals() -> Iterator[StopFlag]:
-    """Within the block, the first SIGINT or SIGTERM raises a flag; a SIGINT after that interrupts at once.
+    """Within the block, the first SIGINT, SIGTERM or SIGHUP raises a flag; a SIGINT after that interrupts at once.
 
+    SIGHUP comes when a terminal or an SSH session closes; where it is ignored, as under `nohup`, it stays so.
     Python delivers signals to the main thread only, so in any other thread the flag stays down.
     """
     flag = StopFlag()
@@ -40,7 +41,10 @@ def stop_on_signals() -> Iterator[StopFlag]:
         elif number == signal.SIGINT:
             raise KeyboardInterrupt
 
-    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
+    previous = {number: signal.signal(number, handle) for number in numbers}
     try:
         yield flag
     finally:

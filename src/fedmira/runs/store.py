@@ -25,13 +25,15 @@ from typing import Any
 
 from fedmira.config import RunConfig
 from fedmira.config_file import config_difference, config_hash, parse_config, resolved_yaml, with_rounds
-from fedmira.errors import ConfigError, IntegrityError, UsageError
+from fedmira.errors import ConfigError, IntegrityError, SetupError, UsageError
 from fedmira.runs.atomic import (
     disk_error,
     disk_errors_named,
     make_folder,
     read_bytes,
+    remove_tree,
     sync_folder,
+    unwritable_line,
     write_bytes_atomically,
 )
 from fedmira.runs.generations import FOLDER as CHECKPOINTS
@@ -59,6 +61,8 @@ class RunStore:
         self.config = config
         self._begun_rounds = config.federation.rounds
         self._prolonged: tuple[int, str | None] | None = None
+        self._provisional = False
+        """Whether this process made the directory and nothing says yet that it will be needed; see `keep`."""
         self._lock: int | None = None
         self._files: dict[str, int] = {}
 
@@ -78,11 +82,12 @@ class RunStore:
 
         Raises:
             UsageError: the directory holds a run already, or something else, or another process writes it.
-            IntegrityError: the disk refused.
+            SetupError, IntegrityError: the disk refused.
         """
         path = run_directory(config, directory)
         store = cls(path, config)
-        if _exists(path):
+        store._provisional = not _exists(path)
+        if not store._provisional:
             _refuse_link(path)
             # a process that was killed may have left a file half written
             foreign = sorted(name for name in set(_names(path)) - _OWN_NAMES if not _HALF_WRITTEN.match(name))
@@ -96,13 +101,14 @@ class RunStore:
         try:
             if store.has_progress():
                 raise UsageError(
-                    f"{path} holds this run already; add --resume to continue it, "
+                    f"{path} holds this run already{_how_to_go_on(path, config)} to continue it, "
                     "or remove it or choose another output.directory to start again"
                 )
             if source_text is not None:
                 write_bytes_atomically(path / CONFIG, source_text.encode())
             write_bytes_atomically(path / RESOLVED, resolved_yaml(config).encode())
         except BaseException:
+            store._withdraw()
             store.close()
             raise
         return store
@@ -227,9 +233,15 @@ class RunStore:
         differences = config_difference(self.config, config)
         if differences:
             lines = "".join(f"\n  {line}" for line in differences)
+            how, rounds = "Put these values back", self.config.federation.rounds
+            if self._begun_rounds < rounds and not config_difference(self.config, with_rounds(config, rounds)):
+                how = f"This run was prolonged to {rounds} rounds: write federation.rounds={rounds}, also in the file,"
+            # without --resume, the config that the run was begun with means this directory too
+            same_place = config_hash(config) == self.config_hash
+            anew = "give another name or output.directory" if same_place else "leave out --resume"
             raise IntegrityError(
                 f"{self.path} was started under another config and cannot be resumed with this one:{lines}\n"
-                "Put these values back to resume, or leave out --resume to start a new run."
+                f"{how} to resume, or {anew} to start a new run."
             )
 
     def _take_output(self, config: RunConfig) -> None:
@@ -240,8 +252,10 @@ class RunStore:
         """Whether anything would be lost with this directory: an event or a checkpoint."""
         try:
             size = os.lstat(self.path / METRICS).st_size
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             size = 0
+        except OSError as error:
+            raise disk_error(error, self.path, "look into") from error
         return size > 0 or has_checkpoints(self.path)
 
     # ---------------------------------------------------------------------------------------------------- small files
@@ -314,7 +328,7 @@ class RunStore:
         """Add one event to metrics.jsonl, as `lines.event_line` writes it.
 
         Raises:
-            IntegrityError: the disk refused; no part of the event is left in the file.
+            SetupError, IntegrityError: the disk refused; no part of the event is left in the file.
             UsageError: another process writes this run.
         """
         with stage("disk"):
@@ -365,6 +379,9 @@ class RunStore:
         """Become the only writer of this run."""
         if self._lock is not None:
             return
+        if line := unwritable_line(self.path):
+            # a lock that can be taken says nothing about the files that come later
+            raise SetupError(line)
         path = self.path / LOCK
         with disk_errors_named(path, "open"):
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
@@ -384,6 +401,16 @@ class RunStore:
         with disk_errors_named(self.path, "sync"):
             sync_folder(self.path)
 
+    def keep(self) -> None:
+        """Leave the directory where it is from now on, even if the run fails before its first event."""
+        self._provisional = False
+
+    def _withdraw(self) -> None:
+        """Remove the directory if this process made it and nothing came of it."""
+        if self._provisional and not self.has_progress():
+            remove_tree(self.path)
+        self._provisional = False
+
     def close(self) -> None:
         """Release the lock and the files; a later write takes them again."""
         for descriptor in self._files.values():
@@ -399,6 +426,8 @@ class RunStore:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        if error is not None:
+            self._withdraw()
         self.close()
 
 
@@ -418,6 +447,14 @@ def _refuse_link(path: Path) -> None:
 def _names(path: Path) -> list[str]:
     with disk_errors_named(path, "list"):
         return os.listdir(path)
+
+
+def _how_to_go_on(path: Path, config: RunConfig) -> str:
+    """What continues the run at `path`, which was begun as `config` and may have got more rounds since."""
+    rounds = RunStore.open(path).config.federation.rounds if _exists(path / RESOLVED) else 0
+    if rounds <= config.federation.rounds:
+        return "; add --resume"
+    return f", prolonged to {rounds} rounds; write federation.rounds={rounds}, also in the file, and add --resume"
 
 
 def _runs_inside(path: Path) -> str:
