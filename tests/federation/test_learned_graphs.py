@@ -406,6 +406,7 @@ def test_rows_of_pfedgraph_minimise_its_quadratic_programme() -> None:
             np.full(4, 0.25),
             bounds=[(0, 1)] * 4,
             constraints={"type": "eq", "fun": lambda w: w.sum() - 1},
+            tol=1e-12,
         )
         assert np.allclose(weights, best.x, atol=1e-4)
 

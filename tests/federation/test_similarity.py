@@ -62,8 +62,9 @@ def test_products_are_formed_where_that_is_less_work(
     assert all(np.array_equal(gram, gram.T) for gram in grams)
 
 
-def test_compared_is_where_the_clients_were_heading() -> None:
-    before, after = noise(6, 1), noise(6, 2)
+@pytest.mark.parametrize("num_clients", [3, 6, 9, 10, 12])
+def test_compared_is_where_the_clients_were_heading(num_clients: int) -> None:
+    before, after = noise(num_clients, 1), noise(num_clients, 2)
     seen = alike(after, before)
     assert np.allclose(seen, mixing_twin.similarity(after, before), rtol=0, atol=1e-12)
     cut = alike(after, before, clip=True)
@@ -72,6 +73,18 @@ def test_compared_is_where_the_clients_were_heading() -> None:
     # clients that did not move were heading where they are
     still = alike(after, after)
     assert np.allclose(still, alike(after), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("sizes", [(2, 1), (2, 2), (2, 2, 1), (3, 3), (2, 2, 2), (4, 2, 2), (3, 3, 3)])
+@pytest.mark.parametrize("clip", [False, True])
+def test_kin_are_told_from_strangers_also_where_clients_are_few(sizes: tuple[int, ...], clip: bool) -> None:
+    arena, labels = families(sizes, own=0.6)
+    cosine = alike(arena, clip=clip)
+    same = np.array([[one == other for other in labels] for one in labels])
+    kin, strangers = cosine[same & ~np.eye(len(labels), dtype=bool)], cosine[~same]
+    assert kin.min() > 0.1
+    assert strangers.mean() < 0
+    assert strangers.max() < kin.min()
 
 
 @given(st.integers(0, 1000))

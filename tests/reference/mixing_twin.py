@@ -70,9 +70,18 @@ def headings(after: Arena, before: Arena) -> list[list[np.ndarray]]:
 
 
 def similarity(after: Arena, before: Arena, clip: bool = False) -> np.ndarray:
-    """Mean over layers of the centred cosines of 2 after - before, cut to the median length if `clip`."""
-    layers = headings(after, before)
-    return np.mean([centred_cosine(clipped(updates) if clip else updates) for updates in layers], axis=0)
+    """Mean over layers of the cosines of 2 after - before without what they have in common."""
+    return np.mean([cosines(updates, clip) for updates in headings(after, before)], axis=0)
+
+
+def cosines(updates: list[np.ndarray], clip: bool) -> np.ndarray:
+    """Of ten and more those of centred vectors; of fewer those above the mean pair, or the median one if `clip`."""
+    if len(updates) >= 10:
+        return centred_cosine(clipped(updates) if clip else updates)
+    units = [update / np.linalg.norm(update) for update in updates]
+    pairs = [one @ other for k, one in enumerate(units) for other in units[:k]]
+    common = np.median(pairs) if clip else np.mean(pairs)
+    return np.array([[np.clip((one @ other - common) / (1 - common), -1, 1) for other in units] for one in units])
 
 
 def clipped(updates: list[np.ndarray]) -> list[np.ndarray]:

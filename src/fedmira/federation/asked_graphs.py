@@ -18,7 +18,7 @@ from fedmira.federation.graph import Graph, Matrix
 from fedmira.federation.learning import Learner, Memory, Seen, neighbour_graph
 from fedmira.federation.method import Info, Method, State
 from fedmira.federation.questions import apart, together
-from fedmira.federation.similarity import MINIMUM_CLIENTS, centred_cosine, moved
+from fedmira.federation.similarity import MINIMUM_CLIENTS, centred_cosine, cosines, moved
 from fedmira.graph_config import GraphConfig
 from fedmira.types import Arena, Clients, Losses, Participants, Results, Trial
 
@@ -132,7 +132,7 @@ def probe(config: GraphConfig, clients: Clients) -> Learner:
         agreement_SS = losses.agreement_SS.cpu().numpy()
         sound = np.flatnonzero(np.isfinite(np.diagonal(agreement_SS)))
         rows = [trial.ids[s] for s in sound]
-        now_CC = centred_cosine(agreement_SS[np.ix_(sound, sound)])
+        now_CC = cosines(agreement_SS[np.ix_(sound, sound)])
         now_KK = moved(before_KK, now_CC, rows, rows, config.memory) if len(rows) >= MINIMUM_CLIENTS else before_KK
         return {"similarity": torch.from_numpy(np.array(now_KK))}
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from fedmira.errors import ConfigError, DataError
 from fedmira.federation.graph import Graph, Matrix, explained, validated
-from fedmira.federation.similarity import centred_cosine, mutual_neighbours
+from fedmira.federation.similarity import cosines, mutual_neighbours
 from fedmira.graph_config import GraphConfig
 from fedmira.randomness import generator
 from fedmira.types import Clients
@@ -78,7 +78,7 @@ def embeddings(gram_KK: Matrix, num_clients: int, neighbours: int, power: float)
         raise DataError(
             f"graph 'embeddings': inner products of shape {gram_KK.shape} for {num_clients} clients, or not finite"
         )
-    weights_KK = mutual_neighbours(centred_cosine(gram_KK), neighbours, power)
+    weights_KK = mutual_neighbours(cosines(gram_KK), neighbours, power)
     return validated(weights_KK, num_clients, "embeddings", {"neighbours": neighbours, "power": power})
 
 

@@ -10,7 +10,8 @@ Axes: K clients, C those compared, L layers, R rank, I and O in and out features
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,6 +24,10 @@ MINIMUM_CLIENTS = 3
 """Two centred vectors always have cosine -1: fewer than three say nothing."""
 _NEGLIGIBLE = 1e-12
 """A centred squared norm below this share of the largest plain one is rounding."""
+_ALIKE = 1e-9
+"""Clients whose cosines are closer to 1 than this on average differ by rounding."""
+_MANY_CLIENTS = 10
+"""From so many on, plain centring tells kin from strangers better (docs/log.md)."""
 _BLOCK_ELEMENTS = 1 << 24
 
 
@@ -115,17 +120,52 @@ def _strip(num_clients: int) -> int:
 def centred_cosine(gram_CC: Matrix) -> Matrix:
     """Return the cosines of the updates after removing their mean: H G H, H = I - 1 1^T / C, scaled to unit diagonal.
 
-    What all clients learn alike (the format of the answers) would make everyone similar; centring removes it. Rows of
-    clients that equal the mean are 0, and so is everything when fewer than three clients are compared. Never NaN.
+    Rows of clients that equal the mean are 0, and so is everything when fewer than three clients are compared. Never
+    NaN.
     """
     if len(gram_CC) < MINIMUM_CLIENTS:
         return np.zeros_like(gram_CC)
     centred_CC = gram_CC - gram_CC.mean(axis=0)
     centred_CC = centred_CC - centred_CC.mean(axis=1, keepdims=True)
-    squares_C = np.diagonal(centred_CC)
-    there_C = squares_C > _NEGLIGIBLE * max(float(np.diagonal(gram_CC).max()), np.finfo(np.float64).tiny)
+    return _scaled(centred_CC, float(np.diagonal(gram_CC).max()))
+
+
+def cosines(gram_CC: Matrix, clip: bool = False) -> Matrix:
+    """Return the cosines of updates with these inner products after removing what they have in common, (C, C).
+
+    What all clients learn alike (the format of the answers) would make everyone similar. `centred_cosine` takes a C-th
+    of each update away from itself too, so C unrelated ones have cosines of -1 / (C - 1): where clients are many that
+    is a threshold which keeps strangers apart, where they are few it keeps kin apart. Among fewer than ten, what they
+    have in common is therefore what the cosines of different clients are on average: (c_kl - m) / (1 - m).
+
+    Args:
+        gram_CC: inner products.
+        clip: let no client count for more than the others: updates that are far longer are cut first, see `clipped`;
+            where lengths do not count, m is the median.
+    """
+    if MINIMUM_CLIENTS <= len(gram_CC) < _MANY_CLIENTS:
+        return _above_the_middle(gram_CC, np.median if clip else np.mean)
+    return centred_cosine(clipped(gram_CC) if clip and len(gram_CC) else gram_CC)
+
+
+def _above_the_middle(gram_CC: Matrix, middle: Callable[[Matrix], Any]) -> Matrix:
+    """Return (c_kl - m) / (1 - m), m the mean or median of the cosines c of different clients, in -1 .. 1."""
+    cosine_CC = _scaled(gram_CC, float(np.diagonal(gram_CC).max()))
+    there_C = np.diagonal(cosine_CC) > 0
+    pairs_CC = there_C[:, None] & there_C & ~np.eye(len(gram_CC), dtype=bool)
+    common = float(middle(cosine_CC[pairs_CC])) if pairs_CC.any() else 0.0
+    if 1 - common <= _ALIKE:
+        return np.zeros_like(gram_CC)
+    above_CC = np.where(pairs_CC, np.clip((cosine_CC - common) / (1 - common), -1.0, 1.0), 0.0)
+    return above_CC + np.diag(np.diagonal(cosine_CC))
+
+
+def _scaled(gram_CC: Matrix, largest: float) -> Matrix:
+    """Return the matrix scaled to unit diagonal, in -1 .. 1; rows whose square is nothing beside `largest` are 0."""
+    squares_C = np.diagonal(gram_CC)
+    there_C = squares_C > _NEGLIGIBLE * max(largest, np.finfo(np.float64).tiny)
     inverse_C = np.where(there_C, 1.0 / np.sqrt(np.where(there_C, squares_C, 1.0)), 0.0)
-    cosine_CC = np.clip(centred_CC * inverse_C[:, None] * inverse_C[None, :], -1.0, 1.0)
+    cosine_CC = np.clip(gram_CC * inverse_C[:, None] * inverse_C[None, :], -1.0, 1.0)
     return np.asarray((cosine_CC + cosine_CC.T) / 2)
 
 
@@ -170,13 +210,8 @@ def heading_grams(
     return grams_LKK
 
 
-def cosines(gram_CC: Matrix, clip: bool = False) -> Matrix:
-    """Return the centred cosines of updates with these inner products; `clip` first cuts those that are far longer."""
-    return centred_cosine(clipped(gram_CC) if clip and len(gram_CC) else gram_CC)
-
-
 def similarity(grams: Iterable[Matrix], clip: bool = False) -> Matrix:
-    """Return the mean over layers of the centred cosines, (C, C): every layer counts the same, however far it moved."""
+    """Return the mean over layers of `cosines`, (C, C): every layer counts the same, however far it moved."""
     return np.asarray(np.mean([cosines(gram_CC, clip) for gram_CC in grams], axis=0))
 
 
