@@ -79,6 +79,13 @@ def test_a_phase_that_takes_all_rounds_is_told(sections: dict[str, Any], told: s
     assert told is None or told in lines[0]
 
 
+def test_that_two_clients_are_too_few_for_a_learned_graph_is_told() -> None:
+    two = {"source": "planted", "families": 1, "clients_per_family": 2, "examples": 12}
+    (line,) = warnings(assemble(tiny(data=two)))
+    assert "kind = gram cannot tell who is related among fewer than 3 clients" in line
+    assert not warnings(assemble(tiny(data=two, method={"name": "mira", "graph": {"kind": "uniform"}})))
+
+
 @pytest.mark.parametrize(("uploads", "refused"), [(3, None), (2, 3), (1, 2), (0, 1)])
 def test_the_round_that_the_privacy_budget_will_not_allow_is_known_before_the_first(
     uploads: int, refused: int | None

@@ -13,6 +13,7 @@ from fedmira.data.sources.files import unusable_line
 from fedmira.evaluation.judge import shortened_line
 from fedmira.exchange.privacy import max_uploads
 from fedmira.federation import participation
+from fedmira.federation.similarity import MINIMUM_CLIENTS
 from fedmira.refusals import asks_for_validation
 
 
@@ -21,7 +22,7 @@ def warnings(parts: Assembly) -> tuple[str, ...]:
     lines = (
         unusable_line(parts.federation.provenance),
         _unanswered_line(parts),
-        _graph_line(parts.config),
+        _graph_line(parts.config, len(parts.clients.names)),
         *_phase_lines(parts.config),
         shortened_line(parts.base, parts.layout, parts.tokenized, parts.config.evaluation),
         _budget_line(parts),
@@ -40,10 +41,17 @@ def _unanswered_line(parts: Assembly) -> str:
     )
 
 
-def _graph_line(config: RunConfig) -> str:
-    """Whether the warm-up of a learned graph may take all rounds."""
+def _graph_line(config: RunConfig, num_clients: int) -> str:
+    """Whether nothing comes of a learned graph: clients are too few, or its warm-up may take all rounds."""
     graph, rounds = getattr(config.method, "graph", None), config.federation.rounds
-    if graph is None or not graph.uses("warmup_rounds") or graph.warmup_rounds < rounds:
+    if graph is None or not graph.uses("warmup_rounds"):
+        return ""
+    if num_clients < MINIMUM_CLIENTS:
+        return (
+            f"method.graph.kind = {graph.kind} cannot tell who is related among fewer than {MINIMUM_CLIENTS} clients, "
+            "and joins nobody after its warm-up; use uniform where they are related"
+        )
+    if graph.warmup_rounds < rounds:
         return ""
     joined = "everybody is joined with everybody" if graph.warmup == "uniform" else "nobody is joined with anybody"
     sooner = " unless what is learned settles sooner" if graph.settled < 1 else ""
