@@ -110,8 +110,8 @@ def test_a_rank_twice_as_large_costs_twice_the_bytes() -> None:
 
 
 def test_a_dry_run_refuses_what_the_run_would_refuse() -> None:
-    with pytest.raises(ConfigError, match="clients_per_round = 7 exceeds the number of clients, 6"):
-        dry_run(config("mira", federation={"clients_per_round": 7}))
+    with pytest.raises(ConfigError, match="nobody"):
+        dry_run(config("mira", model={"adapter": {"client_ranks": {"nobody": 2}}}))
 
 
 def test_every_fact_has_a_line() -> None:

@@ -155,14 +155,14 @@ def variant(config: RunConfig, method: str, seed: int, learning_rate: float, *, 
 
 def _refuse_unusable(config: RunConfig) -> None:
     """Not a rule of the config: `fedmira run` reads the same file and does not look at this section."""
-    if not config.evaluation.test:
-        raise ConfigError("evaluation.test = false leaves nothing to compare methods by; set it to true")
     for name in config.compare.methods:
         method, ranks = config.method_named(name), bool(config.model.adapter.client_ranks)
         if reason := refusal(method, config.model.adapter.kind) or refusal_beside(
             method, config.exchange, ranks, config.training.keep_moments
         ):
             raise ConfigError(f"compare.methods names {name}: {reason}")
+    if not config.evaluation.test:
+        raise ConfigError("evaluation.test = false leaves nothing to compare methods by; set it to true")
 
 
 def _refuse_biased_tuning(config: RunConfig) -> None:
