@@ -109,7 +109,7 @@ def _compared(memory: Memory, seen: Seen) -> tuple[dict[str, torch.Tensor], list
     before_LKK = memory["grams"].cpu().numpy()
     grams_LKK = heading_grams(before_LKK, seen.uploads, seen.starts, seen.clients, seen.returned)
     block = np.ix_(seen.clients, seen.clients)
-    return {"grams": torch.from_numpy(np.array(grams_LKK))}, [gram_KK[block] for gram_KK in grams_LKK]
+    return {"grams": torch.from_numpy(grams_LKK)}, [gram_KK[block] for gram_KK in grams_LKK]
 
 
 def _from_adapters(draw: _Draw) -> Builder:
