@@ -11,6 +11,9 @@ way on which a client that is not finite reaches nobody else. `masked` multiplie
 of all and masks what does not belong together: few calls, for a GPU and few clients. `grouped` lets one kernel do it
 client by client: for a GPU and many clients.
 
+On the way of `segments` what has as few columns as an adapter has ranks is kept as rows: such matrices are multiplied
+at two to four times the rate.
+
 Axes: C clients, N rows, n rows of one client, R rank (of all layers of a branch together), r rank of one layer, I/O in
 and out features.
 """
@@ -96,22 +99,22 @@ def add_low_rank_(branch: Branch, rows: Rows, x_NI: torch.Tensor, out_NO: torch.
     """Add the low-rank products of `x_NI` to `out_NO` in place.
 
     Returns:
-        What `low_rank_backward_` needs: the low-rank activations, (N, R), or (N, C * R) if rows were masked.
+        What `low_rank_backward_` needs: the low-rank activations, (R, N), or (N, C * R) and (N, R) on the other ways.
     """
     way = _way(branch, rows, x_NI)
     if way == "masked":
         return _add_masked_(branch, rows, x_NI, out_NO)
     if way == "grouped":
         return _add_grouped_(branch, rows, x_NI, out_NO)
-    low_NR = x_NI.new_empty((x_NI.shape[0], branch.a_CRI.shape[1]))
+    low_RN = x_NI.new_empty((branch.a_CRI.shape[1], x_NI.shape[0]))
     a = branch.a_CRI.unbind()
     pairs = [(target, target.b_COr.unbind()) for target in branch.targets]
     for client, start, stop in rows.parts:
-        low_nR = low_NR[start:stop]
-        torch.mm(x_NI[start:stop], a[client].T, out=low_nR)
+        low_Rn = low_RN[:, start:stop]
+        torch.mm(a[client], x_NI[start:stop].T, out=low_Rn)
         for target, b in pairs:
-            out_NO[start:stop, target.columns].addmm_(low_nR[:, target.ranks], b[client].T, alpha=branch.scaling)
-    return low_NR
+            out_NO[start:stop, target.columns].addmm_(low_Rn[target.ranks].T, b[client].T, alpha=branch.scaling)
+    return low_RN
 
 
 def low_rank_backward_(
@@ -162,32 +165,35 @@ def _segments_backward_(
     branch: Branch,
     rows: Rows,
     x_NI: torch.Tensor,
-    low_NR: torch.Tensor,
+    low_RN: torch.Tensor,
     grad_NO: torch.Tensor,
     grad_x_NI: torch.Tensor | None,
 ) -> None:
     needs_low = branch.grad_a_CRI is not None or grad_x_NI is not None
-    grad_low_NR = torch.empty_like(low_NR) if needs_low else None
+    grad_low_RN = torch.empty_like(low_RN) if needs_low else None
+    for target in branch.targets:
+        if target.grad_b_COr is not None:
+            products_CrO = low_RN.new_zeros(target.b_COr.transpose(1, 2).shape)
+            for client, start, stop in rows.parts:
+                torch.mm(
+                    low_RN[target.ranks, start:stop], grad_NO[start:stop, target.columns], out=products_CrO[client]
+                )
+            target.grad_b_COr.add_(products_CrO.transpose(1, 2), alpha=branch.scaling)
+        if grad_low_RN is not None:
+            b = target.b_COr.unbind()
+            for client, start, stop in rows.parts:
+                grad_nO = grad_NO[start:stop, target.columns]
+                torch.mm(b[client].T, grad_nO.T, out=grad_low_RN[target.ranks, start:stop])
+    if grad_low_RN is None:
+        return
     a = branch.a_CRI.unbind()
     grad_a = None if branch.grad_a_CRI is None else branch.grad_a_CRI.unbind()
-    pairs = [
-        (target, target.b_COr.unbind(), None if target.grad_b_COr is None else target.grad_b_COr.unbind())
-        for target in branch.targets
-    ]
     for client, start, stop in rows.parts:
-        for target, b, grad_b in pairs:
-            grad_nO = grad_NO[start:stop, target.columns]
-            if grad_b is not None:
-                _add_product_(grad_b[client], grad_nO.T, low_NR[start:stop, target.ranks], branch.scaling)
-            if grad_low_NR is not None:
-                torch.mm(grad_nO, b[client], out=grad_low_NR[start:stop, target.ranks])
-        if grad_low_NR is None:
-            continue
-        grad_low_nR = grad_low_NR[start:stop]
+        grad_low_Rn = grad_low_RN[:, start:stop]
         if grad_a is not None:
-            _add_product_(grad_a[client], grad_low_nR.T, x_NI[start:stop], branch.scaling)
+            _add_product_(grad_a[client], grad_low_Rn, x_NI[start:stop], branch.scaling)
         if grad_x_NI is not None:
-            grad_x_NI[start:stop].addmm_(grad_low_nR, a[client], alpha=branch.scaling)
+            grad_x_NI[start:stop].addmm_(grad_low_Rn.T, a[client], alpha=branch.scaling)
 
 
 def _add_product_(sum_: torch.Tensor, left: torch.Tensor, right: torch.Tensor, factor: float) -> None:
