@@ -52,6 +52,23 @@ def test_what_rests_on_validation_examples_that_nobody_holds_is_named(
     assert warnings(assemble(tiny(method=method))) == ()
 
 
+def test_judging_that_takes_longer_than_training_is_told_with_what_to_set() -> None:
+    # 8 validation examples of each client after every round, for 2 trained on
+    data = {"source": "planted", "families": 2, "clients_per_family": 2, "examples": 12}
+    large = {**data, "partition": {"by": "field", "validation": 0.66, "test": 0.17}}
+    (told,) = warnings(assemble(tiny(data=large)))
+    assert "evaluation.every = 1: judging all validation examples" in told
+    assert "1.3 times as long as training" in told
+    assert told.endswith("with evaluation.every: 7 it takes a fifth")
+    for settled in ({"every": 2}, {"every": 7}):
+        assert warnings(assemble(tiny(data=large, evaluation={**settled, "generation": {"enabled": False}}))) == ()
+    once = tiny(data=large, federation={"rounds": 1}, method={"name": "fedit"})
+    assert warnings(assemble(once)) == ()
+    # everybody is judged, also those that were not drawn
+    (told,) = warnings(assemble(tiny(data=large, federation={"rounds": 4, "clients_per_round": 2})))
+    assert "2.6 times" in told
+
+
 @pytest.mark.parametrize(
     ("sections", "told"),
     [

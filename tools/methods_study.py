@@ -43,6 +43,7 @@ KEY = ("study", "method", "seed", "learning_rate", "tuning", "digest")
 _PATHLESS = {"name", "output", "compare"}
 _LATER: Mapping[str, Mapping[str, Any]] = {
     "training": {"keep_moments": False, "data_seed": None},
+    "evaluation": {"examples_per_question": 16},
     "method": {"mixing": "factors", "robust": "none", "depth": 0.0, "client_strength": {}, "ema_decay": 0.0},
 }
 """Keys that came after the first results, with the values that leave everything as it was before them."""

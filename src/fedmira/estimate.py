@@ -17,11 +17,12 @@ import torch
 from fedmira.assembly import Assembly, assemble
 from fedmira.config import RunConfig
 from fedmira.evaluation.costs import highest_memory_bytes, memory_bytes
-from fedmira.exchange.in_process import trial_bytes
+from fedmira.exchange.in_process import examples_asked, trial_bytes
 from fedmira.exchange.privacy import advice
 from fedmira.exchange.seam import planned_bytes
 from fedmira.federation import participation
 from fedmira.federation.method import State
+from fedmira.federation.questions import bounded
 from fedmira.foresight import warnings
 from fedmira.randomness import torch_generator
 from fedmira.trials import planned_steps, timed, try_checkpoint, try_evaluation, try_generation, try_training
@@ -198,7 +199,8 @@ def _mix(parts: Assembly, state: State, round_: int) -> tuple[State, float, Call
         if here.last:
             drawn = {k for r in range(1, last + 1) for k in participation.draw(num_clients, federation, seed, r).ids}
             then = replace(mixed, last_round_K=tuple(last * (k in drawn) for k in range(num_clients)))
-        return method.trial(then, here, results) if method.trial else None
+        trial = method.trial(then, here, results) if method.trial else None
+        return bounded(trial, here, parts.config.evaluation.examples_per_question) if trial else None
 
     trial = asked(round_)
     if trial is None or method.decide is None:
@@ -210,7 +212,7 @@ def _mix(parts: Assembly, state: State, round_: int) -> tuple[State, float, Call
 
 def _tokens_of(parts: Assembly, trial: Trial) -> int:
     clients = [parts.tokenized[id_] for id_ in trial.ids]
-    examples = [e for client in clients for e in (client.train if trial.split == "train" else client.validation)]
+    examples = [example for client in clients for example in examples_asked(trial, client)]
     return trial.num_candidates * sum(example.num_inputs for example in examples)
 
 

@@ -26,6 +26,7 @@ from fedmira.federation import participation
 from fedmira.federation.graph import Graph
 from fedmira.federation.graph import parts as graph_parts
 from fedmira.federation.method import Info, State
+from fedmira.federation.questions import bounded
 from fedmira.foresight import warnings
 from fedmira.joining import grown_manifest, known_clients, refuse_other_data, refuse_to_end, take_in
 from fedmira.profile import profiled
@@ -242,7 +243,8 @@ class _Run:
         if trial is None:
             return state, info, results
         with stage("evaluation"):
-            losses = self.parts.exchange.judge(trial)
+            limit = self.config.evaluation.examples_per_question
+            losses = self.parts.exchange.judge(bounded(trial, participants, limit))
         with stage("mixing"):
             state, more = method.decide(state, trial, losses)
         crossed = results._replace(

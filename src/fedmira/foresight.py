@@ -5,16 +5,21 @@ Nothing here ends a run. Knows nothing about rounds that are over.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 
 from fedmira.assembly import Assembly
 from fedmira.config import RunConfig
+from fedmira.data.packing import local_batches
 from fedmira.data.sources.files import unusable_line
 from fedmira.evaluation.judge import shortened_line
 from fedmira.exchange.privacy import max_uploads
 from fedmira.federation import participation
 from fedmira.federation.similarity import MINIMUM_CLIENTS
 from fedmira.refusals import asks_for_validation
+
+_JUDGING_SHARE = 0.2
+"""Of the time of training: what is advised where judging takes longer than training itself."""
 
 
 def warnings(parts: Assembly) -> tuple[str, ...]:
@@ -24,6 +29,7 @@ def warnings(parts: Assembly) -> tuple[str, ...]:
         _unanswered_line(parts),
         _graph_line(parts.config, len(parts.clients.names)),
         *_phase_lines(parts.config),
+        _judging_line(parts),
         shortened_line(parts.base, parts.layout, parts.tokenized, parts.config.evaluation),
         _budget_line(parts),
     )
@@ -72,6 +78,30 @@ def _phase_lines(config: RunConfig) -> list[str]:
         (local >= rounds, f"method.local_rounds = {local}", f"nothing is averaged, {alone}"),
     )
     return [f"{key} and federation.rounds = {rounds}: {what}" for holds, key, what in found if holds]
+
+
+def _judging_line(parts: Assembly) -> str:
+    """Whether the validation losses between rounds take longer than training."""
+    config, training, every = parts.config, parts.config.training, parts.config.evaluation.every
+    between = (config.federation.rounds - 1) // every
+    trained = 0
+    for id_ in participation.draw(len(parts.clients.names), config.federation, config.seed, 1).ids:
+        client, work = parts.tokenized[id_], (training.steps_or_default, training.local_epochs)
+        order = training.order_seed(config.seed)
+        batches = local_batches(len(client.train), training.batch_size, *work, order, client.name, 1)
+        trained += sum(client.train[place].num_inputs for batch in batches for place in batch)
+    judged = sum(example.num_inputs for client in parts.tokenized for example in client.validation)
+    # of one token, to that of judging it
+    as_long_as_training = judged / (3 * max(trained, 1))
+    if not between or as_long_as_training <= every:
+        return ""
+    times, rarer = as_long_as_training / every, math.ceil(as_long_as_training / _JUDGING_SHARE)
+    turns = f"{every} rounds" if every > 1 else "round"
+    return (
+        f"evaluation.every = {every}: judging all validation examples will take about {times:.1f} times as long as "
+        f"training, {judged:,} tokens after every {turns} for {trained:,} trained on in each; with "
+        f"evaluation.every: {rarer} it takes a fifth"
+    )
 
 
 def _budget_line(parts: Assembly) -> str:

@@ -297,6 +297,10 @@ class Trial(NamedTuple):
     itself, so nothing crosses for it."""
     groups: frozenset[str] | None = None
     """Groups of tensors that cross of the adapters that are sent; None means all."""
+    most_examples: int | None = None
+    """Examples that each client judges at most; None means all."""
+    turn: int = 0
+    """Which of its examples those are: each turn goes on where the one before ended, and begins again at the end."""
 
 
 class Losses(NamedTuple):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +21,18 @@ from fedmira.config_file import config_hash, parse_config, resolved_yaml
 from fedmira.errors import ConfigError, DivergedError, Interrupted, ParticipationError
 from fedmira.estimate import dry_run
 from fedmira.exchange import in_process
-from fedmira.exchange.in_process import trial_bytes
+from fedmira.exchange.in_process import InProcess, examples_asked, trial_bytes
 from fedmira.exchange.privacy import epsilon
 from fedmira.experiment import SilentDisplay, run
 from fedmira.export.clients import load_trained
+from fedmira.federation.questions import bounded
 from fedmira.federation.ranks import trimmed
 from fedmira.report.page import render
 from fedmira.report.reading import read
 from fedmira.runs.checkpoint import load_latest
 from fedmira.runs.store import RunStore
 from fedmira.studies.compare import compare
-from fedmira.types import Participants, Trial
+from fedmira.types import Losses, Participants, Trial
 
 CLIENTS = ("family-0-client-0", "family-0-client-1", "family-1-client-0", "family-1-client-1")
 NOISY = {"privacy": {"enabled": True, "clip_norm": 0.1, "noise_multiplier": 2.0}}
@@ -416,6 +418,51 @@ def test_of_an_adapter_that_is_judged_only_what_can_differ_crosses() -> None:
     # the components that the second client lacks
     smaller_SP = trimmed(LAYOUT, values_SP, (2, 1))
     assert trial_bytes(whole, LAYOUT, smaller_SP)[1] == 2 * (values_SP.nbytes - values_SP[0].nbytes // 2)
+
+
+def test_each_turn_of_a_question_goes_to_the_next_examples_until_all_were_asked() -> None:
+    parts = assemble(tiny({}))
+    client = replace(parts.tokenized[0], validation=parts.tokenized[0].train[:5])
+    trial = Trial((0,), 1, lambda number: torch.zeros(1, 1), sent=0)
+    drawn = Participants(1, (0,))
+
+    def places(trial: Trial) -> list[int]:
+        held = [id(example) for example in client.validation]
+        return [held.index(id(example)) for example in examples_asked(trial, client)]
+
+    turns = [places(bounded(trial, drawn._replace(round=round_), 2)) for round_ in (1, 2, 3, 4)]
+    assert turns == [[0, 1], [2, 3], [0, 4], [1, 2]]
+    assert places(bounded(trial, drawn, 5)) == places(bounded(trial, drawn, None)) == list(range(5))
+    assert places(bounded(trial, drawn._replace(last=True), 2)) == list(range(5))
+    of_training = trial._replace(split="train")
+    assert bounded(of_training, drawn, 2) == of_training
+
+
+def test_a_run_judges_as_many_examples_as_it_was_told_and_all_of_them_in_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asking = {"name": "mira", "graph": {"kind": "true"}}
+    limited = {"examples_per_question": 1, "generation": {"enabled": False}}
+    data = {"source": "planted", "families": 2, "clients_per_family": 2, "examples": 16}
+    held = {"by": "field", "validation": 0.25, "test": 0.25}
+    everybody = {"rounds": 3}
+    config = tiny({}, method=asking, evaluation=limited, federation=everybody, data={**data, "partition": held})
+    judged: list[tuple[int, ...]] = []
+    original = InProcess.judge
+
+    def spy(self: InProcess, trial: Trial) -> Losses:
+        losses = original(self, trial)
+        judged.append(losses.tokens_S)
+        return losses
+
+    monkeypatch.setattr(InProcess, "judge", spy)
+    run(config, directory=tmp_path)
+    clients = assemble(config).tokenized
+    supervised = [[example.num_supervised for example in client.validation] for client in clients]
+    assert {len(of_client) for of_client in supervised} == {4}
+    for round_, tokens_S in enumerate(judged[:-1]):
+        assert tokens_S == tuple(of_client[round_ % 4] for of_client in supervised)
+    assert judged[-1] == tuple(map(sum, supervised))
 
 
 def test_an_adapter_of_which_only_b_is_mixed_is_judged_by_its_b() -> None:

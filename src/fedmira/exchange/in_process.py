@@ -128,7 +128,7 @@ class InProcess:
         if trial.num_candidates:
             self._seam.refuse_losses()
         asked = [self._clients[id_] for id_ in trial.ids]
-        examples = [client.train if trial.split == "train" else client.validation for client in asked]
+        examples = [examples_asked(trial, client) for client in asked]
         mean_SQ = torch.full((len(asked), trial.num_candidates), torch.nan, dtype=torch.float64)
         crossed = (0, 0)
         for number in range(trial.num_candidates):
@@ -143,6 +143,16 @@ class InProcess:
         if trial.compare_SP is not None:
             agreement_SS = agreement(self._base, Arena(self._layout, trial.compare_SP), self._texts, self._batch_tokens)
         return Losses(mean_SQ, tokens_S, *crossed, agreement_SS)
+
+
+def examples_asked(trial: Trial, client: TokenizedClient) -> tuple[TokenizedExample, ...]:
+    """The examples by which `client` judges the candidates of a trial, in the order in which it holds them."""
+    examples = client.train if trial.split == "train" else client.validation
+    if trial.most_examples is None or len(examples) <= trial.most_examples:
+        return tuple(examples)
+    first = trial.turn * trial.most_examples
+    chosen = {(first + place) % len(examples) for place in range(trial.most_examples)}
+    return tuple(examples[place] for place in sorted(chosen))
 
 
 def trial_bytes(trial: Trial, layout: Layout, rows_SP: torch.Tensor) -> tuple[int, int]:

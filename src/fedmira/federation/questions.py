@@ -19,6 +19,16 @@ def only_to_judge(participants: Participants, num_clients: int) -> int:
     return int(not participants.last and len(participants.ids) < num_clients)
 
 
+def bounded(trial: Trial, participants: Participants, most_examples: int | None) -> Trial:
+    """Return the question put to at most that many validation examples of each client, or to all after the last round.
+
+    Questions about training examples stay as they are.
+    """
+    if participants.last or trial.split == "train":
+        return trial
+    return trial._replace(most_examples=most_examples, turn=participants.round - 1)
+
+
 def together(first: Trial | None, rest: Trial | None) -> Trial | None:
     """Return both questions as one; `apart` undoes it. None if there is nothing to ask.
 
