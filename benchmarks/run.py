@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import os
 import platform
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -48,8 +49,9 @@ def main(arguments: list[str] | None = None) -> int:
     repeats, warm_up = (2 if parsed.quick else 5), 0
     python, note = _peers_environment(chosen, parsed.without_frameworks, say)
     options = Options(parsed.device, parsed.threads, warm_up, repeats, python, note)
-    file = parsed.out / f"{parsed.device.partition(':')[0]}.json"
-    results, refused = _continued(file, describe_machine(parsed.device), chosen), False
+    machine = describe_machine(parsed.device)
+    file = parsed.out / f"{file_name(parsed.device, machine['device'])}.json"
+    results, refused = _continued(file, machine, chosen), False
     for name, measurement in chosen.items():
         say(name)
         try:
@@ -129,6 +131,16 @@ def describe_machine(device: str) -> dict[str, Any]:
         "transformers": transformers.__version__,
         "copy_bytes_per_second": copy_rate(device),
     }
+
+
+def file_name(device: str, processor: str) -> str:
+    """Name of the results of a machine: its kind and what computes.
+
+    >>> file_name("cpu", "Intel(R) Xeon(R) Processor")
+    'cpu-intel-xeon'
+    """
+    words = re.findall(r"[a-z0-9]+", processor.lower().replace("(r)", "").replace("processor", ""))
+    return "-".join([device.partition(":")[0], *words])
 
 
 def _processor() -> str:

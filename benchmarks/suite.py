@@ -165,9 +165,11 @@ TARGETS = (
 
 
 class Verdict(NamedTuple):
-    """A target and what was found."""
+    """A target and what was found on one machine."""
 
     target: Target
+    machine: str
+    """Name of its results; the kind of machine where there are none."""
     value: float | None
     """None if it was not measured."""
 
@@ -179,13 +181,20 @@ class Verdict(NamedTuple):
         return "met" if self.target.reached(self.value) else "missed"
 
 
+def machines(found: dict[str, Results]) -> dict[str, str]:
+    """The names of results with their kind of machine (`cpu`, `cuda`); a kind without results stands for itself."""
+    kinds = {name: name.partition("-")[0] for name in found}
+    return kinds | {kind: kind for kind in SUITES if kind not in kinds.values()}
+
+
 def judge(found: dict[str, Results]) -> list[Verdict]:
-    """Compare results by device (`cpu`, `cuda`) with all targets."""
+    """Compare results by name of a machine (`cpu-intel-xeon`) with all targets of its kind."""
     sections: dict[tuple[str, str], Section] = {
-        (device, section.name): section for device, results in found.items() for section in results.sections
+        (name, section.name): section for name, results in found.items() for section in results.sections
     }
     verdicts = []
     for target in TARGETS:
-        section = sections.get((target.device, target.section))
-        verdicts.append(Verdict(target, None if section is None else section.measures.get(target.measure)))
+        for name in (name for name, kind in machines(found).items() if kind == target.device):
+            section = sections.get((name, target.section))
+            verdicts.append(Verdict(target, name, None if section is None else section.measures.get(target.measure)))
     return verdicts

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from benchmarks.peers.peer import OURS
 from benchmarks.results import Results, Row, Section, read_results
-from benchmarks.suite import Verdict, judge
+from benchmarks.suite import Target, judge, machines
 
 PAGE = "README.md"
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -25,26 +25,33 @@ def write_table(folder: Path) -> None:
 
 
 def render(found: dict[str, Results]) -> str:
-    """The page, from results by kind of machine (`cpu`, `cuda`)."""
-    parts = ["# Benchmark results", render_verdicts(judge(found))]
-    for kind, results in found.items():
+    """The page, from results by name of a machine (`cpu-intel-xeon`)."""
+    parts = ["# Benchmark results", render_verdicts(found)]
+    for name, results in found.items():
         machine = results.machine
         parts.append(
-            f"## {kind}\n\n{machine['device']}, {machine['threads']} threads, torch {machine['torch']}, "
+            f"## {name}\n\n{machine['device']}, {machine['threads']} threads, torch {machine['torch']}, "
             f"copy {machine['copy_bytes_per_second'] / 1e9:.1f} GB/s (read + write)."
         )
         parts += [render_section(section) for section in results.sections]
     return "\n\n".join(parts) + "\n"
 
 
-def render_verdicts(verdicts: Sequence[Verdict]) -> str:
-    """All targets."""
-    rows = []
-    for target, value in verdicts:
-        bound = f"{'at least' if target.at_least else 'at most'} {target.bound:g}"
-        word = Verdict(target, value).word
-        rows.append((target.what, target.device, bound, "" if value is None else f"{value:.2f}", word))
-    return markdown_table(("target", "on", "bound", "measured", ""), rows)
+def render_verdicts(found: dict[str, Results]) -> str:
+    """All targets, with a column for each machine."""
+    names, cells = list(machines(found)), dict[Target, dict[str, str]]()
+    for verdict in judge(found):
+        number = "" if verdict.value is None else f"{verdict.value:.2f} "
+        cells.setdefault(verdict.target, {})[verdict.machine] = number + verdict.word
+    rows = [
+        (
+            target.what,
+            f"{'at least' if target.at_least else 'at most'} {target.bound:g}",
+            *(by_machine.get(name, "") for name in names),
+        )
+        for target, by_machine in cells.items()
+    ]
+    return markdown_table(("target", "bound", *names), rows)
 
 
 def render_section(section: Section) -> str:
@@ -114,12 +121,12 @@ def with_targets(page: str, found: dict[str, Results]) -> str:
     """A page whose marked part holds what was found about all targets."""
     before, _, rest = page.partition(BEGIN)
     _, _, after = rest.partition(END)
-    machines = ", ".join(f"{kind}: {results.machine['device']}" for kind, results in found.items())
-    return f"{before}{BEGIN}\n\n{render_verdicts(judge(found))}\n\nMeasured on {machines}.\n\n{END}{after}"
+    measured_on = ", ".join(f"{results.machine['device']} ({name})" for name, results in found.items())
+    return f"{before}{BEGIN}\n\n{render_verdicts(found)}\n\nMeasured on {measured_on}.\n\n{END}{after}"
 
 
 def found_in(folder: Path) -> dict[str, Results]:
-    """The results of a folder by kind of machine."""
+    """The results of a folder by name of a machine."""
     return {path.stem: read_results(path) for path in sorted(folder.glob("*.json"))}
 
 

@@ -53,8 +53,9 @@ def test_every_training_section_has_ours_first() -> None:
 
 
 def test_targets_are_met_missed_or_not_measured() -> None:
-    found = {"cpu": results_with("train-15m", **{f"over {PEFT}": 4.5, "over PEFT, mixed batch": 2.4})}
+    found = {"cpu-fast": results_with("train-15m", **{f"over {PEFT}": 4.5, "over PEFT, mixed batch": 2.4})}
     verdicts = {(one.target.section, one.target.measure, one.target.device): one.word for one in judge(found)}
+    assert {(one.target.device, one.machine) for one in judge(found)} == {("cpu", "cpu-fast"), ("cuda", "cuda")}
     assert verdicts["train-15m", f"over {PEFT}", "cpu"] == "met"
     assert verdicts["train-15m", "over PEFT, mixed batch", "cpu"] == "missed"
     assert verdicts["train-15m", "over Flower simulation", "cpu"] == "not measured"
@@ -67,12 +68,15 @@ def test_targets_are_met_missed_or_not_measured() -> None:
 def test_the_page_shows_targets_and_rows(tmp_path: Path) -> None:
     results = results_with("train-15m", **{f"over {PEFT}": 4.5})
     results.sections[0].rows.append(Row(PEFT, note="not measured: out of memory"))
-    write_results(tmp_path / "cpu.json", results)
-    assert read_results(tmp_path / "cpu.json") == results
+    write_results(tmp_path / "cpu-fast.json", results)
+    assert read_results(tmp_path / "cpu-fast.json") == results
+    slow = results_with("train-15m", **{f"over {PEFT}": 3.5})
+    write_results(tmp_path / "cpu-slow.json", slow)
     write_table(tmp_path)
     page = (tmp_path / PAGE).read_text(encoding="utf-8")
-    assert page == render({"cpu": results})
-    assert "| 15M shape, batch 4, over stock PEFT | cpu | at least 4 | 4.50 | met |" in page
+    assert page == render({"cpu-fast": results, "cpu-slow": slow})
+    assert "| target | bound | cpu-fast | cpu-slow | cuda |" in page
+    assert "| 15M shape, batch 4, over stock PEFT | at least 4 | 4.50 met | 3.50 missed |  |" in page
     assert "| ours | 2.000 | 1.500 - 2.500 | 1.00 | 500 | 125 | 1 | 3.2500 |" in page
     assert "| PEFT, sequential | not measured: out of memory |" in page
 
@@ -84,7 +88,7 @@ def test_the_pages_show_the_committed_results() -> None:
     assert (RESULTS / PAGE).read_text(encoding="utf-8") == render(found)
     page = DOCS_PAGE.read_text(encoding="utf-8")
     assert page == with_targets(page, found)
-    assert "| met |" in page
+    assert " met |" in page
 
 
 def test_an_unknown_section_is_refused() -> None:
