@@ -48,10 +48,11 @@ _LATER: Mapping[str, Mapping[str, Any]] = {
 }
 """Keys that came after the first results, with the values that leave everything as it was before them."""
 _TUNED_ALONE = (
-    *("mira-true", "mira-labels", "mira-shared-a", "mira-shared-a-asks-nobody", "mira-private-weak", "mira-private"),
+    *("mira-true", "mira-labels", "mira-shared-a", "mira-shared-a-asks-nobody"),
+    *("mira-private-weak", "mira-private", "mira-private-full"),
     *("pfedgraph-average", "local_only-average", "fedlease-warmup-2", "mira_published-strong", "mira_published-true"),
     *("local_only-rank-2", "local_only-rank-32", "mira-rank-2", "mira-rank-4", "mira-rank-16", "mira-rank-32"),
-    "mira-ranks-mixed",
+    *("mira-ranks-mixed", "local_only-ranks-mixed", "hetlora-ranks-mixed", "flexlora-ranks-mixed"),
 )
 
 
