@@ -8,7 +8,7 @@ import re
 import sys
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, get_args
 from xml.etree import ElementTree
 
 import pytest
@@ -21,6 +21,7 @@ import fedmira.graph_config
 import fedmira.method_config
 from fedmira.config_basics import Section
 from fedmira.data.partition import partition
+from fedmira.federation.registry import METHODS
 from fedmira.graph_config import GraphConfig
 from fedmira.method_config import MethodSection
 from fedmira.types import Arena, Clients, Layout, Participants, Results, TensorSpec
@@ -53,6 +54,13 @@ def test_the_configuration_page_has_every_section() -> None:
         if inspect.isclass(value) and issubclass(value, BaseModel)
     } - plain
     assert {section for _, section in tool("configuration_page").SECTIONS} == sections
+
+
+def test_every_method_and_graph_has_its_row() -> None:
+    first_cells = re.findall(r"^\| (`.*?) \|", (DOCS / "papers.md").read_text("utf-8"), re.M)
+    rows = {name for cell in first_cells for name in re.findall(r"`(\w+)`", cell)}
+    graphs = get_args(GraphConfig.model_fields["kind"].annotation)
+    assert set(METHODS) | set(graphs) <= rows
 
 
 def blocks(language: str) -> list[str]:

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -30,7 +31,7 @@ from fedmira.report.reading import read_run
 from fedmira.report.words import headline
 from fedmira.runs.checkpoint import FOLDER, TENSORS, load_latest
 from fedmira.runs.store import RunStore
-from fedmira.types import Arena, Job, Results
+from fedmira.types import Arena, Job, Losses, Results, Trial
 
 METHODS: dict[str, dict[str, Any]] = {
     "local_only": {"name": "local_only"},
@@ -380,6 +381,36 @@ def test_validation_is_recorded_every_so_many_rounds_and_after_the_last(tmp_path
     config = tiny(federation={"rounds": 5}, training={"local_steps": 1, "batch_size": 1}, evaluation={"every": 2})
     path = run(config, directory=tmp_path)
     assert [event["round"] for event in events(path, "evaluation")] == [2, 4, 5]
+
+
+def test_what_clients_take_home_is_never_worse_on_their_validation_examples_than_their_upload(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The guarantee of docs/papers.md: with neither a memory of answers nor an average over rounds."""
+    # strangers by force, at a rate that moves far: mixtures that are worse for some
+    mixed = {"name": "mira", "graph": {"kind": "uniform"}, "strength": 100, "ema_decay": 0}
+    choice = {"memory": 0, "grid": [0, 0.25, 0.5, 0.75, 1]}
+    data = {"source": "planted", "families": 2, "clients_per_family": 2, "examples": 40}
+    config = tiny(
+        {**mixed, "choice": choice},
+        data=data,
+        training={"local_steps": 8, "batch_size": 4, "learning_rate": 0.01},
+        federation={"rounds": 3},
+    )
+    answers: list[Losses] = []
+    original = InProcess.judge
+
+    def spy(self: InProcess, trial: Trial) -> Losses:
+        answers.append(original(self, trial))
+        return answers[-1]
+
+    monkeypatch.setattr(InProcess, "judge", spy)
+    path = run(config, directory=tmp_path)
+    kept = np.array(list(per_token(events(path, "evaluation")[-1]).values()))
+    own, mixture = answers[-1].mean_SQ[:, 0].numpy(), answers[-1].mean_SQ[:, -1].numpy()
+    assert (mixture > own).any(), "nobody was asked to take anything worse"
+    assert (kept <= own * (1 + 1e-5)).all()
+    assert (kept < own).any()
 
 
 def test_without_validation_examples_no_validation_loss_is_claimed(tmp_path: Path) -> None:

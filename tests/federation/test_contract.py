@@ -121,6 +121,22 @@ def test_jobs_are_well_formed(name: str) -> None:
 
 
 @every_method
+def test_a_graph_comes_with_its_privacy_note_and_what_it_is_like(name: str) -> None:
+    method, state, who = start(name)
+    for round_, ids in enumerate(ROUNDS, start=1):
+        participants = Participants(round_, ids)
+        results = trained(method.plan(state, participants), who.names)
+        state, info = method.merge(state, participants, results)
+        infos, trial = [info], method.trial(state, participants, results) if method.trial else None
+        if trial is not None and method.decide is not None:
+            state, info = method.decide(state, trial, judged(trial, who.names))
+            infos.append(info)
+        for graph, numbers in ((info.graph, info.numbers) for info in infos if info.graph is not None):
+            assert graph.provenance["privacy"]
+            assert {"components", "alone"} <= set(numbers)
+
+
+@every_method
 def test_a_returning_client_starts_from_an_adapter_that_it_was_judged_by(name: str) -> None:
     method, state, who = start(name)
     unaveraged = build_method(CONFIGS[name].model_copy(update={"ema_decay": 0.0}), who, given(name))

@@ -261,6 +261,11 @@ def test_a_factor_for_nobody_is_refused_with_the_nearest_name() -> None:
         MiraConfig(client_strength={"client-0": 2.0}, strength=0.0)
 
 
+def test_a_question_about_an_average_that_is_not_there_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"choice\.average = false has no effect where there is no average"):
+        MiraConfig.model_validate({"ema_decay": 0.0, "choice": {"average": False}})
+
+
 def test_warm_up_rounds_do_not_mix() -> None:
     who, method = clients(), build_method(mira("gram", warmup_rounds=2, settled=1.0, warmup="none"), clients())
     local = build_method(LOCAL, clients())

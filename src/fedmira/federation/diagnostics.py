@@ -9,7 +9,7 @@ import numpy as np
 
 from fedmira.federation.graph import Graph, Matrix, connected_components, laplacian, weight_inside
 from fedmira.federation.method import Info, Method, State
-from fedmira.types import Clients, Participants, Results
+from fedmira.types import Clients, Losses, Participants, Results, Trial
 
 _SPECTRUM_CLIENTS = 1000
 """Eigenvalues of more clients would take longer than mixing them."""
@@ -50,13 +50,21 @@ def _weight_on(graph: Graph, true_KK: Matrix) -> float:
     return float(graph.adjacency_KK[true_KK > 0].sum() / graph.adjacency_KK.sum())
 
 
-def diagnosed(method: Method, clients: Clients, tau: float | None) -> Method:
+def diagnosed(method: Method, clients: Clients, tau: float | None = None) -> Method:
     """Return `method` whose numbers after a round also tell about the graph it used, if it did."""
+
+    def told(info: Info) -> Info:
+        if info.graph is None:
+            return info
+        return info._replace(numbers={**info.numbers, **graph_numbers(info.graph, clients, tau)})
 
     def merge(state: State, participants: Participants, results: Results) -> tuple[State, Info]:
         after, info = method.merge(state, participants, results)
-        if info.graph is None:
-            return after, info
-        return after, info._replace(numbers={**info.numbers, **graph_numbers(info.graph, clients, tau)})
+        return after, told(info)
 
-    return method._replace(merge=merge)
+    def decide(state: State, trial: Trial, losses: Losses) -> tuple[State, Info]:
+        assert method.decide is not None
+        after, info = method.decide(state, trial, losses)
+        return after, told(info)
+
+    return method._replace(merge=merge, decide=decide if method.decide else None)

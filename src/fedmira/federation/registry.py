@@ -124,7 +124,7 @@ def build_method(
     if clients.ranks_K is not None:
         method = within_ranks(method, clients.ranks_K, pooled=config.pools_examples)
     if section is None:
-        return method
+        return diagnosed(method, clients)
     if graph is None:
         method = asking(method, learner(section, clients))
     strength = getattr(config, "strength", None)
