@@ -52,7 +52,13 @@ _TUNED_ALONE = (
     *("mira-private-weak", "mira-private", "mira-private-full"),
     *("pfedgraph-average", "local_only-average", "fedlease-warmup-2", "mira_published-strong", "mira_published-true"),
     *("local_only-rank-2", "local_only-rank-32", "mira-rank-2", "mira-rank-4", "mira-rank-16", "mira-rank-32"),
-    *("mira-ranks-mixed", "local_only-ranks-mixed", "hetlora-ranks-mixed", "flexlora-ranks-mixed"),
+    *(
+        "mira-ranks-mixed",
+        "mira-ranks-mixed-products",
+        "local_only-ranks-mixed",
+        "hetlora-ranks-mixed",
+        "flexlora-ranks-mixed",
+    ),
 )
 
 
@@ -385,12 +391,13 @@ def section(study: Study) -> str:
         f"{letter}: {commit}, {processor or 'not noted'}" for (commit, processor), letter in made.items()
     )
     absent = [name for name in study.methods if name not in reported]
+    hours = sum(line.get("seconds", 0.0) for line in read_lines(study.name)) / 3600
     return "\n\n".join(
         [
             f"## {study.name}",
             facts,
             table,
-            f"Made by: {legend}.",
+            f"Made by: {legend}. All runs so far, tuning among them: {hours:.1f} hours of one core.",
             *([f"Not run yet: {', '.join(absent)}."] if absent else []),
         ]
     )
@@ -467,7 +474,7 @@ def _reached(reported: Mapping[str, list[Judged]], settings: Mapping[str, Any]) 
     of_others = [
         name
         for name in reported
-        if name not in settings
+        if not (name in settings and "-" in name)
         and name not in ("mira", "mira_published-true", "oracle_clusters", "centralised")
         and not name.startswith("mira-")
     ]
@@ -510,8 +517,10 @@ def _reached(reported: Mapping[str, list[Judged]], settings: Mapping[str, Any]) 
 
 
 _ADVANCES = {
-    "no choice: everybody keeps its mixture": "mira-no-choice",
-    "choice without tolerance for the start": "mira-all-tolerated",
+    "(3) no choice: everybody keeps its mixture": "mira-no-choice",
+    "(3) choice without tolerance for the start": "mira-all-tolerated",
+    "(3) five shares to choose from": "mira-five-shares",
+    "(3) the last answer alone, no average: never worse on validation examples": "mira-guarantee",
     "no average over rounds": "mira-no-average",
     "the average whatever clients say": "mira-always-average",
     "neither choice nor average": "mira-bare",
@@ -526,45 +535,73 @@ _ADVANCES = {
     "graph: embeddings of prompts": "mira-embeddings",
     "graph: everybody with everybody": "mira-uniform",
     "graph: the true one, shuffled": "mira-permuted",
-    "graph: the labels; the true one": "mira-labels mira-true",
+    "graph: the labels; the true one, tuned anew": "mira-labels mira-true",
+    "(1) a quarter of the clients a round, and absent ones never fade; fade faster, against `mira-sampled`": (
+        "mira-sampled-no-decay mira-sampled-forgetful vs mira-sampled"
+    ),
     "strength 1; 4": "mira-strength-1 mira-strength-4",
-    "strength chosen in the run": "mira-auto",
-    "deep blocks more personal": "mira-depth",
-    "mixed as products": "mira-products",
-    "mixed by least squares": "mira-least-squares",
-    "one A that nobody trains, tuned anew; without choice": "mira-shared-a mira-shared-a-asks-nobody",
-    "clipped; without Krum's outliers; geometric median": "mira-clip mira-krum mira-median",
+    "(2) strength chosen in the run": "mira-auto",
+    "(2) deep blocks more personal": "mira-depth",
+    "(4) mixed as products": "mira-products",
+    "(4) mixed by least squares": "mira-least-squares",
+    "(4) one A that nobody trains, tuned anew; without choice": "mira-shared-a mira-shared-a-asks-nobody",
+    "(4) rank 2; 4; 16; 32, tuned anew": "mira-rank-2 mira-rank-4 mira-rank-16 mira-rank-32",
+    "(4) ranks 2, 8 and 32 in turn, tuned anew; mixed as products": "mira-ranks-mixed mira-ranks-mixed-products",
+    "(5) clipped; without Krum's outliers; geometric median": "mira-clip mira-krum mira-median",
     "moments that stay with clients": "mira-moments",
-    "bf16 up; int8 up; int8 both ways": "mira-bf16 mira-int8 mira-int8-both-ways",
-    "top 10 % up; 3 %; 1 %": "mira-top-10 mira-top-3 mira-top-1",
-    "noise of 0.01 C; 0.1 C": "mira-private-weak mira-private",
-    "rank 2; 4; 16; 32, tuned anew": "mira-rank-2 mira-rank-4 mira-rank-16 mira-rank-32",
-    "ranks 2, 8 and 32 in turn, tuned anew": "mira-ranks-mixed",
+    "(6) bf16 up; int8 up; int8 both ways": "mira-bf16 mira-int8 mira-int8-both-ways",
+    "(6) top 10 % up; 3 %; 1 %": "mira-top-10 mira-top-3 mira-top-1",
+    "(7) noise of NOISES, tuned anew, against one A that nobody trains without choice": (
+        "mira-private-weak mira-private mira-private-full vs mira-shared-a-asks-nobody"
+    ),
 }
-"""What is changed about `mira`, and the names of the runs that do it."""
+"""What is changed, and the names of the runs that do it; `vs` whom they are compared with, if not with `mira`."""
+
+
+def noises(studies: Sequence[Study]) -> str:
+    """What the noisy runs promise, by the project's own accountant: each client sends an upload a round."""
+    from fedmira.exchange.privacy import epsilon
+
+    study = next(study for study in studies if "mira-private" in study.settings)
+    rounds, told = study.config.federation.rounds, []
+    for name in ("mira-private-weak", "mira-private", "mira-private-full"):
+        noise = float(study.settings[name]["exchange"]["privacy"]["noise_multiplier"])
+        delta = study.config.exchange.privacy.delta
+        told.append(f"{noise:g} C (epsilon {epsilon(rounds, noise, delta):,.0f})")
+    return "; ".join(told)
 
 
 def advances(studies: Sequence[Study]) -> str:
     """The table of what each part of `mira`, and each that is off by default, changes on each federation."""
     runs_of = {study.name: {name: runs for name, (_, runs) in chosen(study).items()} for study in studies}
     rows = [["changed", *runs_of], ["---", *["---:"] * len(runs_of)]]
-    for changed, names in _ADVANCES.items():
+    for changed, wanted in _ADVANCES.items():
+        names, _, reference = wanted.partition(" vs ")
         cells = [
             "; ".join(
-                interval(reported[name], reported["mira"]) if {name, "mira"} <= set(reported) else "-"
+                _change(reported, name, reference or "mira") if {name, reference or "mira"} <= set(reported) else "-"
                 for name in names.split()
             )
             for reported in runs_of.values()
         ]
-        rows.append([changed, *("-" if set(cell) <= set("-; ") else cell for cell in cells)])
+        label = changed.replace("NOISES", noises(studies)) if "NOISES" in changed else changed
+        rows.append([label, *("-" if set(cell) <= set("-; ") else cell for cell in cells)])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _change(reported: Mapping[str, list[Judged]], name: str, reference: str) -> str:
+    share = harm(reported[name], reported["local_only"])
+    return f"{interval(reported[name], reported[reference])} ({share:.0%})"
 
 
 _CHANGED = """## Which parts pay
 
 Loss with one thing changed minus loss of `mira` with its defaults: what is above 0 pays to leave as it is, what is
-below would pay to change. All run at `mira`'s learning rate but the true graph, the labels, the shared A and the noise,
-which are tuned anew. Where an interval holds 0, these draws do not tell."""
+below would pay to change; in brackets the share of clients harmed. All run at `mira`'s learning rate but what is said
+to be tuned anew. Where an interval holds 0, these draws do not tell. Rows with a number belong to an advance over MIRA:
+1 confidence in stored adapters, 2 strength, 3 validated mixing, 4 mixing as products and ranks, 5 robust neighbours, 6
+smaller messages, 7 privacy. What is on by default is what a row takes away; 2, 4, 5, 6 and 7 are off. Validated mixing
+and the average over rounds are on for the clients that mixing would harm, more than for the mean."""
 
 _PICTURE = """## What smaller messages cost
 
