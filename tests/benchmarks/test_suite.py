@@ -20,7 +20,7 @@ from benchmarks.suite import SUITES, TARGETS, Target, Training, judge
 from benchmarks.table import DOCS_PAGE, PAGE, RESULTS, found_in, render, with_targets, write_table
 from benchmarks.workloads import Workload
 
-from benchmarks import run
+from benchmarks import imports, run
 from fedmira.federation.graph import laplacian
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -94,6 +94,16 @@ def test_the_pages_show_the_committed_results() -> None:
 def test_an_unknown_section_is_refused() -> None:
     with pytest.raises(SystemExit, match="no such section"):
         run.main(["--only", "train-nothing"])
+
+
+def test_a_package_that_is_missing_or_of_another_python_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    imports.main()
+    (tmp_path / "package_of_another_python.py").write_text("from . import _compiled\n", encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(SystemExit, match=r"no_such_package .*of_another_python .*make bench-gpu-packages"):
+        imports.main(["torch", "no_such_package", "package_of_another_python"])
 
 
 def test_generation_compares_answers_and_counts_tokens() -> None:
