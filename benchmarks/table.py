@@ -19,9 +19,12 @@ DOCS_PAGE = Path(__file__).resolve().parents[1] / "docs" / "performance.md"
 BEGIN, END = "<!-- written by python -m benchmarks.table -->", "<!-- end -->"
 
 
-def write_table(folder: Path) -> None:
-    """Write the page over all result files of a folder."""
-    (folder / PAGE).write_text(render(found_in(folder)), encoding="utf-8")
+def write_pages(folder: Path) -> None:
+    """Write the page over all result files of a folder; of the committed ones, the targets into the docs' page too."""
+    found = found_in(folder)
+    (folder / PAGE).write_text(render(found), encoding="utf-8")
+    if folder.resolve() == RESULTS:
+        DOCS_PAGE.write_text(with_targets(DOCS_PAGE.read_text(encoding="utf-8"), found), encoding="utf-8")
 
 
 def render(found: dict[str, Results]) -> str:
@@ -132,8 +135,7 @@ def found_in(folder: Path) -> dict[str, Results]:
 
 def main() -> None:
     """Bring both pages up to date."""
-    write_table(RESULTS)
-    DOCS_PAGE.write_text(with_targets(DOCS_PAGE.read_text(encoding="utf-8"), found_in(RESULTS)), encoding="utf-8")
+    write_pages(RESULTS)
 
 
 if __name__ == "__main__":

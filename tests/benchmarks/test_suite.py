@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from benchmarks.environment import REQUIREMENTS
+from benchmarks.gate import UnequalError
 from benchmarks.groups.disk_mixing import OVER_COPY, measure_disk_mixing, step_matrix
 from benchmarks.groups.generation import Generation, NumberTokenizer, equal_share, measure_generation
 from benchmarks.groups.memory import OVER_FLOOR, measure_memory
@@ -17,10 +18,10 @@ from benchmarks.options import Options
 from benchmarks.peers.peer import OURS, PEFT
 from benchmarks.results import Results, Row, Section, read_results, write_results
 from benchmarks.suite import SUITES, TARGETS, Target, Training, judge
-from benchmarks.table import DOCS_PAGE, PAGE, RESULTS, found_in, render, with_targets, write_table
+from benchmarks.table import DOCS_PAGE, PAGE, RESULTS, found_in, render, with_targets, write_pages
 from benchmarks.workloads import Workload
 
-from benchmarks import imports, run
+from benchmarks import imports, run, table
 from fedmira.federation.graph import laplacian
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -72,7 +73,7 @@ def test_the_page_shows_targets_and_rows(tmp_path: Path) -> None:
     assert read_results(tmp_path / "cpu-fast.json") == results
     slow = results_with("train-15m", **{f"over {PEFT}": 3.5})
     write_results(tmp_path / "cpu-slow.json", slow)
-    write_table(tmp_path)
+    write_pages(tmp_path)
     page = (tmp_path / PAGE).read_text(encoding="utf-8")
     assert page == render({"cpu-fast": results, "cpu-slow": slow})
     assert "| target | bound | cpu-fast | cpu-slow | cuda |" in page
@@ -94,6 +95,51 @@ def test_the_pages_show_the_committed_results() -> None:
 def test_an_unknown_section_is_refused() -> None:
     with pytest.raises(SystemExit, match="no such section"):
         run.main(["--only", "train-nothing"])
+
+
+def test_what_fails_in_one_section_takes_nothing_from_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failures = {
+        "train-1.3b": torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB"),
+        "train-gpt2-large": UnequalError("answers differ"),
+    }
+    emptied = []
+
+    def measure(name: str, *_: object) -> Section:
+        if name in failures:
+            raise failures[name]
+        return Section(name, "A title")
+
+    monkeypatch.setattr(run, "measure", measure)
+    monkeypatch.setattr(run, "describe_machine", lambda _device: MACHINE)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(True))
+    arguments = ["--device", "cuda", "--threads", "1", "--out", str(tmp_path), "--only"]
+    assert run.main([*arguments, "train-gpt2-large", "train-1.3b", "mix-memory"]) == 1
+    titles = {section.name: section.title for section in read_results(tmp_path / "cuda-a-machine.json").sections}
+    assert titles == {
+        "train-gpt2-large": "Refused: answers differ",
+        "train-1.3b": "Failed: torch.OutOfMemoryError: CUDA out of memory.",
+        "mix-memory": "A title",
+    }
+    assert len(emptied) == 2
+    assert run.main([*arguments, "mix-memory"]) == 0
+
+
+def test_a_run_into_the_committed_results_brings_the_docs_up_to_date(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = tmp_path / "performance.md"
+    page.write_text(f"before {table.BEGIN} old {table.END} after", encoding="utf-8")
+    monkeypatch.setattr(table, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(table, "DOCS_PAGE", page)
+    monkeypatch.setattr(run, "measure", lambda name, *_: Section(name, "A title", measures={OVER_FLOOR: 1.05}))
+    monkeypatch.setattr(run, "describe_machine", lambda _device: MACHINE)
+    arguments = ["--threads", "1", "--only", "client-memory", "--out"]
+    assert run.main([*arguments, str(tmp_path / "elsewhere")]) == 0
+    assert " old " in page.read_text(encoding="utf-8")
+    assert run.main([*arguments, str(tmp_path / "results")]) == 0
+    assert "| 1.05 met |" in page.read_text(encoding="utf-8")
 
 
 def test_a_package_that_is_missing_or_of_another_python_is_named(
