@@ -50,7 +50,12 @@ def test_every_target_names_a_section_and_a_contestant_of_its_suite() -> None:
 def test_every_training_section_has_ours_first() -> None:
     trainings = [one for suite in SUITES.values() for one in suite.values() if isinstance(one, Training)]
     assert all(one.contestants[0] == OURS for one in trainings)
-    assert {one.workload.num_clients for one in trainings} == {8, 18, 32, 80}
+    assert {one.workload.num_clients for one in trainings} == {8, 22, 32, 80}
+
+
+def test_a_gpu_run_that_is_cut_off_has_measured_what_carries_targets() -> None:
+    carrying = {target.section for target in TARGETS if target.device == "cuda"}
+    assert set(list(SUITES["cuda"])[: len(carrying)]) == carrying
 
 
 def test_targets_are_met_missed_or_not_measured() -> None:
