@@ -92,6 +92,11 @@ def _notes(section: Section) -> list[str]:
         )
     if "new_tokens" in facts:
         notes.append(f"{facts['new_tokens']:,} new tokens; {facts['equal_answers']:.1%} of the answers are equal.")
+    if facts.get("equal_answers", 1.0) < 1.0 and "equal_tokens_per_answer" in facts:
+        notes.append(
+            f"{facts['equal_first_tokens']:.1%} of the first tokens are; answers agree for "
+            f"{facts['equal_tokens_per_answer']:.1f} tokens on average."
+        )
     if "bytes_per_client" in facts:
         notes.append(
             f"One more client takes {facts['bytes_per_client'] / facts['parameters']:.1f} bytes per parameter; "

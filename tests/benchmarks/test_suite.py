@@ -11,14 +11,21 @@ import torch
 from benchmarks.environment import REQUIREMENTS
 from benchmarks.gate import UnequalError
 from benchmarks.groups.disk_mixing import OVER_COPY, measure_disk_mixing, step_matrix
-from benchmarks.groups.generation import Generation, NumberTokenizer, equal_share, measure_generation
+from benchmarks.groups.generation import (
+    Agreement,
+    Generation,
+    NumberTokenizer,
+    agreement,
+    check_agreement,
+    measure_generation,
+)
 from benchmarks.groups.memory import OVER_FLOOR, measure_memory
 from benchmarks.groups.mixing import SHARE_OF_COPY, TAU, measure_mixing_in_memory, neighbour_graph
 from benchmarks.options import Options
 from benchmarks.peers.peer import OURS, PEFT
 from benchmarks.results import Results, Row, Section, read_results, write_results
 from benchmarks.suite import SUITES, TARGETS, Target, Training, judge
-from benchmarks.table import DOCS_PAGE, PAGE, RESULTS, found_in, render, with_targets, write_pages
+from benchmarks.table import DOCS_PAGE, PAGE, RESULTS, found_in, render, render_section, with_targets, write_pages
 from benchmarks.workloads import Workload
 
 from benchmarks import imports, run, table
@@ -166,8 +173,28 @@ def test_generation_compares_answers_and_counts_tokens() -> None:
 
 
 def test_answers_are_compared_one_by_one() -> None:
-    assert equal_share([["1 2"], ["3", "4"]], [["1 2"], ["3", "5"]]) == pytest.approx(2 / 3)
+    found = agreement([["1 2 3"], ["4 5 6", "7 8 9"]], [["1 2 3"], ["4 0 6", "0 8 9"]])
+    assert found == pytest.approx((1 / 3, 2 / 3, 4 / 3))
     assert NumberTokenizer().decode([3, 14]) == "3 14"
+
+
+def test_in_16_bits_a_turned_near_tie_is_no_other_answer() -> None:
+    turned = Agreement(equal=0.2, equal_first=0.95, equal_tokens=40.0)
+    check_agreement(turned, torch.bfloat16)
+    with pytest.raises(UnequalError, match=r"only 20% of the answers equal PEFT's in float32; 95% must"):
+        check_agreement(turned, torch.float32)
+    with pytest.raises(UnequalError, match=r"only 80% of the answers begin with PEFT's token in bfloat16; 90% must"):
+        check_agreement(turned._replace(equal_first=0.8), torch.bfloat16)
+
+
+def test_generation_in_16_bits_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fedmira.model.families.state_dtype", lambda weight: weight.dtype)
+    workload = Workload("gpt2-tiny", "dolly", 1, 4, ("c_attn",), num_clients=3, shrink=8, dtype="bfloat16")
+    section = measure_generation("tiny", Generation(workload, 2, new_tokens=5), OPTIONS, silent)
+    assert section.facts["equal_first_tokens"] >= 0.9
+    assert section.facts["equal_tokens_per_answer"] <= 5
+    section.facts["equal_answers"] = 0.5
+    assert "of the first tokens are; answers agree for" in render_section(section)
 
 
 def test_mixing_in_memory_is_checked_and_compared_with_a_copy() -> None:
