@@ -11,6 +11,7 @@ import gc
 import os
 import platform
 import re
+import subprocess
 import sys
 import time
 import traceback
@@ -54,11 +55,13 @@ def main(arguments: list[str] | None = None) -> int:
     options = Options(parsed.device, parsed.threads, warm_up, repeats, python, note)
     machine = describe_machine(parsed.device)
     file = parsed.out / f"{file_name(parsed.device, machine['device'])}.json"
+    commit = sources_commit()
     results, all_measured = _continued(file, machine, chosen), True
     for name, measurement in chosen.items():
         say(name)
         section, measured = _measured_or_why(name, measurement, options, say)
         all_measured &= measured
+        section.commit = commit
         results.sections.append(section)
         write_results(file, results)
         write_pages(parsed.out)
@@ -152,6 +155,21 @@ def describe_machine(device: str) -> dict[str, Any]:
         "transformers": transformers.__version__,
         "copy_bytes_per_second": copy_rate(device),
     }
+
+
+def sources_commit() -> str:
+    """The commit of the sources, short, and whether they were changed since; empty where git does not know them."""
+    here = Path(__file__).resolve().parents[1]
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], cwd=here, check=True, capture_output=True, text=True).stdout.strip()
+
+    try:
+        commit = git("rev-parse", "--short", "HEAD")
+        changes = git("status", "--porcelain", "--", "src", "benchmarks", ":!benchmarks/results")
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return f"{commit} with changes" if changes else commit
 
 
 def file_name(device: str, processor: str) -> str:

@@ -85,6 +85,8 @@ def _notes(section: Section) -> list[str]:
             f"longest, own batches hold {facts['padding_own_batch']:.2f} times as many positions, batches of all "
             f"clients {facts['padding_all_clients']:.2f} times."
         )
+    if "cohort_size" in facts:
+        notes.append(f"Ours trains {facts['cohort_size']} clients at a time.")
     if "over floor" in measures:
         notes.append(
             f"Ours takes {measures['over floor']:.2f} times the floor: {facts['floor_flops'] / 1e12:.3f} TFLOP at "
@@ -104,6 +106,8 @@ def _notes(section: Section) -> list[str]:
         )
     if "copy_bytes_per_second" in facts:
         notes.append(f"Copying moves {facts['copy_bytes_per_second'] / 1e9:.1f} GB/s (read + write).")
+    if section.commit:
+        notes.append(f"Measured at {section.commit}.")
     return notes
 
 

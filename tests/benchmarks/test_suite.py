@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -94,6 +95,27 @@ def test_the_page_shows_targets_and_rows(tmp_path: Path) -> None:
     assert "| PEFT, sequential | not measured: out of memory |" in page
 
 
+def test_notes_tell_the_size_of_cohorts_and_what_was_measured(tmp_path: Path) -> None:
+    results = results_with("train-15m")
+    page = render_section(results.sections[0])
+    assert "at a time" not in page
+    assert "Measured at" not in page
+    results.sections[0].facts["cohort_size"] = 4
+    results.sections[0].commit = "abc1234"
+    write_results(tmp_path / "cpu.json", results)
+    assert read_results(tmp_path / "cpu.json") == results
+    assert render_section(results.sections[0]).endswith("Ours trains 4 clients at a time. Measured at abc1234.")
+    older = json.loads((tmp_path / "cpu.json").read_text(encoding="utf-8"))
+    del older["sections"][0]["commit"]
+    (tmp_path / "cpu.json").write_text(json.dumps(older), encoding="utf-8")
+    assert read_results(tmp_path / "cpu.json").sections[0].commit == ""
+
+
+def test_the_commit_is_empty_where_git_does_not_know(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "__file__", str(tmp_path / "benchmarks" / "run.py"))
+    assert run.sources_commit() == ""
+
+
 def test_the_pages_show_the_committed_results() -> None:
     """If this fails: python -m benchmarks.table."""
     found = found_in(RESULTS)
@@ -125,6 +147,7 @@ def test_what_fails_in_one_section_takes_nothing_from_the_others(
 
     monkeypatch.setattr(run, "measure", measure)
     monkeypatch.setattr(run, "describe_machine", lambda _device: MACHINE)
+    monkeypatch.setattr(run, "sources_commit", lambda: "abc1234")
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(True))
     arguments = ["--device", "cuda", "--threads", "1", "--out", str(tmp_path), "--only"]
     assert run.main([*arguments, "train-gpt2-large", "train-1.3b", "mix-memory"]) == 1
@@ -135,7 +158,10 @@ def test_what_fails_in_one_section_takes_nothing_from_the_others(
         "mix-memory": "A title",
     }
     assert len(emptied) == 2
+    monkeypatch.setattr(run, "sources_commit", lambda: "def5678")
     assert run.main([*arguments, "mix-memory"]) == 0
+    commits = {section.name: section.commit for section in read_results(tmp_path / "cuda-a-machine.json").sections}
+    assert commits == {"train-gpt2-large": "abc1234", "train-1.3b": "abc1234", "mix-memory": "def5678"}
 
 
 def test_a_run_into_the_committed_results_brings_the_docs_up_to_date(
@@ -239,7 +265,6 @@ def test_the_peers_requirements_agree_with_the_pinned_versions() -> None:
 
 
 def test_workloads_survive_the_way_to_a_worker() -> None:
-    import json
     from dataclasses import asdict
 
     from benchmarks.peers.serving import read_workload
