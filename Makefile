@@ -1,6 +1,8 @@
 # Two commands: `make quickstart` and `make test`. Everything happens in .venv; pinned versions in constraints.txt.
 # Speed against peers: `make bench`, `make bench-gpu`.
 PYTHON ?= python3
+# of the machine that `make bench-gpu-packages` prepares for
+GPU_PYTHON ?= 3.12
 # processes of the tests, each with one thread and up to 4 GiB
 WORKERS ?= 2
 BIN := .venv/bin
@@ -8,7 +10,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 TEST_ENV := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 HF_DATASETS_OFFLINE=1 OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 BENCH_ENV := HF_HUB_OFFLINE=1 GOMP_SPINCOUNT=10000
 
-.PHONY: quickstart test check format bench bench-gpu clean
+.PHONY: quickstart test check format bench bench-gpu bench-gpu-packages clean
 
 quickstart: .venv/installed
 	$(BIN)/fedmira quickstart
@@ -30,9 +32,17 @@ format: .venv/installed-dev
 bench: .venv/installed-dev
 	$(BENCH_ENV) $(BIN)/python -W ignore::FutureWarning -m benchmarks.run --out benchmarks/results
 
-# the same on a GPU, not yet run on one; needs no network and takes the Python that has torch, transformers and peft
+# the same on a GPU, not yet run on one; needs no network, takes the Python that has torch, transformers, peft and pyyaml
+bench-gpu: export PYTHONPATH := src:benchmarks/.site
 bench-gpu:
-	$(BENCH_ENV) PYTHONPATH=src $(PYTHON) -W ignore::FutureWarning -m benchmarks.run --device cuda --out benchmarks/results
+	@$(PYTHON) -W ignore::FutureWarning -m benchmarks.imports
+	$(BENCH_ENV) $(PYTHON) -W ignore::FutureWarning -m benchmarks.run --device cuda --out benchmarks/results
+
+# pydantic, which a bare GPU image lacks, and what it needs, for that machine; nothing that could stand before its torch
+bench-gpu-packages:
+	rm -rf benchmarks/.site
+	$(PYTHON) -m pip install --quiet --target benchmarks/.site --only-binary=:all: --python-version $(GPU_PYTHON) \
+		--constraint constraints.txt pydantic
 
 # torch goes first and alone: the pinned release has a small CPU build, a later one would bring gigabytes of CUDA
 .venv/torch: constraints.txt
@@ -53,4 +63,4 @@ bench-gpu:
 	@touch $@
 
 clean:
-	rm -rf .venv benchmarks/.venv .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf .venv benchmarks/.venv benchmarks/.site .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -51,6 +51,8 @@ class Section:
     """Named numbers that targets refer to, such as ratios of medians."""
     facts: dict[str, float] = field(default_factory=dict)
     """About the workload: tokens, padding, floors, repetitions."""
+    commit: str = ""
+    """What was measured; empty if unknown."""
 
     def row(self, contestant: str) -> Row:
         return next(row for row in self.rows if row.contestant == contestant)

@@ -1,16 +1,20 @@
 """Run the benchmark: `python -m benchmarks.run [--only NAME ...] [--quick] [--device cuda]`.
 
-Writes one JSON file per kind of machine and one table over all of them. Prints what it does as it goes.
+After every section it writes one JSON file per kind of machine and one page over all of them; where these are the
+committed results, docs/performance.md too. Prints what it does as it goes.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import platform
 import re
+import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,13 +34,13 @@ from benchmarks.options import Options
 from benchmarks.peers.peer import needs_environment
 from benchmarks.results import Results, Section, read_results, write_results
 from benchmarks.suite import MORE, SUITES, ClientMemory, DiskMixing, Measurement, MemoryMixing, Training
-from benchmarks.table import write_table
+from benchmarks.table import write_pages
 
 Say = Callable[[str], None]
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Parse the command line, measure, write; 1 if the equality gate refused a section."""
+    """Parse the command line, measure, write; 1 if a section was refused by the equality gate or failed."""
     parsed = _parser().parse_args(arguments)
     torch.set_num_threads(parsed.threads)
     started = time.perf_counter()
@@ -51,20 +55,40 @@ def main(arguments: list[str] | None = None) -> int:
     options = Options(parsed.device, parsed.threads, warm_up, repeats, python, note)
     machine = describe_machine(parsed.device)
     file = parsed.out / f"{file_name(parsed.device, machine['device'])}.json"
-    results, refused = _continued(file, machine, chosen), False
+    commit = sources_commit()
+    results, all_measured = _continued(file, machine, chosen), True
     for name, measurement in chosen.items():
         say(name)
-        try:
-            section = measure(name, measurement, options, say)
-        except UnequalError as error:
-            refused = True
-            section = Section(name, f"Refused: {error}")
-            say(section.title)
+        section, measured = _measured_or_why(name, measurement, options, say)
+        all_measured &= measured
+        section.commit = commit
         results.sections.append(section)
         write_results(file, results)
-        write_table(parsed.out)
+        write_pages(parsed.out)
+        if not measured:
+            _let_go(parsed.device)
     say(f"wrote {parsed.out}")
-    return 1 if refused else 0
+    return 0 if all_measured else 1
+
+
+def _measured_or_why(name: str, measurement: Measurement, options: Options, say: Say) -> tuple[Section, bool]:
+    """The section and True, or one that says what went wrong and False: the others are measured all the same."""
+    try:
+        return measure(name, measurement, options, say), True
+    except UnequalError as error:
+        section = Section(name, f"Refused: {error}")
+    except Exception as error:
+        traceback.print_exc()
+        section = Section(name, "Failed: " + "".join(traceback.format_exception_only(error)).splitlines()[0])
+    say(section.title)
+    return section, False
+
+
+def _let_go(device: str) -> None:
+    """Hand back what a section held that ended early."""
+    gc.collect()
+    if device.startswith("cuda"):
+        torch.cuda.empty_cache()
 
 
 def _continued(file: Path, machine: dict[str, Any], chosen: dict[str, Measurement]) -> Results:
@@ -131,6 +155,21 @@ def describe_machine(device: str) -> dict[str, Any]:
         "transformers": transformers.__version__,
         "copy_bytes_per_second": copy_rate(device),
     }
+
+
+def sources_commit() -> str:
+    """The commit of the sources, short, and whether they were changed since; empty where git does not know them."""
+    here = Path(__file__).resolve().parents[1]
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], cwd=here, check=True, capture_output=True, text=True).stdout.strip()
+
+    try:
+        commit = git("rev-parse", "--short", "HEAD")
+        changes = git("status", "--porcelain", "--", "src", "benchmarks", ":!benchmarks/results")
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return f"{commit} with changes" if changes else commit
 
 
 def file_name(device: str, processor: str) -> str:

@@ -19,9 +19,12 @@ DOCS_PAGE = Path(__file__).resolve().parents[1] / "docs" / "performance.md"
 BEGIN, END = "<!-- written by python -m benchmarks.table -->", "<!-- end -->"
 
 
-def write_table(folder: Path) -> None:
-    """Write the page over all result files of a folder."""
-    (folder / PAGE).write_text(render(found_in(folder)), encoding="utf-8")
+def write_pages(folder: Path) -> None:
+    """Write the page over all result files of a folder; of the committed ones, the targets into the docs' page too."""
+    found = found_in(folder)
+    (folder / PAGE).write_text(render(found), encoding="utf-8")
+    if folder.resolve() == RESULTS:
+        DOCS_PAGE.write_text(with_targets(DOCS_PAGE.read_text(encoding="utf-8"), found), encoding="utf-8")
 
 
 def render(found: dict[str, Results]) -> str:
@@ -82,6 +85,8 @@ def _notes(section: Section) -> list[str]:
             f"longest, own batches hold {facts['padding_own_batch']:.2f} times as many positions, batches of all "
             f"clients {facts['padding_all_clients']:.2f} times."
         )
+    if "cohort_size" in facts:
+        notes.append(f"Ours trains {facts['cohort_size']} clients at a time.")
     if "over floor" in measures:
         notes.append(
             f"Ours takes {measures['over floor']:.2f} times the floor: {facts['floor_flops'] / 1e12:.3f} TFLOP at "
@@ -89,6 +94,11 @@ def _notes(section: Section) -> list[str]:
         )
     if "new_tokens" in facts:
         notes.append(f"{facts['new_tokens']:,} new tokens; {facts['equal_answers']:.1%} of the answers are equal.")
+    if facts.get("equal_answers", 1.0) < 1.0 and "equal_tokens_per_answer" in facts:
+        notes.append(
+            f"{facts['equal_first_tokens']:.1%} of the first tokens are; answers agree for "
+            f"{facts['equal_tokens_per_answer']:.1f} tokens on average."
+        )
     if "bytes_per_client" in facts:
         notes.append(
             f"One more client takes {facts['bytes_per_client'] / facts['parameters']:.1f} bytes per parameter; "
@@ -96,6 +106,8 @@ def _notes(section: Section) -> list[str]:
         )
     if "copy_bytes_per_second" in facts:
         notes.append(f"Copying moves {facts['copy_bytes_per_second'] / 1e9:.1f} GB/s (read + write).")
+    if section.commit:
+        notes.append(f"Measured at {section.commit}.")
     return notes
 
 
@@ -132,8 +144,7 @@ def found_in(folder: Path) -> dict[str, Results]:
 
 def main() -> None:
     """Bring both pages up to date."""
-    write_table(RESULTS)
-    DOCS_PAGE.write_text(with_targets(DOCS_PAGE.read_text(encoding="utf-8"), found_in(RESULTS)), encoding="utf-8")
+    write_pages(RESULTS)
 
 
 if __name__ == "__main__":

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from fedmira import trials
 from fedmira.assembly import assemble
 from fedmira.config import RunConfig
 from fedmira.experiment import run
 from fedmira.runs.store import RunStore
-from fedmira.trials import planned_steps
+from fedmira.trials import planned_steps, timed
 
 
 def config(**sections: Any) -> RunConfig:
@@ -49,6 +51,15 @@ def test_a_long_run_is_looked_at_in_a_few_of_its_rounds(monkeypatch: pytest.Monk
     assert len(planned.steps) == 3 * 3 * 2
     everything = sum(len(step.ids) for step in planned.steps) / planned.share
     assert everything == 200 * 6 * 2
+
+
+def test_a_call_is_timed_until_the_device_of_the_base_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    happened: list[object] = []
+    monkeypatch.setattr(torch.cuda, "synchronize", happened.append)
+    second = torch.device("cuda", 1)
+    parts: Any = SimpleNamespace(base=SimpleNamespace(device=second))
+    timed(parts, lambda: happened.append("call"))
+    assert happened == [second, "call", second]
 
 
 def test_the_heaviest_piece_is_tried_and_the_price_is_that_of_the_others() -> None:

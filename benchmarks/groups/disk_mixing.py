@@ -63,6 +63,8 @@ def measure_disk_mixing(
             with copied.open("rb+") as file:
                 os.fsync(file.fileno())
 
+        # mixing has had its warm-up
+        copy_afresh()
         times = interleave(
             {MIX: mix_afresh, COPY: copy_afresh},
             warm_up=options.warm_up,

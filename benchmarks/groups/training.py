@@ -16,6 +16,7 @@ from benchmarks.gate import check_adapters, check_loss, final_loss
 from benchmarks.memory import with_peak
 from benchmarks.options import Options
 from benchmarks.padding import padding_factor
+from benchmarks.peers.ours import Ours
 from benchmarks.peers.peer import OURS, Peer, PeerMissingError, make_peer, runs_here
 from benchmarks.results import Row, Section
 from benchmarks.timing import interleave
@@ -70,6 +71,9 @@ def measure_training(
     section.rows = timed + section.rows
     section.add_ratios(OURS)
     _add_facts(section, task, options)
+    for one in ready:
+        if one.name == OURS and isinstance(one.peer, Ours):
+            section.facts["cohort_size"] = one.peer.cohort_size
     return section
 
 

@@ -14,7 +14,7 @@ class Ours:
 
     def __init__(self, task: Task, cohort_size: int | None = None) -> None:
         self._task = task
-        self._cohort_size = cohort_size or choose_cohort_size(
+        self.cohort_size = cohort_size or choose_cohort_size(
             task.base, task.layout, task.clients, task.training, available_bytes(task.base.device)
         )
 
@@ -29,7 +29,7 @@ class Ours:
             task.training,
             total_rounds=1,
             seed=SEED,
-            cohort_size=self._cohort_size,
+            cohort_size=self.cohort_size,
             dropout=0.0,
         )
         failures = [report.failure for report in reports if report.failure]

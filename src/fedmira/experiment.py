@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import asdict
 from datetime import UTC, datetime
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Protocol
@@ -117,7 +118,7 @@ class _Run:
                 store.write_manifest({**self.parts.manifest(), "created": created})
             store.write_rounds()
         if self.parts.base.device.type == "cuda":
-            settle_with(torch.cuda.synchronize)
+            settle_with(partial(torch.cuda.synchronize, self.parts.base.device))
 
     def carry_out(self) -> Path:
         config = self.config

@@ -195,13 +195,13 @@ def try_checkpoint(parts: Assembly, state: State) -> float:
 
 def timed(parts: Assembly, call: Callable[[], T]) -> tuple[T, float]:
     """What a call returns, and its seconds until the device is done."""
-    on_cuda = parts.base.device.type == "cuda"
-    if on_cuda:
-        torch.cuda.synchronize()
+    device = parts.base.device
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
     started = time.perf_counter()
     result = call()
-    if on_cuda:
-        torch.cuda.synchronize()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
     return result, time.perf_counter() - started
 
 

@@ -127,6 +127,7 @@ def test_a_section_holds_times_ratios_losses_and_memory() -> None:
     assert peft.peak_bytes is not None
     assert flower.seconds is None
     assert section.measures["over floor"] > 1
+    assert section.facts["cohort_size"] == workload.num_clients
     tokens = sum(
         len(example.tokens) for steps in build(workload, "cpu").steps_of_clients for b in steps for example in b
     )

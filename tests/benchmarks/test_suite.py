@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,18 +10,26 @@ import numpy as np
 import pytest
 import torch
 from benchmarks.environment import REQUIREMENTS
+from benchmarks.gate import UnequalError
 from benchmarks.groups.disk_mixing import OVER_COPY, measure_disk_mixing, step_matrix
-from benchmarks.groups.generation import Generation, NumberTokenizer, equal_share, measure_generation
+from benchmarks.groups.generation import (
+    Agreement,
+    Generation,
+    NumberTokenizer,
+    agreement,
+    check_agreement,
+    measure_generation,
+)
 from benchmarks.groups.memory import OVER_FLOOR, measure_memory
 from benchmarks.groups.mixing import SHARE_OF_COPY, TAU, measure_mixing_in_memory, neighbour_graph
 from benchmarks.options import Options
 from benchmarks.peers.peer import OURS, PEFT
 from benchmarks.results import Results, Row, Section, read_results, write_results
 from benchmarks.suite import SUITES, TARGETS, Target, Training, judge
-from benchmarks.table import DOCS_PAGE, PAGE, RESULTS, found_in, render, with_targets, write_table
+from benchmarks.table import DOCS_PAGE, PAGE, RESULTS, found_in, render, render_section, with_targets, write_pages
 from benchmarks.workloads import Workload
 
-from benchmarks import run
+from benchmarks import imports, run, table
 from fedmira.federation.graph import laplacian
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -49,7 +58,12 @@ def test_every_target_names_a_section_and_a_contestant_of_its_suite() -> None:
 def test_every_training_section_has_ours_first() -> None:
     trainings = [one for suite in SUITES.values() for one in suite.values() if isinstance(one, Training)]
     assert all(one.contestants[0] == OURS for one in trainings)
-    assert {one.workload.num_clients for one in trainings} == {8, 18, 32, 80}
+    assert {one.workload.num_clients for one in trainings} == {8, 22, 32, 80}
+
+
+def test_a_gpu_run_that_is_cut_off_has_measured_what_carries_targets() -> None:
+    carrying = {target.section for target in TARGETS if target.device == "cuda"}
+    assert set(list(SUITES["cuda"])[: len(carrying)]) == carrying
 
 
 def test_targets_are_met_missed_or_not_measured() -> None:
@@ -72,13 +86,34 @@ def test_the_page_shows_targets_and_rows(tmp_path: Path) -> None:
     assert read_results(tmp_path / "cpu-fast.json") == results
     slow = results_with("train-15m", **{f"over {PEFT}": 3.5})
     write_results(tmp_path / "cpu-slow.json", slow)
-    write_table(tmp_path)
+    write_pages(tmp_path)
     page = (tmp_path / PAGE).read_text(encoding="utf-8")
     assert page == render({"cpu-fast": results, "cpu-slow": slow})
     assert "| target | bound | cpu-fast | cpu-slow | cuda |" in page
     assert "| 15M shape, batch 4, over stock PEFT | at least 4 | 4.50 met | 3.50 missed |  |" in page
     assert "| ours | 2.000 | 1.500 - 2.500 | 1.00 | 500 | 125 | 1 | 3.2500 |" in page
     assert "| PEFT, sequential | not measured: out of memory |" in page
+
+
+def test_notes_tell_the_size_of_cohorts_and_what_was_measured(tmp_path: Path) -> None:
+    results = results_with("train-15m")
+    page = render_section(results.sections[0])
+    assert "at a time" not in page
+    assert "Measured at" not in page
+    results.sections[0].facts["cohort_size"] = 4
+    results.sections[0].commit = "abc1234"
+    write_results(tmp_path / "cpu.json", results)
+    assert read_results(tmp_path / "cpu.json") == results
+    assert render_section(results.sections[0]).endswith("Ours trains 4 clients at a time. Measured at abc1234.")
+    older = json.loads((tmp_path / "cpu.json").read_text(encoding="utf-8"))
+    del older["sections"][0]["commit"]
+    (tmp_path / "cpu.json").write_text(json.dumps(older), encoding="utf-8")
+    assert read_results(tmp_path / "cpu.json").sections[0].commit == ""
+
+
+def test_the_commit_is_empty_where_git_does_not_know(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "__file__", str(tmp_path / "benchmarks" / "run.py"))
+    assert run.sources_commit() == ""
 
 
 def test_the_pages_show_the_committed_results() -> None:
@@ -96,6 +131,65 @@ def test_an_unknown_section_is_refused() -> None:
         run.main(["--only", "train-nothing"])
 
 
+def test_what_fails_in_one_section_takes_nothing_from_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failures = {
+        "train-1.3b": torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB"),
+        "train-gpt2-large": UnequalError("answers differ"),
+    }
+    emptied = []
+
+    def measure(name: str, *_: object) -> Section:
+        if name in failures:
+            raise failures[name]
+        return Section(name, "A title")
+
+    monkeypatch.setattr(run, "measure", measure)
+    monkeypatch.setattr(run, "describe_machine", lambda _device: MACHINE)
+    monkeypatch.setattr(run, "sources_commit", lambda: "abc1234")
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(True))
+    arguments = ["--device", "cuda", "--threads", "1", "--out", str(tmp_path), "--only"]
+    assert run.main([*arguments, "train-gpt2-large", "train-1.3b", "mix-memory"]) == 1
+    titles = {section.name: section.title for section in read_results(tmp_path / "cuda-a-machine.json").sections}
+    assert titles == {
+        "train-gpt2-large": "Refused: answers differ",
+        "train-1.3b": "Failed: torch.OutOfMemoryError: CUDA out of memory.",
+        "mix-memory": "A title",
+    }
+    assert len(emptied) == 2
+    monkeypatch.setattr(run, "sources_commit", lambda: "def5678")
+    assert run.main([*arguments, "mix-memory"]) == 0
+    commits = {section.name: section.commit for section in read_results(tmp_path / "cuda-a-machine.json").sections}
+    assert commits == {"train-gpt2-large": "abc1234", "train-1.3b": "abc1234", "mix-memory": "def5678"}
+
+
+def test_a_run_into_the_committed_results_brings_the_docs_up_to_date(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = tmp_path / "performance.md"
+    page.write_text(f"before {table.BEGIN} old {table.END} after", encoding="utf-8")
+    monkeypatch.setattr(table, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(table, "DOCS_PAGE", page)
+    monkeypatch.setattr(run, "measure", lambda name, *_: Section(name, "A title", measures={OVER_FLOOR: 1.05}))
+    monkeypatch.setattr(run, "describe_machine", lambda _device: MACHINE)
+    arguments = ["--threads", "1", "--only", "client-memory", "--out"]
+    assert run.main([*arguments, str(tmp_path / "elsewhere")]) == 0
+    assert " old " in page.read_text(encoding="utf-8")
+    assert run.main([*arguments, str(tmp_path / "results")]) == 0
+    assert "| 1.05 met |" in page.read_text(encoding="utf-8")
+
+
+def test_a_package_that_is_missing_or_of_another_python_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    imports.main()
+    (tmp_path / "package_of_another_python.py").write_text("from . import _compiled\n", encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(SystemExit, match=r"no_such_package .*of_another_python .*make bench-gpu-packages"):
+        imports.main(["torch", "no_such_package", "package_of_another_python"])
+
+
 def test_generation_compares_answers_and_counts_tokens() -> None:
     workload = Workload("llama-tiny", "dolly", 1, 4, ("q_proj",), num_clients=3, shrink=8)
     section = measure_generation("tiny", Generation(workload, 2, new_tokens=5), OPTIONS, silent)
@@ -105,8 +199,28 @@ def test_generation_compares_answers_and_counts_tokens() -> None:
 
 
 def test_answers_are_compared_one_by_one() -> None:
-    assert equal_share([["1 2"], ["3", "4"]], [["1 2"], ["3", "5"]]) == pytest.approx(2 / 3)
+    found = agreement([["1 2 3"], ["4 5 6", "7 8 9"]], [["1 2 3"], ["4 0 6", "0 8 9"]])
+    assert found == pytest.approx((1 / 3, 2 / 3, 4 / 3))
     assert NumberTokenizer().decode([3, 14]) == "3 14"
+
+
+def test_in_16_bits_a_turned_near_tie_is_no_other_answer() -> None:
+    turned = Agreement(equal=0.2, equal_first=0.95, equal_tokens=40.0)
+    check_agreement(turned, torch.bfloat16)
+    with pytest.raises(UnequalError, match=r"only 20% of the answers equal PEFT's in float32; 95% must"):
+        check_agreement(turned, torch.float32)
+    with pytest.raises(UnequalError, match=r"only 80% of the answers begin with PEFT's token in bfloat16; 90% must"):
+        check_agreement(turned._replace(equal_first=0.8), torch.bfloat16)
+
+
+def test_generation_in_16_bits_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fedmira.model.families.state_dtype", lambda weight: weight.dtype)
+    workload = Workload("gpt2-tiny", "dolly", 1, 4, ("c_attn",), num_clients=3, shrink=8, dtype="bfloat16")
+    section = measure_generation("tiny", Generation(workload, 2, new_tokens=5), OPTIONS, silent)
+    assert section.facts["equal_first_tokens"] >= 0.9
+    assert section.facts["equal_tokens_per_answer"] <= 5
+    section.facts["equal_answers"] = 0.5
+    assert "of the first tokens are; answers agree for" in render_section(section)
 
 
 def test_mixing_in_memory_is_checked_and_compared_with_a_copy() -> None:
@@ -151,7 +265,6 @@ def test_the_peers_requirements_agree_with_the_pinned_versions() -> None:
 
 
 def test_workloads_survive_the_way_to_a_worker() -> None:
-    import json
     from dataclasses import asdict
 
     from benchmarks.peers.serving import read_workload

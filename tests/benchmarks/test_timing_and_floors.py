@@ -12,6 +12,8 @@ from benchmarks.memory import with_peak
 from benchmarks.timing import Times, interleave
 from benchmarks.workloads import Workload, build
 
+from benchmarks import floors
+
 TINY = Workload("llama-15m", "natural_instructions", 3, 8, ("q_proj", "v_proj")).tiny()
 
 
@@ -80,3 +82,23 @@ def test_the_floor_counts_what_nobody_can_leave_out() -> None:
 def test_rates_are_plausible() -> None:
     assert 1e8 < gemm_rate(256, 128, 128, "cpu", torch.float32) < 1e14
     assert 1e8 < copy_rate("cpu") < 1e13
+
+
+def test_on_a_gpu_waiting_is_shared_by_many_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    waited = 0
+
+    def wait(_device: str) -> None:
+        nonlocal now, waited
+        now += 1e-3
+        waited += 1
+
+    def call() -> None:
+        nonlocal now
+        now += 1.0
+
+    monkeypatch.setattr(floors, "wait_for", wait)
+    monkeypatch.setattr("time.perf_counter", lambda: now)
+    assert floors._best_seconds(call, "cuda") == pytest.approx(1 + 1e-3 / floors._CALLS_TOGETHER)
+    assert floors._best_seconds(call, "cpu") == pytest.approx(1 + 1e-3)
+    assert waited == 4 * floors._TIMED_CALLS

@@ -12,12 +12,13 @@ from tests.reference.tiny_models import FAMILIES, random_arena, random_examples,
 from fedmira.config import AdapterConfig
 from fedmira.data.packing import PackedBatch, pack
 from fedmira.data.tokenization import TokenizedExample
-from fedmira.model import attention, families
+from fedmira.model import attention, families, low_rank
 from fedmira.model.adapted import AdaptedModel
 from fedmira.model.arena import lora_layout
 from fedmira.model.base import BaseModel, freeze
 from fedmira.model.families import fused_body
 from fedmira.model.lora import ALL_GROUPS
+from fedmira.model.low_rank import Way
 from fedmira.types import Arena, Layout, TensorSpec
 
 FUSED = ("gpt2", "llama", "qwen2", "mistral")
@@ -190,6 +191,40 @@ def test_a_base_in_16_bits_multiplies_with_rounded_weights_and_keeps_wide_gradie
         assert of_gradient < 0.05
     for of_wide, of_narrow in zip(distances[torch.float32], distances[torch.bfloat16], strict=True):
         assert of_wide < of_narrow
+
+
+@pytest.mark.parametrize("way", ["masked", "grouped"])
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_the_ways_of_a_gpu_in_16_bits_are_near_the_exact_one(
+    family: str, way: Way, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if way == "grouped" and not hasattr(torch.nn.functional, "grouped_mm"):
+        pytest.skip("this PyTorch has no grouped_mm")
+    exact = freeze(tiny_model(family, torch.bfloat16).double(), None, "exact")
+    # kernels want multiples of eight
+    arena = random_arena(tiny_layout(exact, family, rank=8), 4, torch.float32)
+    batch = pack(examples_with_prefixes())
+    hidden_Md, gradient_CP = run(exact, arena.replace(arena.values_KP.double()), batch)
+    monkeypatch.setattr(families, "state_dtype", lambda weight: weight.dtype)
+    narrow = freeze(tiny_model(family, torch.bfloat16), None, "as on a GPU")
+    by_segments = run(narrow, arena, batch)
+    taken = []
+
+    def forced(*_: object) -> Way:
+        taken.append(way)
+        return way
+
+    monkeypatch.setattr(low_rank, "_way", forced)
+    found_Md, found_CP = run(narrow, arena, batch)
+    assert taken, "the way was not asked for"
+    assert (found_Md.dtype, found_CP.dtype) == (torch.bfloat16, torch.float32)
+    assert not found_CP[1].any(), "a client without examples"
+    assert distance(found_Md, hidden_Md) < 0.03
+    assert distance(found_CP, gradient_CP) < 0.05
+    # no farther from the exact ones than the plain way in 16 bits is, but for luck
+    assert distance(found_CP, gradient_CP) < 1.5 * distance(by_segments[1], gradient_CP)
+    for client in (0, 2, 3):
+        assert distance(found_CP[client], gradient_CP[client]) < 0.1
 
 
 @pytest.mark.parametrize("narrow_rows", [False, True])

@@ -91,6 +91,19 @@ def test_frozen_groups_and_inputs_without_gradient(way: Way) -> None:
     torch.testing.assert_close(branch.grad_a_CRI, grad_a, rtol=1e-4, atol=1e-4)
 
 
+def test_rows_are_masked_with_what_was_made_once() -> None:
+    branch = make_branch()
+    rows = assign_rows(COUNTS, torch.device("cpu"), "masked")
+    x_NI = draw(sum(COUNTS), INPUTS, seed=30)
+    masks = []
+    for _ in range(2):
+        add_low_rank_(branch, rows, x_NI, torch.zeros(sum(COUNTS), 32))
+        masks.append(rows.foreign[len(COUNTS) * 2 * RANK])
+    assert masks[0] is masks[1]
+    assert (~masks[0]).sum(dim=1).tolist() == [2 * RANK] * sum(COUNTS)
+    assert not assign_rows(COUNTS, torch.device("cpu"), "masked").foreign
+
+
 def test_only_one_after_the_other_keeps_trouble_to_itself() -> None:
     x_NI = draw(sum(COUNTS), INPUTS, seed=30)
     outputs = {}

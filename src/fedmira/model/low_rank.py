@@ -49,6 +49,8 @@ class Rows(NamedTuple):
     """int64; row of the arena."""
     ends_C: torch.Tensor
     """int32; where the rows of each client end."""
+    foreign: dict[int, torch.Tensor]
+    """By the ranks of all clients, where a row meets those of another client; filled where rows are masked."""
     way: Way | None = None
     """How to multiply; None chooses by device and size."""
 
@@ -72,7 +74,7 @@ def assign_rows(rows_per_client: Sequence[int], device: torch.device, way: Way |
     """Who owns which row, from how many rows each client has, in order; 0 is allowed."""
     counts_C = torch.tensor(rows_per_client, dtype=torch.int64)
     owner_N = torch.arange(len(counts_C)).repeat_interleave(counts_C)
-    return Rows(segments(rows_per_client), owner_N.to(device), counts_C.cumsum(0).to(device, torch.int32), way)
+    return Rows(segments(rows_per_client), owner_N.to(device), counts_C.cumsum(0).to(device, torch.int32), {}, way)
 
 
 class Target(NamedTuple):
@@ -208,9 +210,12 @@ def _add_product_(sum_: torch.Tensor, left: torch.Tensor, right: torch.Tensor, f
 
 
 def _foreign(rows: Rows, low_NR: torch.Tensor, num_clients: int) -> torch.Tensor:
-    """Where a row meets ranks of another client, for columns that are client after client."""
-    owner_R = torch.arange(num_clients, device=low_NR.device).repeat_interleave(low_NR.shape[1] // num_clients)
-    return rows.owner_N[:, None] != owner_R
+    """Where a row meets ranks of another client, for columns that are client after client; made once for all layers."""
+    ranks = low_NR.shape[1]
+    if ranks not in rows.foreign:
+        owner_R = torch.arange(num_clients, device=low_NR.device).repeat_interleave(ranks // num_clients)
+        rows.foreign[ranks] = rows.owner_N[:, None] != owner_R
+    return rows.foreign[ranks]
 
 
 def _ranks_of(target: Target, low: torch.Tensor, num_clients: int) -> torch.Tensor:

@@ -289,7 +289,7 @@ def _try_step(
     losses_C = _gradients(work, cohort, adapted, batch, isolate)
     with stage("optimizer"):
         norm_C = torch.linalg.vector_norm(cohort.gradient_CP, dim=1)
-        # the only synchronisation of a step
+        # the only wait for a result; on a GPU the small tables that a step moves there wait as well
         losses, norms = torch.stack([losses_C, norm_C.to(losses_C.dtype)]).tolist()
     return losses, norms
 
