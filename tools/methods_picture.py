@@ -18,6 +18,7 @@ MESSAGES = {
     "mira-int8": "int8 up",
     "mira-int8-both-ways": "int8 both ways",
     "mira-top-10": "top 10 % up",
+    "mira-top-10-both-ways": "top 10 % up, int8 down",
     "mira-top-3": "top 3 % up",
     "mira-top-1": "top 1 % up",
 }

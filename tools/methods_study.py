@@ -533,6 +533,9 @@ _ADVANCES = {
     "graph: task covariance (MTRL)": "mira-mtrl",
     "graph: validation trust": "mira-trust",
     "graph: embeddings of prompts": "mira-embeddings",
+    "graph: agreement of predictions": "mira-probe",
+    "graph: the rows of pFedGraph": "mira-pfedgraph",
+    "graph: random": "mira-random",
     "graph: everybody with everybody": "mira-uniform",
     "graph: the true one, shuffled": "mira-permuted",
     "graph: the labels; the true one, tuned anew": "mira-labels mira-true",
@@ -550,7 +553,7 @@ _ADVANCES = {
     "(5) clipped; without Krum's outliers; geometric median": "mira-clip mira-krum mira-median",
     "moments that stay with clients": "mira-moments",
     "(6) bf16 up; int8 up; int8 both ways": "mira-bf16 mira-int8 mira-int8-both-ways",
-    "(6) top 10 % up; 3 %; 1 %": "mira-top-10 mira-top-3 mira-top-1",
+    "(6) top 10 % up; 3 %; 1 %; 10 % up and int8 down": "mira-top-10 mira-top-3 mira-top-1 mira-top-10-both-ways",
     "(7) noise of NOISES, tuned anew, against one A that nobody trains without choice": (
         "mira-private-weak mira-private mira-private-full vs mira-shared-a-asks-nobody"
     ),
