@@ -33,6 +33,7 @@ from fedmira.federation.methods import (
     ffa_lora,
     flexlora,
     flora,
+    florist,
     hetlora,
     ifca,
     local_only,
@@ -90,7 +91,7 @@ METHODS: Mapping[str, Builder] = {
     "hetlora": lambda config, clients, graph, federation: hetlora.build(clients),
     "fedex_lora": lambda config, clients, graph, federation: fedex_lora.build(clients),
     "flora": lambda config, clients, graph, federation: flora.build(clients),
-    "florist": lambda config, clients, graph, federation: flora.build(clients, config.energy),
+    "florist": lambda config, clients, graph, federation: florist.build(clients, config.energy),
     "centralised": lambda config, clients, graph, federation: centralised.build(),
 }
 
