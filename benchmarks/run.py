@@ -1,6 +1,6 @@
 """Run the benchmark: `python -m benchmarks.run [--only NAME ...] [--quick] [--device cuda]`.
 
-After every section it writes one JSON file per kind of machine and one page over all of them; where these are the
+After every section it writes one JSON file per machine and one page over all of them; where these are the
 committed results, docs/performance.md too. Prints what it does as it goes.
 """
 

@@ -10,7 +10,7 @@ from collections import Counter
 
 from fedmira.assembly import Assembly
 from fedmira.config import RunConfig
-from fedmira.data.packing import local_batches
+from fedmira.data.packing import batches_in_round
 from fedmira.data.sources.files import unusable_line
 from fedmira.evaluation.judge import shortened_line
 from fedmira.exchange.privacy import max_uploads
@@ -86,9 +86,8 @@ def _judging_line(parts: Assembly) -> str:
     between = (config.federation.rounds - 1) // every
     trained = 0
     for id_ in participation.draw(len(parts.clients.names), config.federation, config.seed, 1).ids:
-        client, work = parts.tokenized[id_], (training.steps_or_default, training.local_epochs)
-        order = training.order_seed(config.seed)
-        batches = local_batches(len(client.train), training.batch_size, *work, order, client.name, 1)
+        client = parts.tokenized[id_]
+        batches = batches_in_round(client, training, config.seed, 1)
         trained += sum(client.train[place].num_inputs for batch in batches for place in batch)
     judged = sum(example.num_inputs for client in parts.tokenized for example in client.validation)
     # of one token, to that of judging it

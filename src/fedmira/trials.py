@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from fedmira.assembly import Assembly
-from fedmira.data.packing import local_batches
+from fedmira.data.packing import batches_in_round
 from fedmira.data.tokenization import TokenizedExample
 from fedmira.evaluation.generation import generate
 from fedmira.evaluation.loss import batches, evaluate_loss
@@ -77,10 +77,7 @@ def planned_steps(parts: Assembly) -> Steps:
     lengths = [[(example.num_inputs, example.num_supervised) for example in client.train] for client in parts.tokenized]
 
     def client_batches(id_: int, round_: int) -> list[tuple[int, ...]]:
-        client = parts.tokenized[id_]
-        work = training.steps_or_default, training.local_epochs
-        order = training.order_seed(config.seed)
-        return local_batches(len(client.train), training.batch_size, *work, order, client.name, round_)
+        return batches_in_round(parts.tokenized[id_], training, config.seed, round_)
 
     rounds = config.federation.rounds
     ids = participation.draw(len(parts.tokenized), config.federation, config.seed, 1).ids

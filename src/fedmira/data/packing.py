@@ -13,14 +13,17 @@ Axes: N rows (input tokens of all sequences), M supervised rows, C clients of th
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 
-from fedmira.data.tokenization import TokenizedExample
+from fedmira.data.tokenization import TokenizedClient, TokenizedExample
 from fedmira.errors import DataError, UsageError
 from fedmira.randomness import generator
+
+if TYPE_CHECKING:
+    from fedmira.config import TrainingConfig
 
 _SHORTEST_PREFIX = 8
 """Fewer common tokens are not worth the bookkeeping."""
@@ -118,6 +121,21 @@ def common_prefix(examples: Sequence[TokenizedExample]) -> int:
         if differs.any():
             length = int(differs.argmax())
     return length if length >= _SHORTEST_PREFIX else 0
+
+
+def batches_in_round(
+    client: TokenizedClient, training: TrainingConfig, seed: int, round_: int
+) -> list[tuple[int, ...]]:
+    """Return the example indices of each local step of `client` in one round of a run with `seed`."""
+    return local_batches(
+        len(client.train),
+        training.batch_size,
+        training.steps_or_default,
+        training.local_epochs,
+        training.order_seed(seed),
+        client.name,
+        round_,
+    )
 
 
 def local_batches(

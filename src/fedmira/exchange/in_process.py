@@ -149,7 +149,7 @@ def examples_asked(trial: Trial, client: TokenizedClient) -> tuple[TokenizedExam
     """The examples by which `client` judges the candidates of a trial, in the order in which it holds them."""
     examples = client.train if trial.split == "train" else client.validation
     if trial.most_examples is None or len(examples) <= trial.most_examples:
-        return tuple(examples)
+        return examples
     first = trial.turn * trial.most_examples
     chosen = {(first + place) % len(examples) for place in range(trial.most_examples)}
     return tuple(examples[place] for place in sorted(chosen))

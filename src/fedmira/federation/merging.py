@@ -39,9 +39,9 @@ def merged_each_round(clients: Clients, shorten: Callable[[Pair], Pair]) -> Meth
         if not results.ids:
             return State(state.adapters, last_round_K, state.memory), Info({"returned": 0.0})
         weights_K = returned_weights(clients, results.ids)
+        shares = [weight / sum(weights_K) for weight in weights_K]
         factors, own_bytes = [], []
         for spec_a, spec_b in low_rank_pairs(adapters.layout):
-            shares = [weight / sum(weights_K) for weight in weights_K]
             b_OQ, a_QI = shorten(stacked(adapters, spec_a, spec_b, shares))
             factors.append((b_OQ, a_QI))
             own_bytes.append(pair_bytes(b_OQ, a_QI, adapters.values_KP.element_size()))

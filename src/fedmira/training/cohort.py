@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 
 from fedmira.config import TrainingConfig
-from fedmira.data.packing import PackedBatch, local_batches, pack
+from fedmira.data.packing import PackedBatch, batches_in_round, pack
 from fedmira.data.tokenization import TokenizedClient, TokenizedExample
 from fedmira.model.adapted import AdaptedModel
 from fedmira.model.base import BaseModel
@@ -193,18 +193,7 @@ def _prepare(
     continuity: Continuity | None,
 ) -> _Work:
     participants = tuple(clients[id_] for id_ in job.ids)
-    whole = (
-        local_batches(
-            len(client.train),
-            training.batch_size,
-            training.steps_or_default,
-            training.local_epochs,
-            training.order_seed(seed),
-            client.name,
-            job.round,
-        )
-        for client in participants
-    )
+    whole = (batches_in_round(client, training, seed, job.round) for client in participants)
     # halves up: two rows that share the work of one never get less than it
     batches = tuple(steps[: max(1, math.floor(job.work * len(steps) + 0.5))] for steps in whole)
     trainable_P = None
