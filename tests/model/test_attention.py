@@ -8,7 +8,7 @@ from tests.reference.tiny_models import FAMILIES, random_examples, tiny_base
 
 from fedmira.data.packing import PackedBatch, pack
 from fedmira.model import attention
-from fedmira.model.attention import PACKED, Alone, plan_packing
+from fedmira.model.attention import PACKED, Alone, asking_for, plan_packing
 from fedmira.model.base import BaseModel
 
 # longer than the sliding windows, and ragged enough for several buckets
@@ -105,7 +105,7 @@ def test_long_sequences_stand_alone_where_they_may(monkeypatch: pytest.MonkeyPat
     # rows 0..4 are a whole sequence; rows 5..6, 7..10 and 11 follow its first 3 rows; rows 12..14 share nothing
     lengths, prefixes = (5, 2, 4, 1, 3), ((0, 0), (0, 3), (0, 3), (0, 3), (12, 0))
     plan = plan_packing(lengths, torch.device("cpu"), prefixes, stand_alone=True)
-    assert plan.alone == (Alone(slice(0, 5), slice(0, 0)), Alone(slice(7, 11), slice(0, 3)))
+    assert plan.alone == (Alone(slice(0, 5), slice(0, 0), slice(0, 5)), Alone(slice(7, 11), slice(0, 3), slice(7, 11)))
     assert plan.longest == 7
     (bucket,) = plan.buckets
     assert bucket.rows is not None
@@ -119,3 +119,14 @@ def test_long_sequences_stand_alone_where_they_may(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(attention, "_LEAST_ALONE", 0)
     everything = plan_packing(lengths, torch.device("cpu"), prefixes, stand_alone=True)
     assert (len(everything.alone), everything.buckets, everything.slots_n) == (5, (), None)
+
+
+def test_only_rows_from_the_first_wanted_one_on_ask(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "_LEAST_ALONE", 0)
+    plan = plan_packing((5, 2, 4, 3), torch.device("cpu"), ((0, 0), (0, 3), (0, 3), (0, 0)), stand_alone=True)
+    asked = asking_for(plan, torch.tensor([3, 4, 5, 9]))
+    # nothing is wanted of the last sequence; its last row asks all the same
+    assert [one.asking for one in asked.alone] == [slice(3, 5), slice(5, 7), slice(9, 11), slice(13, 14)]
+    assert [one._replace(asking=one.rows) for one in asked.alone] == list(plan.alone)
+    together = plan_packing((5, 2), torch.device("cpu"))
+    assert asking_for(together, torch.tensor([3])) is together

@@ -54,6 +54,8 @@ class Alone(NamedTuple):
     """The rows that it adds."""
     prefix: slice
     """Rows of an earlier sequence that it begins with; empty if it shares nothing."""
+    asking: slice
+    """Its last rows, those that ask; the others only answer."""
 
     @property
     def length(self) -> int:
@@ -109,9 +111,8 @@ def plan_packing(
     alone, together = [], []
     for i, (own, (prefix_start, prefix_length)) in enumerate(zip(sequence_lengths, prefixes, strict=True)):
         if stand_alone and device.type == "cpu" and own * totals[i] > least:
-            alone.append(
-                Alone(slice(int(ends[i]) - own, int(ends[i])), slice(prefix_start, prefix_start + prefix_length))
-            )
+            rows = slice(int(ends[i]) - own, int(ends[i]))
+            alone.append(Alone(rows, slice(prefix_start, prefix_start + prefix_length), rows))
         else:
             together.append(i)
     if not together:
@@ -151,6 +152,28 @@ def plan_packing(
         on_device(np.concatenate(repeated_slots)) if shared else None,
         tuple(alone),
         on_device(rows_n) if alone else None,
+    )
+
+
+def asking_for(packing: Packing, wanted_M: torch.Tensor) -> Packing:
+    """The same packing where only the rows from the first wanted one on ask, at least one of each sequence.
+
+    Of sequences that stand alone only; those in buckets ask with all positions.
+
+    Args:
+        packing: from `plan_packing`.
+        wanted_M: ascending indices of the rows that are looked at afterwards.
+    """
+    if not packing.alone:
+        return packing
+    wanted = wanted_M.numpy()
+    starts = np.searchsorted(wanted, [one.rows.start for one in packing.alone])
+    firsts = np.append(wanted, np.iinfo(wanted.dtype).max)[starts]
+    return packing._replace(
+        alone=tuple(
+            one._replace(asking=slice(min(int(first), one.rows.stop - 1), one.rows.stop))
+            for one, first in zip(packing.alone, firsts, strict=True)
+        )
     )
 
 

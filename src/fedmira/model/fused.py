@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fedmira.model.activation import activate, activate_backward
-from fedmira.model.attention import Alone, Bucket, Packing, Settings
+from fedmira.model.attention import Alone, Bucket, Packing, Settings, asking_for
 from fedmira.model.body import STACKS, Block, Body, Norm, Soften, Stack
 from fedmira.model.kept_attention import Graph, Look, look_back_, look_back_backward_
 from fedmira.model.low_rank import (
@@ -128,6 +128,7 @@ def hidden(
     rows = assign_rows(rows_per_client, tokens_N.device, way)
     wanted_rows = assign_rows(wanted_per_client, tokens_N.device, way)
     pass_ = _Pass(body, packing, rotation, rows, wanted_rows, wanted_M)
+    last_pass = pass_._replace(packing=asking_for(packing, wanted_M))
     x_Nd = body.embed(tokens_N, positions_N, soften)
     last = len(body.blocks) - 1
     nothing: dict[str, tuple[Branch, ...]] = dict.fromkeys(STACKS, ())
@@ -144,7 +145,8 @@ def hidden(
                 # stands in for the adapters, which are no inputs of the functions: slicing one big leaf inside autograd
                 # would materialise a zero matrix of the arena's size per slice
                 x_Nd.requires_grad_()
-            x_Nd = _Attention.apply(x_Nd, pass_, block, branches, index == ends_at, index == last)  # type: ignore[no-untyped-call]
+            own_pass = last_pass if index == last else pass_
+            x_Nd = _Attention.apply(x_Nd, own_pass, block, branches, index == ends_at, index == last)  # type: ignore[no-untyped-call]
             x_Nd = _FeedForward.apply(x_Nd, pass_, block, branches, index == last)  # type: ignore[no-untyped-call]
     out: torch.Tensor = _FinalNorm.apply(x_Nd, body.final_norm)  # type: ignore[no-untyped-call]
     return out
@@ -329,7 +331,7 @@ def _look_back_(
             output_NHD.index_copy_(0, packing.rows_n, of_buckets)
         for one in packing.alone:
             query, key, value = _of_alone(states_NXD, one, body)
-            looks.append(look_back_(query, key, value, settings, keep, output_NHD[None, one.rows]))
+            looks.append(look_back_(query, key, value, settings, keep, output_NHD[None, one.asking]))
     return output_NHD.flatten(1), looks
 
 
@@ -340,12 +342,12 @@ def _look_back_backward(grad_NO: torch.Tensor, pass_: _Pass, settings: Settings,
     grad_NHD = grad_NO.view(len(grad_NO), num_heads, -1)
     grad_states_NXD = _buckets_backward(grad_NHD, pass_, settings, looks[: len(packing.buckets)])
     for one, look in zip(packing.alone, looks[len(packing.buckets) :], strict=True):
-        grad_own_QXD = grad_states_NXD[one.rows]
-        grads = look_back_backward_(grad_NHD[None, one.rows], settings, look, grad_own_QXD[None, :, :num_heads])
+        grad_query_QHD = grad_states_NXD[one.asking, :num_heads]
+        grads = look_back_backward_(grad_NHD[None, one.asking], settings, look, grad_query_QHD[None])
         num_shared = one.prefix.stop - one.prefix.start
         for first, grad_1KGD in zip((num_heads, turned), grads, strict=True):
             of_heads = slice(first, first + body.num_key_heads)
-            grad_own_QXD[:, of_heads].add_(grad_1KGD[0, num_shared:])
+            grad_states_NXD[one.rows, of_heads].add_(grad_1KGD[0, num_shared:])
             if num_shared:
                 grad_states_NXD[one.prefix, of_heads].add_(grad_1KGD[0, :num_shared])
     if pass_.rotation is not None:
@@ -400,7 +402,8 @@ def _of_bucket(states_NXD: torch.Tensor, bucket: Bucket, body: Body) -> _Parts:
 
 def _of_alone(states_NXD: torch.Tensor, one: Alone, body: Body) -> _Parts:
     """Queries (1, Q, H, D), keys and values (1, K, G, D) of a sequence that stands alone."""
-    query, key, value = _split(states_NXD[None, one.rows], body)
+    query = states_NXD[None, one.asking, : body.num_heads]
+    _, key, value = _split(states_NXD[None, one.rows], body)
     if one.prefix.stop > one.prefix.start:
         heads = slice(body.num_heads, None)
         both = torch.cat([states_NXD[one.prefix, heads], states_NXD[one.rows, heads]])[None]
