@@ -10,7 +10,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 TEST_ENV := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 HF_DATASETS_OFFLINE=1 OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 BENCH_ENV := HF_HUB_OFFLINE=1 GOMP_SPINCOUNT=10000
 
-.PHONY: quickstart test check format bench bench-gpu bench-gpu-packages clean
+.PHONY: quickstart test check format pages bench bench-gpu bench-gpu-packages clean
 
 quickstart: .venv/installed
 	$(BIN)/fedmira quickstart
@@ -27,6 +27,16 @@ check: .venv/installed-dev
 format: .venv/installed-dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+# the pages that are made from what is committed: results of the studies, configuration, targets of the benchmark
+pages: .venv/installed-dev
+	$(BIN)/python tools/methods_study.py page > docs/results/methods.md.new
+	mv docs/results/methods.md.new docs/results/methods.md
+	$(BIN)/python tools/attack_study.py page > docs/results/attacks.md.new
+	mv docs/results/attacks.md.new docs/results/attacks.md
+	$(BIN)/python tools/methods_picture.py
+	$(BIN)/python tools/configuration_page.py
+	$(BIN)/python -m benchmarks.table
 
 # ours against the peers on this machine's processor, some 20 minutes on two cores
 bench: .venv/installed-dev

@@ -19,9 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+import transformers
+from transformers import AutoTokenizer
 
 import fedmira
+from benchmarks.models import SHAPES, Shape
 
 MEMORY_BOUND, TIME_BOUND = 0.15, 0.30
 
@@ -39,12 +41,19 @@ PLANTED = {
     ],
     "planted-rank64": ["model.adapter.rank=64", "federation.rounds=3", "data.clients_per_family=6"],
 }  # fmt: skip
+SHAPED = [
+    "data.path={data}/dolly/dolly-mini-1600.jsonl", "data.partition.clients_per_task=1", "federation.rounds=2",
+    "federation.participation=1.0", "training.local_steps=10",
+]  # fmt: skip
+"""Eight clients at batch 4 on shapes of the benchmark, with random weights."""
 RECORDED = {
     "dolly": ["data.path={data}/dolly/databricks-dolly-15k.jsonl.gz", "federation.rounds=6"],
     "dolly-full": [
         "data.path={data}/dolly/dolly-mini-1600.jsonl", "data.partition.clients_per_task=2", "federation.rounds=4",
         "federation.participation=1.0", "evaluation.every=1", "training.batch_size=2", "data.max_length=512",
     ],
+    "dolly-15m": ["model.path={llama-15m}", *SHAPED],
+    "dolly-gpt2": ["model.path={gpt2-124m}", *SHAPED],
     "flan": ["data.path={data}/flan/*.train.jsonl", "data.partition.clients_per_task=2", "federation.rounds=6"],
     "instruction_induction": [
         "data.path={data}/instruction_induction/tasks", "data.partition.clients_per_task=2", "federation.rounds=6",
@@ -53,7 +62,18 @@ RECORDED = {
         "data.path={data}/natural_instructions/tasks", "federation.participation=0.2", "federation.rounds=8",
     ],
 }  # fmt: skip
-RECIPES = {"dolly-full": "dolly"}
+RECIPES = dict.fromkeys(("dolly-full", "dolly-15m", "dolly-gpt2"), "dolly")
+
+SMALL = {
+    "gpt2": Shape("GPT2Config", {"n_embd": 128, "n_layer": 3, "n_head": 4, "n_positions": 256}),
+    "llama": Shape(
+        "LlamaConfig",
+        {
+            "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+            "intermediate_size": 160, "max_position_embeddings": 256,
+        },
+    ),
+}  # fmt: skip
 
 PROCESSOR_CLOCK = "import time; time.perf_counter = time.process_time\n"
 PROGRAM = "import sys; from fedmira.cli.main import main; sys.exit(main(sys.argv[1:]))"
@@ -71,11 +91,15 @@ def main() -> None:
     unknown = sorted(set(options.names) - set(known))
     if unknown:
         parser.error(f"unknown: {', '.join(unknown)}; allowed: {', '.join(known)}")
-    print(f"{'run':24}{'memory, MiB':>22}{'seconds':>20}{'stages: predicted/happened':>44}{'dry run':>10}")
+    header = f"{'run':24}{'memory, MiB':>22}{'seconds':>20}{'stages: predicted/happened':>44}{'dry run':>10}"
+    print(f"{header}   largest stage but forward and backward")
     held = True
     with tempfile.TemporaryDirectory() as folder:
-        places = {"data": str(options.data), **make_models(Path(folder))}
+        places = {"data": str(options.data)}
         for name in options.names or known:
+            for model in {"gpt2", "llama", *SHAPES} - set(places):
+                if any(f"{{{model}}}" in text for text in known[name]):
+                    places[model] = make_model(model, Path(folder))
             overrides = [text.format(**places) if "=" in text else text for text in known[name]]
             for repeat in range(options.repeats):
                 held &= check(name, overrides, Path(folder) / f"{name}-{repeat}", options.clock)
@@ -97,13 +121,15 @@ def check(name: str, overrides: list[str], folder: Path, clock: str) -> bool:
         "evaluation": seconds["evaluation"],
         "disk": seconds["disk"],
     }
+    beside = {stage: part for stage, part in seconds.items() if stage not in ("forward", "backward")}
+    largest = max(beside, key=lambda stage: beside[stage])
     memory = predicted["memory_bytes"] / happened["peak_memory_bytes"] - 1
     time_ = predicted["seconds"] / happened["run_seconds"] - 1
     print(
         f"{name:24}{predicted['memory_bytes'] / 2**20:7.0f}{happened['peak_memory_bytes'] / 2**20:7.0f}{memory:+8.1%}"
         f"{predicted['seconds']:8.1f}{happened['run_seconds']:8.1f}{time_:+8.1%}   "
         + " ".join(f"{stage[:5]} {predicted[f'{stage}_seconds']:.1f}/{stages[stage]:.1f}" for stage in stages)
-        + f"{predicted['dry_run_seconds']:8.1f}",
+        + f"{predicted['dry_run_seconds']:8.1f}   {largest} {beside[largest] / happened['run_seconds']:.1%}",
         flush=True,
     )
     return bool(abs(memory) <= MEMORY_BOUND and abs(time_) <= TIME_BOUND)
@@ -121,26 +147,16 @@ def call(arguments: list[str], folder: Path, clock: str) -> dict[str, Any]:
     return facts
 
 
-def make_models(folder: Path) -> dict[str, str]:
-    """Two models with random weights and the vocabulary of the embedded base; name -> folder."""
+def make_model(name: str, folder: Path) -> str:
+    """A folder with the model `name`, random weights, and the tokenizer of the embedded base."""
     tokenizer = AutoTokenizer.from_pretrained(fedmira.embedded_base_path())
-    special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    shape = SHAPES.get(name) or SMALL[name]._replace(settings={**SMALL[name].settings, "vocab_size": len(tokenizer)})
+    special = {token: getattr(tokenizer, token) for token in ("bos_token_id", "eos_token_id", "pad_token_id")}
     torch.manual_seed(0)
-    models = {
-        "gpt2": GPT2LMHeadModel(
-            GPT2Config(vocab_size=len(tokenizer), n_embd=128, n_layer=3, n_head=4, n_positions=256, **special)
-        ),
-        "llama": LlamaForCausalLM(
-            LlamaConfig(
-                vocab_size=len(tokenizer), hidden_size=64, num_hidden_layers=2, num_attention_heads=4,
-                num_key_value_heads=2, intermediate_size=160, max_position_embeddings=256, **special,
-            )
-        ),
-    }  # fmt: skip
-    for name, model in models.items():
-        model.save_pretrained(folder / name)
-        tokenizer.save_pretrained(folder / name)
-    return {name: str(folder / name) for name in models}
+    config = getattr(transformers, shape.family)(**{**shape.settings, **special})
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder / name)
+    tokenizer.save_pretrained(folder / name)
+    return str(folder / name)
 
 
 if __name__ == "__main__":

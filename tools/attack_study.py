@@ -3,9 +3,9 @@
     python tools/attack_study.py run  [--methods mira mira-krum] [--workers 2]
     python tools/attack_study.py page > docs/results/attacks.md
 
-On the planted tasks of `methods_study`, with its draws, settings and learning rates. One client of each family trains as
-all do and uploads something else. What the honest clients take home is judged, against the same clients where nobody is
-hostile (the lines of `methods_study`). The factor keeps hostile updates far below `exchange.max_norm_ratio`, which
+On the planted tasks of `methods_study`, with its draws, settings and learning rates. One client of each family trains
+as all do and uploads something else. What the honest clients take home is judged, beside the same clients where nobody
+is hostile (the lines of `methods_study`). The factor keeps hostile updates far below `exchange.max_norm_ratio`, which
 rejects what is impossible: what is rejected cannot harm, and would show nothing about robust neighbours.
 """
 
@@ -17,13 +17,12 @@ import math
 import subprocess
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from pathlib import Path
 from typing import Any
 
-import methods_study as methods
 import numpy as np
 import torch
 
+import methods_study as methods
 from fedmira.evaluation.meters import worst_tenth
 from fedmira.exchange import in_process
 from fedmira.randomness import torch_generator
