@@ -81,3 +81,8 @@ def test_only_honest_clients_are_judged(study: ModuleType) -> None:
     }
     assert study.honest_only(line).losses_K.tolist() == [2.0]
     assert study.honest_only({"diverged": "x"}) is None
+
+
+def test_the_page_is_what_the_committed_runs_say(study: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    study.page(None)
+    assert capsys.readouterr().out == (TOOLS.parent / "docs" / "results" / "attacks.md").read_text("utf-8")
