@@ -2,32 +2,25 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from tests.tools import tool
 
 from fedmira.exchange import in_process
 
-TOOLS = Path(__file__).resolve().parent.parent / "tools"
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "results" / "attacks.md"
 START = torch.randn(3, 500, generator=torch.Generator().manual_seed(0))
 CLIENTS = [SimpleNamespace(name=f"family-{k // 2}-client-{k % 2}") for k in range(4)]
 
 
 @pytest.fixture(scope="module")
 def study() -> ModuleType:
-    for name in ("methods_study", "attack_study"):
-        spec = importlib.util.spec_from_file_location(name, TOOLS / f"{name}.py")
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[name] = module
-        spec.loader.exec_module(module)
-    return module
+    tool("methods_study")
+    return tool("attack_study")
 
 
 def trained(_base: Any, _layout: Any, job: Any, *_rest: Any, **_named: Any) -> Any:
@@ -85,4 +78,4 @@ def test_only_honest_clients_are_judged(study: ModuleType) -> None:
 
 def test_the_page_is_what_the_committed_runs_say(study: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     study.page(None)
-    assert capsys.readouterr().out == (TOOLS.parent / "docs" / "results" / "attacks.md").read_text("utf-8")
+    assert capsys.readouterr().out == PAGE.read_text("utf-8")

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
 import re
-import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any, get_args
 from xml.etree import ElementTree
 
 import pytest
 import torch
 from pydantic import BaseModel
+from tests.tools import tool
 
 import fedmira.config
 import fedmira.exchange_config
@@ -28,16 +26,6 @@ from fedmira.types import Arena, Clients, Layout, Participants, Results, TensorS
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 DOCS = REPOSITORY / "docs"
-
-
-def tool(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, REPOSITORY / "tools" / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_the_configuration_page_is_current() -> None:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+from tests.tools import tool
 
 from fedmira.config import RunConfig
 
@@ -20,13 +19,7 @@ GRID = [3e-4, 1e-3, 3e-3, 1e-2, 3e-2]
 
 @pytest.fixture(scope="module")
 def study() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("methods_study", REPOSITORY / "tools" / "methods_study.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["methods_study"] = module
-    spec.loader.exec_module(module)
-    return module
+    return tool("methods_study")
 
 
 def tried(

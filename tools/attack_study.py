@@ -12,11 +12,7 @@ rejects what is impossible: what is rejected cannot harm, and would show nothing
 from __future__ import annotations
 
 import argparse
-import json
-import math
-import subprocess
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from typing import Any
 
 import numpy as np
@@ -33,11 +29,7 @@ NAMES = (
 )
 FACTOR = 4.0
 """How much larger than an honest update a hostile one is."""
-ATTACKS = {
-    "turned": "the own update, turned around and four times as large",
-    "random": "a random direction, four times as far as the own update",
-}
-RESULTS = methods.RESULTS / "attacks.jsonl"
+ATTACKS = ("turned", "random")
 
 
 def hostile(train: Callable[..., Any], attack: str, seed: int) -> Callable[..., Any]:
@@ -79,82 +71,64 @@ def carry_out(task: methods.Task, attack: str) -> dict[str, Any]:
 
 
 def read() -> dict[Any, dict[str, Any]]:
-    lines = RESULTS.read_text("utf-8").splitlines() if RESULTS.is_file() else []
-    found = map(json.loads, lines)
-    return {(line["attack"], *(line[field] for field in methods.KEY)): line for line in found}
+    """The finished runs, by attack and by the key of their task."""
+    return {(line["attack"], *(line[field] for field in methods.KEY)): line for line in methods.read_lines("attacks")}
 
 
-def planned(names: list[str] | None = None) -> list[tuple[methods.Task, str]]:
-    study = methods.load_study(methods.STUDIES / "planted.yaml", None)
-    found, tasks = methods.by_key(methods.read_lines(study.name)), []
-    for name in names or NAMES:
-        rate, _ = methods.choose_rate(study, name, found)
-        if rate is None:
-            raise SystemExit(f"{name} has no learning rate yet: python tools/methods_study.py run --only planted")
-        tasks += [
-            (methods.task_of(study, name, seed, rate, tuning=False), attack)
-            for seed in study.seeds
-            for attack in ATTACKS
-            if name != "local_only"
-        ]
-    return tasks
+def tasks_of(study: methods.Study, name: str, peace: dict[Any, dict[str, Any]]) -> list[methods.Task]:
+    """The reported draws of a method, at the rate it was tuned to where nobody lies."""
+    rate, _ = methods.choose_rate(study, name, peace)
+    if rate is None:
+        raise SystemExit(f"{name} has no learning rate yet: python tools/methods_study.py run --only planted")
+    return [methods.task_of(study, name, seed, rate, tuning=False) for seed in study.seeds]
 
 
 def run(arguments: argparse.Namespace) -> None:
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False, cwd=methods.REPOSITORY
-    ).stdout.strip()
-    found = read()
-    todo = [(task, attack) for task, attack in planned(arguments.methods) if (attack, *task.key) not in found]
+    study = methods.load_study(methods.STUDIES / "planted.yaml", None)
+    peace, found = methods.by_key(methods.read_lines(study.name)), read()
+    # under local_only nobody hears what others upload
+    names = [name for name in arguments.methods or NAMES if name != "local_only"]
+    tasks = [task for name in names for task in tasks_of(study, name, peace)]
+    todo = [(task, attack) for task in tasks for attack in ATTACKS if (attack, *task.key) not in found]
     print(f"{len(todo)} runs to do", flush=True)
-    with ProcessPoolExecutor(arguments.workers) as pool:
-        for done in as_completed([pool.submit(carry_out, task, attack) for task, attack in todo]):
-            line = {**done.result(), "commit": commit, "processor": methods.processor()}
-            with RESULTS.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
-            print(f"  {line['method']} seed {line['seed']}, {line['attack']}", flush=True)
+    for line in methods.record("attacks", carry_out, todo, arguments.workers):
+        print(f"  {line['method']} seed {line['seed']}, {line['attack']}", flush=True)
 
 
 def honest_only(line: dict[str, Any] | None) -> methods.Judged | None:
+    """The clients that do not lie; None for a run that diverged or was not done."""
     if line is None or not line.get("clients"):
         return None
     return methods.judged({**line, "clients": {name: of for name, of in line["clients"].items() if not lies(name)}})
 
 
+def cells(runs: list[methods.Judged], local: list[methods.Judged]) -> list[str]:
+    """What a method's runs under one attack came to: losses, and the share harmed."""
+    if len(runs) < len(local):
+        return [f"{len(runs)} of {len(local)} runs", "-"]
+    worst = np.mean([worst_tenth(run.losses_K.tolist()) for run in runs])
+    losses = f"{methods.mean_loss(runs):.3f} ({methods.standard_error(runs):.3f}), {worst:.2f}"
+    return [losses, "-" if runs is local else f"{methods.harm(runs, local):.0%}"]
+
+
 def page(_arguments: argparse.Namespace) -> None:
     study = methods.load_study(methods.STUDIES / "planted.yaml", None)
     peace, attacked = methods.by_key(methods.read_lines(study.name)), read()
-    local: list[methods.Judged] = []
-    rows = []
-    for name in NAMES:
-        rate, _ = methods.choose_rate(study, name, peace)
-        assert rate is not None
-        tasks = [methods.task_of(study, name, seed, rate, tuning=False) for seed in study.seeds]
-        by_attack = {"": [honest_only(peace.get(task.key)) for task in tasks]}
-        if name == "local_only":
-            local = [run for run in by_attack[""] if run is not None]
-        else:
-            by_attack |= {
-                attack: [honest_only(attacked.get((attack, *task.key))) for task in tasks] for attack in ATTACKS
-            }
-        cells = [f"`{name}`"]
-        for attack in ("", *ATTACKS):
-            runs = [run for run in by_attack.get(attack, []) if run is not None]
-            if name == "local_only" and attack:
-                cells += ["-", "-"]
-            elif len(runs) < len(tasks):
-                # a run that diverged has no clients
-                lost = sum((attack, *task.key) in attacked for task in tasks) - len(runs)
-                cells += [f"{lost} of {len(tasks)} diverged" if lost > 0 else "not run", "-"]
-            else:
-                harmed = "-" if name == "local_only" else f"{methods.harm(runs, local):.0%}"
-                worst = np.mean([worst_tenth(run.losses_K.tolist()) for run in runs])
-                mean, error = methods.mean_loss(runs), methods.standard_error(runs)
-                cells.append(f"{mean:.3f} ({error:.3f}), {worst:.2f}" if math.isfinite(mean) else "not finite")
-                cells.append(harmed)
-        rows.append(cells)
+
+    def honest(name: str, attack: str) -> list[methods.Judged]:
+        found = [
+            honest_only(attacked.get((attack, *task.key)) if attack else peace.get(task.key))
+            for task in tasks_of(study, name, peace)
+        ]
+        return [run for run in found if run is not None]
+
+    local = honest("local_only", "")
     head = ["method", *(cell for attack in ("nobody", *ATTACKS) for cell in (attack, "harmed"))]
-    table = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    table = [head, ["---", *["---:"] * (len(head) - 1)], ["`local_only`", *cells(local, local), *["-"] * 4]]
+    table += [
+        [f"`{name}`", *(cell for attack in ("", *ATTACKS) for cell in cells(honest(name, attack), local))]
+        for name in NAMES[1:]
+    ]
     print((methods.STUDIES / "attacks.md").read_text("utf-8").rstrip() + "\n")
     print("\n".join(f"| {' | '.join(row)} |" for row in table))
     made = sorted({(line["commit"], line["processor"]) for line in attacked.values()})

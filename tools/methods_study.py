@@ -26,7 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -271,32 +271,41 @@ def processor() -> str:
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
 
 
-def run(arguments: argparse.Namespace) -> None:
+def record(
+    file: str, work: Callable[..., dict[str, Any]], todo: Sequence[tuple[Any, ...]], workers: int
+) -> Iterator[dict[str, Any]]:
+    """Call `work` with each of `todo` in processes of their own; every line it returns is kept in RESULTS/FILE.jsonl,
+    with the commit and the processor, before it is handed on."""
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False, cwd=REPOSITORY
     ).stdout.strip()
     RESULTS.mkdir(exist_ok=True)
-    with ProcessPoolExecutor(arguments.workers, initializer=_end_with_parent) as pool:
-        for path in sorted(STUDIES.glob("*.yaml")):
-            if arguments.only and path.stem not in arguments.only:
-                continue
-            study = load_study(path, arguments.data)
-            methods = [name for name in study.methods if not arguments.methods or name in arguments.methods]
-            again = arguments.again
-            # first all grids, then all reported draws
-            while todo := list(missing(study, methods, by_key(read_lines(path.stem)), again)):
-                again = False
-                print(f"{path.stem}: {len(todo)} runs to do", flush=True)
-                for done in as_completed([pool.submit(carry_out, task) for task in todo]):
-                    line = {**done.result(), "commit": commit, "processor": processor()}
-                    with (RESULTS / f"{path.stem}.jsonl").open("a", encoding="utf-8") as file:
-                        file.write(json.dumps(line) + "\n")
-                    shown = line["validation_loss"]
-                    print(
-                        f"  {line['method']} seed {line['seed']} at {line['learning_rate']:g}: validation "
-                        f"{'diverged' if shown is None else f'{shown:.3f}'}, {line.get('seconds', 0):.0f} s",
-                        flush=True,
-                    )
+    with ProcessPoolExecutor(workers, initializer=_end_with_parent) as pool:
+        for done in as_completed([pool.submit(work, *arguments) for arguments in todo]):
+            line = {**done.result(), "commit": commit, "processor": processor()}
+            with (RESULTS / f"{file}.jsonl").open("a", encoding="utf-8") as lines:
+                lines.write(json.dumps(line) + "\n")
+            yield line
+
+
+def run(arguments: argparse.Namespace) -> None:
+    for path in sorted(STUDIES.glob("*.yaml")):
+        if arguments.only and path.stem not in arguments.only:
+            continue
+        study = load_study(path, arguments.data)
+        methods = [name for name in study.methods if not arguments.methods or name in arguments.methods]
+        again = arguments.again
+        # first all grids, then all reported draws
+        while todo := list(missing(study, methods, by_key(read_lines(path.stem)), again)):
+            again = False
+            print(f"{path.stem}: {len(todo)} runs to do", flush=True)
+            for line in record(path.stem, carry_out, [(task,) for task in todo], arguments.workers):
+                shown = line["validation_loss"]
+                print(
+                    f"  {line['method']} seed {line['seed']} at {line['learning_rate']:g}: validation "
+                    f"{'diverged' if shown is None else f'{shown:.3f}'}, {line.get('seconds', 0):.0f} s",
+                    flush=True,
+                )
 
 
 # ------------------------------------------------------------------------------------------------------------- showing
