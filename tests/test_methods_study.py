@@ -123,3 +123,15 @@ def test_a_task_is_harmed_by_the_mean_of_its_clients_in_all_draws(study: ModuleT
     assert study.harm(shared, alone) == pytest.approx(2 / 6)
     assert study.tasks_harmed(shared, alone) == "1 of 2"
     assert study.tasks_harmed(alone, alone) == "0 of 2"
+
+
+def test_every_finished_run_is_kept_before_it_is_handed_on(
+    study: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(study, "RESULTS", tmp_path / "results")
+    kept = []
+    for line in study.record("x", dict, [([("method", "a")],), ([("method", "b")],)], 1):
+        kept.append(line)
+        assert study.read_lines("x") == kept
+    assert sorted(line["method"] for line in kept) == ["a", "b"]
+    assert all({"commit", "processor"} <= set(line) for line in kept)
