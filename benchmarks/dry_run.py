@@ -95,7 +95,7 @@ def main() -> None:
     print(f"{header}   largest stage but forward and backward")
     held = True
     with tempfile.TemporaryDirectory() as folder:
-        places = {"data": str(options.data)}
+        places = {"data": str((options.data or Path()).resolve())}
         for name in options.names or known:
             for model in {"gpt2", "llama", *SHAPES} - set(places):
                 if any(f"{{{model}}}" in text for text in known[name]):

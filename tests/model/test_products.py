@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -46,3 +50,16 @@ def test_only_the_product_is_narrow_where_weights_are(dtype: torch.dtype, bias_O
         assert torch.equal(products.product(X_NI, WEIGHT_OI.to(dtype), bias_O, given), expected)
     assert torch.equal(room[:15].view(5, 3), expected)
     assert products.product(X_NI[:0], WEIGHT_OI.to(dtype), bias_O).shape == (0, 3)
+
+
+@pytest.mark.parametrize("asked", [None, "7"])
+def test_caches_of_shapes_are_small_unless_the_user_says_otherwise(asked: str | None) -> None:
+    names = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
+    environment = {name: text for name, text in os.environ.items() if name not in names}
+    if asked is not None:
+        environment |= dict.fromkeys(names, asked)
+    program = f"import os; from fedmira.model import products; print(products._ONEDNN, *map(os.getenv, {names}))"
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    # MKL keeps nothing
+    used, *found = done.stdout.split()
+    assert found == [asked or ("32" if used == "True" else "None")] * 2
