@@ -44,7 +44,7 @@ _PATHLESS = {"name", "output", "compare"}
 _LATER: Mapping[str, Mapping[str, Any]] = {
     "training": {"keep_moments": False, "data_seed": None},
     "evaluation": {"examples_per_question": 16},
-    "method": {"mixing": "factors", "robust": "none", "depth": 0.0, "client_strength": {}, "ema_decay": 0.0},
+    "method": {"mixing": "auto", "robust": "none", "depth": 0.0, "client_strength": {}, "ema_decay": 0.0},
 }
 """Keys that came after the first results, with the values that leave everything as it was before them."""
 _TUNED_ALONE = (
@@ -54,7 +54,7 @@ _TUNED_ALONE = (
     *("local_only-rank-2", "local_only-rank-32", "mira-rank-2", "mira-rank-4", "mira-rank-16", "mira-rank-32"),
     *(
         "mira-ranks-mixed",
-        "mira-ranks-mixed-products",
+        "mira-ranks-mixed-factors",
         "local_only-ranks-mixed",
         "hetlora-ranks-mixed",
         "flexlora-ranks-mixed",
@@ -563,7 +563,7 @@ _ADVANCES = {
     "(4) mixed by least squares": "mira-least-squares",
     "(4) one A that nobody trains, tuned anew; without choice": "mira-shared-a mira-shared-a-asks-nobody",
     "(4) rank 2; 4; 16; 32, tuned anew": "mira-rank-2 mira-rank-4 mira-rank-16 mira-rank-32",
-    "(4) ranks 2, 8 and 32 in turn, tuned anew; mixed as products": "mira-ranks-mixed mira-ranks-mixed-products",
+    "(4) ranks 2, 8 and 32 in turn, tuned anew; mixed as factors": "mira-ranks-mixed mira-ranks-mixed-factors",
     "(5) clipped; without Krum's outliers; geometric median": "mira-clip mira-krum mira-median",
     "moments that stay with clients": "mira-moments",
     "(6) bf16 up; int8 up; int8 both ways": "mira-bf16 mira-int8 mira-int8-both-ways",

@@ -127,10 +127,11 @@ class MiraConfig(MethodSection):
     depth: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Share of the strength that is gone in the last block of layers; it falls evenly from the first block on, so that
     shallow layers are shared and deep ones stay personal. 0: the same for all."""
-    mixing: Literal["factors", "products", "least_squares", "shared_a"] = "factors"
+    mixing: Literal["auto", "factors", "products", "least_squares", "shared_a"] = "auto"
     """What is mixed. `factors`: A and B, each on its own. With model.adapter.kind = lora also their products:
     `products` (the nearest pair of each client's rank), `least_squares` (each client keeps its A and gets the best B),
-    `shared_a` (A stays at its initial values, so that mixing B mixes products; half the bytes)."""
+    `shared_a` (A stays at its initial values, so that mixing B mixes products; half the bytes). `auto`: `products`
+    where clients have different ranks, since a mean of factors shrinks what only some of them have; else `factors`."""
     robust: Literal["none", "clip", "krum", "geometric_median"] = "none"
     """Against clients whose uploads cannot be trusted. `clip`: nobody moves a client further than its median neighbour
     does. `krum`: nobody listens to clients far away from the nearest half of the others. `geometric_median`: neighbours

@@ -30,8 +30,8 @@ def refusal(method: MethodSection, kind: AdapterKind) -> str:
     if kind not in method.kinds:
         usable = ", ".join(method.kinds)
         return f"method.name = {method.name} cannot use model.adapter.kind = {kind}; it can use {usable}"
-    mixing = getattr(method, "mixing", "factors")
-    if kind != "lora" and mixing != "factors":
+    mixing = getattr(method, "mixing", "auto")
+    if kind != "lora" and mixing not in ("auto", "factors"):
         return (
             f"method.mixing = {mixing} mixes low-rank products, and model.adapter.kind = {kind} has none; use factors"
         )

@@ -77,6 +77,16 @@ def test_without_strength_every_form_is_training_alone_bit_for_bit(mixing: str, 
     assert same_bytes(kept.adapters.values_KP, expected.adapters.values_KP)
 
 
+@pytest.mark.parametrize(("ranks", "mixing"), [(None, "factors"), ((2,) * 6, "factors"), ((1, 2) * 3, "products")])
+def test_by_default_clients_of_unequal_rank_mix_products(ranks: tuple[int, ...] | None, mixing: str) -> None:
+    who = clients()._replace(ranks_K=ranks)
+    states = []
+    for settings in ({}, {"mixing": mixing}):
+        method = build_method(mira_with("labels", **settings), who)
+        states.append(play(method, method.init(initial(), who), who.names, ROUNDS))
+    assert same_bytes(states[0].adapters.values_KP, states[1].adapters.values_KP)
+
+
 @pytest.mark.parametrize("kind", ["uniform", "labels"])
 def test_a_shared_a_never_moves_by_a_bit_and_never_crosses(kind: str) -> None:
     who = clients()._replace(ranks_K=(1, 2, 1, 2, 2, 1))

@@ -238,6 +238,32 @@ def test_starts_are_compared_as_clients_of_a_smaller_rank_got_them() -> None:
     assert not torch.allclose(found, wrong)
 
 
+@pytest.mark.parametrize("kind", ["gram", "gram_layers", "clusters"])
+def test_what_clients_of_like_rank_have_in_common_is_taken_away(kind: str) -> None:
+    seen, ranks = list(range(1, 10)), (1, 2) * 5
+    who = Clients(tuple(f"client-{k}" for k in range(10)), (5,) * 10, ("one",) * 10, 0, ranks_K=ranks)
+    noise = torch_generator(7, "uploads")
+    starts, uploads = (
+        initial(10, torch.float64).replace(torch.randn(initial(10).values_KP.shape, generator=noise).double())
+        for _ in range(2)
+    )
+    starts, uploads = (arena.replace(trimmed(arena.layout, arena.values_KP, ranks)) for arena in (starts, uploads))
+    learns = learner(graph_section(kind), who)
+    memory, _ = learns.learn(learns.init(starts), Seen(uploads, starts, (0, *(1,) * 9), tuple(seen), 1))
+    groups = [ranks[k] for k in seen]
+    expected = np.mean(
+        [
+            mixing_twin.cosines_within_groups(updates, groups, clip=False)
+            for updates in mixing_twin.headings(uploads.rows(seen), starts.rows(seen))
+        ],
+        axis=0,
+    )
+    found = memory["similarity"].numpy()
+    # with `gram_layers` one matrix for each block of the layers, which are of one mean
+    found = found.mean(axis=0) if found.ndim == 3 else found
+    assert np.allclose(found[np.ix_(seen, seen)], expected, rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize(
     ("kind", "settings", "message"),
     [

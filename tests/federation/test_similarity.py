@@ -127,6 +127,41 @@ def test_centred_cosine_equals_its_twin() -> None:
         assert np.allclose(np.diagonal(centred), 1)
 
 
+@pytest.mark.parametrize("clip", [False, True])
+def test_groups_are_centred_each_on_its_own(clip: bool) -> None:
+    before, after, groups = noise(12, 1), noise(12, 2), (0, 1, 2) * 4
+    found = similarity.similarity(similarity.layer_grams(after, before), clip, groups)
+    twin = [mixing_twin.cosines_within_groups(updates, groups, clip) for updates in mixing_twin.headings(after, before)]
+    assert np.allclose(found, np.mean(twin, axis=0), rtol=0, atol=1e-12)
+    assert np.array_equal(
+        similarity.similarity(similarity.layer_grams(after, before), clip, (3,) * 12), alike(after, before, clip)
+    )
+
+
+@given(st.lists(st.sampled_from([1, 2, 4, 8, 16]), max_size=20))
+def test_rank_groups_are_large_enough_and_in_the_order_of_ranks(ranks: list[int]) -> None:
+    groups = similarity.rank_groups(ranks)
+    sizes = [groups.count(group) for group in sorted(set(groups))]
+    assert len(sizes) < 2 or min(sizes) >= 4
+    assert sorted(groups) == [group for _, group in sorted(zip(ranks, groups, strict=True))]
+    assert len(set(zip(ranks, groups, strict=True))) == len(set(ranks))
+
+
+def test_what_clients_of_one_rank_have_in_common_is_not_their_task() -> None:
+    # four tasks, ranks 1 to 3 in turn: those of small rank still learn what everybody has to
+    arena, labels = families((3, 3, 3, 3))
+    ranks = (1, 2, 3) * 4
+    slow = torch.tensor([{1: 4.0, 2: 1.0, 3: 0.0}[rank] for rank in ranks], dtype=torch.float64)
+    arena = arena.replace(arena.values_KP + slow[:, None] * noise(1, seed=9, of=arena.layout).values_KP)
+    grams = similarity.layer_grams(arena)
+    same = np.equal.outer(labels, labels) & ~np.eye(12, dtype=bool)
+    strangers = ~np.equal.outer(labels, labels)
+    apart = similarity.similarity(grams, groups_C=similarity.rank_groups(ranks))
+    assert apart[same].min() > apart[strangers].max()
+    mistaken = similarity.similarity(grams)
+    assert mistaken[strangers].max() > mistaken[same].min()
+
+
 def test_centring_removes_what_all_learn_alike() -> None:
     arena, labels = families((4, 4, 4))
     gram = sum(similarity.layer_grams(arena))

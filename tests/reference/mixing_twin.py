@@ -104,6 +104,17 @@ def centred_cosine(updates: list[np.ndarray]) -> np.ndarray:
     return unit @ unit.T
 
 
+def cosines_within_groups(updates: list[np.ndarray], groups: Sequence[int], clip: bool) -> np.ndarray:
+    """Cosines of vectors after subtracting the mean of those in the same group."""
+    updates = clipped(updates) if clip else updates
+    left = [
+        update - np.mean([other for other, its in zip(updates, groups, strict=True) if its == group], axis=0)
+        for update, group in zip(updates, groups, strict=True)
+    ]
+    units = [update / np.linalg.norm(update) for update in left]
+    return np.array([[one @ other for other in units] for one in units])
+
+
 def mutual_neighbours(similarity_KK: np.ndarray, neighbours: int, power: float) -> np.ndarray:
     """Clients that list each other among their `neighbours` most similar ones.
 

@@ -45,11 +45,13 @@ def form(mixing: str, ranks_K: Sequence[int] | None = None) -> Form:
     lacks of A says nothing about it.
 
     Args:
-        mixing: `factors`, `products`, `least_squares` or `shared_a`.
+        mixing: `factors`, `products`, `least_squares` or `shared_a`; `auto` is `products` where ranks differ, else
+            `factors`.
         ranks_K: rank of each client; None means that of the arena.
     """
-    distances = row_distances if len(set(ranks_K or ())) < 2 else _product_distances
-    match mixing:
+    unequal = len(set(ranks_K or ())) > 1
+    distances = _product_distances if unequal else row_distances
+    match "products" if mixing == "auto" and unequal else mixing:
         case "products":
             mix = partial(in_products, ranks_K=ranks_K)
             return Form(lambda step: _on_products(step, mix), _product_distances, _product_energy)

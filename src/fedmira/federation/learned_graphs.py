@@ -26,6 +26,7 @@ from fedmira.federation.similarity import (
     low_rank_pairs,
     moved,
     mutual_neighbours,
+    rank_groups,
     similarity,
 )
 from fedmira.graph_config import GraphConfig
@@ -112,6 +113,15 @@ def _compared(memory: Memory, seen: Seen) -> tuple[dict[str, torch.Tensor], list
     return {"grams": torch.from_numpy(grams_LKK)}, [gram_KK[block] for gram_KK in grams_LKK]
 
 
+def _alike_by_rank(seen: Seen, clients: Clients) -> tuple[int, ...] | None:
+    """Return the groups of the clients seen whose updates are alike because of their ranks, (C,).
+
+    A client of small rank starts from less of a mixture and learns more slowly, so at first its updates hold more of
+    what everybody has to learn. Without taking that away, graphs join clients of like rank.
+    """
+    return None if clients.ranks_K is None else rank_groups([clients.ranks_K[k] for k in seen.clients])
+
+
 def _from_adapters(draw: _Draw) -> Builder:
     """Return the builder of learners that draw a graph from the similarities of where clients were heading.
 
@@ -127,7 +137,8 @@ def _from_adapters(draw: _Draw) -> Builder:
 
         def learn(memory: Memory, seen: Seen) -> tuple[dict[str, torch.Tensor], Graph]:
             grams, among_CC = _compared(memory, seen)
-            before_KK, now_CC = memory["similarity"].cpu().numpy(), similarity(among_CC, seen.clip)
+            before_KK = memory["similarity"].cpu().numpy()
+            now_CC = similarity(among_CC, seen.clip, _alike_by_rank(seen, clients))
             now_KK = moved(before_KK, now_CC, seen.clients, seen.returned, config.memory)
             weights_KK, facts = _drawn(draw, now_KK, seen, config, clients)
             names = ("neighbours", "power", "within_clusters", "spread")
@@ -165,7 +176,8 @@ def _gram_layers(config: GraphConfig, clients: Clients) -> Learner:
         similarity_GKK = memory["similarity"].cpu().numpy()
         blocks = blocks_of(seen.uploads)
         grams, among_CC = _compared(memory, seen)
-        of_layer = [cosines(gram_CC, seen.clip) for gram_CC in among_CC]
+        groups_C = _alike_by_rank(seen, clients)
+        of_layer = [cosines(gram_CC, seen.clip, groups_C) for gram_CC in among_CC]
         everywhere_CC = np.mean(of_layer, axis=0)
         now = [
             (1 - config.pooling) * np.mean([of_layer[place] for place in places], axis=0)

@@ -28,6 +28,8 @@ _ALIKE = 1e-9
 """Clients whose cosines are closer to 1 than this on average differ by rounding."""
 _MANY_CLIENTS = 10
 """From so many on, plain centring tells kin from strangers better (docs/log.md)."""
+_SMALLEST_GROUP = 4
+"""So many clients of like rank have a mean of their own that is not mostly one of them."""
 _BLOCK_ELEMENTS = 1 << 21
 """16 MiB in float64: what is formed stays in a shared cache until it is multiplied."""
 
@@ -131,7 +133,26 @@ def centred_cosine(gram_CC: Matrix) -> Matrix:
     return _scaled(centred_CC, float(np.diagonal(gram_CC).max()))
 
 
-def cosines(gram_CC: Matrix, clip: bool = False) -> Matrix:
+def rank_groups(ranks_C: Sequence[int]) -> tuple[int, ...]:
+    """Return the number of each client's group, (C,): those of one rank, or of the next ones where that is too few.
+
+    >>> rank_groups([8, 2, 2, 8, 2, 8, 2, 8])
+    (1, 0, 0, 1, 0, 1, 0, 1)
+    >>> rank_groups([2, 2, 2, 2, 4, 8])
+    (0, 0, 0, 0, 0, 0)
+    """
+    group_of: dict[int, int] = {}
+    group, members, left = 0, 0, len(ranks_C)
+    for rank in sorted(set(ranks_C)):
+        if members >= _SMALLEST_GROUP and left >= _SMALLEST_GROUP:
+            group, members = group + 1, 0
+        group_of[rank] = group
+        members += ranks_C.count(rank)
+        left -= ranks_C.count(rank)
+    return tuple(group_of[rank] for rank in ranks_C)
+
+
+def cosines(gram_CC: Matrix, clip: bool = False, groups_C: Sequence[int] | None = None) -> Matrix:
     """Return the cosines of updates with these inner products after removing what they have in common, (C, C).
 
     What all clients learn alike (the format of the answers) would make everyone similar. `centred_cosine` takes a C-th
@@ -143,7 +164,14 @@ def cosines(gram_CC: Matrix, clip: bool = False) -> Matrix:
         gram_CC: inner products.
         clip: let no client count for more than the others: updates that are far longer are cut first, see `clipped`;
             where lengths do not count, m is the median.
+        groups_C: of clients that are alike for another reason than their tasks, see `rank_groups`: what each group has
+            in common is its own mean. None, or one group: all clients are one.
     """
+    if groups_C is not None and len(set(groups_C)) > 1:
+        gram_CC = clipped(gram_CC) if clip else gram_CC
+        same_CC = np.equal.outer(groups_C, groups_C)
+        left_CC = np.eye(len(gram_CC)) - same_CC / same_CC.sum(axis=1)
+        return _scaled(left_CC @ gram_CC @ left_CC, float(np.diagonal(gram_CC).max()))
     if MINIMUM_CLIENTS <= len(gram_CC) < _MANY_CLIENTS:
         return _above_the_middle(gram_CC, np.median if clip else np.mean)
     return centred_cosine(clipped(gram_CC) if clip and len(gram_CC) else gram_CC)
@@ -211,9 +239,9 @@ def heading_grams(
     return grams_LKK
 
 
-def similarity(grams: Iterable[Matrix], clip: bool = False) -> Matrix:
+def similarity(grams: Iterable[Matrix], clip: bool = False, groups_C: Sequence[int] | None = None) -> Matrix:
     """Return the mean over layers of `cosines`, (C, C): every layer counts the same, however far it moved."""
-    return np.asarray(np.mean([cosines(gram_CC, clip) for gram_CC in grams], axis=0))
+    return np.asarray(np.mean([cosines(gram_CC, clip, groups_C) for gram_CC in grams], axis=0))
 
 
 def moved(previous_KK: Matrix, now_CC: Matrix, rows: Sequence[int], returned: Sequence[int], memory: float) -> Matrix:
