@@ -34,6 +34,8 @@ pages: .venv/installed-dev
 	mv docs/results/methods.md.new docs/results/methods.md
 	$(BIN)/python tools/attack_study.py page > docs/results/attacks.md.new
 	mv docs/results/attacks.md.new docs/results/attacks.md
+	$(BIN)/python tools/joining_study.py page > docs/results/joining.md.new
+	mv docs/results/joining.md.new docs/results/joining.md
 	$(BIN)/python tools/methods_picture.py
 	$(BIN)/python tools/configuration_page.py
 	$(BIN)/python -m benchmarks.table

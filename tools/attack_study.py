@@ -75,20 +75,12 @@ def read() -> dict[Any, dict[str, Any]]:
     return {(line["attack"], *(line[field] for field in methods.KEY)): line for line in methods.read_lines("attacks")}
 
 
-def tasks_of(study: methods.Study, name: str, peace: dict[Any, dict[str, Any]]) -> list[methods.Task]:
-    """The reported draws of a method, at the rate it was tuned to where nobody lies."""
-    rate, _ = methods.choose_rate(study, name, peace)
-    if rate is None:
-        raise SystemExit(f"{name} has no learning rate yet: python tools/methods_study.py run --only planted")
-    return [methods.task_of(study, name, seed, rate, tuning=False) for seed in study.seeds]
-
-
 def run(arguments: argparse.Namespace) -> None:
     study = methods.load_study(methods.STUDIES / "planted.yaml", None)
     peace, found = methods.by_key(methods.read_lines(study.name)), read()
     # under local_only nobody hears what others upload
     names = [name for name in arguments.methods or NAMES if name != "local_only"]
-    tasks = [task for name in names for task in tasks_of(study, name, peace)]
+    tasks = [task for name in names for task in methods.reported_tasks(study, name, peace)]
     todo = [(task, attack) for task in tasks for attack in ATTACKS if (attack, *task.key) not in found]
     print(f"{len(todo)} runs to do", flush=True)
     for line in methods.record("attacks", carry_out, todo, arguments.workers):
@@ -118,7 +110,7 @@ def page(_arguments: argparse.Namespace) -> None:
     def honest(name: str, attack: str) -> list[methods.Judged]:
         found = [
             honest_only(attacked.get((attack, *task.key)) if attack else peace.get(task.key))
-            for task in tasks_of(study, name, peace)
+            for task in methods.reported_tasks(study, name, peace)
         ]
         return [run for run in found if run is not None]
 

@@ -200,6 +200,14 @@ def choose_rate(study: Study, name: str, found: Mapping[Any, Any]) -> tuple[floa
     return grid[best], []
 
 
+def reported_tasks(study: Study, name: str, lines: dict[Any, dict[str, Any]]) -> list[Task]:
+    """The reported draws of a method at the rate it was tuned to, for studies that build on those of this one."""
+    rate, _ = choose_rate(study, name, lines)
+    if rate is None:
+        raise SystemExit(f"{name} has no learning rate yet: python tools/methods_study.py run --only {study.name}")
+    return [task_of(study, name, seed, rate, tuning=False) for seed in study.seeds]
+
+
 # ------------------------------------------------------------------------------------------------------------- running
 
 
@@ -209,42 +217,47 @@ def carry_out(task: Task) -> dict[str, Any]:
     from fedmira.config_file import resolved_yaml
     from fedmira.errors import DivergedError
     from fedmira.experiment import carry_out as carry_out_run
-    from fedmira.report.reading import RunRecord, read
     from fedmira.runs.store import RunStore
-    from fedmira.studies.compare import final_validation_loss
 
     line: dict[str, Any] = dict(zip(KEY, task.key, strict=True))
     folder, begun = Path(tempfile.mkdtemp(prefix="fedmira-study-")), time.process_time()
     try:
         config = RunConfig.model_validate(task.config)
         path = carry_out_run(RunStore.open_or_create(config, resolved_yaml(config), folder))
-        record = read(path)
-        assert isinstance(record, RunRecord)
-        loss = final_validation_loss(path)
-        line["validation_loss"] = loss if math.isfinite(loss) else None
-        held = [client["sha256"] for client in RunStore.open(path).manifest()["clients"]]
-        line |= {
-            "data": hashlib.sha256("".join(held).encode()).hexdigest()[:12],
-            "upload_bytes": record.upload_bytes,
-            "download_bytes": record.download_bytes,
-            "seconds": round(time.process_time() - begun, 1),
-            "clients": {
-                one.name: [
-                    one.task,
-                    round(one.loss_sum, 4),
-                    one.tokens,
-                    round(one.rouge_l_sum, 4),
-                    one.exact_match_sum,
-                    one.generated,
-                ]
-                for one in record.records
-            },
-        }
+        line |= {**outcome(path), "seconds": round(time.process_time() - begun, 1)}
     except DivergedError as error:
         line |= {"validation_loss": None, "diverged": str(error)}
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     return line
+
+
+def outcome(path: Path) -> dict[str, Any]:
+    """What a finished run came to, as its line says it."""
+    from fedmira.report.reading import RunRecord, read
+    from fedmira.runs.store import RunStore
+    from fedmira.studies.compare import final_validation_loss
+
+    record, loss = read(path), final_validation_loss(path)
+    assert isinstance(record, RunRecord)
+    held = [client["sha256"] for client in RunStore.open(path).manifest()["clients"]]
+    return {
+        "validation_loss": loss if math.isfinite(loss) else None,
+        "data": hashlib.sha256("".join(held).encode()).hexdigest()[:12],
+        "upload_bytes": record.upload_bytes,
+        "download_bytes": record.download_bytes,
+        "clients": {
+            one.name: [
+                one.task,
+                round(one.loss_sum, 4),
+                one.tokens,
+                round(one.rouge_l_sum, 4),
+                one.exact_match_sum,
+                one.generated,
+            ]
+            for one in record.records
+        },
+    }
 
 
 def read_lines(study: str) -> list[dict[str, Any]]:
