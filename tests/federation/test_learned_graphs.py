@@ -253,7 +253,7 @@ def test_what_clients_of_like_rank_have_in_common_is_taken_away(kind: str) -> No
     groups = [ranks[k] for k in seen]
     expected = np.mean(
         [
-            mixing_twin.cosines_within_groups(updates, groups, clip=False)
+            mixing_twin.cosines_beside_the_common(updates, groups)
             for updates in mixing_twin.headings(uploads.rows(seen), starts.rows(seen))
         ],
         axis=0,

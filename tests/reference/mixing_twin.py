@@ -75,19 +75,24 @@ def similarity(after: Arena, before: Arena, clip: bool = False) -> np.ndarray:
 
 
 def cosines(updates: list[np.ndarray], clip: bool) -> np.ndarray:
-    """Of ten and more those of centred vectors; of fewer those above the mean pair, or the median one if `clip`."""
+    """Of ten and more those beside what they share; of fewer those above the mean pair, or the median one if `clip`."""
     if len(updates) >= 10:
-        return centred_cosine(clipped(updates) if clip else updates)
+        return cosines_beside_the_common(updates, [0] * len(updates))
     units = [update / np.linalg.norm(update) for update in updates]
     pairs = [one @ other for k, one in enumerate(units) for other in units[:k]]
     common = np.median(pairs) if clip else np.mean(pairs)
     return np.array([[np.clip((one @ other - common) / (1 - common), -1, 1) for other in units] for one in units])
 
 
-def clipped(updates: list[np.ndarray]) -> list[np.ndarray]:
-    """Vectors none of which is longer than the median one was."""
-    median = np.median([np.linalg.norm(update) for update in updates])
-    return [update * min(1.0, median / np.linalg.norm(update)) for update in updates]
+def cosines_beside_the_common(updates: list[np.ndarray], groups: Sequence[int]) -> np.ndarray:
+    """Cosines of what is left of unit vectors at right angles to the mean of those in the same group."""
+    units = [update / np.linalg.norm(update) for update in updates]
+    left = []
+    for unit, group in zip(units, groups, strict=True):
+        mean = np.mean([other for other, its in zip(units, groups, strict=True) if its == group], axis=0)
+        left.append(unit - (unit @ mean) / (mean @ mean) * mean)
+    units = [vector / np.linalg.norm(vector) for vector in left]
+    return np.array([[one @ other for other in units] for one in units])
 
 
 def layer_grams(arena: Arena, before: Arena | None = None) -> list[np.ndarray]:
@@ -102,17 +107,6 @@ def centred_cosine(updates: list[np.ndarray]) -> np.ndarray:
     centred = stacked - stacked.mean(axis=0)
     unit = centred / np.linalg.norm(centred, axis=1, keepdims=True)
     return unit @ unit.T
-
-
-def cosines_within_groups(updates: list[np.ndarray], groups: Sequence[int], clip: bool) -> np.ndarray:
-    """Cosines of vectors after subtracting the mean of those in the same group."""
-    updates = clipped(updates) if clip else updates
-    left = [
-        update - np.mean([other for other, its in zip(updates, groups, strict=True) if its == group], axis=0)
-        for update, group in zip(updates, groups, strict=True)
-    ]
-    units = [update / np.linalg.norm(update) for update in left]
-    return np.array([[one @ other for other in units] for one in units])
 
 
 def mutual_neighbours(similarity_KK: np.ndarray, neighbours: int, power: float) -> np.ndarray:

@@ -21,13 +21,13 @@ from fedmira.federation.learning import Builder, Learner, Memory, Seen
 from fedmira.federation.ranks import trimmed
 from fedmira.federation.similarity import (
     MINIMUM_CLIENTS,
-    cosines,
     heading_grams,
     low_rank_pairs,
     moved,
     mutual_neighbours,
     rank_groups,
     similarity,
+    update_cosines,
 )
 from fedmira.graph_config import GraphConfig
 from fedmira.types import Arena, Clients
@@ -177,7 +177,7 @@ def _gram_layers(config: GraphConfig, clients: Clients) -> Learner:
         blocks = blocks_of(seen.uploads)
         grams, among_CC = _compared(memory, seen)
         groups_C = _alike_by_rank(seen, clients)
-        of_layer = [cosines(gram_CC, seen.clip, groups_C) for gram_CC in among_CC]
+        of_layer = [update_cosines(gram_CC, seen.clip, groups_C) for gram_CC in among_CC]
         everywhere_CC = np.mean(of_layer, axis=0)
         now = [
             (1 - config.pooling) * np.mean([of_layer[place] for place in places], axis=0)

@@ -31,7 +31,7 @@ class Seen(NamedTuple):
     """Who returned this round; ascending."""
     round: int
     clip: bool = False
-    """Whether no update may count for more than the median one, in graphs made from the adapters."""
+    """Whether what few clients learn alike is a median, in graphs made from the adapters."""
 
     @property
     def clients(self) -> list[int]:

@@ -27,7 +27,7 @@ _NEGLIGIBLE = 1e-12
 _ALIKE = 1e-9
 """Clients whose cosines are closer to 1 than this on average differ by rounding."""
 _MANY_CLIENTS = 10
-"""From so many on, plain centring tells kin from strangers better (docs/log.md)."""
+"""From so many on, taking the mean away tells kin from strangers better (docs/log.md)."""
 _SMALLEST_GROUP = 4
 """So many clients of like rank have a mean of their own that is not mostly one of them."""
 _BLOCK_ELEMENTS = 1 << 21
@@ -152,29 +152,55 @@ def rank_groups(ranks_C: Sequence[int]) -> tuple[int, ...]:
     return tuple(group_of[rank] for rank in ranks_C)
 
 
-def cosines(gram_CC: Matrix, clip: bool = False, groups_C: Sequence[int] | None = None) -> Matrix:
-    """Return the cosines of updates with these inner products after removing what they have in common, (C, C).
+def cosines(gram_CC: Matrix, clip: bool = False) -> Matrix:
+    """Return the cosines of vectors with these inner products after removing what they have in common, (C, C).
 
-    What all clients learn alike (the format of the answers) would make everyone similar. `centred_cosine` takes a C-th
-    of each update away from itself too, so C unrelated ones have cosines of -1 / (C - 1): where clients are many that
-    is a threshold which keeps strangers apart, where they are few it keeps kin apart. Among fewer than ten, what they
-    have in common is therefore what the cosines of different clients are on average: (c_kl - m) / (1 - m).
+    `centred_cosine` takes a C-th of each vector away from itself too, so C unrelated ones have cosines of -1 / (C - 1):
+    where clients are many that is a threshold which keeps strangers apart, where they are few it keeps kin apart. Among
+    fewer than ten, what they have in common is therefore what the cosines of different clients are on average:
+    (c_kl - m) / (1 - m).
 
     Args:
         gram_CC: inner products.
-        clip: let no client count for more than the others: updates that are far longer are cut first, see `clipped`;
-            where lengths do not count, m is the median.
-        groups_C: of clients that are alike for another reason than their tasks, see `rank_groups`: what each group has
-            in common is its own mean. None, or one group: all clients are one.
+        clip: among fewer than ten, let m be the median.
     """
-    if groups_C is not None and len(set(groups_C)) > 1:
-        gram_CC = clipped(gram_CC) if clip else gram_CC
-        same_CC = np.equal.outer(groups_C, groups_C)
-        left_CC = np.eye(len(gram_CC)) - same_CC / same_CC.sum(axis=1)
-        return _scaled(left_CC @ gram_CC @ left_CC, float(np.diagonal(gram_CC).max()))
     if MINIMUM_CLIENTS <= len(gram_CC) < _MANY_CLIENTS:
         return _above_the_middle(gram_CC, np.median if clip else np.mean)
-    return centred_cosine(clipped(gram_CC) if clip and len(gram_CC) else gram_CC)
+    return centred_cosine(gram_CC)
+
+
+def update_cosines(gram_CC: Matrix, clip: bool = False, groups_C: Sequence[int] | None = None) -> Matrix:
+    """Return the cosines of updates with these inner products without what all clients learn alike, (C, C).
+
+    That (the format of the answers, say) would make everyone similar. How much of an update it is depends on how far a
+    client has come, so each loses its own projection on the mean direction, not the same mean as all: else graphs join
+    clients that took as many steps (docs/log.md). Among fewer than ten clients as `cosines`.
+
+    Args:
+        gram_CC: inner products; only directions count.
+        clip: see `cosines`.
+        groups_C: of clients that are alike for another reason than their tasks, see `rank_groups`: each group has a
+            mean direction of its own. None, or one group: all clients have one.
+    """
+    many = len(gram_CC) >= _MANY_CLIENTS or len(set(groups_C or ())) > 1
+    if len(gram_CC) < MINIMUM_CLIENTS or not many:
+        return cosines(gram_CC, clip)
+    group_C = np.unique(groups_C or np.zeros(len(gram_CC)), return_inverse=True)[1]
+    return _without_the_common(_scaled(gram_CC, float(np.diagonal(gram_CC).max())), group_C)
+
+
+def _without_the_common(cosine_CC: Matrix, group_C: np.ndarray[Any, np.dtype[np.int64]]) -> Matrix:
+    """Return the cosines of u_k - (u_k m / m m) m, m the mean of the unit vectors u of the group that k is in."""
+    share_CG = np.equal.outer(group_C, np.arange(group_C.max() + 1)) / np.bincount(group_C)
+    with_CG = cosine_CC @ share_CG
+    among_GG = share_CG.T @ with_CG
+    square_C, along_C = np.diagonal(among_GG)[group_C], np.take_along_axis(with_CG, group_C[:, None], axis=1)[:, 0]
+    # a group whose members cancel out has nothing in common
+    there_C = square_C > _NEGLIGIBLE
+    part_C = np.where(there_C, along_C / np.where(there_C, square_C, 1.0), 0.0)
+    taken_CC = part_C[:, None] * with_CG.T[group_C]
+    left_CC = cosine_CC - taken_CC - taken_CC.T + np.outer(part_C, part_C) * among_GG[np.ix_(group_C, group_C)]
+    return _scaled(left_CC, 1.0)
 
 
 def _above_the_middle(gram_CC: Matrix, middle: Callable[[Matrix], Any]) -> Matrix:
@@ -196,22 +222,6 @@ def _scaled(gram_CC: Matrix, largest: float) -> Matrix:
     inverse_C = np.where(there_C, 1.0 / np.sqrt(np.where(there_C, squares_C, 1.0)), 0.0)
     cosine_CC = np.clip(gram_CC * inverse_C[:, None] * inverse_C[None, :], -1.0, 1.0)
     return np.asarray((cosine_CC + cosine_CC.T) / 2)
-
-
-def clipped(gram_CC: Matrix) -> Matrix:
-    """Return the inner products after every update that is longer than the median one was cut to its length.
-
-    Centring subtracts a mean. One update that is far longer than the others is most of it, and makes all the others
-    look alike.
-
-    >>> clipped(np.diag([1.0, 4.0, 900.0])).tolist()
-    [[1.0, 0.0, 0.0], [0.0, 4.0, 0.0], [0.0, 0.0, 4.0]]
-    """
-    norms_C = np.sqrt(np.maximum(np.diagonal(gram_CC), 0.0))
-    # where most updates are zero there is no length to cut to
-    median = float(np.median(norms_C)) or np.inf
-    scale_C = np.where(norms_C > median, median / np.where(norms_C > median, norms_C, 1.0), 1.0)
-    return np.asarray(gram_CC * scale_C[:, None] * scale_C[None, :])
 
 
 def heading_grams(
@@ -240,8 +250,8 @@ def heading_grams(
 
 
 def similarity(grams: Iterable[Matrix], clip: bool = False, groups_C: Sequence[int] | None = None) -> Matrix:
-    """Return the mean over layers of `cosines`, (C, C): every layer counts the same, however far it moved."""
-    return np.asarray(np.mean([cosines(gram_CC, clip, groups_C) for gram_CC in grams], axis=0))
+    """Return the mean over layers of `update_cosines`, (C, C): every layer counts the same, however far it moved."""
+    return np.asarray(np.mean([update_cosines(gram_CC, clip, groups_C) for gram_CC in grams], axis=0))
 
 
 def moved(previous_KK: Matrix, now_CC: Matrix, rows: Sequence[int], returned: Sequence[int], memory: float) -> Matrix:
