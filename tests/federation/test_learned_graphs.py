@@ -240,16 +240,16 @@ def test_starts_are_compared_as_clients_of_a_smaller_rank_got_them() -> None:
 
 @pytest.mark.parametrize("kind", ["gram", "gram_layers", "clusters"])
 def test_what_clients_of_like_rank_have_in_common_is_taken_away(kind: str) -> None:
-    seen, ranks = list(range(1, 10)), (1, 2) * 5
-    who = Clients(tuple(f"client-{k}" for k in range(10)), (5,) * 10, ("one",) * 10, 0, ranks_K=ranks)
+    seen, ranks = list(range(1, 12)), (1, 2) * 6
+    who = Clients(tuple(f"client-{k}" for k in range(12)), (5,) * 12, ("one",) * 12, 0, ranks_K=ranks)
     noise = torch_generator(7, "uploads")
     starts, uploads = (
-        initial(10, torch.float64).replace(torch.randn(initial(10).values_KP.shape, generator=noise).double())
+        initial(12, torch.float64).replace(torch.randn(initial(12).values_KP.shape, generator=noise).double())
         for _ in range(2)
     )
     starts, uploads = (arena.replace(trimmed(arena.layout, arena.values_KP, ranks)) for arena in (starts, uploads))
     learns = learner(graph_section(kind), who)
-    memory, _ = learns.learn(learns.init(starts), Seen(uploads, starts, (0, *(1,) * 9), tuple(seen), 1))
+    memory, _ = learns.learn(learns.init(starts), Seen(uploads, starts, (0, *(1,) * 11), tuple(seen), 1))
     groups = [ranks[k] for k in seen]
     expected = np.mean(
         [

@@ -75,13 +75,18 @@ def similarity(after: Arena, before: Arena, clip: bool = False) -> np.ndarray:
 
 
 def cosines(updates: list[np.ndarray], clip: bool) -> np.ndarray:
-    """Of ten and more those beside what they share; of fewer those above the mean pair, or the median one if `clip`."""
-    if len(updates) >= 10:
-        return cosines_beside_the_common(updates, [0] * len(updates))
-    units = [update / np.linalg.norm(update) for update in updates]
-    pairs = [one @ other for k, one in enumerate(units) for other in units[:k]]
+    """Those beside what updates share, of few above the mean pair; if `clip`, few whole ones above the median pair."""
+    few = len(updates) < 10
+    if few and clip:
+        units = np.stack([update / np.linalg.norm(update) for update in updates])
+        found = units @ units.T
+    else:
+        found = cosines_beside_the_common(updates, [0] * len(updates))
+    if not few:
+        return found
+    pairs = [found[k, other] for k in range(len(updates)) for other in range(k)]
     common = np.median(pairs) if clip else np.mean(pairs)
-    return np.array([[np.clip((one @ other - common) / (1 - common), -1, 1) for other in units] for one in units])
+    return np.clip((found - common) / (1 - common), -1, 1)
 
 
 def cosines_beside_the_common(updates: list[np.ndarray], groups: Sequence[int]) -> np.ndarray:

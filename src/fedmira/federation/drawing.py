@@ -1,8 +1,9 @@
 """From similarities to weights: the ways to draw a graph that join clients by how alike they are.
 
 All map a symmetric matrix of cosines of the clients seen, without what all have in common, to non-negative symmetric
-weights with a zero diagonal; heaviest edges are about 1, so that the strength of a step means the same for all. `mutual_neighbours` in
-`similarity` is the first of them, and `kept_within_clusters` may follow it. Knows nothing about adapters or rounds.
+weights with a zero diagonal; heaviest edges are about 1, so that the strength of a step means the same for all.
+`mutual_neighbours` in `similarity` is the first of them, and `kept_within_clusters` may follow it. Knows nothing about
+adapters or rounds.
 
 Axes: C clients compared.
 """

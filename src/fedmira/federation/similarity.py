@@ -152,20 +152,16 @@ def rank_groups(ranks_C: Sequence[int]) -> tuple[int, ...]:
     return tuple(group_of[rank] for rank in ranks_C)
 
 
-def cosines(gram_CC: Matrix, clip: bool = False) -> Matrix:
+def cosines(gram_CC: Matrix) -> Matrix:
     """Return the cosines of vectors with these inner products after removing what they have in common, (C, C).
 
     `centred_cosine` takes a C-th of each vector away from itself too, so C unrelated ones have cosines of -1 / (C - 1):
     where clients are many that is a threshold which keeps strangers apart, where they are few it keeps kin apart. Among
     fewer than ten, what they have in common is therefore what the cosines of different clients are on average:
     (c_kl - m) / (1 - m).
-
-    Args:
-        gram_CC: inner products.
-        clip: among fewer than ten, let m be the median.
     """
     if MINIMUM_CLIENTS <= len(gram_CC) < _MANY_CLIENTS:
-        return _above_the_middle(gram_CC, np.median if clip else np.mean)
+        return _above_the_middle(gram_CC, np.mean)
     return centred_cosine(gram_CC)
 
 
@@ -174,19 +170,24 @@ def update_cosines(gram_CC: Matrix, clip: bool = False, groups_C: Sequence[int] 
 
     That (the format of the answers, say) would make everyone similar. How much of an update it is depends on how far a
     client has come, so each loses its own projection on the mean direction, not the same mean as all: else graphs join
-    clients that took as many steps (docs/log.md). Among fewer than ten clients as `cosines`.
+    clients that took as many steps (docs/log.md). Among fewer than ten, cosines count above their mean m over different
+    clients, (c_kl - m) / (1 - m), for the reason that `cosines` gives.
 
     Args:
         gram_CC: inner products; only directions count.
-        clip: see `cosines`.
+        clip: let no client count for more than the others: among fewer than ten nothing is taken away, as one of few
+            can turn their mean around, and m is the median.
         groups_C: of clients that are alike for another reason than their tasks, see `rank_groups`: each group has a
-            mean direction of its own. None, or one group: all clients have one.
+            mean direction of its own. None: all clients have one.
     """
-    many = len(gram_CC) >= _MANY_CLIENTS or len(set(groups_C or ())) > 1
-    if len(gram_CC) < MINIMUM_CLIENTS or not many:
-        return cosines(gram_CC, clip)
+    if len(gram_CC) < MINIMUM_CLIENTS:
+        return np.zeros_like(gram_CC)
+    few = len(gram_CC) < _MANY_CLIENTS
+    if few and clip:
+        return _above_the_middle(gram_CC, np.median)
     group_C = np.unique(groups_C or np.zeros(len(gram_CC)), return_inverse=True)[1]
-    return _without_the_common(_scaled(gram_CC, float(np.diagonal(gram_CC).max())), group_C)
+    left_CC = _without_the_common(_scaled(gram_CC, float(np.diagonal(gram_CC).max())), group_C)
+    return _above_the_middle(left_CC, np.mean) if few else left_CC
 
 
 def _without_the_common(cosine_CC: Matrix, group_C: np.ndarray[Any, np.dtype[np.int64]]) -> Matrix:
