@@ -54,14 +54,9 @@ def test_who_joins_fresh_starts_from_the_initial_adapter(study: ModuleType, monk
 
 
 def test_those_who_joined_are_judged_apart(study: ModuleType) -> None:
-    line = {
-        "clients": {
-            "family-0-client-2": ["family-0", 90.0, 10, 0.0, 0, 0],
-            "family-0-client-3": ["family-0", 20.0, 10, 0.5, 0, 1],
-        }
-    }
-    assert study.only(line, True).losses_K.tolist() == [2.0]
-    assert study.only(line, False).losses_K.tolist() == [9.0]
+    line = {"clients": {f"family-0-client-{k}": ["family-0", 10.0 * k, 10, 0.0, 0, 0] for k in (1, 2, 3)}}
+    assert study.only(line, True).losses_K.tolist() == [3.0]
+    assert study.only(line, False).losses_K.tolist() == [1.0, 2.0]
     assert study.only(None, True) is None
 
 

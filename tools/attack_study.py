@@ -88,10 +88,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def honest_only(line: dict[str, Any] | None) -> methods.Judged | None:
-    """The clients that do not lie; None for a run that diverged or was not done."""
-    if line is None or not line.get("clients"):
-        return None
-    return methods.judged({**line, "clients": {name: of for name, of in line["clients"].items() if not lies(name)}})
+    return methods.judged_part(line, lambda name: not lies(name))
 
 
 def cells(runs: list[methods.Judged], local: list[methods.Judged]) -> list[str]:
@@ -116,28 +113,13 @@ def page(_arguments: argparse.Namespace) -> None:
 
     local = honest("local_only", "")
     head = ["method", *(cell for attack in ("nobody", *ATTACKS) for cell in (attack, "harmed"))]
-    table = [head, ["---", *["---:"] * (len(head) - 1)], ["`local_only`", *cells(local, local), *["-"] * 4]]
+    table = [head, ["`local_only`", *cells(local, local), *["-"] * 4]]
     table += [
         [f"`{name}`", *(cell for attack in ("", *ATTACKS) for cell in cells(honest(name, attack), local))]
         for name in NAMES[1:]
     ]
-    print((methods.STUDIES / "attacks.md").read_text("utf-8").rstrip() + "\n")
-    print("\n".join(f"| {' | '.join(row)} |" for row in table))
-    made = sorted({(line["commit"], line["processor"]) for line in attacked.values()})
-    print("\nHostile runs made by " + ", ".join(f"{commit} ({processor})" for commit, processor in made) + ".")
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(required=True)
-    run_parser = commands.add_parser("run")
-    run_parser.add_argument("--methods", nargs="+", metavar="NAME", choices=NAMES)
-    run_parser.add_argument("--workers", type=int, default=1)
-    run_parser.set_defaults(function=run)
-    commands.add_parser("page").set_defaults(function=page)
-    arguments = parser.parse_args()
-    arguments.function(arguments)
+    methods.print_side_page("attacks", table, attacked.values())
 
 
 if __name__ == "__main__":
-    main()
+    methods.side_main(__doc__, NAMES, run, page)

@@ -12,11 +12,9 @@ joined are judged, and those who were there, beside runs in which everybody was 
 from __future__ import annotations
 
 import argparse
-import shutil
-import tempfile
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -65,22 +63,17 @@ def joining_fresh() -> Iterator[None]:
         yield
 
 
+def in_two_halves(config: RunConfig, folder: Path, start: str) -> Path:
+    """Carry out a run that is half over when those who are late join, and return its directory."""
+    half = config.federation.model_copy(update={"rounds": config.federation.rounds // 2})
+    with without_the_late():
+        experiment.run(config.model_copy(update={"federation": half}), directory=folder)
+    with joining_fresh() if start == "fresh" else nullcontext():
+        return experiment.run(config, directory=folder, resume=True)
+
+
 def carry_out(task: methods.Task, start: str) -> dict[str, Any]:
-    folder, begun = Path(tempfile.mkdtemp(prefix="fedmira-study-")), time.process_time()
-    whole = RunConfig.model_validate(task.config)
-    half = whole.federation.model_copy(update={"rounds": whole.federation.rounds // 2})
-    try:
-        with without_the_late():
-            experiment.run(whole.model_copy(update={"federation": half}), directory=folder)
-        if start == "fresh":
-            with joining_fresh():
-                path = experiment.run(whole, directory=folder, resume=True)
-        else:
-            path = experiment.run(whole, directory=folder, resume=True)
-        line = {**dict(zip(methods.KEY, task.key, strict=True)), **methods.outcome(path), "start": start}
-        return {**line, "seconds": round(time.process_time() - begun, 1)}
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    return {**methods.carry_out(task, partial(in_two_halves, start=start)), "start": start}
 
 
 def read() -> dict[Any, dict[str, Any]]:
@@ -105,11 +98,8 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def only(line: dict[str, Any] | None, joined: bool) -> methods.Judged | None:
-    """Those who joined, or those who were there; None for a run that was not done."""
-    if line is None or not line.get("clients"):
-        return None
-    kept = {name: of for name, of in line["clients"].items() if late(name) == joined}
-    return methods.judged({**line, "clients": kept})
+    """Those who joined, or those who were there."""
+    return methods.judged_part(line, lambda name: late(name) == joined)
 
 
 def cell(lines: list[dict[str, Any] | None], joined: bool) -> str:
@@ -130,30 +120,15 @@ def page(_arguments: argparse.Namespace) -> None:
         "the others",
         "the same, nobody late",
     ]
-    table = [head, ["---", *["---:"] * (len(head) - 1)]]
+    table = [head]
     for name in NAMES:
         tasks = methods.reported_tasks(study, name, peace)
         welcomed, fresh = ([found.get((start, *task.key)) for task in tasks] for start in STARTS)
         always = [peace.get(task.key) for task in tasks]
         cells = [cell(welcomed, True), cell(fresh, True) if name != "local_only" else "-", cell(always, True)]
         table.append([f"`{name}`", *cells, cell(welcomed, False), cell(always, False)])
-    print((methods.STUDIES / "joining.md").read_text("utf-8").rstrip() + "\n")
-    print("\n".join(f"| {' | '.join(row)} |" for row in table))
-    made = sorted({(line["commit"], line["processor"]) for line in found.values()})
-    print("\nMade by " + ", ".join(f"{commit} ({processor})" for commit, processor in made) + ".")
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(required=True)
-    run_parser = commands.add_parser("run")
-    run_parser.add_argument("--methods", nargs="+", metavar="NAME", choices=NAMES)
-    run_parser.add_argument("--workers", type=int, default=1)
-    run_parser.set_defaults(function=run)
-    commands.add_parser("page").set_defaults(function=page)
-    arguments = parser.parse_args()
-    arguments.function(arguments)
+    methods.print_side_page("joining", table, found.values())
 
 
 if __name__ == "__main__":
-    main()
+    methods.side_main(__doc__, NAMES, run, page)

@@ -26,7 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -211,19 +211,22 @@ def reported_tasks(study: Study, name: str, lines: dict[Any, dict[str, Any]]) ->
 # ------------------------------------------------------------------------------------------------------------- running
 
 
-def carry_out(task: Task) -> dict[str, Any]:
-    """Do one run in this process, in a folder that is removed, and return its line."""
+def straight_through(config: Any, folder: Path) -> Path:
+    """Carry out a run as `fedmira run` does, below `folder`, and return its directory."""
+    from fedmira.experiment import run
+
+    return run(config, directory=folder)
+
+
+def carry_out(task: Task, way: Callable[[Any, Path], Path] = straight_through) -> dict[str, Any]:
+    """Do one run in this process by `way`, in a folder that is removed, and return its line."""
     from fedmira.config import RunConfig
-    from fedmira.config_file import resolved_yaml
     from fedmira.errors import DivergedError
-    from fedmira.experiment import carry_out as carry_out_run
-    from fedmira.runs.store import RunStore
 
     line: dict[str, Any] = dict(zip(KEY, task.key, strict=True))
     folder, begun = Path(tempfile.mkdtemp(prefix="fedmira-study-")), time.process_time()
     try:
-        config = RunConfig.model_validate(task.config)
-        path = carry_out_run(RunStore.open_or_create(config, resolved_yaml(config), folder))
+        path = way(RunConfig.model_validate(task.config), folder)
         line |= {**outcome(path), "seconds": round(time.process_time() - begun, 1)}
     except DivergedError as error:
         line |= {"validation_loss": None, "diverged": str(error)}
@@ -431,6 +434,13 @@ LETTERS = "abcdefghijklmnopqrstuvwxyz"
 def origins(runs: Sequence[Judged]) -> set[tuple[str, str]]:
     """Commit and processor of the runs; the first lines do not name the latter."""
     return {(str(run.line.get("commit", "")), str(run.line.get("processor", ""))) for run in runs}
+
+
+def judged_part(line: Mapping[str, Any] | None, keep: Callable[[str], bool]) -> Judged | None:
+    """The clients whose names `keep` wants; None for a run that diverged or was not done."""
+    if line is None or not line.get("clients"):
+        return None
+    return judged({**line, "clients": {name: of for name, of in line["clients"].items() if keep(name)}})
 
 
 def mean_loss(runs: Sequence[Judged]) -> float:
@@ -644,6 +654,33 @@ def page(_arguments: argparse.Namespace) -> None:
     studies = [load_study(path, None) for path in sorted(STUDIES.glob("*.yaml"))]
     words = (STUDIES / "words.md").read_text(encoding="utf-8").rstrip()
     print("\n\n".join([words, aims(studies), _CHANGED, advances(studies), *map(section, studies), _PICTURE]))
+
+
+def print_side_page(name: str, table: Sequence[Sequence[str]], lines: Iterable[Mapping[str, Any]]) -> None:
+    """Print the page of a study that builds on this one: its words, its table, and who made its runs."""
+    head, *rows = table
+    print((STUDIES / f"{name}.md").read_text("utf-8").rstrip() + "\n")
+    print("\n".join(f"| {' | '.join(row)} |" for row in [head, ["---", *["---:"] * (len(head) - 1)], *rows]))
+    made = sorted({(line["commit"], line["processor"]) for line in lines})
+    print("\nRuns made by " + ", ".join(f"{commit} ({processor})" for commit, processor in made) + ".")
+
+
+def side_main(
+    words: str | None,
+    names: Sequence[str],
+    run: Callable[[argparse.Namespace], None],
+    page: Callable[[argparse.Namespace], None],
+) -> None:
+    """The command line of a study that builds on this one: `run` with methods and workers, and `page`."""
+    parser = argparse.ArgumentParser(description=words, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True)
+    run_parser = commands.add_parser("run")
+    run_parser.add_argument("--methods", nargs="+", metavar="NAME", choices=names)
+    run_parser.add_argument("--workers", type=int, default=1)
+    run_parser.set_defaults(function=run)
+    commands.add_parser("page").set_defaults(function=page)
+    arguments = parser.parse_args()
+    arguments.function(arguments)
 
 
 def main() -> None:
