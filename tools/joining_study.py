@@ -20,7 +20,7 @@ from typing import Any
 from unittest import mock
 
 import methods_study as methods
-from fedmira import experiment
+from fedmira import assembly, experiment
 from fedmira.assembly import Assembly
 from fedmira.config import RunConfig
 from fedmira.data.sources import planted
@@ -45,7 +45,9 @@ def without_the_late() -> Iterator[None]:
     def there(*settings: Any) -> dict[str, dict[str, str]]:
         return {name: book for name, book in whole(*settings).items() if not late(name)}
 
-    with mock.patch.object(planted, "codebooks", there):
+    # clients are kept from run to run by their config, which says nothing of this
+    uncached = assembly._federation.__wrapped__
+    with mock.patch.object(planted, "codebooks", there), mock.patch.object(assembly, "_federation", uncached):
         yield
 
 
