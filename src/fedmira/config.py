@@ -143,8 +143,10 @@ class PartitionConfig(Section):
     """Needed with `by: dirichlet` and `by: iid`."""
     alpha: FinitePositiveFloat = 0.5
     """With `by: dirichlet`: concentration; small means one label per client."""
-    examples_per_client: PositiveInt | None = None
-    """At most this many examples (train, validation and test together) per client; the rest is left out and counted."""
+    examples_per_client: PositiveInt | tuple[PositiveInt, ...] | None = None
+    """At most this many examples (train, validation and test together) per client; the rest is left out and counted. A
+    list such as `[64, 32, 16]` makes clients of unequal size: they take its numbers in turn, in the order of `fedmira
+    data`."""
     validation: Share = 0.15
     """Share of a client's examples held out for choosing settings."""
     test: Share = 0.25
@@ -164,7 +166,15 @@ class PartitionConfig(Section):
             )
         if self.by != "task" and self.clients_per_task != 1:
             raise ValueError(f"clients_per_task has no effect with by = {self.by}; remove it, or use by: task")
+        if self.examples_per_client == ():
+            raise ValueError("examples_per_client is an empty list; give it a number for each size, or null for all")
         return self
+
+    def caps(self, num_clients: int) -> tuple[int | None, ...]:
+        """Return how many examples each of the clients may hold at most, in their order; None: any number."""
+        sizes = self.examples_per_client
+        in_turn = sizes if isinstance(sizes, tuple) else (sizes,)
+        return tuple(in_turn[k % len(in_turn)] for k in range(num_clients))
 
 
 class _Source(Section):

@@ -147,6 +147,17 @@ def test_a_cap_is_kept_and_what_is_left_out_is_counted() -> None:
     assert federation.provenance["partition"]["examples_left_out"] == 76
 
 
+def test_clients_take_caps_in_turn_also_where_later_ones_join() -> None:
+    few = [example(i, task) for task in ("b", "d") for i in range(50)]
+    before = build(few, clients_per_task=2, examples_per_client=(24, 12, 6))
+    assert [(c.name, len(held(c))) for c in before.clients] == [("b-0", 24), ("b-1", 12), ("d-0", 6), ("d-1", 24)]
+    more = [*few, *(example(i, "a") for i in range(50))]
+    config = PartitionConfig(clients_per_task=2, examples_per_client=(24, 12, 6))
+    after = partition(Source(tuple(more), {}), config, 0, known=before.names)
+    assert after.clients[:4] == before.clients
+    assert [(c.name, len(held(c))) for c in after.clients[4:]] == [("a-0", 12), ("a-1", 6)]
+
+
 def test_a_cap_cuts_a_large_group_of_duplicates() -> None:
     examples = [example(i, prompt="the same") for i in range(50)] + [example(i) for i in range(20)]
     federation = build(examples, examples_per_client=20)
@@ -241,6 +252,10 @@ def test_more_clients_than_texts_names_the_empty_one() -> None:
 def test_a_cap_that_is_too_small_is_named() -> None:
     with pytest.raises(DataError, match=r"examples_per_client allows it 2 examples"):
         build((example(i) for i in range(10)), examples_per_client=2)
+    with pytest.raises(DataError, match=r"examples_per_client allows it 9 or 2 examples"):
+        build((example(i) for i in range(20)), clients_per_task=2, examples_per_client=(9, 2))
+    with pytest.raises(ValueError, match=r"examples_per_client is an empty list; give it a number for each size"):
+        PartitionConfig(examples_per_client=())
 
 
 def test_nothing_is_held_out_where_nothing_is_asked_for() -> None:

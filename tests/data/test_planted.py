@@ -128,6 +128,12 @@ def test_the_cap_limits_the_examples_made() -> None:
     assert len(client.train) + len(client.validation) + len(client.test) == 20
 
 
+def test_caps_in_turn_make_clients_of_unequal_size_each_split_as_any() -> None:
+    config = planted(partition=PartitionConfig(by="field", examples_per_client=(40, 20), validation=0.15, test=0.25))
+    sizes = [(len(c.train), len(c.validation), len(c.test)) for c in build_federation(config, 0).clients]
+    assert sizes[:3] == [(24, 6, 10), (12, 3, 5), (24, 6, 10)]
+
+
 def test_one_family_of_one_client_has_no_pairs_to_compare() -> None:
     federation = build_federation(planted(families=1, clients_per_family=1), 0)
     assert federation.provenance["agreement_within_families"] is None

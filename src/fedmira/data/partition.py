@@ -26,6 +26,17 @@ from fedmira.types import Client, Example, Federation
 CLIENT_NAME = re.compile(r"(?![. ])[A-Za-z0-9 ._-]{1,100}(?<! )")
 
 
+class _Place(NamedTuple):
+    """Where one client is dealt its examples from, before any are."""
+
+    name: str
+    pool: _Pool
+    num_sharers: int
+    """How many clients share what is left in the pool then, this one among them."""
+    pick: Callable[[Sequence[str]], str]
+    """Chooses one of the labels that are left."""
+
+
 class _Holding(NamedTuple):
     """What one client is given, before the split."""
 
@@ -65,12 +76,15 @@ def partition(source: Source, config: PartitionConfig, seed: int, known: Sequenc
     """
     if not source.examples:
         raise DataError("the data source has no examples. Check data.path and the fields of its records.")
-    holdings = {"task": _by_task, "field": _by_field, "dirichlet": _by_dirichlet, "iid": _iid}[config.by](
+    places = {"task": _by_task, "field": _by_field, "dirichlet": _by_dirichlet, "iid": _iid}[config.by](
         source.examples, config, seed
     )
-    check_names(holding.name for holding in holdings)
-    places = {name: place for place, name in enumerate(known)}
-    holdings.sort(key=lambda holding: places.get(holding.name, len(places)))
+    check_names(place.name for place in places)
+    position = {name: number for number, name in enumerate(known)}
+    order = sorted((place.name for place in places), key=lambda name: position.get(name, len(position)))
+    caps = dict(zip(order, config.caps(len(order)), strict=True))
+    dealt = {place.name: _deal(place, caps[place.name], config) for place in places}
+    holdings = [_Holding(name, dealt[name]) for name in order]
     placed = dict(source.splits)
     clients = tuple(_client(holding, config, seed, placed) for holding in holdings)
     num_held = sum(len(client.train) + len(client.validation) + len(client.test) for client in clients)
@@ -140,7 +154,7 @@ def _common(labels: Iterable[str]) -> str:
 # ---------------------------------------------------------------------------------------------------- four partitions
 
 
-def _by_task(examples: Sequence[Example], config: PartitionConfig, seed: int) -> list[_Holding]:
+def _by_task(examples: Sequence[Example], config: PartitionConfig, seed: int) -> list[_Place]:
     tasks: dict[str, list[Example]] = {}
     for example in examples:
         tasks.setdefault(example.task, []).append(example)
@@ -150,16 +164,16 @@ def _by_task(examples: Sequence[Example], config: PartitionConfig, seed: int) ->
             f"{tasks[''][0].id or 'unnamed'}). Set data.task_field to the field that names it, or data.partition.by to "
             "field or iid."
         )
-    holdings = []
+    places = []
     for task, members in tasks.items():
         pool = _Pool({"": shuffled(grouped(members), seed, "partition", "deal", task)})
         for number in range(config.clients_per_task):
             name = task if config.clients_per_task == 1 else f"{task}-{number}"
-            holdings.append(_Holding(name, _deal(pool, config.clients_per_task - number, config)))
-    return holdings
+            places.append(_Place(name, pool, config.clients_per_task - number, _first))
+    return places
 
 
-def _by_field(examples: Sequence[Example], config: PartitionConfig, seed: int) -> list[_Holding]:
+def _by_field(examples: Sequence[Example], config: PartitionConfig, seed: int) -> list[_Place]:
     clients: dict[str, list[Example]] = {}
     for example in examples:
         clients.setdefault(example.client, []).append(example)
@@ -169,22 +183,19 @@ def _by_field(examples: Sequence[Example], config: PartitionConfig, seed: int) -
             f"{clients[''][0].id or 'unnamed'}). With data.source jsonl or huggingface set data.client_field "
             "to the field that names it; else set data.partition.by to task or iid."
         )
-    holdings = []
-    for name, members in clients.items():
-        pool = _Pool({"": shuffled(grouped(members), seed, "partition", "deal", name)})
-        holdings.append(_Holding(name, _deal(pool, 1, config)))
-    return holdings
-
-
-def _iid(examples: Sequence[Example], config: PartitionConfig, seed: int) -> list[_Holding]:
-    num_clients = config.num_clients or 1
-    pool = _Pool({"": shuffled(grouped(examples), seed, "partition", "deal")})
     return [
-        _Holding(f"client-{number:03d}", _deal(pool, num_clients - number, config)) for number in range(num_clients)
+        _Place(name, _Pool({"": shuffled(grouped(members), seed, "partition", "deal", name)}), 1, _first)
+        for name, members in clients.items()
     ]
 
 
-def _by_dirichlet(examples: Sequence[Example], config: PartitionConfig, seed: int) -> list[_Holding]:
+def _iid(examples: Sequence[Example], config: PartitionConfig, seed: int) -> list[_Place]:
+    num_clients = config.num_clients or 1
+    pool = _Pool({"": shuffled(grouped(examples), seed, "partition", "deal")})
+    return [_Place(f"client-{number:03d}", pool, num_clients - number, _first) for number in range(num_clients)]
+
+
+def _by_dirichlet(examples: Sequence[Example], config: PartitionConfig, seed: int) -> list[_Place]:
     """Each client's label shares are drawn from Dirichlet(alpha), its examples from the labels' groups.
 
     A label without groups drops out and the other shares are scaled up (Hsu et al. 2019, arXiv 1909.06335).
@@ -200,12 +211,11 @@ def _by_dirichlet(examples: Sequence[Example], config: PartitionConfig, seed: in
             "that names it, or data.partition.by to iid."
         )
     pool = _Pool(groups)
-    holdings = []
-    for number in range(num_clients):
-        name = f"client-{number:03d}"
-        pick = _label_picker(name, list(groups), config.alpha, seed)
-        holdings.append(_Holding(name, _deal(pool, num_clients - number, config, pick)))
-    return holdings
+    names = [f"client-{number:03d}" for number in range(num_clients)]
+    return [
+        _Place(name, pool, num_clients - number, _label_picker(name, list(groups), config.alpha, seed))
+        for number, name in enumerate(names)
+    ]
 
 
 def _label_picker(name: str, labels: Sequence[str], alpha: float, seed: int) -> Callable[[Sequence[str]], str]:
@@ -253,25 +263,23 @@ def _first(labels: Sequence[str]) -> str:
     return labels[0]
 
 
-def _deal(
-    pool: _Pool, num_clients: int, config: PartitionConfig, pick: Callable[[Sequence[str]], str] = _first
-) -> list[Group]:
-    """Deal groups to the first of `num_clients` clients: an equal part of the examples that are left, at most the cap.
+def _deal(place: _Place, cap: int | None, config: PartitionConfig) -> list[Group]:
+    """Deal a client its groups: an equal part of the examples that are left, at most the cap.
 
     Every client gets as many groups as there are splits to fill, while there are enough. With a cap, a group that
     is too large is cut; the rest of it is left out, as no other client may hold the same text.
     """
-    size, cap = -(-pool.num_examples // num_clients), config.examples_per_client
+    pool, size = place.pool, -(-place.pool.num_examples // place.num_sharers)
     if cap is not None:
         size = min(size, cap)
     fewest = len(needed_splits(config))
-    reserved = fewest * (num_clients - 1)
+    reserved = fewest * (place.num_sharers - 1)
     dealt: list[Group] = []
     held = 0
     while pool.num_groups and (len(dealt) < fewest or (held < size and pool.num_groups > reserved)):
         if cap is not None and held >= cap:
             break
-        group = pool.draw(pick)
+        group = pool.draw(place.pick)
         if cap is not None:
             still_needed = max(0, fewest - len(dealt) - 1)
             group = Group(group.key, group.examples[: max(1, cap - held - still_needed)])

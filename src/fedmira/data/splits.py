@@ -165,6 +165,8 @@ def _refuse_empty(
 
 
 def _cap_hint(partition: PartitionConfig) -> str:
-    if partition.examples_per_client is None:
+    sizes = partition.examples_per_client
+    if sizes is None:
         return ""
-    return f" (data.partition.examples_per_client allows it {partition.examples_per_client} examples.)"
+    allowed = " or ".join(map(str, sizes)) if isinstance(sizes, tuple) else sizes
+    return f" (data.partition.examples_per_client allows it {allowed} examples.)"

@@ -43,13 +43,11 @@ def load(config: PlantedConfig, seed: int) -> Source:
     _check(config)
     words = made_up_words(seed, config.words)
     books = codebooks(config, seed)
-    num_examples = config.examples
-    if config.partition.examples_per_client is not None:
-        num_examples = min(num_examples, config.partition.examples_per_client)
-    sizes = split_sizes(num_examples, config.partition)._asdict()
     examples: list[Example] = []
     splits: dict[str, str] = {}
-    for name, book in books.items():
+    for (name, book), cap in zip(books.items(), config.partition.caps(len(books)), strict=True):
+        num_examples = config.examples if cap is None else min(config.examples, cap)
+        sizes = split_sizes(num_examples, config.partition)._asdict()
         family = _family(name)
         seen = seen_words(words, seed, name)
         for split, size in sizes.items():
