@@ -87,6 +87,12 @@ def test_a_variant_runs_at_the_rate_of_its_method(study: ModuleType) -> None:
     assert study.tuned_as("mira-labels") == "mira-labels", "it would be held back by the rate of one that must learn"
 
 
+def test_the_rate_of_a_method_is_looked_for_once_however_many_variants_wait_for_it(study: ModuleType) -> None:
+    of = study.load_study(REPOSITORY / "studies" / "planted_unequal.yaml", None)
+    todo = [task.key for task in study.missing(of, of.methods, {})]
+    assert len(todo) == len(set(todo)) == 3 * len({study.tuned_as(name) for name in of.methods})
+
+
 def described(**sections: Any) -> dict[str, Any]:
     return RunConfig.model_validate({"name": "s", **sections}).model_dump(mode="json")
 

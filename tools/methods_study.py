@@ -145,10 +145,12 @@ def missing(study: Study, methods: Sequence[str], found: Mapping[Any, Any], agai
 
     With `again` reported draws that are there count as missing.
     """
+    asked: set[str] = set()
     for name in methods:
         rate, untried = choose_rate(study, name, found)
-        yield from untried
         if rate is None:
+            yield from () if tuned_as(name) in asked else untried
+            asked.add(tuned_as(name))
             continue
         for seed in study.seeds:
             task = task_of(study, name, seed, rate, tuning=False)
@@ -408,9 +410,11 @@ def section(study: Study) -> str:
         )
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
     config, compare = study.config, study.config.compare
+    steps, epochs = config.training.steps_or_default, config.training.local_epochs
+    work = f"{epochs} epochs" if epochs else f"{steps} steps"
     facts = (
-        f"{len(local[0].losses_K)} clients, {config.federation.rounds} rounds of {config.training.steps_or_default} "
-        f"steps, {compare.seeds} draws; rates of {', '.join(f'{rate:g}' for rate in compare.learning_rates)}."
+        f"{len(local[0].losses_K)} clients, {config.federation.rounds} rounds of {work}, {compare.seeds} draws; "
+        f"rates of {', '.join(f'{rate:g}' for rate in compare.learning_rates)}."
     )
     legend = "; ".join(
         f"{letter}: {commit}, {processor or 'not noted'}" for (commit, processor), letter in made.items()
@@ -579,6 +583,7 @@ _ADVANCES = {
     "(1) a quarter of the clients a round, and absent ones never fade; fade faster, against `mira-sampled`": (
         "mira-sampled-no-decay mira-sampled-forgetful vs mira-sampled"
     ),
+    "(1) every adapter counts the same, however many examples trained it": "mira-equal-confidence",
     "strength 1; 4": "mira-strength-1 mira-strength-4",
     "(2) strength chosen in the run": "mira-auto",
     "(2) deep blocks more personal": "mira-depth",
