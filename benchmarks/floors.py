@@ -1,9 +1,10 @@
-"""The least time a round could take: floating-point operations over the rate of this machine's matrix products.
+"""The least time a round, or answers, could take: floating-point operations over the rate of matrix products here.
 
-Both are measured in the same run: the rate of each shape of matrix at the workload's number of rows, and the rate of
-copying. Counted are the operations nobody can leave out: the frozen layers forward and backward towards the input, the
-low-rank products, causal attention, and the output head on supervised rows; a beginning that all examples of a client
-share is counted once per client and step.
+Measured in the same run: the rate of each shape of matrix at the workload's number of rows, and the rate of copying.
+Counted are the operations nobody can leave out. In a round: the frozen layers forward and backward towards the input,
+the low-rank products, causal attention, and the output head on supervised rows; a beginning that all examples of a
+client share is counted once per client and step. In answers, all growing together: the layers once for every token of
+a prompt, and once for each new token with the head, whose keys and values are read at the rate of copying.
 
 Axes: N rows, I/O in and out features.
 """
@@ -13,7 +14,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -30,12 +31,12 @@ _CALLS_TOGETHER = 50
 
 
 class Floor(NamedTuple):
-    """Of one round."""
+    """Of one round, or of all answers."""
 
     flops: float
     seconds: float
     gemm_flops_per_second: float
-    """Of the frozen layers, at the rows of one step of all clients together."""
+    """Of the frozen layers, at the rows of one step of all clients together; for answers, of one new token of each."""
 
 
 class _Counts(NamedTuple):
@@ -53,23 +54,55 @@ def training_floor(task: Task) -> Floor:
     counts = [_count(clients) for clients in steps]
     rows = statistics.median_low([count.rows for count in counts])
     supervised = statistics.median_low([count.supervised for count in counts])
-    shapes = Counter(adaptable_layers(task.base).values())
-    device, dtype = str(task.base.device), task.base.dtype
-    rates = {shape: gemm_rate(rows, *shape, device, dtype) for shape in shapes}
-    vocabulary, width = task.base.model.get_output_embeddings().weight.shape
-    head_rate = gemm_rate(supervised, width, vocabulary, device, dtype)
+    (forward, body_rate), (head_forward, head_rate) = _body(task, rows), _head(task, supervised)
+    width = _width(task)
     flops = seconds = 0.0
-    body_flops = {shape: 4.0 * shape[0] * shape[1] * number for shape, number in shapes.items()}
-    body_rate = sum(body_flops.values()) / sum(body_flops[shape] / rates[shape] for shape in shapes)
     for count in counts:
-        body = count.rows * sum(body_flops.values())
+        body = count.rows * 2.0 * forward
         low_rank = count.rows * 6.0 * task.layout.num_parameters
         # two products forward and five backward, each 2 operations per pair and feature
         attention = 14.0 * count.attention_pairs * width * int(task.base.model.config.num_hidden_layers)
-        head = count.supervised * 4.0 * width * vocabulary
+        head = count.supervised * 2.0 * head_forward
         flops += body + low_rank + attention + head
         seconds += (body + low_rank + attention) / body_rate + head / head_rate
     return Floor(flops, seconds, body_rate)
+
+
+def generation_floor(task: Task, prompts: Sequence[Sequence[np.ndarray]], new_tokens: int) -> Floor:
+    """The floor of answering every client's prompts with `new_tokens` tokens each, all answers together."""
+    lengths = [len(prompt) for client in prompts for prompt in client]
+    rows = len(lengths)
+    (forward, read_rate), (_, rate), (head, head_rate) = _body(task, sum(lengths)), _body(task, rows), _head(task, rows)
+    of_row = forward + 2.0 * task.layout.num_parameters
+    # the last token of an answer is not read; its first comes from the prompt
+    written = rows * (new_tokens - 1)
+    cached = sum(length * (new_tokens - 1) + new_tokens * (new_tokens - 1) // 2 for length in lengths)
+    config = task.base.model.config
+    heads, key_heads = config.num_attention_heads, getattr(config, "num_key_value_heads", config.num_attention_heads)
+    position_bytes = 2 * _width(task) * key_heads // heads * int(config.num_hidden_layers) * task.base.dtype.itemsize
+    read, grown, chosen = sum(lengths) * of_row, written * of_row, rows * new_tokens * head
+    # the rate of copying counts what is read and what is written
+    keys = cached * position_bytes / copy_rate(str(task.base.device))
+    return Floor(read + grown + chosen, read / read_rate + grown / rate + chosen / head_rate + keys, rate)
+
+
+def _body(task: Task, rows: int) -> tuple[float, float]:
+    """Operations of the frozen layers for one row, forward, and how many of them a second at `rows` rows."""
+    shapes = Counter(adaptable_layers(task.base).values())
+    flops = {shape: 2.0 * shape[0] * shape[1] * number for shape, number in shapes.items()}
+    device, dtype = str(task.base.device), task.base.dtype
+    seconds = sum(flops[shape] / gemm_rate(rows, *shape, device, dtype) for shape in shapes)
+    return sum(flops.values()), sum(flops.values()) / seconds
+
+
+def _head(task: Task, rows: int) -> tuple[float, float]:
+    """The same of the output head."""
+    vocabulary, width = task.base.model.get_output_embeddings().weight.shape
+    return 2.0 * width * vocabulary, gemm_rate(rows, width, vocabulary, str(task.base.device), task.base.dtype)
+
+
+def _width(task: Task) -> int:
+    return int(task.base.model.get_output_embeddings().weight.shape[1])
 
 
 def _count(examples_per_client: tuple[list[TokenizedExample], ...]) -> _Counts:

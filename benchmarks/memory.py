@@ -1,21 +1,25 @@
 """How much more memory a call takes than was held before it.
 
 On CUDA the bytes that torch allocated; elsewhere the resident set of this process, after the allocator has handed back
-what it had kept. Knows nothing about what is called.
+what it had kept. Of other processes that work for the call, their memory with what they share counted once, looked at
+every few milliseconds. Knows nothing about what is called.
 """
 
 from __future__ import annotations
 
 import ctypes
 import gc
+import threading
 from collections.abc import Callable
 from typing import TypeVar
 
+import psutil
 import torch
 
 from fedmira.evaluation.costs import PeakMemory
 
 T = TypeVar("T")
+_SECONDS_BETWEEN_LOOKS = 0.01
 
 
 def with_peak(call: Callable[[], T], device: str) -> tuple[T, int]:
@@ -24,6 +28,42 @@ def with_peak(call: Callable[[], T], device: str) -> tuple[T, int]:
     with PeakMemory(device) as peak:
         result = call()
     return result, max(0, peak.peak_bytes - before)
+
+
+def with_peak_of(process: int, call: Callable[[], T]) -> tuple[T, int]:
+    """Call, and return what it returned and the bytes of the peak of a process and all its children above before."""
+    before = peak = family_bytes(process)
+    ended = threading.Event()
+
+    def look() -> None:
+        nonlocal peak
+        while not ended.wait(_SECONDS_BETWEEN_LOOKS):
+            peak = max(peak, family_bytes(process))
+
+    looking = threading.Thread(target=look, daemon=True)
+    looking.start()
+    try:
+        result = call()
+    finally:
+        ended.set()
+        looking.join()
+    return result, max(peak, family_bytes(process)) - before
+
+
+def family_bytes(process: int) -> int:
+    """Bytes of memory of a process and its children, theirs too; what several map counts in parts."""
+    total = 0
+    try:
+        first = psutil.Process(process)
+        members = [first, *first.children(recursive=True)]
+    except psutil.Error:
+        return 0
+    for member in members:
+        try:
+            total += int(member.memory_full_info().pss)
+        except psutil.Error:  # ended meanwhile
+            continue
+    return total
 
 
 def held_bytes(device: str) -> int:

@@ -72,6 +72,14 @@ class Results:
     machine: dict[str, Any]
     sections: list[Section] = field(default_factory=list)
 
+    def put(self, section: Section) -> None:
+        """Take in a section, in the place of the one with its name if there is one."""
+        names = [other.name for other in self.sections]
+        if section.name in names:
+            self.sections[names.index(section.name)] = section
+        else:
+            self.sections.append(section)
+
 
 def write_results(path: Path, results: Results) -> None:
     """Write JSON."""

@@ -56,13 +56,13 @@ def main(arguments: list[str] | None = None) -> int:
     machine = describe_machine(parsed.device)
     file = parsed.out / f"{file_name(parsed.device, machine['device'])}.json"
     commit = sources_commit()
-    results, all_measured = _continued(file, machine, chosen), True
+    results, all_measured = _continued(file, machine), True
     for name, measurement in chosen.items():
         say(name)
         section, measured = _measured_or_why(name, measurement, options, say)
         all_measured &= measured
         section.commit = commit
-        results.sections.append(section)
+        results.put(section)
         write_results(file, results)
         write_pages(parsed.out)
         if not measured:
@@ -91,15 +91,15 @@ def _let_go(device: str) -> None:
         torch.cuda.empty_cache()
 
 
-def _continued(file: Path, machine: dict[str, Any], chosen: dict[str, Measurement]) -> Results:
-    """Nothing yet, but for sections that were measured on the same machine and are not to be measured again."""
+def _continued(file: Path, machine: dict[str, Any]) -> Results:
+    """Nothing yet, but for what was measured on the same machine; each section stands until it is measured again."""
     if not file.is_file():
         return Results(machine)
     found = read_results(file)
     varying = {"copy_bytes_per_second"}
     if any(found.machine.get(fact) != value for fact, value in machine.items() if fact not in varying):
         return Results(machine)
-    return Results(machine, [section for section in found.sections if section.name not in chosen])
+    return Results(machine, found.sections)
 
 
 def choose(kind: str, only: list[str] | None) -> dict[str, Measurement]:

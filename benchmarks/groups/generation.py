@@ -17,7 +17,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from benchmarks.floors import generation_floor
 from benchmarks.gate import UnequalError
+from benchmarks.groups.training import OVER_FLOOR
 from benchmarks.memory import with_peak
 from benchmarks.options import Options
 from benchmarks.peers.peer import OURS, PEFT
@@ -150,7 +152,14 @@ def measure_generation(name: str, generation: Generation, options: Options, say:
     section.rows = [Row.timed(contestant, times[contestant]) for contestant in times]
     section.row(OURS).peak_bytes, section.row(PEFT).peak_bytes = ours_peak, peft_peak
     section.add_ratios(OURS)
+    floor = generation_floor(task, prompts, generation.new_tokens)
+    seconds = section.row(OURS).seconds
+    assert seconds is not None
+    section.measures[OVER_FLOOR] = seconds / floor.seconds
     section.facts = {
+        "floor_seconds": floor.seconds,
+        "floor_flops": floor.flops,
+        "gemm_flops_per_second": floor.gemm_flops_per_second,
         "clients": len(prompts),
         "new_tokens": sum(len(answer.split()) for client in answers for answer in client),
         "prompt_tokens": sum(len(prompt) for client in prompts for prompt in client),

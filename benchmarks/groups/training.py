@@ -13,11 +13,12 @@ import torch
 
 from benchmarks.floors import training_floor
 from benchmarks.gate import check_adapters, check_loss, final_loss
-from benchmarks.memory import with_peak
+from benchmarks.memory import with_peak, with_peak_of
 from benchmarks.options import Options
 from benchmarks.padding import padding_factor
 from benchmarks.peers.ours import Ours
 from benchmarks.peers.peer import OURS, Peer, PeerMissingError, make_peer, runs_here
+from benchmarks.peers.worker import WorkerPeer
 from benchmarks.results import Row, Section
 from benchmarks.timing import interleave
 from benchmarks.workloads import Task, Workload, build
@@ -30,7 +31,7 @@ class _Ready(NamedTuple):
 
     name: str
     peer: Peer
-    peak_bytes: int | None
+    peak_bytes: int
     final_loss: float
 
 
@@ -64,7 +65,7 @@ def measure_training(
     for one in ready:
         row = Row.timed(one.name, times[one.name])
         row.peak_bytes, row.final_loss = one.peak_bytes, one.final_loss
-        if one.peak_bytes is None:
+        if not runs_here(one.name):
             row.processor_seconds = None
         timed.append(row)
         say(f"  {one.name}: {row.seconds:.3f} s")
@@ -121,7 +122,10 @@ def _prepare(
         peer = None
         try:
             peer = make_peer(contestant, task, workload, options)
-            rows_SP, peak_bytes = with_peak(peer.round, options.device)
+            if isinstance(peer, WorkerPeer):
+                rows_SP, peak_bytes = with_peak_of(peer.process_id, peer.round)
+            else:
+                rows_SP, peak_bytes = with_peak(peer.round, options.device)
         except (PeerMissingError, torch.OutOfMemoryError) as error:
             if peer is not None:
                 peer.close()
@@ -130,7 +134,7 @@ def _prepare(
             say(f"  {contestant}: {section.rows[-1].note}")
             continue
         loss = final_loss(task, rows_SP)
-        ready.append(_Ready(contestant, peer, peak_bytes if runs_here(contestant) else None, loss))
+        ready.append(_Ready(contestant, peer, peak_bytes, loss))
         check_loss(contestant, ready[0].final_loss, loss, task.base.dtype)
     section.facts["start_loss"] = final_loss(task, task.start_SP)
     losses = ", ".join(f"{one.final_loss:.5f}" for one in ready)

@@ -28,7 +28,9 @@ def _trainer(workload: str, threads: int) -> PeftSequential:
 
 @app.query()  # type: ignore[untyped-decorator]
 def which(message: Message, context: Context) -> Message:
-    """Tell which client this node is."""
+    """Tell which client this node is; the actor's base model is made on the first of these questions."""
+    config = message.content["config"]
+    _trainer(config["workload"], config["threads"])
     client = int(context.node_config["partition-id"])
     return Message(RecordDict({"client": ConfigRecord({"index": client})}), reply_to=message)
 

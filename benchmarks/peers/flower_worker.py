@@ -15,7 +15,7 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.simulation import run_simulation
 
 from benchmarks.peers.flower_client import app as client_app
-from benchmarks.peers.serving import Order, read_order, serve
+from benchmarks.peers.serving import read_order, serve
 from benchmarks.workloads import build
 
 
@@ -27,8 +27,9 @@ def main() -> None:
 
     @server_app.main()  # type: ignore[untyped-decorator]
     def server(grid: Grid, _context: Context) -> None:
-        nodes = _nodes_by_client(grid, len(start_SP))
-        serve(lambda: _round(grid, nodes, start_SP, order), order.rows_file)
+        config = ConfigRecord({"workload": json.dumps(asdict(order.workload)), "threads": order.threads})
+        nodes = _nodes_by_client(grid, len(start_SP), config)
+        serve(lambda: _round(grid, nodes, start_SP, config), order.rows_file)
 
     run_simulation(
         server_app,
@@ -41,27 +42,24 @@ def main() -> None:
     )
 
 
-def _nodes_by_client(grid: Grid, num_clients: int) -> list[int]:
-    """The node of each client; waits until all are there."""
+def _nodes_by_client(grid: Grid, num_clients: int, config: ConfigRecord) -> list[int]:
+    """The node of each client; waits until all are there and know the base model."""
     while len(list(grid.get_node_ids())) < num_clients:
         time.sleep(0.1)
-    questions = [Message(RecordDict(), message_type=MessageType.QUERY, dst_node_id=n) for n in grid.get_node_ids()]
+    questions = [
+        Message(RecordDict({"config": config}), message_type=MessageType.QUERY, dst_node_id=node)
+        for node in grid.get_node_ids()
+    ]
     nodes = {
         int(reply.content["client"]["index"]): reply.metadata.src_node_id for reply in grid.send_and_receive(questions)
     }
     return [nodes[client] for client in range(num_clients)]
 
 
-def _round(grid: Grid, nodes: list[int], start_SP: np.ndarray, order: Order) -> np.ndarray:
-    workload = json.dumps(asdict(order.workload))
+def _round(grid: Grid, nodes: list[int], start_SP: np.ndarray, config: ConfigRecord) -> np.ndarray:
     messages = []
     for node, start_P in zip(nodes, start_SP, strict=True):
-        content = RecordDict(
-            {
-                "adapter": ArrayRecord({"row": Array(start_P)}),
-                "config": ConfigRecord({"workload": workload, "threads": order.threads}),
-            }
-        )
+        content = RecordDict({"adapter": ArrayRecord({"row": Array(start_P)}), "config": config})
         messages.append(Message(content, message_type=MessageType.TRAIN, dst_node_id=node))
     rows = {}
     for reply in grid.send_and_receive(messages):

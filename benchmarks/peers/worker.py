@@ -53,6 +53,7 @@ class WorkerPeer:
                 stderr=log,
                 text=True,
             )
+        self.process_id = self._process.pid
         self._answer()
 
     def round(self) -> torch.Tensor:

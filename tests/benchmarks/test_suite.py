@@ -163,6 +163,18 @@ def test_what_fails_in_one_section_takes_nothing_from_the_others(
     commits = {section.name: section.commit for section in read_results(tmp_path / "cuda-a-machine.json").sections}
     assert commits == {"train-gpt2-large": "abc1234", "train-1.3b": "abc1234", "mix-memory": "def5678"}
 
+    def cut_off(name: str, *_: object) -> Section:
+        if name == "mix-memory":
+            raise KeyboardInterrupt
+        return Section(name, "Measured anew")
+
+    monkeypatch.setattr(run, "measure", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        run.main([*arguments, "train-gpt2-large", "mix-memory"])
+    titles = {section.name: section.title for section in read_results(tmp_path / "cuda-a-machine.json").sections}
+    assert titles["train-gpt2-large"] == "Measured anew"
+    assert titles["mix-memory"] == "A title", "what was there stands until it is measured again"
+
 
 def test_a_run_into_the_committed_results_brings_the_docs_up_to_date(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -196,6 +208,8 @@ def test_generation_compares_answers_and_counts_tokens() -> None:
     assert section.facts["new_tokens"] == 3 * 2 * 5
     assert section.facts["equal_answers"] == 1.0
     assert section.measures[f"over {PEFT}"] > 0
+    assert section.measures["over floor"] > 0
+    assert "times the floor" in render_section(section)
 
 
 def test_answers_are_compared_one_by_one() -> None:

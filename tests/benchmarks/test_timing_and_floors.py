@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from benchmarks.floors import copy_rate, gemm_rate, training_floor
-from benchmarks.memory import with_peak
+from benchmarks.floors import copy_rate, gemm_rate, generation_floor, training_floor
+from benchmarks.memory import with_peak, with_peak_of
 from benchmarks.timing import Times, interleave
 from benchmarks.workloads import Workload, build
 
@@ -53,6 +56,55 @@ def test_peak_memory_is_what_a_call_adds() -> None:
     result, peak_bytes = with_peak(allocate, "cpu")
     assert result == 40_000_000
     assert 150e6 < peak_bytes < 260e6
+
+
+_TAKES_WHEN_ASKED = """
+import subprocess, sys
+if len(sys.argv) > 1:
+    print("ready", flush=True)
+    sys.stdin.readline()
+    block = b"x" * 100_000_000
+    print("taken", flush=True)
+    sys.stdin.readline()
+else:
+    subprocess.run([sys.executable, __file__, "child"])
+"""
+
+
+def test_memory_of_another_process_is_that_of_its_children_too(tmp_path: Path) -> None:
+    script = tmp_path / "takes.py"
+    script.write_text(_TAKES_WHEN_ASKED, encoding="utf-8")
+    with subprocess.Popen(
+        [sys.executable, str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+
+        def ask() -> str:
+            assert process.stdin is not None
+            assert process.stdout is not None
+            process.stdin.write("\n")
+            process.stdin.flush()
+            return process.stdout.readline()
+
+        answer, peak_bytes = with_peak_of(process.pid, ask)
+        process.stdin.write("\n")
+    assert answer == "taken\n"
+    assert 95e6 < peak_bytes < 130e6
+
+
+def test_the_floor_of_answers_counts_every_token_once() -> None:
+    """By hand: layers for prompts and for all new tokens but the last, the head for all new ones."""
+    task = build(TINY, "cpu")
+    prompts = [[example.tokens[: example.prompt_length] for example in client.train[:2]] for client in task.clients]
+    width, inner, layers, vocabulary, new = 32, 48, 2, 97, 5
+    body = layers * (4 * width * width + 3 * width * inner) + task.layout.num_parameters
+    read = sum(len(prompt) for client in prompts for prompt in client)
+    rows = sum(len(client) for client in prompts)
+    floor = generation_floor(task, prompts, new)
+    assert floor.flops == pytest.approx(2 * body * (read + rows * (new - 1)) + 2 * width * vocabulary * rows * new)
+    assert floor.seconds > 0
 
 
 def test_the_floor_counts_what_nobody_can_leave_out() -> None:
