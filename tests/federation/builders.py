@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from fedmira.federation.method import Info, Method, State
+from fedmira.federation.registry import build_method
 from fedmira.graph_config import GraphConfig
 from fedmira.method_config import (
     CentralisedConfig,
@@ -284,3 +285,36 @@ def same_bytes(one: torch.Tensor, other: torch.Tensor) -> bool:
     if one.shape != other.shape or one.dtype != other.dtype:
         return False
     return torch.equal(one.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8))
+
+
+def build(name: str, of: Clients | None = None) -> Method:
+    """The method of CONFIGS with that name."""
+    of = of or clients()
+    return build_method(CONFIGS[name], of, given(name, len(of.names)))
+
+
+def given(name: str, num_clients: int = 6) -> np.ndarray | None:
+    """What it is handed over."""
+    return handed_over(getattr(getattr(CONFIGS[name], "graph", None), "kind", None), num_clients)
+
+
+def adapters(name: str, num_clients: int = 6, dtype: torch.dtype = torch.float32) -> Arena:
+    """Initial adapters in the layout that it asks for."""
+    return initial(num_clients, dtype, layout_for(CONFIGS[name]))
+
+
+def start(name: str, dtype: torch.dtype = torch.float32) -> tuple[Method, State, Clients]:
+    """It, its state before round 1, and whose."""
+    who, method = clients(), build(name)
+    return method, method.init(adapters(name, dtype=dtype), who), who
+
+
+def bits(state: State) -> list[torch.Tensor]:
+    """All tensors of a state, always in the same order."""
+    return [state.adapters.values_KP, *(state.memory[key] for key in sorted(state.memory))]
+
+
+def equal_bits(one: State, other: State) -> bool:
+    return one.last_round_K == other.last_round_K and all(
+        same_bytes(left, right) for left, right in zip(bits(one), bits(other), strict=True)
+    )
