@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +16,8 @@ from tests.reference.tiny_models import ragged_clients, random_arena, tiny_base,
 from fedmira.config import AdapterConfig, TrainingConfig
 from fedmira.data.tokenization import TokenizedClient
 from fedmira.errors import IntegrityError
-from fedmira.model import low_rank
+from fedmira.model import fused, low_rank
+from fedmira.model.adapted import AdaptedModel
 from fedmira.model.arena import lora_layout
 from fedmira.model.base import BaseModel
 from fedmira.training.cohort import Progress, StopRequested, train
@@ -88,6 +91,62 @@ def test_one_cohort_size_gives_the_same_bits_again(size: int) -> None:
     again_SP, again = Setup(torch.float32).train(setup.job(), size)
     assert torch.equal(rows_SP, again_SP)
     assert reports == again
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("two_threads")
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_halves_of_a_cohort_in_threads_of_their_own_agree_with_one_thread(family: str) -> None:
+    setup = Setup(family=family)
+    torch.set_num_threads(1)
+    whole_SP, whole = setup.train(setup.job(), 8)
+    torch.set_num_threads(2)
+    in_threads = set()
+    forward = fused.hidden
+
+    def seen(*arguments: Any) -> torch.Tensor:
+        in_threads.add(threading.get_ident())
+        return forward(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fused, "hidden", seen)
+        rows_SP, reports = setup.train(setup.job(), 8)
+    assert len(in_threads - {threading.get_ident()}) == 2
+    torch.testing.assert_close(rows_SP, whole_SP, rtol=0, atol=1e-9)
+    assert [report._replace(loss_sum=0) for report in reports] == [report._replace(loss_sum=0) for report in whole]
+    again_SP, again = setup.train(setup.job(), 8)
+    assert torch.equal(again_SP, rows_SP)
+    assert again == reports
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_halves_are_interrupted_and_fail_as_a_whole_does() -> None:
+    setup = Setup(torch.float32)
+    expected_SP, expected = setup.train(setup.job(), 8)
+    left = 3
+
+    def stop() -> bool:
+        nonlocal left
+        left -= 1
+        return left == 0
+
+    with pytest.raises(StopRequested) as caught:
+        setup.train(setup.job(), 8, should_stop=stop)
+    rows_SP, reports = setup.train(setup.job(), 8, progress=caught.value.progress)
+    assert torch.equal(rows_SP, expected_SP)
+    assert reports == expected
+    healthy_SP, _ = setup.train(setup.job(ids=(0, 1, 2, 4, 5, 6, 7)), 8)
+    setup.start_SP[3, 17] = float("nan")
+    rows_SP, reports = setup.train(setup.job(), 8)
+    assert [report.id for report in reports if report.failure] == [3]
+    assert torch.equal(rows_SP, healthy_SP)
 
 
 def test_cohorts_agree_in_float32_within_its_rounding() -> None:
@@ -207,6 +266,7 @@ def test_a_client_that_is_not_finite_is_named_and_touches_nobody(poison: float) 
 def test_on_a_path_that_spreads_trouble_only_the_culprit_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     # a GPU masks products, and 0 * nan is nan: the step is done again with every client apart
     monkeypatch.setattr(low_rank, "_way", lambda branch, rows, x_NI: rows.way or "masked")
+    monkeypatch.setattr(AdaptedModel, "takes_parts", False)
     setup = Setup()
     healthy_ids = tuple(k for k in range(8) if k != 3)
     expected_SP, _ = setup.train(setup.job(ids=healthy_ids), 8)

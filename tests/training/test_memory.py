@@ -53,7 +53,11 @@ def test_the_largest_cohort_that_fits_is_chosen() -> None:
     assert memory.choose_cohort_size(base, layout, clients, TRAINING, 0) == 1
 
 
-def test_on_a_cpu_a_cohort_stops_growing_at_2048_rows() -> None:
+@pytest.mark.parametrize(("threads", "most"), [(1, 2048), (2, 8192)])
+def test_on_a_cpu_a_cohort_stops_growing_at_2048_rows_and_at_8192_where_halves_share_it(
+    threads: int, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     base = tiny_base("llama", torch.float32)
     layout = tiny_layout(base, "llama")
     long = tuple(random_examples(1, seed=k, longest=120)[0] for k in range(40))
@@ -63,7 +67,7 @@ def test_on_a_cpu_a_cohort_stops_growing_at_2048_rows() -> None:
     size = memory.choose_cohort_size(base, layout, clients, training, 2**40)
     rows = len(pack([[example] * 16]).tokens_N)
     assert rows < 16 * (len(example.tokens) - 1), "their prompts are alike"
-    assert size == round(2048 / rows)
+    assert size == round(most / rows)
     assert 1 <= size < 20
 
 

@@ -110,6 +110,11 @@ def pack(
     )
 
 
+def num_rows(examples: Sequence[TokenizedExample]) -> int:
+    """How many rows `pack` makes of one client's examples where their common beginning is there once."""
+    return sum(example.num_inputs for example in examples) - max(0, len(examples) - 1) * common_prefix(examples)
+
+
 def common_prefix(examples: Sequence[TokenizedExample]) -> int:
     """How many rows all examples begin with; none of them supervised, and each example keeps a row of its own."""
     if len(examples) < 2:

@@ -10,7 +10,6 @@ Axes: M rows of the matrix and of the result, K rows of the values, P columns, E
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import NamedTuple, TypeVar
 
@@ -18,6 +17,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch.nn import functional
+
+from fedmira.side_by_side import side_by_side
 
 Result = TypeVar("Result")
 
@@ -142,15 +143,7 @@ def over_tiles(work: Callable[[slice], Result], values_KP: torch.Tensor) -> list
     elements = _TILE_ELEMENTS if on_cpu else _DEVICE_TILE_ELEMENTS
     width = max(_LEAST_TILE, elements // max(1, num_clients) // _COLUMN_STEP * _COLUMN_STEP)
     tiles = [slice(start, min(start + width, num_columns)) for start in range(0, num_columns, width)]
-    threads = torch.get_num_threads()
-    if min(threads, len(tiles)) <= 1 or not on_cpu:
-        return [work(tile) for tile in tiles]
-    try:
-        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            return list(pool.map(work, tiles))
-    finally:
-        # what one thread sets holds for all
-        torch.set_num_threads(threads)
+    return side_by_side([partial(work, tile) for tile in tiles], torch.get_num_threads() if on_cpu else 1)
 
 
 def _multiply_dense(matrix_MK: npt.NDArray[np.float64], values_KP: torch.Tensor, out_MP: torch.Tensor) -> None:

@@ -74,6 +74,13 @@ class AdaptedModel:
         if self._weights is not None:
             self._weights.__exit__(kind, error, trace)
 
+    @property
+    def takes_parts(self) -> bool:
+        """Whether batches of different clients may be computed at the same time, on a CPU and without dropout: nothing
+        is written then but the gradients of the clients that have rows."""
+        alone = self._adapters is not None and self._prompts is None and self._computed is self.arena
+        return alone and self._base.device.type == "cpu"
+
     def hidden(self, batch: PackedBatch, dropout: Dropout | None = None, *, isolate: bool = False) -> torch.Tensor:
         """Final hidden states of the supervised rows of a batch, (M, d).
 

@@ -145,16 +145,19 @@ def _stack(at: str, parent: Any, names: Sequence[str]) -> Stack:
 
 def _rotation(body: Any) -> Callable[[int], tuple[torch.Tensor, torch.Tensor]]:
     """Cosines and sines of the first positions, kept from call to call."""
-    tables: list[torch.Tensor] = []
+    kept: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def rotate(length: int) -> tuple[torch.Tensor, torch.Tensor]:
-        if not tables or len(tables[0]) < length:
+        tables = kept[0] if kept else None
+        if tables is None or len(tables[0]) < length:
             weight = body.embed_tokens.weight
             like = weight.new_empty(0, dtype=state_dtype(weight))
             with torch.no_grad():
                 both = body.rotary_emb(like, torch.arange(length, device=like.device)[None])
             # both halves of a head's features turn by the same angles
-            tables[:] = [table[0, :, None, : table.shape[-1] // 2].contiguous() for table in both]
-        return tables[0], tables[1]
+            cosine, sine = (table[0, :, None, : table.shape[-1] // 2].contiguous() for table in both)
+            # at once, as several threads may ask
+            kept[:] = [tables := (cosine, sine)]
+        return tables
 
     return rotate

@@ -7,9 +7,9 @@ For the rows x of client k and a layer j whose outputs are the columns [start, s
 y[:, start:stop] += scaling * B_kj (A_kj x). Layers that share an input lie in one branch: their A are one matrix.
 
 There are three ways to the same numbers. `segments` multiplies one client after the other: best on a CPU, and the only
-way on which a client that is not finite reaches nobody else. `masked` multiplies the rows of all clients with the pairs
-of all and masks what does not belong together: few calls, for a GPU and few clients. `grouped` lets one kernel do it
-client by client: for a GPU and many clients.
+way on which a client that is not finite reaches nobody else and nothing is written for one without rows. `masked`
+multiplies the rows of all clients with the pairs of all and masks what does not belong together: few calls, for a GPU
+and few clients. `grouped` lets one kernel do it client by client: for a GPU and many clients.
 
 On the way of `segments` what has as few columns as an adapter has ranks is kept as rows: such matrices are multiplied
 at two to four times the rate.
@@ -175,12 +175,10 @@ def _segments_backward_(
     grad_low_RN = torch.empty_like(low_RN) if needs_low else None
     for target in branch.targets:
         if target.grad_b_COr is not None:
-            products_CrO = low_RN.new_zeros(target.b_COr.transpose(1, 2).shape)
+            grad_b = target.grad_b_COr.unbind()
             for client, start, stop in rows.parts:
-                torch.mm(
-                    low_RN[target.ranks, start:stop], grad_NO[start:stop, target.columns], out=products_CrO[client]
-                )
-            target.grad_b_COr.add_(products_CrO.transpose(1, 2), alpha=branch.scaling)
+                product_rO = low_RN[target.ranks, start:stop] @ grad_NO[start:stop, target.columns]
+                grad_b[client].add_(product_rO.T, alpha=branch.scaling)
         if grad_low_RN is not None:
             b = target.b_COr.unbind()
             for client, start, stop in rows.parts:

@@ -12,18 +12,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
 
 from fedmira.config import TrainingConfig
-from fedmira.data.packing import PackedBatch, batches_in_round, pack
+from fedmira.data.packing import PackedBatch, batches_in_round, num_rows, pack
 from fedmira.data.tokenization import TokenizedClient, TokenizedExample
 from fedmira.model.adapted import AdaptedModel
+from fedmira.model.arena import adaptable_layers
 from fedmira.model.base import BaseModel
 from fedmira.model.lora import Dropout
 from fedmira.model.shift import shifted
 from fedmira.randomness import torch_generator
+from fedmira.side_by_side import halves, side_by_side
 from fedmira.stages import stage
 from fedmira.training import progress as progress_
 from fedmira.training.continuity import Continuity, Place
@@ -62,6 +65,8 @@ class _Work(NamedTuple):
     dropout: float
     continuity: Continuity | None
     """What optimizers remember from round to round; None if they begin afresh."""
+    head_share: float
+    """How many rows of the body take as many operations as one supervised row of the head."""
 
 
 def train(
@@ -209,8 +214,11 @@ def _prepare(
         trainable_P = trainable_P.to(base.device)
     if not training.keep_moments:
         continuity = None
+    head = base.model.get_output_embeddings().weight.numel()
+    head_share = head / sum(inputs * outputs for inputs, outputs in adaptable_layers(base).values())
     return _Work(
-        base, layout, job, participants, batches, training, trainable_P, total_rounds, seed, dropout, continuity
+        *(base, layout, job, participants, batches, training, trainable_P, total_rounds, seed, dropout, continuity),
+        head_share,
     )
 
 
@@ -246,14 +254,12 @@ def _step(work: _Work, cohort: Cohort, adapted: AdaptedModel) -> None:
     """One update of every active client of the cohort, in place."""
     while active := _active(work, cohort):
         with stage("data"):
-            examples = [_examples(work, cohort, row) if row in active else [] for row in range(len(cohort.tallies))]
-            # a mask of what examples share would be shared too
-            batch = pack(examples, not work.dropout, virtual_tokens=work.layout.num_virtual_tokens)
-        losses, norms = _try_step(work, cohort, adapted, batch)
+            parts = _packed(work, cohort, adapted, active)
+        losses, norms = _try_step(work, cohort, adapted, parts)
         failed = _not_finite(active, losses, norms)
         if failed:
             # a fast path may have carried one client's trouble to others
-            losses, norms = _try_step(work, cohort, adapted, batch, isolate=True)
+            losses, norms = _try_step(work, cohort, adapted, parts, isolate=True)
             failed = _not_finite(active, losses, norms)
         for row in failed:
             what = "loss" if not math.isfinite(losses[row]) else "gradient norm"
@@ -265,17 +271,40 @@ def _step(work: _Work, cohort: Cohort, adapted: AdaptedModel) -> None:
                 tally = cohort.tallies[row]
                 tally.num_steps += 1
                 tally.loss_sum += losses[row]
-                tally.num_supervised_tokens += batch.supervised_per_client[row]
-                tally.num_tokens += batch.tokens_per_client[row]
+                tally.num_supervised_tokens += sum(batch.supervised_per_client[row] for batch in parts)
+                tally.num_tokens += sum(batch.tokens_per_client[row] for batch in parts)
             break
     cohort.step += 1
 
 
+def _packed(work: _Work, cohort: Cohort, adapted: AdaptedModel, active: Sequence[int]) -> list[PackedBatch]:
+    """The examples of this step, each client's in one batch: all in one, or two batches that take about as long."""
+    examples = [_examples(work, cohort, row) if row in active else [] for row in range(len(cohort.tallies))]
+    parts: Sequence[Sequence[int]] = (active,)
+    if adapted.takes_parts and not work.dropout and work.job.seeds is None and torch.get_num_threads() > 1:
+        parts = halves([_cost(work, of_row) for of_row in examples])
+    return [
+        pack(
+            [of_row if row in part else [] for row, of_row in enumerate(examples)],
+            # a mask of what examples share would be shared too
+            not work.dropout,
+            virtual_tokens=work.layout.num_virtual_tokens,
+        )
+        for part in parts
+        if any(examples[row] for row in part)
+    ]
+
+
+def _cost(work: _Work, examples: Sequence[TokenizedExample]) -> float:
+    """What a pass over one client's batch takes, in rows of the body."""
+    return num_rows(examples) + work.head_share * sum(example.num_supervised for example in examples)
+
+
 def _try_step(
-    work: _Work, cohort: Cohort, adapted: AdaptedModel, batch: PackedBatch, *, isolate: bool = False
+    work: _Work, cohort: Cohort, adapted: AdaptedModel, parts: Sequence[PackedBatch], *, isolate: bool = False
 ) -> tuple[list[float], list[float]]:
     """Fill `cohort.gradient_CP`; per client the loss sum in nats and the norm of its gradient."""
-    losses_C = _gradients(work, cohort, adapted, batch, isolate)
+    losses_C = _gradients(work, cohort, adapted, parts, isolate)
     with stage("optimizer"):
         norm_C = torch.linalg.vector_norm(cohort.gradient_CP, dim=1)
         # the only wait for a result; on a GPU the small tables that a step moves there wait as well
@@ -292,18 +321,26 @@ def _examples(work: _Work, cohort: Cohort, row: int) -> list[TokenizedExample]:
     return [work.participants[participant].train[i] for i in work.batches[participant][cohort.step]]
 
 
-def _gradients(work: _Work, cohort: Cohort, adapted: AdaptedModel, batch: PackedBatch, isolate: bool) -> torch.Tensor:
+def _gradients(
+    work: _Work, cohort: Cohort, adapted: AdaptedModel, parts: Sequence[PackedBatch], isolate: bool
+) -> torch.Tensor:
     """Fill `cohort.gradient_CP` with the gradients of every client's mean loss and pull; the loss sums (C,) in nats."""
     cohort.gradient_CP.zero_()
     if work.job.seeds is not None:
-        return _estimated_gradients(work, cohort, adapted, batch, isolate, work.job.seeds)
-    with torch.enable_grad():
-        with stage("forward"):
-            hidden_Md = adapted.hidden(batch, _dropout(work, cohort), isolate=isolate)
-            losses_M = token_losses(work.base, hidden_Md, batch.labels_M)
-            loss = sum_of_client_means(losses_M, batch.supervised_per_client)
-        with stage("backward"):
+        return _estimated_gradients(work, cohort, adapted, parts[0], isolate, work.job.seeds)
+    dropout = _dropout(work, cohort)
+
+    def pass_through(batch: PackedBatch) -> torch.Tensor:
+        with torch.enable_grad():
+            with stage("forward"):
+                hidden_Md = adapted.hidden(batch, dropout, isolate=isolate)
+                losses_M = token_losses(work.base, hidden_Md, batch.labels_M)
+                loss = sum_of_client_means(losses_M, batch.supervised_per_client)
             loss.backward()  # type: ignore[no-untyped-call]
+        return sums_per_client(losses_M, batch.supervised_per_client)
+
+    with stage("backward"):
+        losses_C = torch.stack(side_by_side([partial(pass_through, batch) for batch in parts], len(parts))).sum(0)
     pull = work.job.pull
     if pull is not None:
         target_CP = pull.target_SP[cohort.first : cohort.first + len(cohort.tallies)]
@@ -313,7 +350,7 @@ def _gradients(work: _Work, cohort: Cohort, adapted: AdaptedModel, batch: Packed
         for gradient_P, value_P, target_P, strength in rows:
             if strength:
                 gradient_P += pull_gradient(value_P, target_P.to(value_P), strength, work.trainable_P)
-    return sums_per_client(losses_M, batch.supervised_per_client)
+    return losses_C
 
 
 def _estimated_gradients(

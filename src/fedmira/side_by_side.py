@@ -1,0 +1,88 @@
+"""Calls that run at the same time in threads of one process, on a CPU; each has its part of PyTorch's threads.
+
+PyTorch lets go of the interpreter while an operation computes. Where operations are small, threads that share each of
+them wait for one another longer than they compute; threads with work of their own do not.
+
+Threads are kept from call to call, with what PyTorch remembers in each. Knows nothing about what is called.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextvars import copy_context
+from threading import Barrier
+from typing import TypeVar
+
+import torch
+
+Result = TypeVar("Result")
+_POOLS: dict[tuple[int, int], ThreadPoolExecutor] = {}
+"""By how many calls run at once and how many threads each has."""
+
+
+def side_by_side(calls: Sequence[Callable[[], Result]], at_once: int) -> list[Result]:
+    """Return what the calls return, in their order; one after the other where PyTorch has one thread.
+
+    The first call sees the caller's context variables (what counts time is one), the others see none.
+
+    Args:
+        calls: must not write to the same memory, nor depend on each other.
+        at_once: how many run at a time; each has that part of `torch.get_num_threads()`, at least one.
+
+    Raises:
+        Exception: what the first of the calls that failed raised, after all that had begun have ended.
+    """
+    threads = torch.get_num_threads()
+    if min(threads, at_once, len(calls)) <= 1:
+        return [call() for call in calls]
+    pool = _pool(at_once, max(1, threads // at_once))
+    first, *others = calls
+    futures = [pool.submit(copy_context().run, first), *(pool.submit(call) for call in others)]
+    try:
+        return [future.result() for future in futures]
+    finally:
+        for future in futures:
+            future.cancel()
+        wait(futures)
+
+
+def halves(costs: Sequence[float]) -> tuple[list[int], list[int]]:
+    """Return the places of the costs in two parts of about the same sum, each in ascending order.
+
+    The dearest goes first, each to the part that has less so far (Graham, SIAM Journal on Applied Mathematics, 1969).
+
+    >>> halves([3.0, 9.0, 4.0, 2.0])
+    ([1], [0, 2, 3])
+    """
+    parts: tuple[list[int], list[int]] = ([], [])
+    sums = [0.0, 0.0]
+    for place in sorted(range(len(costs)), key=lambda place: (-costs[place], place)):
+        lighter = int(sums[1] < sums[0])
+        parts[lighter].append(place)
+        sums[lighter] += costs[place]
+    return sorted(parts[0]), sorted(parts[1])
+
+
+def _pool(at_once: int, threads: int) -> ThreadPoolExecutor:
+    pool = _POOLS.get((at_once, threads))
+    if pool is None:
+        before, all_there = torch.get_num_threads(), Barrier(at_once)
+        pool = ThreadPoolExecutor(at_once, "side-by-side", _begin, (threads,))
+        wait([pool.submit(all_there.wait) for _ in range(at_once)])
+        # what one thread sets holds for those that begin later
+        torch.set_num_threads(before)
+        _POOLS[at_once, threads] = pool
+    return pool
+
+
+def _begin(threads: int) -> None:
+    torch.set_num_threads(threads)
+    # the first question in a thread brings it to what was set last, by whichever thread; later ones do not
+    torch.get_num_threads()
+
+
+if hasattr(os, "register_at_fork"):
+    # threads stay behind in the parent
+    os.register_at_fork(after_in_child=_POOLS.clear)
