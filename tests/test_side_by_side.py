@@ -11,7 +11,7 @@ from functools import partial
 import pytest
 import torch
 
-from fedmira.side_by_side import halves, side_by_side
+from fedmira.side_by_side import portions, side_by_side
 
 WATCH: ContextVar[str] = ContextVar("watch", default="nobody")
 
@@ -86,8 +86,9 @@ def test_a_forked_process_begins_threads_of_its_own() -> None:
     assert os.waitpid(child, 0)[1] == 0
 
 
-def test_halves_are_as_equal_as_the_dearest_first_makes_them() -> None:
-    assert halves([5.0, 1.0, 4.0, 2.0]) == ([0, 1], [2, 3])
-    assert halves([1.0]) == ([0], [])
-    assert halves([]) == ([], [])
-    assert halves([2.0, 2.0, 2.0, 2.0]) == ([0, 2], [1, 3]), "ties go by place"
+def test_portions_are_as_equal_as_the_dearest_first_makes_them() -> None:
+    assert portions([5.0, 1.0, 4.0, 2.0], 2) == [[0, 1], [2, 3]]
+    assert portions([1.0, 4.0, 2.0], 3) == [[1], [2], [0]]
+    assert portions([1.0], 4) == [[0]]
+    assert portions([], 2) == []
+    assert portions([2.0, 2.0, 2.0, 2.0], 2) == [[0, 2], [1, 3]], "ties go by place"

@@ -48,21 +48,23 @@ def side_by_side(calls: Sequence[Callable[[], Result]], at_once: int) -> list[Re
         wait(futures)
 
 
-def halves(costs: Sequence[float]) -> tuple[list[int], list[int]]:
-    """Return the places of the costs in two parts of about the same sum, each in ascending order.
+def portions(costs: Sequence[float], count: int) -> list[list[int]]:
+    """Return the places of the costs in at most `count` portions of about the same sum, the dearest portion first.
 
-    The dearest goes first, each to the part that has less so far (Graham, SIAM Journal on Applied Mathematics, 1969).
+    The dearest goes first, each to the portion that has least so far (Graham, SIAM Journal on Applied Mathematics,
+    1969).
 
-    >>> halves([3.0, 9.0, 4.0, 2.0])
-    ([1], [0, 2, 3])
+    >>> portions([3.0, 9.0, 4.0, 2.0], 2)
+    [[1], [0, 2, 3]]
     """
-    parts: tuple[list[int], list[int]] = ([], [])
-    sums = [0.0, 0.0]
+    places: list[list[int]] = [[] for _ in range(count)]
+    sums = [0.0] * count
     for place in sorted(range(len(costs)), key=lambda place: (-costs[place], place)):
-        lighter = int(sums[1] < sums[0])
-        parts[lighter].append(place)
-        sums[lighter] += costs[place]
-    return sorted(parts[0]), sorted(parts[1])
+        least = sums.index(min(sums))
+        places[least].append(place)
+        sums[least] += costs[place]
+    order = sorted(range(count), key=lambda portion: -sums[portion])
+    return [sorted(places[portion]) for portion in order if places[portion]]
 
 
 def _pool(at_once: int, threads: int) -> ThreadPoolExecutor:

@@ -26,10 +26,11 @@ from fedmira.model.base import BaseModel
 from fedmira.model.lora import Dropout
 from fedmira.model.shift import shifted
 from fedmira.randomness import torch_generator
-from fedmira.side_by_side import halves, side_by_side
+from fedmira.side_by_side import portions, side_by_side
 from fedmira.stages import stage
 from fedmira.training import progress as progress_
 from fedmira.training.continuity import Continuity, Place
+from fedmira.training.memory import AT_ONCE, num_parts
 from fedmira.training.objective import pull_gradient, sum_of_client_means, sums_per_client, token_losses
 from fedmira.training.optimizers import clip_factor, fresh_moments, schedule_factor, update_
 from fedmira.training.progress import Cohort, Progress, Standing, StopRequested, Tally
@@ -278,11 +279,15 @@ def _step(work: _Work, cohort: Cohort, adapted: AdaptedModel) -> None:
 
 
 def _packed(work: _Work, cohort: Cohort, adapted: AdaptedModel, active: Sequence[int]) -> list[PackedBatch]:
-    """The examples of this step, each client's in one batch: all in one, or two batches that take about as long."""
+    """The examples of this step, each client's in one batch: all in one, or in several of which two are computed at a
+    time."""
     examples = [_examples(work, cohort, row) if row in active else [] for row in range(len(cohort.tallies))]
     parts: Sequence[Sequence[int]] = (active,)
     if adapted.takes_parts and not work.dropout and work.job.seeds is None and torch.get_num_threads() > 1:
-        parts = halves([_cost(work, of_row) for of_row in examples])
+        rows = [num_rows(of_row) for of_row in examples]
+        supervised = [sum(example.num_supervised for example in of_row) for of_row in examples]
+        costs = [own + work.head_share * asked for own, asked in zip(rows, supervised, strict=True)]
+        parts = portions(costs, num_parts(sum(rows)))
     return [
         pack(
             [of_row if row in part else [] for row, of_row in enumerate(examples)],
@@ -293,11 +298,6 @@ def _packed(work: _Work, cohort: Cohort, adapted: AdaptedModel, active: Sequence
         for part in parts
         if any(examples[row] for row in part)
     ]
-
-
-def _cost(work: _Work, examples: Sequence[TokenizedExample]) -> float:
-    """What a pass over one client's batch takes, in rows of the body."""
-    return num_rows(examples) + work.head_share * sum(example.num_supervised for example in examples)
 
 
 def _try_step(
@@ -340,7 +340,7 @@ def _gradients(
         return sums_per_client(losses_M, batch.supervised_per_client)
 
     with stage("backward"):
-        losses_C = torch.stack(side_by_side([partial(pass_through, batch) for batch in parts], len(parts))).sum(0)
+        losses_C = torch.stack(side_by_side([partial(pass_through, batch) for batch in parts], AT_ONCE)).sum(0)
     pull = work.job.pull
     if pull is not None:
         target_CP = pull.target_SP[cohort.first : cohort.first + len(cohort.tallies)]

@@ -23,6 +23,7 @@ from fedmira.model.adapted import AdaptedModel
 from fedmira.model.base import BaseModel
 from fedmira.model.full import is_full
 from fedmira.model.lora import Dropout
+from fedmira.side_by_side import portions
 from fedmira.training.optimizers import num_moments
 from fedmira.types import Arena, Layout
 
@@ -30,9 +31,11 @@ _HEADROOM = 1.3
 """Saved activations are not all: backward holds gradients of activations and workspaces beside them."""
 _USABLE = 0.8
 """Share of the free memory that a cohort may take."""
-_CPU_ROWS, _CPU_ROWS_OF_HALVES = 2048, 8192
-"""On one thread of a CPU, a step of this many packed rows runs at full speed: a larger one would only leave the cache.
-On more, clients are computed in two halves, which take the same time only where they are several clients each."""
+_CPU_ROWS, _CPU_ROWS_IN_PARTS = 2048, 16384
+"""On a CPU this many packed rows are computed at full speed by one thread: more would only leave the cache. Several
+threads compute a step in parts, and parts are alike where there are many clients to make them of."""
+AT_ONCE = 2
+"""Parts of a step that are computed at the same time on several threads of a CPU."""
 _PROBE_TOKENS = 256
 _SERVER_ARENAS = 6
 """Adapters of all clients that lie on the device while some train: `mira` holds most, 5.5 to 6.2 of them (its state,
@@ -118,7 +121,7 @@ def estimate(
     """
     per_token = activation_bytes_per_token(base, layout) if token_bytes is None else token_bytes
     heaviest = sorted((_largest_batch(client, training.batch_size) for client in clients), reverse=True)[:cohort_size]
-    tokens = sum(batch_tokens + layout.num_virtual_tokens for batch_tokens, _ in heaviest)
+    tokens = _at_once(base, layout, [batch_tokens + layout.num_virtual_tokens for batch_tokens, _ in heaviest])
     supervised = sum(batch_supervised for _, batch_supervised in heaviest)
     element_bytes = base.adapter_dtype.itemsize
     base_bytes = sum(p.numel() * p.element_size() for p in base.model.parameters())
@@ -128,6 +131,20 @@ def estimate(
         clients_bytes=cohort_size * bytes_per_client(layout, training, element_bytes),
         activation_bytes=math.ceil(_HEADROOM * tokens * per_token) + supervised * head_bytes_per_row(base),
     )
+
+
+def num_parts(rows: int) -> int:
+    """In how many parts a step of that many packed rows is computed on several threads of a CPU."""
+    return AT_ONCE * max(1, math.ceil(rows / (AT_ONCE * _CPU_ROWS)))
+
+
+def _at_once(base: BaseModel, layout: Layout, tokens: Sequence[int]) -> int:
+    """How many of the tokens of a cohort's batches are in memory at a time."""
+    in_parts = base.device.type == "cpu" and base.body is not None and not layout.num_virtual_tokens
+    if not in_parts or is_full(layout) or torch.get_num_threads() == 1:
+        return sum(tokens)
+    parts = portions(tokens, num_parts(sum(tokens)))
+    return sum(tokens[place] for part in parts[:AT_ONCE] for place in part)
 
 
 def head_bytes_per_row(base: BaseModel) -> int:
@@ -145,7 +162,7 @@ def choose_cohort_size(
     dropout: float = 0.0,
 ) -> int:
     """The largest cohort that fits `available_bytes` beside what the server holds; on a CPU no more than make 2048
-    rows, on several threads 8192. At least 1.
+    rows, on several threads 16384. At least 1.
 
     Clients with weights of their own are trained one at a time.
     """
@@ -163,7 +180,7 @@ def choose_cohort_size(
     if base.device.type == "cpu":
         mean_rows = sum(_mean_batch_rows(client, training.batch_size) for client in clients) / len(clients)
         mean_rows += layout.num_virtual_tokens
-        rows = _CPU_ROWS_OF_HALVES if torch.get_num_threads() > 1 else _CPU_ROWS
+        rows = _CPU_ROWS_IN_PARTS if torch.get_num_threads() > 1 else _CPU_ROWS
         most = max(1, min(most, round(rows / mean_rows)))
     # estimates grow with the size, so the largest that fits can be bisected
     low, high = 1, most
