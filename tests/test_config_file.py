@@ -148,6 +148,8 @@ def test_true_is_a_kind_of_graph() -> None:
 def test_true_is_not_the_number_one() -> None:
     with pytest.raises(ConfigError, match=r"federation\.rounds: given true; allowed: a whole number, at least 1"):
         parse_config("federation: {rounds: true}")
+    with pytest.raises(ConfigError, match=r"examples_per_client: given \[true, 8\]; allowed: a whole number"):
+        parse_config("data: {source: planted, partition: {by: field, examples_per_client: [true, 8]}}")
 
 
 # ------------------------------------------------------------------------------------------------------- and back again

@@ -86,6 +86,11 @@ def test_judging_that_takes_longer_than_training_is_told_with_what_to_set() -> N
         ({"method": {"name": "fedlease", "warmup_rounds": 4}}, None),
         ({"method": {"name": "fedit_finetuned", "local_rounds": 4}}, "method.local_rounds = 4 and"),
         ({"method": {"name": "fedit_finetuned", "local_rounds": 3}}, None),
+        ({"method": {"name": "fedit_finetuned"}}, None),
+        (
+            {"method": {"name": "fedit_finetuned"}, "federation": {"rounds": 2}},
+            "no round is left for local fine-tuning",
+        ),
         ({"training": {"warmup_rounds": 4}}, "training.warmup_rounds = 4 and federation"),
         ({"training": {"warmup_rounds": 3.5}}, None),
     ],

@@ -146,7 +146,7 @@ class PartitionConfig(Section):
     examples_per_client: PositiveInt | tuple[PositiveInt, ...] | None = None
     """At most this many examples (train, validation and test together) per client; the rest is left out and counted. A
     list such as `[64, 32, 16]` makes clients of unequal size: they take its numbers in turn, in the order of `fedmira
-    data`."""
+    data`; who joins a run comes after all who are there."""
     validation: Share = 0.15
     """Share of a client's examples held out for choosing settings."""
     test: Share = 0.25

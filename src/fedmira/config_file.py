@@ -269,7 +269,8 @@ def _check_values(checked: dict[str, Any], mistakes: Mistakes) -> RunConfig | No
 def _settle_booleans(
     section: dict[str, Any], model: type[BaseModel], path: tuple[str, ...], mistakes: Mistakes
 ) -> None:
-    """Take `true` for the word where it is one (`graph.kind: true`); refuse it for a number, as pydantic does not."""
+    """Take `true` for the word where it is one (`graph.kind: true`); refuse it for a number, as pydantic does not, also
+    in a list."""
     for key, value in list(section.items()):
         here = (*path, key)
         inner = SCHEMA.section(model, key)
@@ -284,6 +285,9 @@ def _settle_booleans(
             elif "true or false" not in (allowed := allowed_values(field)):
                 mistakes.add(here, f"given {given(value)}; allowed: {allowed}")
                 del section[key]
+        elif isinstance(value, list) and any(isinstance(one, bool) for one in value):
+            mistakes.add(here, f"given {given(value)}; allowed: {allowed_values(model.model_fields[key])}")
+            del section[key]
 
 
 def _note_detail(checked: dict[str, Any], detail: dict[str, Any], mistakes: Mistakes) -> None:

@@ -16,6 +16,7 @@ import torch
 
 from fedmira.assembly import Assembly, assemble
 from fedmira.config import RunConfig
+from fedmira.data.packing import batches_in_round, steps_of_row
 from fedmira.evaluation.costs import highest_memory_bytes, memory_bytes
 from fedmira.exchange.in_process import examples_asked, trial_bytes
 from fedmira.exchange.privacy import advice
@@ -119,7 +120,8 @@ def dry_run(config: RunConfig) -> Estimate:
         told = (*told, line)
     step = try_training(parts, job, planned)
     # a client may hold several rows, each trained for a share of the steps
-    effort = job.work * len(job.ids) / len(participants.ids)
+    whole = {id_: len(batches_in_round(parts.tokenized[id_], config.training, config.seed, 1)) for id_ in job.ids}
+    effort = sum(steps_of_row(whole[id_], job.work) for id_ in job.ids) / sum(whole[id_] for id_ in participants.ids)
     client_steps = effort * sum(len(one.ids) for one in planned.steps) / (planned.share * rounds)
     upload_bytes, download_bytes = planned_bytes(config.exchange, parts.layout, job, round(client_steps))
     del job

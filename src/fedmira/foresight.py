@@ -72,10 +72,12 @@ def _phase_lines(config: RunConfig) -> list[str]:
     rounds, warming, alone = config.federation.rounds, config.training.warmup_rounds, "as with local_only"
     clustered = getattr(config.method, "warmup_rounds", 0)
     local = getattr(config.method, "local_rounds", None) or 0
+    no_quarter = getattr(config.method, "local_rounds", 0) is None and round(rounds / 4) == 0
     found = (
         (warming >= rounds, f"training.warmup_rounds = {warming:g}", "training.learning_rate is never reached"),
         (clustered > rounds, f"method.warmup_rounds = {clustered}", f"clients train alone, {alone}"),
         (local >= rounds, f"method.local_rounds = {local}", f"nothing is averaged, {alone}"),
+        (no_quarter, "method.local_rounds = null", "no round is left for local fine-tuning, as with fedit"),
     )
     return [f"{key} and federation.rounds = {rounds}: {what}" for holds, key, what in found if holds]
 

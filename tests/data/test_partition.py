@@ -158,6 +158,15 @@ def test_clients_take_caps_in_turn_also_where_later_ones_join() -> None:
     assert [(c.name, len(held(c))) for c in after.clients[4:]] == [("a-0", 12), ("a-1", 6)]
 
 
+@pytest.mark.parametrize("options", [{"clients_per_task": 3}, {"by": "iid", "num_clients": 3}])
+def test_caps_that_fit_together_are_reached_in_any_order(options: dict[str, Any]) -> None:
+    for caps in ((16, 8, 4), (4, 8, 16), (8, 16, 4)):
+        for count, sizes in ((28, caps), (40, caps)):
+            federation = build([example(i, "t") for i in range(count)], examples_per_client=caps, **options)
+            assert tuple(len(held(c)) for c in federation.clients) == sizes
+            assert federation.provenance["partition"]["examples_left_out"] == count - 28
+
+
 def test_a_cap_cuts_a_large_group_of_duplicates() -> None:
     examples = [example(i, prompt="the same") for i in range(50)] + [example(i) for i in range(20)]
     federation = build(examples, examples_per_client=20)
@@ -252,7 +261,7 @@ def test_more_clients_than_texts_names_the_empty_one() -> None:
 def test_a_cap_that_is_too_small_is_named() -> None:
     with pytest.raises(DataError, match=r"examples_per_client allows it 2 examples"):
         build((example(i) for i in range(10)), examples_per_client=2)
-    with pytest.raises(DataError, match=r"examples_per_client allows it 9 or 2 examples"):
+    with pytest.raises(DataError, match=r"client 't-1'.*examples_per_client allows it 2 examples"):
         build((example(i) for i in range(20)), clients_per_task=2, examples_per_client=(9, 2))
     with pytest.raises(ValueError, match=r"examples_per_client is an empty list; give it a number for each size"):
         PartitionConfig(examples_per_client=())

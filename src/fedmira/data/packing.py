@@ -12,6 +12,7 @@ Axes: N rows (input tokens of all sequences), M supervised rows, C clients of th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -126,6 +127,17 @@ def common_prefix(examples: Sequence[TokenizedExample]) -> int:
         if differs.any():
             length = int(differs.argmax())
     return length if length >= _SHORTEST_PREFIX else 0
+
+
+def steps_of_row(steps: int, work: float) -> int:
+    """How many of a client's steps a row takes that is trained for this share of them, at least one.
+
+    Halves go up: two rows that share the work of one never get less than it, and of few steps more.
+
+    >>> [steps_of_row(steps, 0.5) for steps in (1, 2, 3, 10)]
+    [1, 1, 2, 5]
+    """
+    return max(1, math.floor(work * steps + 0.5))
 
 
 def batches_in_round(

@@ -32,7 +32,7 @@ class _Place(NamedTuple):
     name: str
     pool: _Pool
     num_sharers: int
-    """How many clients share what is left in the pool then, this one among them."""
+    """How many clients share what is left in the pool then: this one and those that follow it."""
     pick: Callable[[Sequence[str]], str]
     """Chooses one of the labels that are left."""
 
@@ -83,10 +83,17 @@ def partition(source: Source, config: PartitionConfig, seed: int, known: Sequenc
     position = {name: number for number, name in enumerate(known)}
     order = sorted((place.name for place in places), key=lambda name: position.get(name, len(position)))
     caps = dict(zip(order, config.caps(len(order)), strict=True))
-    dealt = {place.name: _deal(place, caps[place.name], config) for place in places}
+    dealt = {}
+    for number, place in enumerate(places):
+        later = [caps[other.name] for other in places[number + 1 : number + place.num_sharers]]
+        dealt[place.name] = _deal(place, caps[place.name], later, config)
     holdings = [_Holding(name, dealt[name]) for name in order]
     placed = dict(source.splits)
-    clients = tuple(_client(holding, config, seed, placed) for holding in holdings)
+    clients = tuple(
+        # messages name the client's own cap
+        _client(holding, config.model_copy(update={"examples_per_client": caps[holding.name]}), seed, placed)
+        for holding in holdings
+    )
     num_held = sum(len(client.train) + len(client.validation) + len(client.test) for client in clients)
     provenance = {
         **source.provenance,
@@ -263,15 +270,16 @@ def _first(labels: Sequence[str]) -> str:
     return labels[0]
 
 
-def _deal(place: _Place, cap: int | None, config: PartitionConfig) -> list[Group]:
-    """Deal a client its groups: an equal part of the examples that are left, at most the cap.
+def _deal(place: _Place, cap: int | None, later: Sequence[int | None], config: PartitionConfig) -> list[Group]:
+    """Deal a client its groups: an equal part of the examples that are left, at most the cap; or more of them, up to
+    the cap, which the `later` ones are not allowed.
 
     Every client gets as many groups as there are splits to fill, while there are enough. With a cap, a group that
     is too large is cut; the rest of it is left out, as no other client may hold the same text.
     """
     pool, size = place.pool, -(-place.pool.num_examples // place.num_sharers)
     if cap is not None:
-        size = min(size, cap)
+        size = min(cap, max(size, pool.num_examples - sum(other or 0 for other in later)))
     fewest = len(needed_splits(config))
     reserved = fewest * (place.num_sharers - 1)
     dealt: list[Group] = []

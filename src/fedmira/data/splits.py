@@ -158,15 +158,13 @@ def _refuse_empty(
     instead = ", remove it, or set data.partition.validation to 0" if partition.validation else " or remove it"
     raise DataError(
         f"client {name!r} has no example left for {' and '.join(empty)}: it holds {_num_examples(groups)} examples "
-        f"with {len(groups)} different prompts, {num_placed} of them in the split that another client gave them, and "
-        f"one prompt never falls into two splits. It needs prompts for each of {', '.join(needed)}. Give it more "
-        f"examples, ask for fewer clients{instead}.{_cap_hint(partition)}"
+        f"with {len(groups)} different prompts, {num_placed} of them in the split that the data or another client "
+        f"gave them, and one prompt never falls into two splits. It needs prompts for each of {', '.join(needed)}. "
+        f"Give it more examples, ask for fewer clients{instead}.{_cap_hint(partition)}"
     )
 
 
 def _cap_hint(partition: PartitionConfig) -> str:
-    sizes = partition.examples_per_client
-    if sizes is None:
+    if partition.examples_per_client is None:
         return ""
-    allowed = " or ".join(map(str, sizes)) if isinstance(sizes, tuple) else sizes
-    return f" (data.partition.examples_per_client allows it {allowed} examples.)"
+    return f" (data.partition.examples_per_client allows it {partition.examples_per_client} examples.)"

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 
 from fedmira.config import TrainingConfig
-from fedmira.data.packing import PackedBatch, batches_in_round, num_rows, pack
+from fedmira.data.packing import PackedBatch, batches_in_round, num_rows, pack, steps_of_row
 from fedmira.data.tokenization import TokenizedClient, TokenizedExample
 from fedmira.model.adapted import AdaptedModel
 from fedmira.model.arena import adaptable_layers
@@ -200,8 +200,7 @@ def _prepare(
 ) -> _Work:
     participants = tuple(clients[id_] for id_ in job.ids)
     whole = (batches_in_round(client, training, seed, job.round) for client in participants)
-    # halves up: two rows that share the work of one never get less than it
-    batches = tuple(steps[: max(1, math.floor(job.work * len(steps) + 0.5))] for steps in whole)
+    batches = tuple(steps[: steps_of_row(len(steps), job.work)] for steps in whole)
     trainable_P = None
     if job.seeds is not None:
         if job.pull is not None:
