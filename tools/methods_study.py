@@ -618,7 +618,8 @@ def noises(studies: Sequence[Study]) -> str:
 
 def advances(studies: Sequence[Study]) -> str:
     """The table of what each part of `mira`, and each that is off by default, changes on each federation."""
-    runs_of = {study.name: {name: runs for name, (_, runs) in chosen(study).items()} for study in studies}
+    all_runs = {study.name: {name: runs for name, (_, runs) in chosen(study).items()} for study in studies}
+    runs_of = {study: runs for study, runs in all_runs.items() if runs}
     rows = [["changed", *runs_of], ["---", *["---:"] * len(runs_of)]]
     for changed, wanted in _ADVANCES.items():
         names, _, reference = wanted.partition(" vs ")
