@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -20,3 +22,12 @@ def shared_dir() -> Path:
     if not (path / "data").is_dir():
         pytest.skip("the development data folder `shared` is not beside this checkout")
     return path
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    """PyTorch has two threads in the test, and afterwards as many as before."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)

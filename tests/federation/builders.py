@@ -58,6 +58,8 @@ from fedmira.types import (
     Trial,
 )
 
+ROUNDS = [(0, 1, 3), (1, 2, 4), (0, 2, 3, 5), (0, 1, 2, 3, 4, 5), (5,)]
+"""Who takes part in the rounds of a test."""
 LOCAL, FEDIT = LocalOnlyConfig(name="local_only"), FedITConfig(name="fedit")
 
 

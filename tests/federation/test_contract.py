@@ -10,6 +10,7 @@ import pytest
 import torch
 from tests.federation.builders import (
     CONFIGS,
+    ROUNDS,
     adapters,
     bits,
     build,
@@ -33,7 +34,6 @@ from fedmira.federation.registry import METHODS, build_method
 from fedmira.method_config import MethodConfig
 from fedmira.types import Arena, Clients, Participants
 
-ROUNDS = [(0, 1, 3), (1, 2, 4), (0, 2, 3, 5), (0, 1, 2, 3, 4, 5), (5,)]
 every_method = pytest.mark.parametrize("name", list(CONFIGS))
 
 

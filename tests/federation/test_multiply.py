@@ -2,22 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
 import pytest
 import torch
 
 from fedmira.federation import multiply as module
 from fedmira.federation.multiply import multiply, multiply_sparse, over_tiles, sparse, times
-
-
-@pytest.fixture
-def two_threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
 
 
 def numbers(rows: int, columns: int, seed: int = 0) -> np.ndarray:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from tests.federation.builders import (
     CONFIGS,
+    ROUNDS,
     adapters,
     build,
     clients,
@@ -19,7 +20,6 @@ from tests.federation.builders import (
 from fedmira.federation.method import State
 from fedmira.types import Participants
 
-ROUNDS = [(0, 1, 3), (1, 2, 4), (0, 2, 3, 5), (0, 1, 2, 3, 4, 5), (5,)]
 of_mira = pytest.mark.parametrize("name", [name for name in CONFIGS if "mira" in name])
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -17,7 +18,6 @@ from fedmira.config import AdapterConfig, TrainingConfig
 from fedmira.data.tokenization import TokenizedClient
 from fedmira.errors import IntegrityError
 from fedmira.model import fused, low_rank
-from fedmira.model.adapted import AdaptedModel
 from fedmira.model.arena import lora_layout
 from fedmira.model.base import BaseModel
 from fedmira.training.cohort import Progress, StopRequested, train
@@ -71,6 +71,12 @@ class Setup:
         )
 
 
+def at_question(number: int) -> Callable[[], bool]:
+    """Says yes when it is asked for that time."""
+    asked = itertools.count(1)
+    return lambda: next(asked) == number
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_cohorts_of_one_three_and_eight_agree(dropout: float) -> None:
     setup = Setup()
@@ -91,14 +97,6 @@ def test_one_cohort_size_gives_the_same_bits_again(size: int) -> None:
     again_SP, again = Setup(torch.float32).train(setup.job(), size)
     assert torch.equal(rows_SP, again_SP)
     assert reports == again
-
-
-@pytest.fixture
-def two_threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.usefixtures("two_threads")
@@ -130,15 +128,8 @@ def test_halves_of_a_cohort_in_threads_of_their_own_agree_with_one_thread(family
 def test_halves_are_interrupted_and_fail_as_a_whole_does() -> None:
     setup = Setup(torch.float32)
     expected_SP, expected = setup.train(setup.job(), 8)
-    left = 3
-
-    def stop() -> bool:
-        nonlocal left
-        left -= 1
-        return left == 0
-
     with pytest.raises(StopRequested) as caught:
-        setup.train(setup.job(), 8, should_stop=stop)
+        setup.train(setup.job(), 8, should_stop=at_question(3))
     rows_SP, reports = setup.train(setup.job(), 8, progress=caught.value.progress)
     assert torch.equal(rows_SP, expected_SP)
     assert reports == expected
@@ -203,15 +194,8 @@ def test_an_interruption_before_any_step_changes_no_bit() -> None:
     setup.train(job, 3, should_stop=count)
     assert asked == 8 + 4 + 6  # the longest client of each cohort of three decides
     for stop_at in range(1, asked + 1):
-        left = stop_at
-
-        def stop() -> bool:
-            nonlocal left
-            left -= 1
-            return left == 0
-
         with pytest.raises(StopRequested) as caught:
-            setup.train(job, 3, dropout=0.2, should_stop=stop)
+            setup.train(job, 3, dropout=0.2, should_stop=at_question(stop_at))
         stored = caught.value.progress
         restored = Progress(load(save(stored.tensors)), json.loads(json.dumps(stored.facts)))
         # a resumed run may be offered another cohort size: the progress knows the right one
@@ -222,15 +206,8 @@ def test_an_interruption_before_any_step_changes_no_bit() -> None:
 
 def test_progress_can_be_used_twice() -> None:
     setup = Setup()
-    left = 4
-
-    def stop() -> bool:
-        nonlocal left
-        left -= 1
-        return left == 0
-
     with pytest.raises(StopRequested) as caught:
-        setup.train(setup.job(), 8, should_stop=stop)
+        setup.train(setup.job(), 8, should_stop=at_question(4))
     progress = caught.value.progress
     first_SP, _ = setup.train(setup.job(), 8, progress=progress)
     second_SP, _ = setup.train(setup.job(), 8, progress=progress)
@@ -266,7 +243,7 @@ def test_a_client_that_is_not_finite_is_named_and_touches_nobody(poison: float) 
 def test_on_a_path_that_spreads_trouble_only_the_culprit_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     # a GPU masks products, and 0 * nan is nan: the step is done again with every client apart
     monkeypatch.setattr(low_rank, "_way", lambda branch, rows, x_NI: rows.way or "masked")
-    monkeypatch.setattr(AdaptedModel, "takes_parts", False)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     setup = Setup()
     healthy_ids = tuple(k for k in range(8) if k != 3)
     expected_SP, _ = setup.train(setup.job(ids=healthy_ids), 8)

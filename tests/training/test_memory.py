@@ -104,10 +104,13 @@ def test_dropout_saves_what_the_stock_model_does_and_a_mask_for_each_pair() -> N
     assert memory.activation_bytes_per_token(base, layout, 0.1) >= stock + masks
 
 
-@pytest.mark.parametrize(("threads", "tokens"), [(1, 12_000), (2, 6_000)])
-def test_on_several_threads_two_parts_of_a_step_are_in_memory(
-    threads: int, tokens: int, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("threads", "dropout", "tokens"), [(1, 0.0, 12_000), (2, 0.0, 6_000), (2, 0.5, 12_000)])
+def test_where_a_step_is_computed_in_parts_two_of_them_are_in_memory(
+    threads: int, dropout: float, tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.setattr(memory, "_largest_batch", lambda client, batch_size: (3000, 0))
     base = tiny_base("llama", torch.float32)
-    assert memory._at_once(base, tiny_layout(base, "llama"), [3000] * 4) == tokens
+    clients = [client_of(f"client-{k}", random_examples(1, seed=k)) for k in range(4)]
+    found = memory.estimate(base, tiny_layout(base, "llama"), clients, TrainingConfig(), 4, 10, dropout)
+    assert found.activation_bytes == int(1.3 * tokens * 10)

@@ -19,7 +19,20 @@ from fedmira.model.base import BaseModel
 from fedmira.model.full import FULL, MovedWeights, is_full
 from fedmira.model.lora import ALL_GROUPS, Dropout, attached
 from fedmira.model.soft_prompt import SoftPrompts
-from fedmira.types import Arena
+from fedmira.types import Arena, Layout
+
+
+def computes_in_parts(base: BaseModel, layout: Layout, dropout: float = 0.0) -> bool:
+    """Whether batches of different clients are to be computed at the same time: on several threads of a CPU, where
+    nothing is written then but the gradients of the clients that have rows."""
+    apart = base.device.type == "cpu" and not is_full(layout) and not layout.num_virtual_tokens and not dropout
+    fused_ = base.body is not None and base.body.dtype == base.adapter_dtype and _has_body_for(base, layout)
+    return apart and fused_ and torch.get_num_threads() > 1
+
+
+def _has_body_for(base: BaseModel, layout: Layout) -> bool:
+    """Whether the fused body has all layers that are adapted."""
+    return base.body is not None and {spec.layer for spec, _ in layout.pairs} <= base.body.layers
 
 
 class AdaptedModel:
@@ -56,8 +69,7 @@ class AdaptedModel:
         if arena.layout.num_virtual_tokens:
             self._prompts = SoftPrompts(arena, gradient_CP, trainable)
         self._computed = arena
-        layers = {spec.layer for spec, _ in arena.layout.pairs}
-        if base.body is not None and layers <= base.body.layers:
+        if base.body is not None and _has_body_for(base, arena.layout):
             if arena.values_KP.dtype != base.body.dtype:
                 # adapters are kept in a wider type than a body in 16 bits computes in
                 self._computed = arena.replace(torch.empty_like(arena.values_KP, dtype=base.body.dtype))
@@ -73,13 +85,6 @@ class AdaptedModel:
     ) -> None:
         if self._weights is not None:
             self._weights.__exit__(kind, error, trace)
-
-    @property
-    def takes_parts(self) -> bool:
-        """Whether batches of different clients may be computed at the same time, on a CPU and without dropout: nothing
-        is written then but the gradients of the clients that have rows."""
-        alone = self._adapters is not None and self._prompts is None and self._computed is self.arena
-        return alone and self._base.device.type == "cpu"
 
     def hidden(self, batch: PackedBatch, dropout: Dropout | None = None, *, isolate: bool = False) -> torch.Tensor:
         """Final hidden states of the supervised rows of a batch, (M, d).

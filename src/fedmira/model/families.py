@@ -156,8 +156,9 @@ def _rotation(body: Any) -> Callable[[int], tuple[torch.Tensor, torch.Tensor]]:
                 both = body.rotary_emb(like, torch.arange(length, device=like.device)[None])
             # both halves of a head's features turn by the same angles
             cosine, sine = (table[0, :, None, : table.shape[-1] // 2].contiguous() for table in both)
-            # at once, as several threads may ask
-            kept[:] = [tables := (cosine, sine)]
+            tables = cosine, sine
+            # both at once, as several threads may ask
+            kept[:] = [tables]
         return tables
 
     return rotate

@@ -20,7 +20,7 @@ import torch
 from fedmira.config import TrainingConfig
 from fedmira.data.packing import PackedBatch, batches_in_round, num_rows, pack, steps_of_row
 from fedmira.data.tokenization import TokenizedClient, TokenizedExample
-from fedmira.model.adapted import AdaptedModel
+from fedmira.model.adapted import AdaptedModel, computes_in_parts
 from fedmira.model.arena import adaptable_layers
 from fedmira.model.base import BaseModel
 from fedmira.model.lora import Dropout
@@ -66,6 +66,8 @@ class _Work(NamedTuple):
     dropout: float
     continuity: Continuity | None
     """What optimizers remember from round to round; None if they begin afresh."""
+    in_parts: bool
+    """Whether a step is computed in parts, see `_packed`."""
     head_share: float
     """How many rows of the body take as many operations as one supervised row of the head."""
 
@@ -218,7 +220,9 @@ def _prepare(
     head_share = head / sum(inputs * outputs for inputs, outputs in adaptable_layers(base).values())
     return _Work(
         *(base, layout, job, participants, batches, training, trainable_P, total_rounds, seed, dropout, continuity),
-        head_share,
+        # without gradients adapters move while a pass is made
+        in_parts=job.seeds is None and computes_in_parts(base, layout, dropout),
+        head_share=head_share,
     )
 
 
@@ -254,7 +258,7 @@ def _step(work: _Work, cohort: Cohort, adapted: AdaptedModel) -> None:
     """One update of every active client of the cohort, in place."""
     while active := _active(work, cohort):
         with stage("data"):
-            parts = _packed(work, cohort, adapted, active)
+            parts = _packed(work, cohort, active)
         losses, norms = _try_step(work, cohort, adapted, parts)
         failed = _not_finite(active, losses, norms)
         if failed:
@@ -277,12 +281,12 @@ def _step(work: _Work, cohort: Cohort, adapted: AdaptedModel) -> None:
     cohort.step += 1
 
 
-def _packed(work: _Work, cohort: Cohort, adapted: AdaptedModel, active: Sequence[int]) -> list[PackedBatch]:
+def _packed(work: _Work, cohort: Cohort, active: Sequence[int]) -> list[PackedBatch]:
     """The examples of this step, each client's in one batch: all in one, or in several of which two are computed at a
     time."""
     examples = [_examples(work, cohort, row) if row in active else [] for row in range(len(cohort.tallies))]
     parts: Sequence[Sequence[int]] = (active,)
-    if adapted.takes_parts and not work.dropout and work.job.seeds is None and torch.get_num_threads() > 1:
+    if work.in_parts:
         rows = [num_rows(of_row) for of_row in examples]
         supervised = [sum(example.num_supervised for example in of_row) for of_row in examples]
         costs = [own + work.head_share * asked for own, asked in zip(rows, supervised, strict=True)]

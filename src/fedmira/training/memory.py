@@ -19,7 +19,7 @@ import torch
 from fedmira.config import TrainingConfig
 from fedmira.data.packing import common_prefix, pack
 from fedmira.data.tokenization import TokenizedClient, TokenizedExample
-from fedmira.model.adapted import AdaptedModel
+from fedmira.model.adapted import AdaptedModel, computes_in_parts
 from fedmira.model.base import BaseModel
 from fedmira.model.full import is_full
 from fedmira.model.lora import Dropout
@@ -32,8 +32,8 @@ _HEADROOM = 1.3
 _USABLE = 0.8
 """Share of the free memory that a cohort may take."""
 _CPU_ROWS, _CPU_ROWS_IN_PARTS = 2048, 16384
-"""On a CPU this many packed rows are computed at full speed by one thread: more would only leave the cache. Several
-threads compute a step in parts, and parts are alike where there are many clients to make them of."""
+"""On a CPU this many packed rows are computed at full speed: more would only leave the cache. Where a step is computed
+in parts, they take the same time where there are many clients to make them of."""
 AT_ONCE = 2
 """Parts of a step that are computed at the same time on several threads of a CPU."""
 _PROBE_TOKENS = 256
@@ -108,6 +108,7 @@ def estimate(
     training: TrainingConfig,
     cohort_size: int,
     token_bytes: int | None = None,
+    dropout: float = 0.0,
 ) -> MemoryEstimate:
     """Predict the memory of a cohort of `cohort_size` of the clients with the longest batches.
 
@@ -118,10 +119,12 @@ def estimate(
         training: batch size and optimizer.
         cohort_size: clients trained together.
         token_bytes: from `activation_bytes_per_token`; measured if None.
+        dropout: rate on the input of the low-rank branch.
     """
-    per_token = activation_bytes_per_token(base, layout) if token_bytes is None else token_bytes
+    per_token = activation_bytes_per_token(base, layout, dropout) if token_bytes is None else token_bytes
     heaviest = sorted((_largest_batch(client, training.batch_size) for client in clients), reverse=True)[:cohort_size]
-    tokens = _at_once(base, layout, [batch_tokens + layout.num_virtual_tokens for batch_tokens, _ in heaviest])
+    of_clients = [batch_tokens + layout.num_virtual_tokens for batch_tokens, _ in heaviest]
+    tokens = _at_once(of_clients) if computes_in_parts(base, layout, dropout) else sum(of_clients)
     supervised = sum(batch_supervised for _, batch_supervised in heaviest)
     element_bytes = base.adapter_dtype.itemsize
     base_bytes = sum(p.numel() * p.element_size() for p in base.model.parameters())
@@ -138,11 +141,8 @@ def num_parts(rows: int) -> int:
     return AT_ONCE * max(1, math.ceil(rows / (AT_ONCE * _CPU_ROWS)))
 
 
-def _at_once(base: BaseModel, layout: Layout, tokens: Sequence[int]) -> int:
-    """How many of the tokens of a cohort's batches are in memory at a time."""
-    in_parts = base.device.type == "cpu" and base.body is not None and not layout.num_virtual_tokens
-    if not in_parts or is_full(layout) or torch.get_num_threads() == 1:
-        return sum(tokens)
+def _at_once(tokens: Sequence[int]) -> int:
+    """How many of the tokens of a cohort's batches are in memory at a time where a step is computed in parts."""
     parts = portions(tokens, num_parts(sum(tokens)))
     return sum(tokens[place] for part in parts[:AT_ONCE] for place in part)
 
@@ -162,7 +162,7 @@ def choose_cohort_size(
     dropout: float = 0.0,
 ) -> int:
     """The largest cohort that fits `available_bytes` beside what the server holds; on a CPU no more than make 2048
-    rows, on several threads 16384. At least 1.
+    rows, where steps are computed in parts 16384. At least 1.
 
     Clients with weights of their own are trained one at a time.
     """
@@ -173,14 +173,14 @@ def choose_cohort_size(
     held_bytes = arenas * len(clients) * layout.num_parameters * base.adapter_dtype.itemsize
 
     def fits(size: int) -> bool:
-        needed = estimate(base, layout, clients, training, size, token_bytes)
+        needed = estimate(base, layout, clients, training, size, token_bytes, dropout)
         return needed.total_bytes - needed.base_bytes <= _USABLE * (available_bytes - held_bytes)
 
     most = len(clients)
     if base.device.type == "cpu":
         mean_rows = sum(_mean_batch_rows(client, training.batch_size) for client in clients) / len(clients)
         mean_rows += layout.num_virtual_tokens
-        rows = _CPU_ROWS_IN_PARTS if torch.get_num_threads() > 1 else _CPU_ROWS
+        rows = _CPU_ROWS_IN_PARTS if computes_in_parts(base, layout, dropout) else _CPU_ROWS
         most = max(1, min(most, round(rows / mean_rows)))
     # estimates grow with the size, so the largest that fits can be bisected
     low, high = 1, most
