@@ -11,7 +11,7 @@ from typing import NamedTuple
 from benchmarks.groups.disk_mixing import MEMORY, OVER_COPY
 from benchmarks.groups.generation import Generation
 from benchmarks.groups.memory import OVER_FLOOR
-from benchmarks.groups.mixing import SHARE_OF_COPY
+from benchmarks.groups.mixing import SHARE_IN_TASKS, SHARE_OF_COPY, SHARE_SCATTERED
 from benchmarks.groups.training import SHARE_OF_GEMM
 from benchmarks.peers.peer import FLOWER, MIXED, ONE_CLIENT, OURS, PADDED, PEFT, PFL
 from benchmarks.results import Results, Section
@@ -145,6 +145,8 @@ TARGETS = (
         OVER_FLOOR, 1.1, at_least=False,
     ),
     Target("cpu", "mixing 1,000 x 1M in memory, share of the copy rate", "mix-memory", SHARE_OF_COPY, 0.7),
+    Target("cpu", "the same, neighbours are tasks, clients in any order", "mix-memory", SHARE_SCATTERED, 0.7),
+    Target("cpu", "the same, neighbours are tasks, clients in order", "mix-memory", SHARE_IN_TASKS, 0.7),
     Target(
         "cpu", "mixing 10,000 clients on disk, times copying the file", "mix-disk", OVER_COPY, 1.5, at_least=False,
     ),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from benchmarks.results import Row, Section
 from benchmarks.timing import interleave
 from fedmira.federation.graph import Graph, laplacian, validated
 from fedmira.federation.mixing import laplacian_explicit
-from fedmira.federation.multiply import multiply_sparse, sparse
+from fedmira.federation.multiply import multiply_into
 from fedmira.randomness import generator, torch_generator
 from fedmira.types import Arena, Layout, TensorSpec
 
@@ -25,7 +26,9 @@ NEIGHBOURS = 10
 TAU = 0.02
 COPY, MIX = "copying the same bytes", "mixing"
 COPY_ANEW, MIX_ANEW = "copying into new memory", "mixing into new memory"
+IN_TASKS, SCATTERED = "mixing tasks in order", "mixing tasks in any order"
 SHARE_OF_COPY = "share of the copy rate"
+SHARE_IN_TASKS, SHARE_SCATTERED = f"{SHARE_OF_COPY}, tasks in order", f"{SHARE_OF_COPY}, tasks in any order"
 _TOLERANCE = 1e-5
 
 
@@ -49,6 +52,21 @@ def neighbour_graph(num_clients: int) -> Graph:
     return validated(adjacency_KK, num_clients, "benchmark")
 
 
+def task_graph(num_clients: int, *, in_order: bool) -> Graph:
+    """A graph of tasks whose clients all are neighbours of one another: `NEIGHBOURS` each, fewer in the last task.
+
+    Args:
+        num_clients: number of clients.
+        in_order: whether the clients of a task follow one another, or lie anywhere.
+    """
+    rng = generator(0, "benchmark tasks", num_clients)
+    numbers_K = np.arange(num_clients) if in_order else rng.permutation(num_clients)
+    task_K = numbers_K // (NEIGHBOURS + 1)
+    adjacency_KK = rng.uniform(0.5, 1.0, size=(num_clients, num_clients)) * (task_K[:, None] == task_K)
+    np.fill_diagonal(adjacency_KK, 0.0)
+    return validated(np.maximum(adjacency_KK, adjacency_KK.T), num_clients, "benchmark")
+
+
 def one_tensor_layout(num_parameters: int) -> Layout:
     """An adapter that is one matrix."""
     return Layout((TensorSpec("all", "lora_a", "layer", (1, num_parameters), 0),))
@@ -57,42 +75,48 @@ def one_tensor_layout(num_parameters: int) -> Layout:
 def measure_mixing_in_memory(
     name: str, num_clients: int, num_parameters: int, options: Options, say: Callable[[str], None]
 ) -> Section:
-    """Time the published step along a graph with ten neighbours against a copy of the same matrix.
+    """Time the published step along graphs with ten neighbours against a copy of the same matrix.
 
-    Both into memory that is there already, in the same number of threads, which is what the target means; and both
-    into new memory, which is what a run does.
+    All into memory that is there already, in the same number of threads, which is what the target means; the first
+    graph and a copy also into new memory, which is what a run does.
     """
-    graph = neighbour_graph(num_clients)
-    mixer = laplacian_explicit(graph, TAU)
     generator_ = torch_generator(0, "benchmark arena")
     values_KP = torch.empty(num_clients, num_parameters)
     for row_P in values_KP:
         row_P.uniform_(-1.0, 1.0, generator=generator_)
     values_KP = values_KP.to(options.device)
     arena = Arena(one_tensor_layout(num_parameters), values_KP)
-    _check_mixing(mixer(arena).values_KP, graph, values_KP)
     target_KP = torch.zeros_like(values_KP)
-    section = Section(
-        name,
-        f"{num_clients:,} clients x {num_parameters:,} parameters, float32, {NEIGHBOURS} neighbours, in memory",
-    )
-    matrix = sparse(np.eye(num_clients) - TAU * laplacian(graph))
+    graphs = {
+        MIX: neighbour_graph(num_clients),
+        IN_TASKS: task_graph(num_clients, in_order=True),
+        SCATTERED: task_graph(num_clients, in_order=False),
+    }
+    for graph in graphs.values():
+        _check_mixing(laplacian_explicit(graph, TAU)(arena).values_KP, graph, values_KP)
+    steps = {name: np.eye(num_clients) - TAU * laplacian(graph) for name, graph in graphs.items()}
     times = interleave(
-        {
-            MIX: lambda: multiply_sparse(matrix, values_KP, target_KP),
+        {name: partial(multiply_into, matrix_KK, values_KP, target_KP) for name, matrix_KK in steps.items()}
+        | {
             COPY: lambda: _copy(values_KP, target_KP, options.threads),
-            MIX_ANEW: lambda: mixer(arena),
+            MIX_ANEW: lambda: laplacian_explicit(graphs[MIX], TAU)(arena),
             COPY_ANEW: values_KP.clone,
         },
         warm_up=options.warm_up + 1,
         repeats=options.repeats,
         device=options.device,
     )
+    section = Section(
+        name,
+        f"{num_clients:,} clients x {num_parameters:,} parameters, float32, in memory; {NEIGHBOURS} neighbours of each "
+        "client anywhere, or in tasks",
+    )
     section.rows = [Row.timed(contestant, times[contestant]) for contestant in times]
-    mix, copy = times[MIX].median, times[COPY].median
-    section.measures[SHARE_OF_COPY] = copy / mix
+    copy = times[COPY].median
+    for mixing, share in ((MIX, SHARE_OF_COPY), (IN_TASKS, SHARE_IN_TASKS), (SCATTERED, SHARE_SCATTERED)):
+        section.measures[share] = copy / times[mixing].median
     section.facts = {"bytes": 2.0 * values_KP.nbytes, "copy_bytes_per_second": 2.0 * values_KP.nbytes / copy}
-    say(f"  mixing {mix:.3f} s, copying {copy:.3f} s")
+    say("  " + ", ".join(f"{contestant} {times[contestant].median:.3f} s" for contestant in (*graphs, COPY)))
     return section
 
 

@@ -21,7 +21,15 @@ from benchmarks.groups.generation import (
     measure_generation,
 )
 from benchmarks.groups.memory import OVER_FLOOR, measure_memory
-from benchmarks.groups.mixing import SHARE_OF_COPY, TAU, measure_mixing_in_memory, neighbour_graph
+from benchmarks.groups.mixing import (
+    SHARE_IN_TASKS,
+    SHARE_OF_COPY,
+    SHARE_SCATTERED,
+    TAU,
+    measure_mixing_in_memory,
+    neighbour_graph,
+    task_graph,
+)
 from benchmarks.options import Options
 from benchmarks.peers.peer import OURS, PEFT
 from benchmarks.results import Results, Row, Section, read_results, write_results
@@ -30,7 +38,7 @@ from benchmarks.table import DOCS_PAGE, PAGE, RESULTS, found_in, render, render_
 from benchmarks.workloads import Workload
 
 from benchmarks import imports, run, table
-from fedmira.federation.graph import laplacian
+from fedmira.federation.graph import Graph, connected_components, laplacian
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 OPTIONS = Options("cpu", threads=1, warm_up=0, repeats=2)
@@ -240,8 +248,21 @@ def test_generation_in_16_bits_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> N
 def test_mixing_in_memory_is_checked_and_compared_with_a_copy() -> None:
     section = measure_mixing_in_memory("tiny", 40, 2000, OPTIONS, silent)
     assert section.facts["bytes"] == 2 * 40 * 2000 * 4
-    assert section.measures[SHARE_OF_COPY] > 0
-    assert {len(row.nonzero()[0]) for row in neighbour_graph(40).adjacency_KK} == {10}
+    assert min(section.measures[share] for share in (SHARE_OF_COPY, SHARE_IN_TASKS, SHARE_SCATTERED)) > 0
+
+
+@pytest.mark.parametrize(
+    "graph", [neighbour_graph(44), task_graph(44, in_order=True), task_graph(44, in_order=False)], ids=str
+)
+def test_every_client_mixes_with_ten(graph: Graph) -> None:
+    assert {len(row.nonzero()[0]) for row in graph.adjacency_KK} == {10}
+
+
+def test_tasks_lie_in_order_or_anywhere() -> None:
+    ordered, scattered = (connected_components(task_graph(44, in_order=order)) for order in (True, False))
+    assert ordered == tuple(tuple(range(start, start + 11)) for start in range(0, 44, 11))
+    assert [len(task) for task in scattered] == [11] * 4
+    assert scattered != ordered
 
 
 def test_memory_of_one_more_client_is_at_least_its_tensors() -> None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import scipy.sparse.csgraph
 import torch
 
 from fedmira.federation import multiply as module
-from fedmira.federation.multiply import multiply, multiply_sparse, over_tiles, sparse, times
+from fedmira.federation.multiply import blocks, multiply, multiply_sparse, over_tiles, sparse, times
 
 
 def numbers(rows: int, columns: int, seed: int = 0) -> np.ndarray:
@@ -33,14 +34,59 @@ def test_a_product_is_numpys(rows: int, columns: int, per_row: int, dtype: torch
     assert np.allclose(product.double().numpy(), matrix @ values.double().numpy(), rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.usefixtures("two_threads")
+@pytest.mark.parametrize("in_order", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_rows_that_share_no_column_are_a_product_each(
+    in_order: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # the middle rows are read by nobody and read nothing
+    matrix = np.zeros((30, 24))
+    matrix[:8, :6], matrix[9:20, 7:15], matrix[20:, 15:] = numbers(8, 6), numbers(11, 8), numbers(10, 9)
+    order = np.random.Generator(np.random.Philox(2))
+    matrix = matrix if in_order else matrix[order.permutation(30)][:, order.permutation(24)]
+    assert sorted((len(rows), len(columns)) for rows, columns in blocks(matrix)) == [(8, 6), (10, 9), (11, 8)]
+    values = torch.from_numpy(numbers(24, 3001)).to(dtype)
+    values[np.flatnonzero(~matrix.any(axis=0))[0]] = torch.nan
+    results = []
+    for elements, threads in ((1 << 20, 1), (1 << 12, 1), (1 << 12, 2)):
+        for name in ("_PACKED_ELEMENTS", "_ORDERED_ELEMENTS"):
+            monkeypatch.setattr(module, name, elements)
+        torch.set_num_threads(threads)
+        results.append(multiply(matrix, values))
+    assert torch.equal(results[1], results[2])
+    tolerance = {torch.float64: 1e-13, torch.float32: 1e-5, torch.bfloat16: 2.0**-8}[dtype]
+    expected = matrix @ values.nan_to_num().double().numpy()
+    for result in results:
+        assert np.allclose(result.double().numpy(), expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_blocks_are_connected_components(seed: int) -> None:
+    draw = np.random.Generator(np.random.Philox(seed))
+    matrix = (draw.random((40, 50)) < 0.02).astype(float)
+    bipartite = np.block([[np.zeros((40, 40)), matrix], [matrix.T, np.zeros((50, 50))]])
+    count, labels = scipy.sparse.csgraph.connected_components(bipartite)
+    expected = {frozenset(np.flatnonzero(labels == label)) for label in range(count)}
+    found = blocks(matrix)
+    assert {frozenset([*rows, *(columns + 40)]) for rows, columns in found} == {one for one in expected if len(one) > 1}
+    assert [columns[0] for _, columns in found] == sorted(columns[0] for _, columns in found)
+
+
+def test_a_chain_of_a_thousand_is_one_block() -> None:
+    chain = np.eye(1000) + np.eye(1000, k=1)
+    assert [(len(rows), len(columns)) for rows, columns in blocks(chain)] == [(1000, 1000)]
+
+
 def test_what_is_sparse_is_gathered_and_the_rest_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise AssertionError("not this way")
 
     monkeypatch.setattr(module, "multiply_sparse", refuse)
     multiply(np.ones((100, 100)), torch.zeros(100, 3))
+    multiply(np.kron(np.eye(10), np.ones((10, 10))), torch.zeros(100, 3))
     with pytest.raises(AssertionError, match="not this way"):
-        multiply(np.eye(100), torch.zeros(100, 3))
+        multiply(np.eye(100) + np.eye(100, k=1), torch.zeros(100, 3))
 
 
 @pytest.mark.parametrize("per_row", [3, 60])

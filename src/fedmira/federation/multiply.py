@@ -1,17 +1,18 @@
 """A small matrix times a tall and wide one: mix (K, P) rows by an (M, K) matrix in one pass over memory.
 
-Few non-zero weights per row are gathered over tiles of columns that stay in the cache, in `torch.get_num_threads()`
-threads; many are a matrix product. Either way a row whose weights are all 0 is never read, and each number is computed
-in float32 at least. `numpy.matmul` is the slow twin. Knows nothing about clients, graphs or rounds.
+Few non-zero weights per row are gathered over tiles of columns that stay in the cache; many are a matrix product, one
+for each block of rows that share no column with the others. `torch.get_num_threads()` threads take tiles or blocks in
+turn. Either way a row whose weights are all 0 is never read, and each number is computed in float32 at least.
+`numpy.matmul` is the slow twin. Knows nothing about clients, graphs or rounds.
 
 Axes: M rows of the matrix and of the result, K rows of the values, P columns, E non-zero entries of the matrix.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -21,13 +22,14 @@ from torch.nn import functional
 from fedmira.side_by_side import side_by_side
 
 Result = TypeVar("Result")
+Rows: TypeAlias = slice | torch.Tensor
 
 _TILE_ELEMENTS = 1 << 17
 """Elements gathered from at a time: 512 KiB in float32, half of a usual second-level cache."""
-_DEVICE_TILE_ELEMENTS = 1 << 26
-"""The same on a GPU, which would starve on small tiles: 256 MiB."""
-_PRODUCT_ELEMENTS = 1 << 22
-"""Elements multiplied by a dense matrix at a time: 16 MiB in float32."""
+_DEVICE_ELEMENTS = 1 << 26
+"""Elements of either on a GPU, which would starve on small tiles: 256 MiB."""
+_PACKED_ELEMENTS, _ORDERED_ELEMENTS = 1 << 20, 1 << 22
+"""Elements of a block multiplied at a time where its rows must be packed, and where they lie in order: 4 and 16 MiB."""
 _LEAST_TILE, _COLUMN_STEP = 64, 16
 
 
@@ -68,29 +70,73 @@ def sparse(matrix_MK: npt.NDArray[np.float64]) -> SparseMatrix:
     )
 
 
+class Block(NamedTuple):
+    """Rows and columns of a matrix with non-zero entries only where they meet, both ascending."""
+
+    rows: npt.NDArray[np.intp]
+    columns: npt.NDArray[np.intp]
+
+
+def blocks(matrix_MK: npt.NDArray[np.float64]) -> list[Block]:
+    """Return the smallest blocks that hold all non-zero entries, ordered by their first column; none share a row.
+
+    >>> [(block.rows.tolist(), block.columns.tolist()) for block in blocks(np.eye(3)[[1, 0, 1]])]
+    [([1], [0]), ([0, 2], [1])]
+    """
+    rows_E, columns_E = np.nonzero(matrix_MK)
+    num_rows, num_columns = matrix_MK.shape
+    # the first column that a row or a column is joined with; each turn follows one row, then what is known already
+    first_M, first_K = np.full(num_rows, num_columns), np.arange(num_columns)
+    while True:
+        np.minimum.at(first_M, rows_E, first_K[columns_E])
+        joined_K = first_K.copy()
+        np.minimum.at(joined_K, columns_E, first_M[rows_E])
+        joined_K = joined_K[joined_K]
+        if (joined_K == first_K).all():
+            break
+        first_K = joined_K
+    first_K[np.setdiff1d(np.arange(num_columns), columns_E)] = num_columns  # read by nobody
+    return [
+        Block(np.flatnonzero(first_M == first), np.flatnonzero(first_K == first))
+        for first in np.unique(first_M[first_M < num_columns])
+    ]
+
+
 def multiply(matrix_MK: npt.NDArray[np.float64], values_KP: torch.Tensor) -> torch.Tensor:
     """Return matrix @ values, (M, P), in new memory, in the dtype and on the device of `values`."""
     out_MP = values_KP.new_empty(len(matrix_MK), values_KP.shape[1])
-    if _few(matrix_MK):
+    multiply_into(matrix_MK, values_KP, out_MP)
+    return out_MP
+
+
+def multiply_into(matrix_MK: npt.NDArray[np.float64], values_KP: torch.Tensor, out_MP: torch.Tensor) -> None:
+    """Write matrix @ values into `out_MP`, which shares no memory with `values_KP` and may have another dtype.
+
+    Raises:
+        ValueError: the shapes do not fit.
+    """
+    _refuse_shapes(matrix_MK.shape, values_KP, out_MP)
+    parts = blocks(matrix_MK)
+    if _few(matrix_MK, parts):
         multiply_sparse(sparse(matrix_MK), values_KP, out_MP)
     else:
-        _multiply_dense(matrix_MK, values_KP, out_MP)
-    return out_MP
+        _multiply_blocks(matrix_MK, parts, values_KP, out_MP)
 
 
 def times(matrix_MK: npt.NDArray[np.float64], device: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:
     """Return the function that multiplies tiles of float64 on `device` by the matrix, (K, C) to (M, C)."""
-    if _few(matrix_MK):
+    if _few(matrix_MK, [Block(*map(np.arange, matrix_MK.shape))]):
         return partial(gather, sparse(matrix_MK).to(device))
     return partial(torch.matmul, torch.from_numpy(matrix_MK).to(device))
 
 
-def _few(matrix_MK: npt.NDArray[np.float64]) -> bool:
-    """Whether gathering is less work than a product.
+def _few(matrix_MK: npt.NDArray[np.float64], parts: Sequence[Block]) -> bool:
+    """Whether gathering is less work than the products of `parts`.
 
-    Per element of the result a gathered entry costs about two of a product, and a tile's way in and out about 32.
+    Per element of the result a gathered entry costs about two of a product, and a tile's way in and out about 32 more.
     """
-    return 2 * int(np.count_nonzero(matrix_MK)) + 32 * len(matrix_MK) < matrix_MK.size
+    products = sum(len(part.rows) * len(part.columns) for part in parts)
+    return 2 * int(np.count_nonzero(matrix_MK)) + 32 * len(matrix_MK) < products
 
 
 def multiply_sparse(matrix: SparseMatrix, values_KP: torch.Tensor, out_MP: torch.Tensor) -> None:
@@ -101,12 +147,7 @@ def multiply_sparse(matrix: SparseMatrix, values_KP: torch.Tensor, out_MP: torch
     Raises:
         ValueError: the shapes do not fit.
     """
-    expected = ((matrix.num_columns, values_KP.shape[1]), (matrix.num_rows, values_KP.shape[1]))
-    if (values_KP.shape, out_MP.shape) != expected:
-        raise ValueError(
-            f"a ({matrix.num_rows}, {matrix.num_columns}) matrix cannot map {tuple(values_KP.shape)} to "
-            f"{tuple(out_MP.shape)}; the values must be {expected[0]} and the result {expected[1]}"
-        )
+    _refuse_shapes((matrix.num_rows, matrix.num_columns), values_KP, out_MP)
     # weights rounded to 8 bits would no longer sum to 1
     dtype = torch.promote_types(values_KP.dtype, torch.float32)
     on_device = matrix.to(values_KP.device, dtype)
@@ -140,19 +181,54 @@ def over_tiles(work: Callable[[slice], Result], values_KP: torch.Tensor) -> list
     """
     num_clients, num_columns = values_KP.shape
     on_cpu = values_KP.device.type == "cpu"
-    elements = _TILE_ELEMENTS if on_cpu else _DEVICE_TILE_ELEMENTS
+    elements = _TILE_ELEMENTS if on_cpu else _DEVICE_ELEMENTS
     width = max(_LEAST_TILE, elements // max(1, num_clients) // _COLUMN_STEP * _COLUMN_STEP)
     tiles = [slice(start, min(start + width, num_columns)) for start in range(0, num_columns, width)]
     return side_by_side([partial(work, tile) for tile in tiles], torch.get_num_threads() if on_cpu else 1)
 
 
-def _multiply_dense(matrix_MK: npt.NDArray[np.float64], values_KP: torch.Tensor, out_MP: torch.Tensor) -> None:
-    sources = np.flatnonzero(matrix_MK.any(axis=0))
-    dtype = torch.promote_types(values_KP.dtype, torch.float32)
-    weights = torch.from_numpy(matrix_MK[:, sources]).to(values_KP.device, dtype)
-    rows = None if len(sources) == len(values_KP) else torch.from_numpy(sources).to(values_KP.device)
-    width = max(1, _PRODUCT_ELEMENTS // max(1, len(sources)))
-    for start in range(0, values_KP.shape[1], width):
-        block = values_KP[:, start : start + width]
-        block = block if rows is None else block.index_select(0, rows)
-        out_MP[:, start : start + width] = weights @ block.to(dtype)
+def _refuse_shapes(shape: tuple[int, ...], values_KP: torch.Tensor, out_MP: torch.Tensor) -> None:
+    num_rows, num_columns = shape
+    expected = ((num_columns, values_KP.shape[1]), (num_rows, values_KP.shape[1]))
+    if (values_KP.shape, out_MP.shape) != expected:
+        raise ValueError(
+            f"a ({num_rows}, {num_columns}) matrix cannot map {tuple(values_KP.shape)} to "
+            f"{tuple(out_MP.shape)}; the values must be {expected[0]} and the result {expected[1]}"
+        )
+
+
+def _multiply_blocks(
+    matrix_MK: npt.NDArray[np.float64], parts: Sequence[Block], values_KP: torch.Tensor, out_MP: torch.Tensor
+) -> None:
+    device, dtype = values_KP.device, torch.promote_types(values_KP.dtype, torch.float32)
+    on_cpu = device.type == "cpu"
+
+    def one_product(weights: torch.Tensor, to_rows: Rows, from_rows: Rows, there: slice) -> None:
+        values_KC, out_MC = values_KP[:, there], out_MP[:, there]
+        packed = values_KC[from_rows] if isinstance(from_rows, slice) else values_KC.index_select(0, from_rows)
+        if not isinstance(to_rows, slice):
+            out_MC.index_copy_(0, to_rows, (weights @ packed.to(dtype)).to(out_MC.dtype))
+        elif out_MC.dtype == dtype:
+            torch.mm(weights, packed.to(dtype), out=out_MC[to_rows])
+        else:
+            out_MC[to_rows] = weights @ packed.to(dtype)
+
+    calls: list[Callable[[], None]] = []
+    for rows, columns in parts:
+        weights = torch.from_numpy(matrix_MK[np.ix_(rows, columns)]).to(device, dtype)
+        places = _places(rows, device), _places(columns, device)
+        in_order = all(isinstance(ids, slice) for ids in places) and values_KP.dtype == out_MP.dtype == dtype
+        elements = (_ORDERED_ELEMENTS if in_order else _PACKED_ELEMENTS) if on_cpu else _DEVICE_ELEMENTS
+        width = max(_COLUMN_STEP, elements // len(columns) // _COLUMN_STEP * _COLUMN_STEP)
+        starts = range(0, values_KP.shape[1], width)
+        calls += [partial(one_product, weights, *places, slice(start, start + width)) for start in starts]
+    side_by_side(calls, torch.get_num_threads() if on_cpu else 1)
+    for row in np.flatnonzero(~matrix_MK.any(axis=1)):
+        out_MP[row] = 0
+
+
+def _places(ids: npt.NDArray[np.intp], device: torch.device) -> Rows:
+    """The ids, as a range if they are one: what lies in order is multiplied where it lies."""
+    if ids[-1] - ids[0] == len(ids) - 1:
+        return slice(int(ids[0]), int(ids[-1]) + 1)
+    return torch.from_numpy(ids).to(device)
