@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import pytest
 import torch
 from tests.reference.engine_twin import mean_loss, peft_model
 from tests.reference.tiny_models import random_arena, random_examples, tiny_base, tiny_layout
 
 from fedmira.evaluation.loss import evaluate_loss
+from fedmira.side_by_side import side_by_side
 
 COUNTS = (3, 0, 5, 1)
 EXAMPLES = [random_examples(count, seed=count) for count in COUNTS]
@@ -37,6 +40,29 @@ def test_the_size_of_batches_changes_nothing(batch_tokens: int) -> None:
     losses = evaluate_loss(base, arena, EXAMPLES, batch_tokens)
     assert [tokens for _, tokens in losses] == [tokens for _, tokens in expected]
     assert [loss for loss, _ in losses] == pytest.approx([loss for loss, _ in expected], abs=1e-9)
+
+
+@pytest.mark.usefixtures("two_threads")
+@pytest.mark.parametrize("batch_tokens", [1, 40, 10_000])
+def test_two_threads_judge_two_parts_at_a_time(batch_tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = tiny_base("llama")
+    arena = random_arena(tiny_layout(base, "llama"), len(COUNTS))
+    torch.set_num_threads(1)
+    expected = evaluate_loss(base, arena, EXAMPLES, batch_tokens)
+    torch.set_num_threads(2)
+    calls: list[tuple[int, int]] = []
+
+    def watched(parts: Sequence[Callable[[], object]], at_once: int) -> list[object]:
+        calls.append((len(parts), at_once))
+        return side_by_side(parts, at_once)
+
+    monkeypatch.setattr("fedmira.evaluation.loss.side_by_side", watched)
+    first, second = (evaluate_loss(base, arena, EXAMPLES, batch_tokens) for _ in range(2))
+    assert first == second
+    assert [tokens for _, tokens in first] == [tokens for _, tokens in expected]
+    assert [loss for loss, _ in first] == pytest.approx([loss for loss, _ in expected], abs=1e-9)
+    assert all(at_once == 2 and num_parts >= 2 for num_parts, at_once in calls)
+    assert len(calls) == 2
 
 
 def test_a_permuted_arena_judges_differently() -> None:

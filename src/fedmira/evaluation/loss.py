@@ -8,15 +8,18 @@ Axes: K clients, P parameters of one adapter.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import torch
 
 from fedmira.data.packing import pack
 from fedmira.data.tokenization import TokenizedExample
-from fedmira.model.adapted import AdaptedModel
+from fedmira.model.adapted import AdaptedModel, computes_in_parts
 from fedmira.model.base import BaseModel
 from fedmira.model.full import is_full, one_by_one
 from fedmira.model.shift import shifted
+from fedmira.side_by_side import side_by_side
+from fedmira.training.memory import AT_ONCE
 from fedmira.training.objective import sums_per_client, token_losses
 from fedmira.types import Arena
 
@@ -33,7 +36,8 @@ def evaluate_loss(
         base: the frozen model.
         arena: (K, P); row k judges client k.
         examples_per_client: K lists of examples; a client without examples gets (0.0, 0).
-        batch_tokens: packed tokens judged together at most; a longer example is judged on its own.
+        batch_tokens: packed tokens judged at a time at most, on several threads of a CPU in two parts; a longer example
+            is judged on its own.
 
     Raises:
         ValueError: the arena has not one row per client.
@@ -44,18 +48,23 @@ def evaluate_loss(
         alone = zip(one_by_one(base, arena), examples_per_client, strict=True)
         return [evaluate_loss(moved, bare, [examples], batch_tokens)[0] for (moved, bare), examples in alone]
     adapted = AdaptedModel(base, arena.replace(arena.values_KP.to(base.device)))
-    sums = [0.0] * arena.num_clients
-    counts = [0] * arena.num_clients
+
+    def judge(batch_examples: Sequence[Sequence[TokenizedExample]]) -> list[float]:
+        batch = pack(batch_examples, virtual_tokens=arena.layout.num_virtual_tokens)
+        with torch.inference_mode():
+            losses_M = token_losses(base, adapted.hidden(batch), batch.labels_M)
+            sums: list[float] = sums_per_client(losses_M, batch.supervised_per_client).tolist()
+        return sums
+
+    at_once = AT_ONCE if computes_in_parts(base, arena.layout) else 1
+    lengths = [example.num_inputs for examples in examples_per_client for example in examples]
+    # parts of about the same size, also where one batch would hold everything
+    part_tokens = min(batch_tokens // at_once, sum(lengths) // at_once + max(lengths, default=0))
     with shifted(base, arena.layout, arena.shift_W):
-        for batch_examples in batches(examples_per_client, batch_tokens):
-            batch = pack(batch_examples, virtual_tokens=arena.layout.num_virtual_tokens)
-            with torch.inference_mode():
-                losses_M = token_losses(base, adapted.hidden(batch), batch.labels_M)
-                sums_K = sums_per_client(losses_M, batch.supervised_per_client).tolist()
-            for client, count in enumerate(batch.supervised_per_client):
-                sums[client] += sums_K[client]
-                counts[client] += count
-    return list(zip(sums, counts, strict=True))
+        parts = [partial(judge, part) for part in batches(examples_per_client, part_tokens)]
+        sums_BK = side_by_side(parts, at_once)
+    counts = [sum(example.num_supervised for example in examples) for examples in examples_per_client]
+    return [(sum((sums[k] for sums in sums_BK), 0.0), count) for k, count in enumerate(counts)]
 
 
 def batches(
