@@ -8,7 +8,7 @@ import scipy.sparse.csgraph
 import torch
 
 from fedmira.federation import multiply as module
-from fedmira.federation.multiply import blocks, multiply, multiply_sparse, over_tiles, sparse, times
+from fedmira.federation.multiply import components, multiply, multiply_sparse, over_tiles, sparse, times
 
 
 def numbers(rows: int, columns: int, seed: int = 0) -> np.ndarray:
@@ -45,7 +45,7 @@ def test_rows_that_share_no_column_are_a_product_each(
     matrix[:8, :6], matrix[9:20, 7:15], matrix[20:, 15:] = numbers(8, 6), numbers(11, 8), numbers(10, 9)
     order = np.random.Generator(np.random.Philox(2))
     matrix = matrix if in_order else matrix[order.permutation(30)][:, order.permutation(24)]
-    assert sorted((len(rows), len(columns)) for rows, columns in blocks(matrix)) == [(8, 6), (10, 9), (11, 8)]
+    assert sorted((len(rows), len(columns)) for rows, columns in components(matrix)) == [(8, 6), (10, 9), (11, 8)]
     values = torch.from_numpy(numbers(24, 3001)).to(dtype)
     values[np.flatnonzero(~matrix.any(axis=0))[0]] = torch.nan
     results = []
@@ -62,20 +62,20 @@ def test_rows_that_share_no_column_are_a_product_each(
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_blocks_are_connected_components(seed: int) -> None:
+def test_components_are_scipys(seed: int) -> None:
     draw = np.random.Generator(np.random.Philox(seed))
     matrix = (draw.random((40, 50)) < 0.02).astype(float)
     bipartite = np.block([[np.zeros((40, 40)), matrix], [matrix.T, np.zeros((50, 50))]])
     count, labels = scipy.sparse.csgraph.connected_components(bipartite)
     expected = {frozenset(np.flatnonzero(labels == label)) for label in range(count)}
-    found = blocks(matrix)
+    found = components(matrix)
     assert {frozenset([*rows, *(columns + 40)]) for rows, columns in found} == {one for one in expected if len(one) > 1}
     assert [columns[0] for _, columns in found] == sorted(columns[0] for _, columns in found)
 
 
-def test_a_chain_of_a_thousand_is_one_block() -> None:
+def test_a_chain_of_a_thousand_is_one_component() -> None:
     chain = np.eye(1000) + np.eye(1000, k=1)
-    assert [(len(rows), len(columns)) for rows, columns in blocks(chain)] == [(1000, 1000)]
+    assert [(len(rows), len(columns)) for rows, columns in components(chain)] == [(1000, 1000)]
 
 
 def test_what_is_sparse_is_gathered_and_the_rest_is_not(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,9 +1,9 @@
 """A small matrix times a tall and wide one: mix (K, P) rows by an (M, K) matrix in one pass over memory.
 
 Few non-zero weights per row are gathered over tiles of columns that stay in the cache; many are a matrix product, one
-for each block of rows that share no column with the others. `torch.get_num_threads()` threads take tiles or blocks in
-turn. Either way a row whose weights are all 0 is never read, and each number is computed in float32 at least.
-`numpy.matmul` is the slow twin. Knows nothing about clients, graphs or rounds.
+for each component: rows that share no column with the others. `torch.get_num_threads()` threads take tiles or
+components in turn. Either way a row whose weights are all 0 is never read, and each number is computed in float32 at
+least. `numpy.matmul` is the slow twin. Knows nothing about clients, graphs or rounds.
 
 Axes: M rows of the matrix and of the result, K rows of the values, P columns, E non-zero entries of the matrix.
 """
@@ -29,7 +29,7 @@ _TILE_ELEMENTS = 1 << 17
 _DEVICE_ELEMENTS = 1 << 26
 """Elements of either on a GPU, which would starve on small tiles: 256 MiB."""
 _PACKED_ELEMENTS, _ORDERED_ELEMENTS = 1 << 20, 1 << 22
-"""Elements of a block multiplied at a time where its rows must be packed, and where they lie in order: 4 and 16 MiB."""
+"""Elements of a component multiplied at a time where its rows must be packed (4 MiB), and where they lie in order."""
 _LEAST_TILE, _COLUMN_STEP = 64, 16
 
 
@@ -70,17 +70,17 @@ def sparse(matrix_MK: npt.NDArray[np.float64]) -> SparseMatrix:
     )
 
 
-class Block(NamedTuple):
-    """Rows and columns of a matrix with non-zero entries only where they meet, both ascending."""
+class Component(NamedTuple):
+    """Rows and columns of a matrix, ascending, with non-zero entries of theirs only where they meet."""
 
     rows: npt.NDArray[np.intp]
     columns: npt.NDArray[np.intp]
 
 
-def blocks(matrix_MK: npt.NDArray[np.float64]) -> list[Block]:
-    """Return the smallest blocks that hold all non-zero entries, ordered by their first column; none share a row.
+def components(matrix_MK: npt.NDArray[np.float64]) -> list[Component]:
+    """Return the smallest components that hold all non-zero entries, ordered by their first column.
 
-    >>> [(block.rows.tolist(), block.columns.tolist()) for block in blocks(np.eye(3)[[1, 0, 1]])]
+    >>> [(rows.tolist(), columns.tolist()) for rows, columns in components(np.eye(3)[[1, 0, 1]])]
     [([1], [0]), ([0, 2], [1])]
     """
     rows_E, columns_E = np.nonzero(matrix_MK)
@@ -97,7 +97,7 @@ def blocks(matrix_MK: npt.NDArray[np.float64]) -> list[Block]:
         first_K = joined_K
     first_K[np.setdiff1d(np.arange(num_columns), columns_E)] = num_columns  # read by nobody
     return [
-        Block(np.flatnonzero(first_M == first), np.flatnonzero(first_K == first))
+        Component(np.flatnonzero(first_M == first), np.flatnonzero(first_K == first))
         for first in np.unique(first_M[first_M < num_columns])
     ]
 
@@ -116,21 +116,21 @@ def multiply_into(matrix_MK: npt.NDArray[np.float64], values_KP: torch.Tensor, o
         ValueError: the shapes do not fit.
     """
     _refuse_shapes(matrix_MK.shape, values_KP, out_MP)
-    parts = blocks(matrix_MK)
+    parts = components(matrix_MK)
     if _few(matrix_MK, parts):
         multiply_sparse(sparse(matrix_MK), values_KP, out_MP)
     else:
-        _multiply_blocks(matrix_MK, parts, values_KP, out_MP)
+        _multiply_components(matrix_MK, parts, values_KP, out_MP)
 
 
 def times(matrix_MK: npt.NDArray[np.float64], device: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:
     """Return the function that multiplies tiles of float64 on `device` by the matrix, (K, C) to (M, C)."""
-    if _few(matrix_MK, [Block(*map(np.arange, matrix_MK.shape))]):
+    if _few(matrix_MK, [Component(*map(np.arange, matrix_MK.shape))]):
         return partial(gather, sparse(matrix_MK).to(device))
     return partial(torch.matmul, torch.from_numpy(matrix_MK).to(device))
 
 
-def _few(matrix_MK: npt.NDArray[np.float64], parts: Sequence[Block]) -> bool:
+def _few(matrix_MK: npt.NDArray[np.float64], parts: Sequence[Component]) -> bool:
     """Whether gathering is less work than the products of `parts`.
 
     Per element of the result a gathered entry costs about two of a product, and a tile's way in and out about 32 more.
@@ -197,8 +197,8 @@ def _refuse_shapes(shape: tuple[int, ...], values_KP: torch.Tensor, out_MP: torc
         )
 
 
-def _multiply_blocks(
-    matrix_MK: npt.NDArray[np.float64], parts: Sequence[Block], values_KP: torch.Tensor, out_MP: torch.Tensor
+def _multiply_components(
+    matrix_MK: npt.NDArray[np.float64], parts: Sequence[Component], values_KP: torch.Tensor, out_MP: torch.Tensor
 ) -> None:
     device, dtype = values_KP.device, torch.promote_types(values_KP.dtype, torch.float32)
     on_cpu = device.type == "cpu"
