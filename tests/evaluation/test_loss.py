@@ -9,7 +9,7 @@ import torch
 from tests.reference.engine_twin import mean_loss, peft_model
 from tests.reference.tiny_models import random_arena, random_examples, tiny_base, tiny_layout
 
-from fedmira.evaluation.loss import evaluate_loss
+from fedmira.evaluation.loss import evaluate_loss, parts_to_judge
 from fedmira.side_by_side import side_by_side
 
 COUNTS = (3, 0, 5, 1)
@@ -61,8 +61,29 @@ def test_two_threads_judge_two_parts_at_a_time(batch_tokens: int, monkeypatch: p
     assert first == second
     assert [tokens for _, tokens in first] == [tokens for _, tokens in expected]
     assert [loss for loss, _ in first] == pytest.approx([loss for loss, _ in expected], abs=1e-9)
-    assert all(at_once == 2 and num_parts >= 2 for num_parts, at_once in calls)
-    assert len(calls) == 2
+    # 77 tokens; examples longer than half of a batch are judged one after the other
+    assert calls == [{1: (9, 1), 40: (5, 2), 10_000: (2, 2)}[batch_tokens]] * 2
+
+
+@pytest.mark.usefixtures("two_threads")
+@pytest.mark.parametrize("batch_tokens", range(1, 100))
+def test_no_more_tokens_are_judged_together_than_allowed(batch_tokens: int) -> None:
+    base = tiny_base("llama")
+    parts, at_once = parts_to_judge(base, tiny_layout(base, "llama"), EXAMPLES, batch_tokens)
+    for part in parts:
+        lengths = [example.num_inputs for examples in part.values() for example in examples]
+        assert sum(lengths) <= batch_tokens // at_once or (len(lengths) == 1 and at_once == 1)
+    assert at_once == (2 if batch_tokens >= 24 else 1), "the longest example has 12 tokens"
+    for client, examples in enumerate(EXAMPLES):
+        assert [example for part in parts for example in part.get(client, [])] == list(examples)
+
+
+@pytest.mark.usefixtures("two_threads")
+@pytest.mark.parametrize("count", [2, 4, 6, 16])
+def test_equal_examples_fall_into_equal_parts(count: int) -> None:
+    base = tiny_base("llama")
+    parts, _ = parts_to_judge(base, tiny_layout(base, "llama"), [EXAMPLES[0][:1]] * count, 10_000)
+    assert [sum(map(len, part.values())) for part in parts] == [count // 2] * 2
 
 
 def test_a_permuted_arena_judges_differently() -> None:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from functools import partial
+
 import numpy as np
 import pytest
 import scipy.sparse.csgraph
 import torch
 
 from fedmira.federation import multiply as module
-from fedmira.federation.multiply import components, multiply, multiply_sparse, over_tiles, sparse, times
+from fedmira.federation.multiply import components, multiply, multiply_into, multiply_sparse, over_tiles, sparse, times
+from fedmira.side_by_side import side_by_side
 
 
 def numbers(rows: int, columns: int, seed: int = 0) -> np.ndarray:
@@ -83,10 +87,45 @@ def test_what_is_sparse_is_gathered_and_the_rest_is_not(monkeypatch: pytest.Monk
         raise AssertionError("not this way")
 
     monkeypatch.setattr(module, "multiply_sparse", refuse)
+    tasks = np.kron(np.eye(10), np.ones((10, 10)))
     multiply(np.ones((100, 100)), torch.zeros(100, 3))
-    multiply(np.kron(np.eye(10), np.ones((10, 10))), torch.zeros(100, 3))
+    multiply(tasks, torch.zeros(100, 10_000))
     with pytest.raises(AssertionError, match="not this way"):
-        multiply(np.eye(100) + np.eye(100, k=1), torch.zeros(100, 3))
+        multiply(np.eye(100) + np.eye(100, k=1), torch.zeros(100, 10_000))
+    # so narrow that calls take longer than what is computed
+    with pytest.raises(AssertionError, match="not this way"):
+        multiply(tasks, torch.zeros(100, 1000))
+
+
+@pytest.mark.usefixtures("two_threads")
+@pytest.mark.parametrize("of", [1, 2, 3])
+def test_every_thread_has_a_product(of: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[int, int]] = []
+
+    def watched(calls: Sequence[Callable[[], object]], at_once: int) -> list[object]:
+        seen.append((len(calls), at_once))
+        return side_by_side(calls, at_once)
+
+    monkeypatch.setattr(module, "side_by_side", watched)
+    matrix, values = np.kron(np.eye(of), numbers(4, 4)), torch.from_numpy(numbers(4 * of, 30_000))
+    assert np.allclose(multiply(matrix, values).numpy(), matrix @ values.numpy())
+    assert seen == [(max(2, of), 2)]
+
+
+@pytest.mark.parametrize(("rows", "columns"), [([0, 1, 2], [0, 2, 3]), ([0, 2, 3], [0, 1, 2])])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_or_columns_alone_may_lie_in_order(rows: list[int], columns: list[int], dtype: torch.dtype) -> None:
+    matrix, values = np.zeros((4, 4)), torch.from_numpy(numbers(4, 50)).float()
+    matrix[np.ix_(rows, columns)] = numbers(3, 3)
+    out = torch.empty(4, 50, dtype=dtype)
+    multiply_into(matrix, values, out)
+    tolerance = 1e-6 if dtype == torch.float32 else 2.0**-7
+    assert np.allclose(out.double().numpy(), matrix @ values.double().numpy(), rtol=tolerance, atol=tolerance)
+
+
+def test_nothing_is_differentiated() -> None:
+    values = torch.ones(3, 5, requires_grad=True)
+    assert not multiply(np.ones((3, 3)), values).requires_grad
 
 
 @pytest.mark.parametrize("per_row", [3, 60])
@@ -138,8 +177,12 @@ def test_threads_are_given_back_after_a_failure() -> None:
 
 
 def test_shapes_that_do_not_fit_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"the values must be \(4, 7\) and the result \(3, 7\)"):
-        multiply_sparse(sparse(np.ones((3, 4))), torch.zeros(5, 7), torch.zeros(3, 7))
+    for call in (
+        lambda *both: multiply_sparse(sparse(np.ones((3, 4))), *both),
+        partial(multiply_into, np.ones((3, 4))),
+    ):
+        with pytest.raises(ValueError, match=r"the values must be \(4, 7\) and the result \(3, 7\)"):
+            call(torch.zeros(5, 7), torch.zeros(3, 7))
 
 
 def test_results_may_be_rounded_on_the_way_out() -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import partial
+from typing import TypeAlias
 
 import torch
 
@@ -21,7 +22,10 @@ from fedmira.model.shift import shifted
 from fedmira.side_by_side import side_by_side
 from fedmira.training.memory import AT_ONCE
 from fedmira.training.objective import sums_per_client, token_losses
-from fedmira.types import Arena
+from fedmira.types import Arena, Layout
+
+Part: TypeAlias = dict[int, list[TokenizedExample]]
+"""Examples that are judged in one computation, by client."""
 
 
 def evaluate_loss(
@@ -36,8 +40,7 @@ def evaluate_loss(
         base: the frozen model.
         arena: (K, P); row k judges client k.
         examples_per_client: K lists of examples; a client without examples gets (0.0, 0).
-        batch_tokens: packed tokens judged at a time at most, on several threads of a CPU in two parts; a longer example
-            is judged on its own.
+        batch_tokens: packed tokens judged together at most; a longer example is judged on its own.
 
     Raises:
         ValueError: the arena has not one row per client.
@@ -49,22 +52,42 @@ def evaluate_loss(
         return [evaluate_loss(moved, bare, [examples], batch_tokens)[0] for (moved, bare), examples in alone]
     adapted = AdaptedModel(base, arena.replace(arena.values_KP.to(base.device)))
 
-    def judge(batch_examples: Sequence[Sequence[TokenizedExample]]) -> list[float]:
-        batch = pack(batch_examples, virtual_tokens=arena.layout.num_virtual_tokens)
+    def judge(part: Part) -> list[float]:
+        examples = [part.get(client, []) for client in range(arena.num_clients)]
+        batch = pack(examples, virtual_tokens=arena.layout.num_virtual_tokens)
         with torch.inference_mode():
             losses_M = token_losses(base, adapted.hidden(batch), batch.labels_M)
-            sums: list[float] = sums_per_client(losses_M, batch.supervised_per_client).tolist()
-        return sums
+            sums = sums_per_client(losses_M, batch.supervised_per_client).tolist()
+        return [sums[client] for client in part]
 
-    at_once = AT_ONCE if computes_in_parts(base, arena.layout) else 1
-    lengths = [example.num_inputs for examples in examples_per_client for example in examples]
-    # parts of about the same size, also where one batch would hold everything
-    part_tokens = min(batch_tokens // at_once, sum(lengths) // at_once + max(lengths, default=0))
+    parts, at_once = parts_to_judge(base, arena.layout, examples_per_client, batch_tokens)
     with shifted(base, arena.layout, arena.shift_W):
-        parts = [partial(judge, part) for part in batches(examples_per_client, part_tokens)]
-        sums_BK = side_by_side(parts, at_once)
+        judged = side_by_side([partial(judge, part) for part in parts], at_once)
+    sums = [0.0] * arena.num_clients
+    for part, sums_of_part in zip(parts, judged, strict=True):
+        for client, sum_ in zip(part, sums_of_part, strict=True):
+            sums[client] += sum_
     counts = [sum(example.num_supervised for example in examples) for examples in examples_per_client]
-    return [(sum((sums[k] for sums in sums_BK), 0.0), count) for k, count in enumerate(counts)]
+    return list(zip(sums, counts, strict=True))
+
+
+def parts_to_judge(
+    base: BaseModel,
+    layout: Layout,
+    examples_per_client: Sequence[Sequence[TokenizedExample]],
+    batch_tokens: int,
+) -> tuple[list[Part], int]:
+    """What `evaluate_loss` computes at a time, in its order, and how many of these at once.
+
+    On several threads of a CPU two, with half of the tokens each, unless an example is longer than that.
+    """
+    lengths = [example.num_inputs for examples in examples_per_client for example in examples]
+    longest = max(lengths, default=0)
+    at_once = AT_ONCE if computes_in_parts(base, layout) and longest <= batch_tokens // AT_ONCE else 1
+    # what would fit into one batch falls into parts of about the same size
+    tokens = min(batch_tokens // at_once, -(-(sum(lengths) + longest) // at_once))
+    held = batches(examples_per_client, tokens)
+    return [{client: examples for client, examples in enumerate(batch) if examples} for batch in held], at_once
 
 
 def batches(

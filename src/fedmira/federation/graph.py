@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 
 from fedmira.errors import DataError, nearest
-from fedmira.federation.multiply import over_tiles, times
+from fedmira.federation.multiply import components, over_tiles, times
 
 Matrix: TypeAlias = npt.NDArray[np.float64]
 _NEGLIGIBLE = 1e-12
@@ -220,21 +220,8 @@ def connected_components(graph: Graph) -> tuple[tuple[int, ...], ...]:
     >>> connected_components(validated([[0, 0, 1], [0, 0, 0], [1, 0, 0]], 3, "given"))
     ((0, 2), (1,))
     """
-    linked_KK = graph.adjacency_KK > 0
-    unseen_K = np.ones(graph.num_clients, dtype=bool)
-    components = []
-    for first in range(graph.num_clients):
-        if not unseen_K[first]:
-            continue
-        reached_K = np.zeros_like(unseen_K)
-        reached_K[first] = True
-        frontier_K = reached_K
-        while frontier_K.any():
-            frontier_K = linked_KK[frontier_K].any(axis=0) & ~reached_K
-            reached_K = reached_K | frontier_K
-        unseen_K &= ~reached_K
-        components.append(tuple(int(k) for k in np.flatnonzero(reached_K)))
-    return tuple(components)
+    linked_KK = graph.adjacency_KK + np.eye(graph.num_clients)
+    return tuple(tuple(component.rows.tolist()) for component in components(linked_KK))
 
 
 def weight_inside(graph: Graph, labels: Sequence[str]) -> float:

@@ -10,6 +10,7 @@ Axes: M rows of the matrix and of the result, K rows of the values, P columns, E
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple, TypeAlias, TypeVar
@@ -30,6 +31,8 @@ _DEVICE_ELEMENTS = 1 << 26
 """Elements of either on a GPU, which would starve on small tiles: 256 MiB."""
 _PACKED_ELEMENTS, _ORDERED_ELEMENTS = 1 << 20, 1 << 22
 """Elements of a component multiplied at a time where its rows must be packed (4 MiB), and where they lie in order."""
+_CALL = 1 << 20
+"""Multiplications in the time that it takes to call for one more component."""
 _LEAST_TILE, _COLUMN_STEP = 64, 16
 
 
@@ -83,23 +86,24 @@ def components(matrix_MK: npt.NDArray[np.float64]) -> list[Component]:
     >>> [(rows.tolist(), columns.tolist()) for rows, columns in components(np.eye(3)[[1, 0, 1]])]
     [([1], [0]), ([0, 2], [1])]
     """
-    rows_E, columns_E = np.nonzero(matrix_MK)
-    num_rows, num_columns = matrix_MK.shape
-    # the first column that a row or a column is joined with; each turn follows one row, then what is known already
-    first_M, first_K = np.full(num_rows, num_columns), np.arange(num_columns)
-    while True:
-        np.minimum.at(first_M, rows_E, first_K[columns_E])
-        joined_K = first_K.copy()
-        np.minimum.at(joined_K, columns_E, first_M[rows_E])
-        joined_K = joined_K[joined_K]
-        if (joined_K == first_K).all():
-            break
-        first_K = joined_K
-    first_K[np.setdiff1d(np.arange(num_columns), columns_E)] = num_columns  # read by nobody
-    return [
-        Component(np.flatnonzero(first_M == first), np.flatnonzero(first_K == first))
-        for first in np.unique(first_M[first_M < num_columns])
-    ]
+    entries_MK = matrix_MK != 0
+    entries_KM = np.ascontiguousarray(entries_MK.T)
+    num_rows, num_columns = entries_MK.shape
+    left_K = entries_MK.any(axis=0)
+    found = []
+    for first in np.flatnonzero(left_K):
+        if not left_K[first]:
+            continue
+        rows_M, columns_K = np.zeros(num_rows, dtype=bool), np.zeros(num_columns, dtype=bool)
+        columns = np.array([first])
+        while len(columns):
+            columns_K[columns] = True
+            rows = np.flatnonzero(entries_KM[columns].any(axis=0) & ~rows_M)
+            rows_M[rows] = True
+            columns = np.flatnonzero(entries_MK[rows].any(axis=0) & ~columns_K)
+        left_K &= ~columns_K
+        found.append(Component(np.flatnonzero(rows_M), np.flatnonzero(columns_K)))
+    return found
 
 
 def multiply(matrix_MK: npt.NDArray[np.float64], values_KP: torch.Tensor) -> torch.Tensor:
@@ -117,7 +121,9 @@ def multiply_into(matrix_MK: npt.NDArray[np.float64], values_KP: torch.Tensor, o
     """
     _refuse_shapes(matrix_MK.shape, values_KP, out_MP)
     parts = components(matrix_MK)
-    if _few(matrix_MK, parts):
+    products = sum(len(rows) * len(columns) for rows, columns in parts)
+    calls = (len(parts) - 1) * _CALL / max(1, values_KP.shape[1])
+    if _few(matrix_MK, products + calls):
         multiply_sparse(sparse(matrix_MK), values_KP, out_MP)
     else:
         _multiply_components(matrix_MK, parts, values_KP, out_MP)
@@ -125,17 +131,16 @@ def multiply_into(matrix_MK: npt.NDArray[np.float64], values_KP: torch.Tensor, o
 
 def times(matrix_MK: npt.NDArray[np.float64], device: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:
     """Return the function that multiplies tiles of float64 on `device` by the matrix, (K, C) to (M, C)."""
-    if _few(matrix_MK, [Component(*map(np.arange, matrix_MK.shape))]):
+    if _few(matrix_MK, matrix_MK.size):
         return partial(gather, sparse(matrix_MK).to(device))
     return partial(torch.matmul, torch.from_numpy(matrix_MK).to(device))
 
 
-def _few(matrix_MK: npt.NDArray[np.float64], parts: Sequence[Component]) -> bool:
-    """Whether gathering is less work than the products of `parts`.
+def _few(matrix_MK: npt.NDArray[np.float64], products: float) -> bool:
+    """Whether gathering is less work than this many multiplications per column.
 
     Per element of the result a gathered entry costs about two of a product, and a tile's way in and out about 32 more.
     """
-    products = sum(len(part.rows) * len(part.columns) for part in parts)
     return 2 * int(np.count_nonzero(matrix_MK)) + 32 * len(matrix_MK) < products
 
 
@@ -202,16 +207,18 @@ def _multiply_components(
 ) -> None:
     device, dtype = values_KP.device, torch.promote_types(values_KP.dtype, torch.float32)
     on_cpu = device.type == "cpu"
+    at_once = torch.get_num_threads() if on_cpu else 1
 
     def one_product(weights: torch.Tensor, to_rows: Rows, from_rows: Rows, there: slice) -> None:
-        values_KC, out_MC = values_KP[:, there], out_MP[:, there]
-        packed = values_KC[from_rows] if isinstance(from_rows, slice) else values_KC.index_select(0, from_rows)
-        if not isinstance(to_rows, slice):
-            out_MC.index_copy_(0, to_rows, (weights @ packed.to(dtype)).to(out_MC.dtype))
-        elif out_MC.dtype == dtype:
-            torch.mm(weights, packed.to(dtype), out=out_MC[to_rows])
-        else:
-            out_MC[to_rows] = weights @ packed.to(dtype)
+        with torch.inference_mode():
+            values_KC, out_MC = values_KP[:, there], out_MP[:, there]
+            packed = values_KC[from_rows] if isinstance(from_rows, slice) else values_KC.index_select(0, from_rows)
+            if not isinstance(to_rows, slice):
+                out_MC.index_copy_(0, to_rows, (weights @ packed.to(dtype)).to(out_MC.dtype))
+            elif out_MC.dtype == dtype:
+                torch.mm(weights, packed.to(dtype), out=out_MC[to_rows])
+            else:
+                out_MC[to_rows] = weights @ packed.to(dtype)
 
     calls: list[Callable[[], None]] = []
     for rows, columns in parts:
@@ -219,10 +226,13 @@ def _multiply_components(
         places = _places(rows, device), _places(columns, device)
         in_order = all(isinstance(ids, slice) for ids in places) and values_KP.dtype == out_MP.dtype == dtype
         elements = (_ORDERED_ELEMENTS if in_order else _PACKED_ELEMENTS) if on_cpu else _DEVICE_ELEMENTS
-        width = max(_COLUMN_STEP, elements // len(columns) // _COLUMN_STEP * _COLUMN_STEP)
+        # at least as many calls as threads
+        share = math.ceil(values_KP.shape[1] / math.ceil(at_once / len(parts)))
+        width = min(elements // max(len(rows), len(columns)), share)
+        width = max(1, math.ceil(width / _COLUMN_STEP)) * _COLUMN_STEP
         starts = range(0, values_KP.shape[1], width)
         calls += [partial(one_product, weights, *places, slice(start, start + width)) for start in starts]
-    side_by_side(calls, torch.get_num_threads() if on_cpu else 1)
+    side_by_side(calls, at_once)
     for row in np.flatnonzero(~matrix_MK.any(axis=1)):
         out_MP[row] = 0
 
