@@ -23,7 +23,7 @@ from fedmira.assembly import Assembly
 from fedmira.data.packing import batches_in_round
 from fedmira.data.tokenization import TokenizedExample
 from fedmira.evaluation.generation import generate
-from fedmira.evaluation.loss import Part, evaluate_loss, parts_to_judge
+from fedmira.evaluation.loss import batches, evaluate_loss
 from fedmira.exchange.in_process import InProcess
 from fedmira.federation import participation
 from fedmira.federation.method import State
@@ -124,20 +124,16 @@ def try_evaluation(parts: Assembly, adapters: Arena) -> float:
     splits = [[client.validation for client in parts.tokenized]]
     if parts.config.evaluation.test:
         splits.append([client.test for client in parts.tokenized])
-    pieces: list[Part] = []
-    for split in splits:
-        found, at_once = parts_to_judge(parts.base, parts.layout, split, limit)
-        pieces += [_together(found[first : first + at_once]) for first in range(0, len(found), at_once)]
+    found = [batch for split in splits for batch in batches(split, limit)]
     row_bytes = head_bytes_per_row(parts.base)
 
-    def supervised(piece: Part) -> int:
-        return sum(example.num_supervised for examples in piece.values() for example in examples)
+    def supervised(batch: list[list[TokenizedExample]]) -> int:
+        return sum(example.num_supervised for examples in batch for example in examples)
 
-    def attempt(piece: Part) -> float:
-        examples = [piece.get(client, []) for client in range(len(parts.tokenized))]
-        return timed(parts, lambda: evaluate_loss(parts.base, adapters, examples, limit))[1]
+    def attempt(batch: list[list[TokenizedExample]]) -> float:
+        return timed(parts, lambda: evaluate_loss(parts.base, adapters, batch, limit))[1]
 
-    return _price(pieces, attempt, size=_num_tokens, heavy=lambda piece: supervised(piece) * row_bytes)
+    return _price(found, attempt, size=_num_tokens, heavy=lambda batch: supervised(batch) * row_bytes)
 
 
 def try_generation(parts: Assembly, adapters: Arena, seconds_per_token: float) -> float:
@@ -277,14 +273,5 @@ def _spread(number: int) -> list[float]:
     return sorted(middles, key=lambda middle: abs(middle - 0.5))
 
 
-def _together(found: Sequence[Part]) -> Part:
-    """What is judged at the same time."""
-    examples: Part = {}
-    for part in found:
-        for client, own in part.items():
-            examples.setdefault(client, []).extend(own)
-    return examples
-
-
-def _num_tokens(piece: Part) -> int:
-    return sum(example.num_inputs for examples in piece.values() for example in examples)
+def _num_tokens(batch: list[list[TokenizedExample]]) -> int:
+    return sum(example.num_inputs for examples in batch for example in examples)

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-
 import pytest
 import torch
 from tests.reference.engine_twin import mean_loss, peft_model
 from tests.reference.tiny_models import random_arena, random_examples, tiny_base, tiny_layout
 
-from fedmira.evaluation.loss import evaluate_loss, parts_to_judge
-from fedmira.side_by_side import side_by_side
+from fedmira.evaluation.loss import evaluate_loss
 
 COUNTS = (3, 0, 5, 1)
 EXAMPLES = [random_examples(count, seed=count) for count in COUNTS]
@@ -40,50 +37,6 @@ def test_the_size_of_batches_changes_nothing(batch_tokens: int) -> None:
     losses = evaluate_loss(base, arena, EXAMPLES, batch_tokens)
     assert [tokens for _, tokens in losses] == [tokens for _, tokens in expected]
     assert [loss for loss, _ in losses] == pytest.approx([loss for loss, _ in expected], abs=1e-9)
-
-
-@pytest.mark.usefixtures("two_threads")
-@pytest.mark.parametrize("batch_tokens", [1, 40, 10_000])
-def test_two_threads_judge_two_parts_at_a_time(batch_tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    base = tiny_base("llama")
-    arena = random_arena(tiny_layout(base, "llama"), len(COUNTS))
-    torch.set_num_threads(1)
-    expected = evaluate_loss(base, arena, EXAMPLES, batch_tokens)
-    torch.set_num_threads(2)
-    calls: list[tuple[int, int]] = []
-
-    def watched(parts: Sequence[Callable[[], object]], at_once: int) -> list[object]:
-        calls.append((len(parts), at_once))
-        return side_by_side(parts, at_once)
-
-    monkeypatch.setattr("fedmira.evaluation.loss.side_by_side", watched)
-    first, second = (evaluate_loss(base, arena, EXAMPLES, batch_tokens) for _ in range(2))
-    assert first == second
-    assert [tokens for _, tokens in first] == [tokens for _, tokens in expected]
-    assert [loss for loss, _ in first] == pytest.approx([loss for loss, _ in expected], abs=1e-9)
-    # 77 tokens; examples longer than half of a batch are judged one after the other
-    assert calls == [{1: (9, 1), 40: (5, 2), 10_000: (2, 2)}[batch_tokens]] * 2
-
-
-@pytest.mark.usefixtures("two_threads")
-@pytest.mark.parametrize("batch_tokens", range(1, 100))
-def test_no_more_tokens_are_judged_together_than_allowed(batch_tokens: int) -> None:
-    base = tiny_base("llama")
-    parts, at_once = parts_to_judge(base, tiny_layout(base, "llama"), EXAMPLES, batch_tokens)
-    for part in parts:
-        lengths = [example.num_inputs for examples in part.values() for example in examples]
-        assert sum(lengths) <= batch_tokens // at_once or (len(lengths) == 1 and at_once == 1)
-    assert at_once == (2 if batch_tokens >= 24 else 1), "the longest example has 12 tokens"
-    for client, examples in enumerate(EXAMPLES):
-        assert [example for part in parts for example in part.get(client, [])] == list(examples)
-
-
-@pytest.mark.usefixtures("two_threads")
-@pytest.mark.parametrize("count", [2, 4, 6, 16])
-def test_equal_examples_fall_into_equal_parts(count: int) -> None:
-    base = tiny_base("llama")
-    parts, _ = parts_to_judge(base, tiny_layout(base, "llama"), [EXAMPLES[0][:1]] * count, 10_000)
-    assert [sum(map(len, part.values())) for part in parts] == [count // 2] * 2
 
 
 def test_a_permuted_arena_judges_differently() -> None:

@@ -23,7 +23,7 @@ from fedmira.types import Arena, Layout
 
 
 def computes_in_parts(base: BaseModel, layout: Layout, dropout: float = 0.0) -> bool:
-    """Whether several batches are to be computed at the same time: on several threads of a CPU, where
+    """Whether batches of different clients are to be computed at the same time: on several threads of a CPU, where
     nothing is written then but the gradients of the clients that have rows."""
     apart = base.device.type == "cpu" and not is_full(layout) and not layout.num_virtual_tokens and not dropout
     fused_ = base.body is not None and base.body.dtype == base.adapter_dtype and _has_body_for(base, layout)

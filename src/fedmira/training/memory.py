@@ -35,7 +35,7 @@ _CPU_ROWS, _CPU_ROWS_IN_PARTS = 2048, 16384
 """On a CPU this many packed rows are computed at full speed: more would only leave the cache. Where a step is computed
 in parts, they take the same time where there are many clients to make them of."""
 AT_ONCE = 2
-"""Parts of a step, or of an evaluation, that are computed at the same time on several threads of a CPU."""
+"""Parts of a step that are computed at the same time on several threads of a CPU."""
 _PROBE_TOKENS = 256
 _SERVER_ARENAS = 6
 """Adapters of all clients that lie on the device while some train: `mira` holds most, 5.5 to 6.2 of them (its state,
