@@ -92,14 +92,15 @@ def measure_mixing_in_memory(
         IN_TASKS: task_graph(num_clients, in_order=True),
         SCATTERED: task_graph(num_clients, in_order=False),
     }
-    for graph in graphs.values():
-        _check_mixing(laplacian_explicit(graph, TAU)(arena).values_KP, graph, values_KP)
-    steps = {name: np.eye(num_clients) - TAU * laplacian(graph) for name, graph in graphs.items()}
+    mixers = {contestant: laplacian_explicit(graph, TAU) for contestant, graph in graphs.items()}
+    for contestant, graph in graphs.items():
+        _check_mixing(mixers[contestant](arena).values_KP, graph, values_KP)
+    steps = {contestant: np.eye(num_clients) - TAU * laplacian(graph) for contestant, graph in graphs.items()}
     times = interleave(
-        {name: partial(multiply_into, matrix_KK, values_KP, target_KP) for name, matrix_KK in steps.items()}
+        {mixing: partial(multiply_into, matrix_KK, values_KP, target_KP) for mixing, matrix_KK in steps.items()}
         | {
             COPY: lambda: _copy(values_KP, target_KP, options.threads),
-            MIX_ANEW: lambda: laplacian_explicit(graphs[MIX], TAU)(arena),
+            MIX_ANEW: partial(mixers[MIX], arena),
             COPY_ANEW: values_KP.clone,
         },
         warm_up=options.warm_up + 1,

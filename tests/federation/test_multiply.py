@@ -50,7 +50,7 @@ def test_rows_that_share_no_column_are_a_product_each(
     order = np.random.Generator(np.random.Philox(2))
     matrix = matrix if in_order else matrix[order.permutation(30)][:, order.permutation(24)]
     assert sorted((len(rows), len(columns)) for rows, columns in components(matrix)) == [(8, 6), (10, 9), (11, 8)]
-    values = torch.from_numpy(numbers(24, 3001)).to(dtype)
+    values = torch.from_numpy(numbers(24, 6001)).to(dtype)
     values[np.flatnonzero(~matrix.any(axis=0))[0]] = torch.nan
     results = []
     for elements, threads in ((1 << 20, 1), (1 << 12, 1), (1 << 12, 2)):

@@ -31,7 +31,7 @@ _DEVICE_ELEMENTS = 1 << 26
 """Elements of either on a GPU, which would starve on small tiles: 256 MiB."""
 _PACKED_ELEMENTS, _ORDERED_ELEMENTS = 1 << 20, 1 << 22
 """Elements of a component multiplied at a time where its rows must be packed (4 MiB), and where they lie in order."""
-_CALL = 1 << 20
+_CALL = 1 << 21
 """Multiplications in the time that it takes to call for one more component."""
 _LEAST_TILE, _COLUMN_STEP = 64, 16
 
