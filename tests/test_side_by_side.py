@@ -41,8 +41,16 @@ def test_calls_run_at_the_same_time_with_their_part_of_the_threads_and_answer_in
 
 
 def test_threads_are_kept() -> None:
-    first, second = (set(side_by_side([threading.get_ident] * 8, 2)) for _ in range(2))
+    both_there = threading.Barrier(2, timeout=30)
+
+    def call() -> int:
+        # without it one thread may answer both
+        both_there.wait()
+        return threading.get_ident()
+
+    first, second = (set(side_by_side([call] * 2, 2)) for _ in range(2))
     assert first == second
+    assert len(first) == 2
     assert threading.get_ident() not in first
 
 
