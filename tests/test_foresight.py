@@ -72,12 +72,13 @@ def test_judging_that_takes_longer_than_training_is_told_with_what_to_set() -> N
 @pytest.mark.parametrize(
     ("sections", "told"),
     [
-        ({"method": {"name": "mira", "graph": {"warmup_rounds": 4}}}, "everybody to the end unless what is learned"),
-        ({"method": {"name": "mira", "graph": {"warmup_rounds": 4, "settled": 1}}}, "everybody to the end, and no"),
+        ({"method": {"name": "mira"}, "federation": {"rounds": 1}}, "1: everybody is joined with everybody, and no"),
         (
-            {"method": {"name": "mira", "graph": {"warmup_rounds": 4, "warmup": "none"}}},
-            "nobody is joined with anybody",
+            {"method": {"name": "mira", "graph": {"warmup": "none"}}, "federation": {"rounds": 1}},
+            "1: nobody is joined with anybody, and no",
         ),
+        ({"method": {"name": "mira", "graph": {"settled": 0}}, "federation": {"rounds": 1}}, None),
+        ({"method": {"name": "mira"}, "federation": {"rounds": 2}}, None),
         ({"method": {"name": "mira", "graph": {"kind": "labels"}}}, None),
         (
             {"method": {"name": "fedlease", "warmup_rounds": 5}},

@@ -33,12 +33,12 @@ def config(kind: str, rounds: int = 2, **graph: Any) -> RunConfig:
             "training": {"local_steps": 5, "batch_size": 4, "learning_rate": 0.01},
             "federation": {"rounds": rounds},
             "evaluation": {"test": False},
-            "method": {"name": "mira", "graph": {"kind": kind, **_NO_WARM_UP.get(kind, {"warmup_rounds": 0}), **graph}},
+            "method": {"name": "mira", "graph": {"kind": kind, **_NO_WARM_UP.get(kind, {"settled": 0}), **graph}},
         }
     )
 
 
-_NO_WARM_UP: dict[str, dict[str, int]] = {"embeddings": {}}
+_NO_WARM_UP: dict[str, dict[str, float]] = {"embeddings": {}}
 """Embeddings are known before the first round."""
 
 

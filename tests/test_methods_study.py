@@ -103,13 +103,13 @@ def test_a_result_belongs_to_what_decides_its_numbers(study: ModuleType) -> None
     moved = {"source": "dolly", "path": "here"}
     one, other = (described(data={**moved, "path": path}) for path in ("here", "there"))
     assert study.digest(one) == study.digest(other)
-    for changed in ({"strength": 3.0}, {"graph": {"warmup_rounds": 7}}, {"ema_decay": 0.1}):
+    for changed in ({"strength": 3.0}, {"graph": {"settled": 0.7}}, {"ema_decay": 0.1}):
         assert study.digest(described(method={"name": "mira", **changed})) != study.digest(base)
 
 
 def test_keys_that_a_graph_ignores_or_that_came_later_leave_old_results_valid(study: ModuleType) -> None:
     known = described(method={"name": "mira_published", "graph": {"kind": "labels"}})
-    changed = {**known, "method": {**known["method"], "graph": {**known["method"]["graph"], "warmup_rounds": 7}}}
+    changed = {**known, "method": {**known["method"], "graph": {**known["method"]["graph"], "settled": 0.7}}}
     assert study.digest(changed) == study.digest(known)
     before = described(method={"name": "fedit"})
     assert before["method"].pop("ema_decay") == 0.0

@@ -47,6 +47,8 @@ _LATER: Mapping[str, Mapping[str, Any]] = {
     "method": {"mixing": "auto", "robust": "none", "depth": 0.0, "client_strength": {}, "ema_decay": 0.0},
 }
 """Keys that came after the first results, with the values that leave everything as it was before them."""
+_GONE = {"warmup_rounds": 3}
+"""What learned graphs were made with before they counted by their agreement: results of then stay, see words.md."""
 _TUNED_ALONE = (
     *("mira-true", "mira-labels", "mira-shared-a", "mira-shared-a-asks-nobody"),
     *("mira-private-weak", "mira-private", "mira-private-full"),
@@ -107,7 +109,7 @@ def digest(config: Mapping[str, Any]) -> str:
     if "graph" in kept["method"]:
         graph = GraphConfig.model_construct(**kept["method"]["graph"])
         used = {key: value for key, value in graph.model_dump(mode="json").items() if key == "kind" or graph.uses(key)}
-        kept["method"]["graph"] = used
+        kept["method"]["graph"] = {**used, **(_GONE if graph.uses("settled") else {})}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:12]
 
 
@@ -568,7 +570,7 @@ _ADVANCES = {
     "neighbours of other clusters count too": "mira-all-neighbours",
     "a graph for each block": "mira-layers",
     "a graph that remembers": "mira-memory",
-    "a warm-up of one round; of none": "mira-warmup-1 mira-no-warmup",
+    "what is learned counts in full from the first round on": "mira-no-warmup",
     "graph: clusters": "mira-clusters",
     "graph: smooth (Kalofolias)": "mira-kalofolias",
     "graph: task covariance (MTRL)": "mira-mtrl",

@@ -48,22 +48,22 @@ def _unanswered_line(parts: Assembly) -> str:
 
 
 def _graph_line(config: RunConfig, num_clients: int) -> str:
-    """Whether nothing comes of a learned graph: clients are too few, or its warm-up may take all rounds."""
+    """Whether nothing comes of a learned graph: clients or rounds are too few."""
     graph, rounds = getattr(config.method, "graph", None), config.federation.rounds
-    if graph is None or not graph.uses("warmup_rounds"):
+    if graph is None or not graph.uses("settled"):
         return ""
+    everybody = graph.warmup == "uniform" and graph.settled
+    joined = "everybody is joined with everybody" if everybody else "nobody is joined with anybody"
     if num_clients < MINIMUM_CLIENTS:
         return (
-            f"method.graph.kind = {graph.kind} cannot tell who is related among fewer than {MINIMUM_CLIENTS} clients, "
-            "and joins nobody after its warm-up; use uniform where they are related"
+            f"method.graph.kind = {graph.kind} cannot tell who is related among fewer than {MINIMUM_CLIENTS} clients: "
+            f"{joined}; use uniform where they are related"
         )
-    if graph.warmup_rounds < rounds:
+    if rounds > 1 or graph.settled == 0:
         return ""
-    joined = "everybody is joined with everybody" if graph.warmup == "uniform" else "nobody is joined with anybody"
-    sooner = " unless what is learned settles sooner" if graph.settled < 1 else ""
     return (
-        f"method.graph.warmup_rounds = {graph.warmup_rounds} and federation.rounds = {rounds}: {joined} to the end"
-        f"{sooner}, and no learned graph is used; take more rounds, or fewer to warm up"
+        f"federation.rounds = 1: {joined}, and no learned graph is used before it agrees with that of a round before; "
+        "take more rounds, or set method.graph.settled to 0"
     )
 
 

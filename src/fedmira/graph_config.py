@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt, model_validator
 
-from fedmira.config_basics import FinitePositiveFloat, NonNegativeInt, Section, Share
+from fedmira.config_basics import FinitePositiveFloat, Section, Share
 
 
 class GraphConfig(Section):
@@ -46,14 +46,13 @@ class GraphConfig(Section):
     memory: Share = 0.0
     """With graphs learned over rounds: weight of the past in the moving average of what is compared. What clients learn
     first is what their answers look like; remembering it blurs which tasks are alike."""
-    warmup_rounds: NonNegativeInt = 3
-    """With graphs learned over rounds: rounds after which the graph is trusted at the latest; 0 trusts the first."""
-    settled: Annotated[float, Field(ge=0, le=1)] = 0.8
-    """With graphs learned over rounds: the graph is trusted before that as soon as it agrees this much with that of the
-    round before (cosine of the weights). 1: only when the warm-up is over."""
+    settled: Share = 0.8
+    """With graphs learned over rounds: agreement with the graph of the round before (cosine of the weights) from which
+    on what was learned counts alone. Below, it counts for agreement / settled, and `warmup` for the rest; nothing
+    agrees before round 2. 0: it counts alone from the first round on."""
     warmup: Literal["uniform", "none"] = "uniform"
-    """With graphs learned over rounds: who is related to whom during the warm-up: everyone with everyone, so that all
-    clients start from much the same place when they are first compared, or nobody with anybody."""
+    """With graphs learned over rounds: who is related to whom as far as the graph has not settled: everyone with
+    everyone, so that all clients start from much the same place when they are first compared, or nobody."""
     pooling: Annotated[float, Field(ge=0, le=1)] = 0.5
     """With `gram_layers`: weight of the mean over all layers in the similarity of each block; 1 is `gram`."""
     spread: FinitePositiveFloat = 0.8
@@ -89,7 +88,6 @@ _KINDS_WITH = {
     "power": (*_NEIGHBOUR_KINDS, "embeddings"),
     "within_clusters": ("gram", "gram_layers"),
     "memory": _LEARNED_KINDS,
-    "warmup_rounds": _LEARNED_KINDS,
     "settled": _LEARNED_KINDS,
     "warmup": _LEARNED_KINDS,
     "pooling": ("gram_layers",),

@@ -70,7 +70,7 @@ def published(kind: str = "random", strength: float = 0.5, server_lr: float = 0.
 def graph_section(kind: str, **settings: object) -> GraphConfig:
     """A graph section; one that is learned is used from the first round on."""
     path = "graph.npy" if kind == "given" else None
-    first = {"warmup_rounds": 0} if GraphConfig(kind=kind, path=path).uses("warmup_rounds") else {}
+    first = {"settled": 0} if GraphConfig(kind=kind, path=path).uses("settled") else {}
     return GraphConfig.model_validate({"kind": kind, "path": path, **first, **settings})
 
 
@@ -96,7 +96,7 @@ CONFIGS: dict[str, MethodConfig] = {
     "mira_published-trust": published("trust"),
     "mira-gram-choice": mira_with(choice={"enabled": True}),
     "mira-gram-average": MiraConfig(graph=graph_section("gram")),
-    "mira-gram-memory": mira("gram", memory=0.5, warmup_rounds=1, neighbours=2, power=2.0),
+    "mira-gram-memory": mira("gram", memory=0.5, settled=0.5, neighbours=2, power=2.0),
     **{f"mira-gram-{mixing}": mira_with(mixing=mixing) for mixing in ("products", "least_squares", "shared_a")},
     "mira-gram_layers-products": mira_with("gram_layers", mixing="products", choice={"enabled": True}),
     **{f"mira-gram-{robust}": mira_with(robust=robust) for robust in ("clip", "krum", "geometric_median")},

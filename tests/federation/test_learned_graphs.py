@@ -24,7 +24,7 @@ from fedmira.federation.clustering import clusters, partitions, silhouette
 from fedmira.federation.graph import PRIVACY, Graph, parts, subgraph, validated, weight_inside
 from fedmira.federation.known_graphs import embeddings
 from fedmira.federation.learned_graphs import learner
-from fedmira.federation.learning import Learner, Seen
+from fedmira.federation.learning import Learner, Seen, gathered, settled_share
 from fedmira.federation.mixing import (
     by_layer,
     energy,
@@ -168,56 +168,93 @@ def test_degenerate_adapters_give_a_usable_graph(kind: str, num_clients: int, ro
 
 
 @pytest.mark.parametrize("kind", [*FROM_ADAPTERS, *ASKED])
-def test_warm_up_joins_everyone_or_nobody(kind: str) -> None:
+def test_before_anything_agrees_everyone_is_joined_or_nobody(kind: str) -> None:
     uploads, _ = families((3, 3))
     for warmup, edges in (("none", 0), ("uniform", 15)):
-        during, after = (
-            learned(kind, uploads, rounds=rounds, warmup_rounds=3, settled=1.0, warmup=warmup).num_edges
-            for rounds in (2, 4)
-        )
-        assert during == edges
-        assert 0 < after < 15
+        # everybody returns the same upload each round, so what is learned in the second round is that of the first
+        first, second = (learned(kind, uploads, rounds=rounds, settled=0.8, warmup=warmup) for rounds in (1, 2))
+        if kind in FROM_ADAPTERS:
+            assert first.num_edges == edges
+            assert first.provenance["learned_share"] == 0.0
+            assert first.provenance["warmup"] == warmup
+        assert 0 < second.num_edges < 15
+        assert second.provenance["agreement"] > 0.99
+        assert second.provenance["learned_share"] == 1.0
+        assert "warmup" not in second.provenance
 
 
-@pytest.mark.parametrize("kind", [*FROM_ADAPTERS, *ASKED])
-def test_the_warm_up_is_over_once_the_graph_repeats_itself(kind: str) -> None:
-    # everybody returns the same upload each round, so what is learned in the second round is that of the first
-    uploads, _ = families((3, 3))
-    assert learned(kind, uploads, rounds=1, warmup_rounds=9).num_edges == 15
-    graph = learned(kind, uploads, rounds=2, warmup_rounds=9)
-    assert 0 < graph.num_edges < 15
-    assert graph.provenance["agreement"] > 0.99
-
-
-@pytest.mark.parametrize("returning", [2, 4])
-@pytest.mark.parametrize("seed", range(5))
-def test_pairs_that_nobody_looked_at_again_do_not_speak_for_a_graph(returning: int, seed: int) -> None:
-    who, noise, draw = clients(20), torch_generator(5, "chance", seed), np.random.default_rng(seed)
-    learns, start = learner(graph_section("gram", warmup_rounds=1000), who), initial(20, torch.float64)
-    memory, uploads, last_K = learns.init(start), start.replace(start.values_KP.clone()), [0] * 20
-    for round_ in range(1, 26):
-        ids = tuple(sorted(draw.choice(20, returning, replace=False).tolist()))
-        for k in ids:
-            uploads.values_KP[k] = start.values_KP[k] + torch.randn(
-                start.values_KP.shape[1], generator=noise, dtype=torch.float64
-            )
-            last_K[k] = round_
-        memory, _ = learns.learn(memory, Seen(uploads, start, tuple(last_K), ids, round_))
-    assert not memory["trusted"]
-
-
-def test_a_graph_of_chance_is_not_trusted_before_the_warm_up_is_over() -> None:
-    who, noise = clients(8), torch_generator(5, "chance")
-    learns, start = learner(graph_section("gram", warmup_rounds=3), who), initial(8, torch.float64)
-    memory, everybody = learns.init(start), tuple(range(8))
-    for round_ in range(1, 6):
+@pytest.mark.parametrize("kind", ["gram", "gram_layers"])
+@pytest.mark.parametrize("warmup", ["uniform", "none"])
+def test_a_graph_counts_for_as_much_as_it_agrees_with_the_one_before(kind: str, warmup: str) -> None:
+    num_clients, everybody = 12, tuple(range(12))
+    noise, start = torch_generator(5, "chance"), initial(12, torch.float64)
+    halfway, alone = (
+        learner(graph_section(kind, settled=settled, warmup=warmup), clients(num_clients)) for settled in (0.8, 0.0)
+    )
+    memory, bare, weights = halfway.init(start), alone.init(start), []
+    for round_ in range(1, 5):
         drawn_KP = torch.randn(start.values_KP.shape, generator=noise, dtype=torch.float64)
-        uploads = start.replace(start.values_KP + drawn_KP)
-        memory, graph = learns.learn(memory, Seen(uploads, start, (round_,) * 8, everybody, round_))
-        assert (graph.num_edges == 28) == (round_ <= 3)
-        assert graph.provenance.get("agreement", 0.0) < 0.8
-        # trust that was won is kept, whatever comes
-        assert bool(memory["trusted"]) == (round_ > 3)
+        seen = Seen(start.replace(start.values_KP + drawn_KP), start, (round_,) * num_clients, everybody, round_)
+        (memory, graph), (bare, found) = halfway.learn(memory, seen), alone.learn(bare, seen)
+        weights.append(found.adjacency_KK)
+        share = 0.0
+        if round_ > 1:
+            before_KK, now_KK = weights[-2:]
+            cosine = (before_KK * now_KK).sum() / np.sqrt((before_KK**2).sum() * (now_KK**2).sum())
+            assert graph.provenance["agreement"] == pytest.approx(cosine)
+            share = cosine / 0.8
+            assert 0 < share < 1
+        assert graph.provenance["learned_share"] == pytest.approx(share)
+        for mixed, of in zip(parts(graph), parts(found), strict=True):
+            off = ~np.eye(num_clients, dtype=bool)
+            rest = (of[0].adjacency_KK[off].mean() if share else 1.0) * off * (warmup == "uniform")
+            expected_KK = share * of[0].adjacency_KK + (1 - share) * rest
+            assert np.allclose(mixed[0].adjacency_KK, expected_KK, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("returning", [2, 5, 20])
+def test_few_at_a_time_a_graph_of_chance_counts_for_little_and_a_true_one_in_full(returning: int) -> None:
+    true_KP, _ = families((5, 5, 5, 5))
+    for chance in (True, False):
+        who, noise, draw = clients(20), torch_generator(5, "chance"), np.random.default_rng(3)
+        start = initial(20, torch.float64, of=true_KP.layout)
+        learns, shares = learner(graph_section("gram", settled=0.8), who), []
+        memory, uploads, last_K = learns.init(start), start.replace(start.values_KP.clone()), [0] * 20
+        for round_ in range(1, 400 // returning):
+            ids = tuple(sorted(draw.choice(20, returning, replace=False).tolist()))
+            for k in ids:
+                drawn_P = torch.randn(start.values_KP.shape[1], generator=noise, dtype=torch.float64)
+                uploads.values_KP[k] = start.values_KP[k] + drawn_P if chance else true_KP.values_KP[k]
+                last_K[k] = round_
+            memory, graph = learns.learn(memory, Seen(uploads, start, tuple(last_K), ids, round_))
+            shares.append(graph.provenance["learned_share"])
+        late = shares[len(shares) // 2 :]
+        assert (max(late) < 0.5) if chance else (min(late) > 0.9)
+
+
+def test_with_fewer_edges_than_one_for_two_clients_a_graph_counts_for_as_much_less() -> None:
+    one = torch.tensor([1.0, 1.0, 1.0, 1.0], dtype=torch.float64)
+    assert settled_share(one, 8, 0.8) == (0.25, {"agreement": 1.0})
+    assert settled_share(4 * one, 8, 0.8) == (1.0, {"agreement": 1.0})
+    assert settled_share(0 * one, 8, 0.8) == (0.0, {})
+    assert settled_share(0 * one, 8, 0.0) == (1.0, {})
+    assert settled_share(one, 8, 0.0) == (1.0, {"agreement": 1.0})
+
+
+def test_only_pairs_that_somebody_looked_at_again_say_whether_graphs_agree() -> None:
+    before_KK = np.ones((5, 5)) - np.eye(5)
+    now_KK = before_KK.copy()
+    # client 0 was not known before; of clients 1 to 4 only the first returned
+    now_KK[0] = now_KK[:, 0] = 7.0
+    now_KK[1, 2] = now_KK[2, 1] = 0.0
+    now_KK[3, 4] = now_KK[4, 3] = 9.0
+    memory = {
+        "weights": torch.from_numpy(before_KK),
+        "known": torch.tensor([0.0, 1, 1, 1, 1]),
+        "evidence": torch.full((4,), 10.0, dtype=torch.float64),
+    }
+    # each pair counts in both directions, an edge once; four fifths of what was known before count still
+    assert gathered(memory, now_KK, [1]).tolist() == [4 + 8, 6 + 8, 4 + 8, 3 + 8]
 
 
 def test_starts_are_compared_as_clients_of_a_smaller_rank_got_them() -> None:
@@ -270,7 +307,7 @@ def test_what_clients_of_like_rank_have_in_common_is_taken_away(kind: str) -> No
         ("labels", {"neighbours": 3}, "neighbours has no effect with kind = labels"),
         ("clusters", {"power": 2.0}, "power has no effect with kind = clusters; it goes with gram"),
         ("uniform", {"memory": 0.1}, "memory has no effect"),
-        ("embeddings", {"warmup_rounds": 1}, "warmup_rounds has no effect"),
+        ("embeddings", {"settled": 0.5}, "settled has no effect"),
         ("gram", {"pooling": 0.1}, "pooling has no effect with kind = gram; it goes with gram_layers"),
         ("gram", {"spread": 0.1}, "spread has no effect"),
         ("probe", {"judged": 3}, "judged has no effect"),

@@ -16,8 +16,17 @@ from fedmira.federation import drawing
 from fedmira.federation.asked_graphs import ASKED
 from fedmira.federation.blocks import block_of
 from fedmira.federation.drawing import Drawn
-from fedmira.federation.graph import Graph, Matrix, agreement, explained, validated
-from fedmira.federation.learning import Builder, Learner, Memory, Seen
+from fedmira.federation.graph import Graph, Matrix, explained, validated
+from fedmira.federation.learning import (
+    NO_EVIDENCE,
+    Builder,
+    Learner,
+    Memory,
+    Seen,
+    filled_up,
+    gathered,
+    settled_share,
+)
 from fedmira.federation.ranks import trimmed
 from fedmira.federation.similarity import (
     MINIMUM_CLIENTS,
@@ -36,18 +45,17 @@ from fedmira.types import Arena, Clients
 def learner(config: GraphConfig, clients: Clients) -> Learner:
     """Return the learner of `config.kind`.
 
-    Whatever the kind, the warm-up joins everyone with everyone, or nobody, until its rounds are over or what is learned
-    agrees with what was learned a round before: clients that have not yet learned what sets them apart look alike by
-    chance, and chance does not repeat itself. Only pairs are compared of which one returned and both were known the
-    round before, and only if these are enough: what nobody looked at again repeats itself by itself. The provenance
-    says the round, that agreement, and what the server learns by the graph.
+    Whatever the kind, what is learned counts for as much as it agrees with what was learned a round before; for the
+    rest everyone is joined with everyone, or nobody (`config.warmup`): clients that have not yet learned what sets them
+    apart look alike by chance, and chance does not repeat itself. The provenance says the round, that agreement, how
+    much the learned graph counts, and what the server learns by it.
     """
     of_kind = {**_FROM_ADAPTERS, **ASKED}[config.kind](config, clients)
     num_clients = len(clients.names)
 
     def init(initial: Arena) -> dict[str, torch.Tensor]:
         weights = torch.zeros(num_clients, num_clients, dtype=torch.float64)
-        first = {"weights": weights, "known": torch.zeros(num_clients), "trusted": torch.zeros(1)}
+        first = {"weights": weights, "known": torch.zeros(num_clients), "evidence": NO_EVIDENCE.clone()}
         return {**of_kind.init(initial), **first}
 
     def learn(memory: Memory, seen: Seen) -> tuple[dict[str, torch.Tensor], Graph]:
@@ -58,31 +66,17 @@ def learner(config: GraphConfig, clients: Clients) -> Learner:
         learned, graph = of_kind.learn(memory, seen)
         known_K = torch.zeros(num_clients)
         known_K[seen.clients] = 1
-        learned |= {"weights": torch.from_numpy(graph.adjacency_KK.copy()), "known": known_K}
-        details = {"memory": config.memory, "round": seen.round}
-        trusted, known_before_K = bool(memory["trusted"]), memory["known"].cpu().numpy() > 0
-        returned_K = np.isin(np.arange(num_clients), seen.returned)
-        told_KK = (returned_K[:, None] | returned_K) & known_before_K[:, None] & known_before_K
-        before_KK = np.where(told_KK, memory["weights"].cpu().numpy(), 0.0)
-        now_KK = np.where(told_KK, graph.adjacency_KK, 0.0)
-        # a few edges agree by chance
-        if np.count_nonzero(before_KK + now_KK) / 2 >= num_clients / _CLIENTS_PER_EDGE:
-            details["agreement"] = agreement(before_KK, now_KK)
-            trusted |= config.settled <= details["agreement"] and config.settled < 1
-        if seen.round > config.warmup_rounds:
-            trusted = True
-        if not trusted:
-            weight = 1.0 if config.warmup == "uniform" else 0.0
-            first_KK = weight * (np.ones((num_clients, num_clients)) - np.eye(num_clients))
-            graph = validated(first_KK, num_clients, config.kind, {"warmup": config.warmup})
-        learned |= {"trusted": torch.full((1,), float(trusted))}
+        evidence = gathered(memory, graph.adjacency_KK, seen.returned)
+        share, found = settled_share(evidence, num_clients, config.settled)
+        learned |= {"weights": torch.from_numpy(graph.adjacency_KK.copy()), "known": known_K, "evidence": evidence}
+        details: dict[str, Any] = {**found, "memory": config.memory, "round": seen.round, "learned_share": share}
+        if share < 1:
+            details["warmup"] = config.warmup
+            graph = filled_up(graph, share, len(seen.clients), everyone=config.warmup == "uniform")
         return learned, explained(replace(graph, provenance={**graph.provenance, **details}))
 
     return Learner(init, learn, of_kind.ask, of_kind.hear)
 
-
-_CLIENTS_PER_EDGE = 2
-"""With fewer edges to compare than one for so many clients, two graphs do not count as compared."""
 
 _Draw: TypeAlias = Callable[[Matrix, list[int], GraphConfig, Clients], Drawn]
 """From the similarities among the clients seen, and who they are, to the weights between them."""

@@ -5,9 +5,11 @@ Knows nothing about how adapters are trained or mixed. Axes: K clients, P parame
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple, TypeAlias
 
+import numpy as np
 import torch
 
 from fedmira.federation.graph import Graph, Matrix, validated
@@ -60,3 +62,74 @@ def neighbour_graph(similarity_KK: Matrix, config: GraphConfig) -> Graph:
     weights_KK = mutual_neighbours(similarity_KK, config.neighbours, config.power)
     details = {"neighbours": config.neighbours, "power": config.power}
     return validated(weights_KK, len(weights_KK), config.kind, details)
+
+
+# ------------------------------------------------------------------------------------------ how far a graph has settled
+
+NO_EVIDENCE = torch.zeros(4, dtype=torch.float64)
+"""Before anything was compared: <before, now>, |before|^2, |now|^2 and the number of edges of two graphs."""
+_CLIENTS_PER_EDGE = 2
+"""With fewer edges to compare than one for so many clients, two graphs agree by chance."""
+
+
+def gathered(memory: Memory, now_KK: Matrix, returned: Sequence[int]) -> torch.Tensor:
+    """Return what is known, (4,), of how graphs agree with those of the round before; see `NO_EVIDENCE`.
+
+    Only pairs are compared of which one returned and both were known the round before: what nobody looked at again
+    repeats itself by itself. Where few return, earlier rounds count as well, each as much less as one further on has
+    seen of all clients: 1 - returned / K.
+
+    Args:
+        memory: the weights of the graph learned the round before, who was known then, and the evidence until then.
+        now_KK: the weights of the graph learned now.
+        returned: who returned this round.
+    """
+    num_clients = len(now_KK)
+    known_K, returned_K = memory["known"].cpu().numpy() > 0, np.isin(np.arange(num_clients), returned)
+    told_KK = (returned_K[:, None] | returned_K) & known_K[:, None] & known_K
+    before_KK, now_KK = np.where(told_KK, memory["weights"].cpu().numpy(), 0.0), np.where(told_KK, now_KK, 0.0)
+    found = [(before_KK * now_KK).sum(), (before_KK**2).sum(), (now_KK**2).sum(), (before_KK + now_KK > 0).sum() / 2]
+    remembered = 1 - len(returned) / num_clients
+    return remembered * memory["evidence"].cpu() + torch.tensor(found, dtype=torch.float64)
+
+
+def settled_share(evidence: torch.Tensor, num_clients: int, settled: float) -> tuple[float, dict[str, float]]:
+    """Return how much a learned graph counts, 0 .. 1, and the `agreement` that says so, if there is any.
+
+    Args:
+        evidence: what `gathered` returned.
+        num_clients: K; with fewer edges than K / 2 an agreement counts for as much less.
+        settled: agreement from which on a graph counts alone; 0: any.
+    """
+    product, before, now, edges = evidence.tolist()
+    found = {"agreement": product / (before * now) ** 0.5} if before * now else {}
+    if settled == 0:
+        return 1.0, found
+    enough = min(1.0, edges * _CLIENTS_PER_EDGE / num_clients)
+    return enough * min(1.0, found.get("agreement", 0.0) / settled), found
+
+
+def filled_up(graph: Graph, share: float, num_known: int, *, everyone: bool) -> Graph:
+    """Return `share` of a learned graph, and for the rest everyone joined with everyone if `everyone`, else nobody.
+
+    Clients are joined with everyone as strongly as on average with those that were learned: with weights of 1 as long
+    as nothing that was learned counts.
+
+    Args:
+        graph: what was learned, the same for all layers or not.
+        share: how much it counts, 0 .. 1.
+        num_known: the clients that it was learned from.
+        everyone: who is joined for the rest.
+    """
+    num_clients = graph.num_clients
+    all_KK = float(everyone) * (1 - np.eye(num_clients))
+
+    def filled(adjacency_KK: Matrix) -> Matrix:
+        mean = adjacency_KK.sum() / max(1, num_known * (num_known - 1)) if share else 0.0
+        filled_KK = share * adjacency_KK + (1 - share) * (mean or 1.0) * all_KK
+        filled_KK.setflags(write=False)
+        return np.asarray(filled_KK)
+
+    of = {id(adjacency_KK): filled(adjacency_KK) for adjacency_KK in graph.by_layer.values()}
+    by_layer = {layer: of[id(adjacency_KK)] for layer, adjacency_KK in graph.by_layer.items()}
+    return replace(graph, adjacency_KK=filled(graph.adjacency_KK), by_layer=by_layer)

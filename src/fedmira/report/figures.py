@@ -121,7 +121,7 @@ def graph_figures(run: RunRecord, *, truth: bool = True) -> Iterable[Figure]:
         heading=f"{what}, warm-up" if _warming_up(run.graph) else what,
         drawing=Markup(graph_charts.heat_map(graph, f"Weights of the graph of {run.method} as a heat map")),
         caption="Row and column are clients, a stronger cell is a heavier edge."
-        f"{_warmup_in_words(run.graph) or learned}{_privacy_in_words(run.graph)}",
+        f"{'' if _warming_up(run.graph) else learned}{_warmup_in_words(run.graph)}{_privacy_in_words(run.graph)}",
         square=True,
     )
     linked = graph_charts.node_link(graph, f"The graph of {run.method} drawn on a circle")
@@ -150,19 +150,23 @@ def _labels_in_words(graph: graph_charts.Ordered) -> str:
 
 
 def _warming_up(graph: GraphRecord) -> bool:
-    """Whether clients were mixed on what `graph.warmup` says, since what was learned was not trusted yet."""
-    return "warmup" in graph.provenance
+    """Whether clients were mixed on what `graph.warmup` says alone, since nothing learned had repeated itself yet."""
+    return "warmup" in graph.provenance and not graph.provenance.get("learned_share")
 
 
 def _warmup_in_words(graph: GraphRecord) -> str:
-    if not _warming_up(graph):
+    if "warmup" not in graph.provenance:
         return ""
     whom = {"uniform": "everybody with everybody alike", "none": "nobody with anybody"}
     warmup = str(graph.provenance["warmup"])
+    warmup = whom.get(warmup, warmup)
     after = f" after round {graph.provenance['round']}" if "round" in graph.provenance else ""
+    if not _warming_up(graph):
+        share = format_share(graph.provenance["learned_share"])
+        return f" What was learned counts for {share}{after}, since it has not settled; for the rest this is {warmup}."
     return (
-        f" This is the graph of the warm-up{after}, {whom.get(warmup, warmup)}: nothing that was learned was used in "
-        "that round. A learned graph is used once method.graph.warmup_rounds are over, or earlier if it settles."
+        f" This is the graph of the warm-up{after}, {warmup}: nothing that was learned was used in that round. A "
+        "learned graph is used as far as it agrees with that of the round before."
     )
 
 

@@ -5,7 +5,7 @@ separately; everybody else keeps its adapter. Knows nothing about unsampled neig
 
 The step must satisfy tau * lambda_max(L) <= 2 on every subgraph it meets. The draws of a run are known beforehand, so
 all of them are checked before the first round; a client that fails only makes a subgraph, and its eigenvalue, smaller.
-Of a graph that is learned only the warm-up is known by then; every later round checks its own.
+Of a graph that is learned only that of round 1 is known by then; every later round checks its own.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def build(
     tau = config.server_lr * config.strength
     everybody = tuple(range(len(clients.names)))
     first = graph
-    if graph is None and config.graph.warmup == "uniform" and config.graph.warmup_rounds:
+    if graph is None and config.graph.warmup == "uniform" and config.graph.settled:
         first = uniform(len(everybody))
     if first is not None:
         draws = {everybody} if federation is None else planned_ids(len(everybody), federation, clients.seed)
