@@ -72,7 +72,7 @@ def learner(config: GraphConfig, clients: Clients) -> Learner:
         details: dict[str, Any] = {**found, "memory": config.memory, "round": seen.round, "learned_share": share}
         if share < 1:
             details["warmup"] = config.warmup
-            graph = filled_up(graph, share, len(seen.clients), everyone=config.warmup == "uniform")
+            graph = filled_up(graph, share, everyone=config.warmup == "uniform")
         return learned, explained(replace(graph, provenance={**graph.provenance, **details}))
 
     return Learner(init, learn, of_kind.ask, of_kind.hear)

@@ -70,6 +70,8 @@ NO_EVIDENCE = torch.zeros(4, dtype=torch.float64)
 """Before anything was compared: <before, now>, |before|^2, |now|^2 and the number of edges of two graphs."""
 _CLIENTS_PER_EDGE = 2
 """With fewer edges to compare than one for so many clients, two graphs agree by chance."""
+_SETTLED_DEGREE = 2.0
+"""What the weights of a client's edges sum to, about, in graphs of a few neighbours for each (docs/log.md)."""
 
 
 def gathered(memory: Memory, now_KK: Matrix, returned: Sequence[int]) -> torch.Tensor:
@@ -109,24 +111,18 @@ def settled_share(evidence: torch.Tensor, num_clients: int, settled: float) -> t
     return enough * min(1.0, found.get("agreement", 0.0) / settled), found
 
 
-def filled_up(graph: Graph, share: float, num_known: int, *, everyone: bool) -> Graph:
+def filled_up(graph: Graph, share: float, *, everyone: bool) -> Graph:
     """Return `share` of a learned graph, and for the rest everyone joined with everyone if `everyone`, else nobody.
 
-    Clients are joined with everyone as strongly as on average with those that were learned: with weights of 1 as long
-    as nothing that was learned counts.
-
-    Args:
-        graph: what was learned, the same for all layers or not.
-        share: how much it counts, 0 .. 1.
-        num_known: the clients that it was learned from.
-        everyone: who is joined for the rest.
+    As long as nothing learned counts, weights are 1; then the rest joins a client with all others about as strongly as
+    a settled graph does with its neighbours. Less would let a graph of chance that joins few keep clients apart.
     """
-    num_clients = graph.num_clients
-    all_KK = float(everyone) * (1 - np.eye(num_clients))
+    num_others = max(1, graph.num_clients - 1)
+    weight = (1 - share) * min(1.0, _SETTLED_DEGREE / num_others) if share else 1.0
+    rest_KK = everyone * weight * (1 - np.eye(graph.num_clients))
 
     def filled(adjacency_KK: Matrix) -> Matrix:
-        mean = adjacency_KK.sum() / max(1, num_known * (num_known - 1)) if share else 0.0
-        filled_KK = share * adjacency_KK + (1 - share) * (mean or 1.0) * all_KK
+        filled_KK = share * adjacency_KK + rest_KK
         filled_KK.setflags(write=False)
         return np.asarray(filled_KK)
 

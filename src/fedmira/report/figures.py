@@ -242,8 +242,8 @@ def graph_course(run: RunRecord) -> Iterable[Figure]:
         drawing=Markup(charts.line_chart(lines, f"What the graph of {run.method} joins, round by round")),
         caption=(
             "Shares of the graph's weight between clients of one label and, where it is known, on edges of the true "
-            "graph; and how far what was learned is as in the round before, the cosine of the weights (1 is unchanged), "
-            "by which it counts."
+            "graph; and how far what was learned is as in the round before, the cosine of the weights (1 is "
+            "unchanged), by which it counts."
         ),
     )
 
