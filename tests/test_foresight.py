@@ -72,11 +72,20 @@ def test_judging_that_takes_longer_than_training_is_told_with_what_to_set() -> N
 @pytest.mark.parametrize(
     ("sections", "told"),
     [
-        ({"method": {"name": "mira"}, "federation": {"rounds": 1}}, "1: everybody is joined with everybody, and no"),
+        ({"method": {"name": "mira"}, "federation": {"rounds": 1}}, "1: everybody is joined with everybody to the end"),
         (
             {"method": {"name": "mira", "graph": {"warmup": "none"}}, "federation": {"rounds": 1}},
-            "1: nobody is joined with anybody, and no",
+            "1: nobody is joined with anybody to the end, and no learned graph is used before round 2",
         ),
+        (
+            {"method": {"name": "mira", "graph": {"kind": "probe"}}, "federation": {"rounds": 2}},
+            "no learned graph is used before round 3 with method.graph.kind = probe and settled = 0.8",
+        ),
+        (
+            {"method": {"name": "mira", "graph": {"kind": "probe", "settled": 0}}, "federation": {"rounds": 1}},
+            "1: nobody is joined with anybody to the end, and no learned graph is used before round 2",
+        ),
+        ({"method": {"name": "mira", "graph": {"kind": "probe"}}, "federation": {"rounds": 3}}, None),
         ({"method": {"name": "mira", "graph": {"settled": 0}}, "federation": {"rounds": 1}}, None),
         ({"method": {"name": "mira"}, "federation": {"rounds": 2}}, None),
         ({"method": {"name": "mira", "graph": {"kind": "labels"}}}, None),
@@ -105,7 +114,10 @@ def test_a_phase_that_takes_all_rounds_is_told(sections: dict[str, Any], told: s
 def test_that_two_clients_are_too_few_for_a_learned_graph_is_told() -> None:
     two = {"source": "planted", "families": 1, "clients_per_family": 2, "examples": 12}
     (line,) = warnings(assemble(tiny(data=two)))
-    assert "kind = gram cannot tell who is related among fewer than 3 clients" in line
+    assert "kind = gram cannot tell who is related among fewer than 3 clients: everybody is joined" in line
+    assert line.endswith("set method.graph.warmup: none where they are not related")
+    (line,) = warnings(assemble(tiny(data=two, method={"name": "mira", "graph": {"warmup": "none"}})))
+    assert "nobody is joined with anybody; set method.graph.kind: uniform where they are related" in line
     assert not warnings(assemble(tiny(data=two, method={"name": "mira", "graph": {"kind": "uniform"}})))
 
 

@@ -55,15 +55,18 @@ def _graph_line(config: RunConfig, num_clients: int) -> str:
     everybody = graph.warmup == "uniform" and graph.settled
     joined = "everybody is joined with everybody" if everybody else "nobody is joined with anybody"
     if num_clients < MINIMUM_CLIENTS:
+        otherwise = "warmup: none where they are not related" if everybody else "kind: uniform where they are related"
         return (
             f"method.graph.kind = {graph.kind} cannot tell who is related among fewer than {MINIMUM_CLIENTS} clients: "
-            f"{joined}; use uniform where they are related"
+            f"{joined}; set method.graph.{otherwise}"
         )
-    if rounds > 1 or graph.settled == 0:
+    # what is asked after one round serves the next, and a graph needs one before it that it can agree with
+    first = (2 if graph.kind in ("trust", "probe") else 1) + (graph.settled > 0)
+    if rounds >= first:
         return ""
     return (
-        f"federation.rounds = 1: {joined}, and no learned graph is used before it agrees with that of a round before; "
-        "take more rounds, or set method.graph.settled to 0"
+        f"federation.rounds = {rounds}: {joined} to the end, and no learned graph is used before round {first} with "
+        f"method.graph.kind = {graph.kind} and settled = {graph.settled:g}"
     )
 
 

@@ -96,6 +96,7 @@ CONFIGS: dict[str, MethodConfig] = {
     "mira_published-trust": published("trust"),
     "mira-gram-choice": mira_with(choice={"enabled": True}),
     "mira-gram-average": MiraConfig(graph=graph_section("gram")),
+    **{f"mira-{kind}-settling": mira(kind, settled=0.8) for kind in ("gram", "gram_layers", "trust", "probe")},
     "mira-gram-memory": mira("gram", memory=0.5, settled=0.5, neighbours=2, power=2.0),
     **{f"mira-gram-{mixing}": mira_with(mixing=mixing) for mixing in ("products", "least_squares", "shared_a")},
     "mira-gram_layers-products": mira_with("gram_layers", mixing="products", choice={"enabled": True}),

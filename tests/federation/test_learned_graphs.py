@@ -24,7 +24,7 @@ from fedmira.federation.clustering import clusters, partitions, silhouette
 from fedmira.federation.graph import PRIVACY, Graph, parts, subgraph, validated, weight_inside
 from fedmira.federation.known_graphs import embeddings
 from fedmira.federation.learned_graphs import learner
-from fedmira.federation.learning import Learner, Seen, gathered, settled_share
+from fedmira.federation.learning import Learner, Seen, compared, settled_share
 from fedmira.federation.mixing import (
     by_layer,
     energy,
@@ -173,10 +173,9 @@ def test_before_anything_agrees_everyone_is_joined_or_nobody(kind: str) -> None:
     for warmup, edges in (("none", 0), ("uniform", 15)):
         # everybody returns the same upload each round, so what is learned in the second round is that of the first
         first, second = (learned(kind, uploads, rounds=rounds, settled=0.8, warmup=warmup) for rounds in (1, 2))
-        if kind in FROM_ADAPTERS:
-            assert first.num_edges == edges
-            assert first.provenance["learned_share"] == 0.0
-            assert first.provenance["warmup"] == warmup
+        assert first.num_edges == edges
+        assert first.provenance["learned_share"] == 0.0
+        assert first.provenance["warmup"] == warmup
         assert 0 < second.num_edges < 15
         assert second.provenance["agreement"] > 0.99
         assert second.provenance["learned_share"] == 1.0
@@ -205,9 +204,14 @@ def test_a_graph_counts_for_as_much_as_it_agrees_with_the_one_before(kind: str, 
             share = cosine / 0.8
             assert 0 < share < 1
         assert graph.provenance["learned_share"] == pytest.approx(share)
+        off = ~np.eye(num_clients, dtype=bool)
+        if not share:
+            # one graph for all layers, since nothing says how they differ
+            assert [layers for _, layers in parts(graph)] == [()]
+            assert np.array_equal(graph.adjacency_KK, off * float(warmup == "uniform"))
+            continue
         for mixed, of in zip(parts(graph), parts(found), strict=True):
-            off = ~np.eye(num_clients, dtype=bool)
-            rest = (2 / 11 if share else 1.0) * off * (warmup == "uniform")
+            rest = 2 / 11 * off * (warmup == "uniform")
             expected_KK = share * of[0].adjacency_KK + (1 - share) * rest
             assert np.allclose(mixed[0].adjacency_KK, expected_KK, rtol=0, atol=1e-12)
 
@@ -232,29 +236,74 @@ def test_few_at_a_time_a_graph_of_chance_counts_for_little_and_a_true_one_in_ful
         assert (max(late) < 0.5) if chance else (min(late) > 0.9)
 
 
-def test_with_fewer_edges_than_one_for_two_clients_a_graph_counts_for_as_much_less() -> None:
-    one = torch.tensor([1.0, 1.0, 1.0, 1.0], dtype=torch.float64)
-    assert settled_share(one, 8, 0.8) == (0.25, {"agreement": 1.0})
-    assert settled_share(4 * one, 8, 0.8) == (1.0, {"agreement": 1.0})
-    assert settled_share(0 * one, 8, 0.8) == (0.0, {})
-    assert settled_share(0 * one, 8, 0.0) == (1.0, {})
-    assert settled_share(one, 8, 0.0) == (1.0, {"agreement": 1.0})
+def test_with_fewer_pairs_looked_at_again_than_clients_a_graph_counts_for_as_much_less() -> None:
+    def share(settled: float, *evidence: float) -> tuple[float, dict[str, float]]:
+        memory = {"evidence": torch.tensor(evidence, dtype=torch.float64), "weights": torch.zeros(8, 8)}
+        return settled_share(memory, settled)
+
+    assert share(0.8, 1.0, 1.0, 1.0, 2.0) == (0.25, {"agreement": 1.0})
+    assert share(0.8, 4.0, 4.0, 4.0, 8.0) == (1.0, {"agreement": 1.0})
+    assert share(0.8, 1.0, 4.0, 4.0, 9.0) == (0.3125, {"agreement": 0.25})
+    assert share(0.8, 0.0, 0.0, 0.0, 8.0) == (0.0, {})
+    assert share(0.0, 0.0, 0.0, 0.0, 0.0) == (1.0, {})
+    assert share(0.0, 1.0, 1.0, 1.0, 1.0) == (1.0, {"agreement": 1.0})
 
 
-def test_only_pairs_that_somebody_looked_at_again_say_whether_graphs_agree() -> None:
+def test_only_pairs_that_were_looked_at_again_say_whether_graphs_agree() -> None:
     before_KK = np.ones((5, 5)) - np.eye(5)
-    now_KK = before_KK.copy()
-    # client 0 was not known before; of clients 1 to 4 only the first returned
-    now_KK[0] = now_KK[:, 0] = 7.0
+    # client 0 was not there before; of clients 1 to 4 only the first returns
+    known_KK = before_KK.copy()
+    known_KK[0] = known_KK[:, 0] = 0.0
+    looked_at_KK = np.zeros((5, 5), dtype=bool)
+    looked_at_KK[1] = looked_at_KK[:, 1] = True
+    looked_at_KK[1, 1] = False
+    now_KK = 7 * before_KK
     now_KK[1, 2] = now_KK[2, 1] = 0.0
-    now_KK[3, 4] = now_KK[4, 3] = 9.0
+    now_KK[1, 3] = now_KK[3, 1] = 3.0
     memory = {
         "weights": torch.from_numpy(before_KK),
-        "known": torch.tensor([0.0, 1, 1, 1, 1]),
+        "compared": torch.from_numpy(known_KK),
         "evidence": torch.full((4,), 10.0, dtype=torch.float64),
     }
-    # each pair counts in both directions, an edge once; four fifths of what was known before count still
-    assert gathered(memory, now_KK, [1]).tolist() == [4 + 8, 6 + 8, 4 + 8, 3 + 8]
+    after = compared(memory, now_KK, looked_at_KK)
+    # pairs 1-2, 1-3 and 1-4; of the seven known now four were looked at
+    faded = 10 * (1 - 4 / 7)
+    assert after["evidence"].tolist() == pytest.approx([10 + faded, 3 + faded, 9 + 49 + faded, 3 + faded])
+    assert after["weights"][1].tolist() == [7, 0, 0, 3, 7]
+    assert after["weights"][2].tolist() == [1, 0, 0, 1, 1]
+    assert after["compared"].sum() == 14
+
+
+@pytest.mark.parametrize("kind", ["gram", "trust", "probe"])
+@pytest.mark.parametrize("returning", [5, 10])
+def test_where_the_published_method_asks_few_a_true_graph_settles_and_one_of_chance_does_not(
+    kind: str, returning: int
+) -> None:
+    """It relates only those that take part, and what is asked serves the next round: neither is a disagreement."""
+    true_KP, _ = families((5, 5, 5, 5))
+    who, draw = clients(20), np.random.default_rng(3)
+    start = initial(20, torch.float64, of=true_KP.layout)
+    for chance in (True, False):
+        noise, shares = torch_generator(5, "chance"), []
+        learns = learner(graph_section(kind, settled=0.8), who)
+        memory = learns.init(start)
+        for round_ in range(1, 60):
+            ids = tuple(sorted(draw.choice(20, returning, replace=False).tolist()))
+            uploads = start.replace(true_KP.values_KP.clone())
+            if chance:
+                drawn_KP = torch.randn(start.values_KP.shape, generator=noise, dtype=torch.float64)
+                uploads = start.replace(start.values_KP + drawn_KP)
+            now_K = tuple(round_ if k in ids else 0 for k in range(20))
+            memory, graph = learns.learn(memory, Seen(uploads, start, now_K, ids, round_))
+            shares.append(graph.provenance["learned_share"])
+            if learns.ask is not None and learns.hear is not None:
+                rows_SP = uploads.values_KP[list(ids)]
+                trial = learns.ask(Participants(round_, ids), Results(ids, rows_SP, (), 0, 0, 0.0, 0))
+                assert trial is not None
+                candidates = [trial.candidate(number) for number in range(trial.num_candidates)]
+                memory |= learns.hear(memory, round_, trial, answers(rows_SP, candidates))
+        late = shares[30:]
+        assert (max(late) < 0.6) if chance else (min(late) > 0.8)
 
 
 def test_starts_are_compared_as_clients_of_a_smaller_rank_got_them() -> None:

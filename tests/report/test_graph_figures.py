@@ -101,6 +101,15 @@ def test_the_graph_of_the_warm_up_is_not_called_learned(make_run: Make, warmup: 
     assert ("No edges: the warm-up joins nobody" in page) == (warmup == "none")
 
 
+def test_a_graph_that_has_not_settled_says_how_much_of_it_was_learned(make_run: Make) -> None:
+    provenance = {"warmup": "uniform", "round": 3, "learned_share": 0.4, "clusters": 4}
+    page = render(read(changed(make_run(), {}, provenance=provenance)))
+    assert "What was learned counts for 40 % after round 3, since it has not settled" in page
+    assert "for the rest this is everybody with everybody alike" in page
+    assert "Clients fall into 4 clusters." in page
+    assert ", warm-up</h3>" not in page
+
+
 def test_without_labels_a_printed_graph_and_its_losses_name_every_client(make_run: Make, make_study: Make) -> None:
     """In rows, columns, nodes and bars; not only where one points."""
     unlabelled: dict[str, Any] = {

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from fedmira.federation.graph import Graph, Matrix
-from fedmira.federation.learning import Learner, Memory, Seen, neighbour_graph
+from fedmira.federation.learning import Learner, Mask, Memory, Seen, neighbour_graph
 from fedmira.federation.method import Info, Method, State
 from fedmira.federation.questions import apart, together
 from fedmira.federation.similarity import MINIMUM_CLIENTS, centred_cosine, cosines, moved
@@ -36,12 +36,13 @@ def trust(config: GraphConfig, clients: Clients) -> Learner:
 
     def init(initial: Arena) -> dict[str, torch.Tensor]:
         nothing_KK = torch.zeros(num_clients, num_clients, dtype=torch.float64)
-        return {"regret": nothing_KK.clone(), "heard": nothing_KK.clone()}
+        return {"regret": nothing_KK.clone(), "heard": nothing_KK.clone(), "new": nothing_KK.clone()}
 
     def learn(memory: Memory, seen: Seen) -> tuple[dict[str, torch.Tensor], Graph]:
         regret, heard = memory["regret"], memory["heard"]
         similarity_KK = similarity_of_regrets(regret.cpu().numpy(), heard.cpu().numpy() > 0)
-        return {"regret": regret.clone(), "heard": heard.clone()}, neighbour_graph(similarity_KK, config)
+        remembered = {"regret": regret.clone(), "heard": heard.clone(), "new": torch.zeros_like(heard)}
+        return remembered, neighbour_graph(similarity_KK, config)
 
     def ask(participants: Participants, results: Results) -> Trial | None:
         size = len(results.ids)
@@ -54,7 +55,7 @@ def trust(config: GraphConfig, clients: Clients) -> Learner:
         return Trial(results.ids, len(turns), lambda number: rows_SP.roll(-turns[number], 0), sent=len(offsets))
 
     def hear(memory: Memory, round_: int, trial: Trial, losses: Losses) -> dict[str, torch.Tensor]:
-        regret_KK, heard_KK = memory["regret"].clone(), memory["heard"].clone()
+        regret_KK, heard_KK, new_KK = memory["regret"].clone(), memory["heard"].clone(), memory["new"].clone()
         size = len(trial.ids)
         offsets = _offsets(size, trial.num_candidates - 1, round_)
         for s, k in enumerate(trial.ids):
@@ -67,10 +68,16 @@ def trust(config: GraphConfig, clients: Clients) -> Learner:
                 other = trial.ids[(s + offset) % size]
                 past = config.memory if heard_KK[k, other] else 0.0
                 regret_KK[k, other] = past * regret_KK[k, other] + (1 - past) * loss
-                heard_KK[k, other] = 1.0
-        return {"regret": regret_KK, "heard": heard_KK}
+                heard_KK[k, other] = new_KK[k, other] = 1.0
+        return {"regret": regret_KK, "heard": heard_KK, "new": new_KK}
 
-    return Learner(init, learn, ask, hear)
+    return Learner(init, learn, ask, hear, _newly_heard)
+
+
+def _newly_heard(memory: Memory, seen: Seen) -> Mask:
+    """The pairs of which something was heard since the last graph, (K, K): answers serve the next round."""
+    new_KK = memory["new"].cpu().numpy()
+    return np.asarray(new_KK + new_KK.T > 0)
 
 
 def _offsets(size: int, count: int, round_: int) -> tuple[int, ...]:
@@ -114,11 +121,13 @@ def probe(config: GraphConfig, clients: Clients) -> Learner:
     num_clients = len(clients.names)
 
     def init(initial: Arena) -> dict[str, torch.Tensor]:
-        return {"similarity": torch.zeros(num_clients, num_clients, dtype=torch.float64)}
+        nothing_KK = torch.zeros(num_clients, num_clients, dtype=torch.float64)
+        return {"similarity": nothing_KK.clone(), "new": nothing_KK.clone()}
 
     def learn(memory: Memory, seen: Seen) -> tuple[dict[str, torch.Tensor], Graph]:
         similarity = memory["similarity"]
-        return {"similarity": similarity.clone()}, neighbour_graph(similarity.cpu().numpy(), config)
+        remembered = {"similarity": similarity.clone(), "new": torch.zeros_like(similarity)}
+        return remembered, neighbour_graph(similarity.cpu().numpy(), config)
 
     def ask(participants: Participants, results: Results) -> Trial | None:
         if len(results.ids) < MINIMUM_CLIENTS:
@@ -132,11 +141,14 @@ def probe(config: GraphConfig, clients: Clients) -> Learner:
         agreement_SS = losses.agreement_SS.cpu().numpy()
         sound = np.flatnonzero(np.isfinite(np.diagonal(agreement_SS)))
         rows = [trial.ids[s] for s in sound]
+        if len(rows) < MINIMUM_CLIENTS:
+            return {}
         now_CC = cosines(agreement_SS[np.ix_(sound, sound)])
-        now_KK = moved(before_KK, now_CC, rows, rows, config.memory) if len(rows) >= MINIMUM_CLIENTS else before_KK
-        return {"similarity": torch.from_numpy(np.array(now_KK))}
+        now_KK, new_KK = moved(before_KK, now_CC, rows, rows, config.memory), np.zeros_like(before_KK)
+        new_KK[np.ix_(rows, rows)] = 1 - np.eye(len(rows))
+        return {"similarity": torch.from_numpy(np.array(now_KK)), "new": torch.from_numpy(new_KK)}
 
-    return Learner(init, learn, ask, hear)
+    return Learner(init, learn, ask, hear, _newly_heard)
 
 
 ASKED: Mapping[str, Callable[[GraphConfig, Clients], Learner]] = {"trust": trust, "probe": probe}

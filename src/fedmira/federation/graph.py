@@ -165,16 +165,6 @@ def parts(graph: Graph) -> tuple[tuple[Graph, tuple[str, ...]], ...]:
     )
 
 
-def agreement(one_KK: Matrix, other_KK: Matrix) -> float:
-    """Return the cosine of two graphs' weights, 0 .. 1; 0 if one has no edges.
-
-    >>> round(agreement(np.array([[0.0, 1.0], [1.0, 0.0]]), np.array([[0.0, 2.0], [2.0, 0.0]])), 6)
-    1.0
-    """
-    norms = float(np.linalg.norm(one_KK) * np.linalg.norm(other_KK))
-    return float((one_KK * other_KK).sum()) / norms if norms else 0.0
-
-
 def degrees(graph: Graph) -> Matrix:
     """Return delta_k = sum_l a_kl, (K,)."""
     return np.asarray(graph.adjacency_KK.sum(axis=1))

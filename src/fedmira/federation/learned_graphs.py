@@ -18,13 +18,13 @@ from fedmira.federation.blocks import block_of
 from fedmira.federation.drawing import Drawn
 from fedmira.federation.graph import Graph, Matrix, explained, validated
 from fedmira.federation.learning import (
-    NO_EVIDENCE,
     Builder,
     Learner,
     Memory,
     Seen,
+    compared,
     filled_up,
-    gathered,
+    nothing_compared,
     settled_share,
 )
 from fedmira.federation.ranks import trimmed
@@ -54,9 +54,7 @@ def learner(config: GraphConfig, clients: Clients) -> Learner:
     num_clients = len(clients.names)
 
     def init(initial: Arena) -> dict[str, torch.Tensor]:
-        weights = torch.zeros(num_clients, num_clients, dtype=torch.float64)
-        first = {"weights": weights, "known": torch.zeros(num_clients), "evidence": NO_EVIDENCE.clone()}
-        return {**of_kind.init(initial), **first}
+        return {**of_kind.init(initial), **nothing_compared(num_clients)}
 
     def learn(memory: Memory, seen: Seen) -> tuple[dict[str, torch.Tensor], Graph]:
         if clients.ranks_K is not None:
@@ -64,18 +62,15 @@ def learner(config: GraphConfig, clients: Clients) -> Learner:
             started_KP = trimmed(seen.starts.layout, seen.starts.values_KP, clients.ranks_K)
             seen = seen._replace(starts=seen.starts.replace(started_KP))
         learned, graph = of_kind.learn(memory, seen)
-        known_K = torch.zeros(num_clients)
-        known_K[seen.clients] = 1
-        evidence = gathered(memory, graph.adjacency_KK, seen.returned)
-        share, found = settled_share(evidence, num_clients, config.settled)
-        learned |= {"weights": torch.from_numpy(graph.adjacency_KK.copy()), "known": known_K, "evidence": evidence}
+        learned |= compared(memory, graph.adjacency_KK, of_kind.looked_at(memory, seen))
+        share, found = settled_share(learned, config.settled)
         details: dict[str, Any] = {**found, "memory": config.memory, "round": seen.round, "learned_share": share}
         if share < 1:
             details["warmup"] = config.warmup
-            graph = filled_up(graph, share, everyone=config.warmup == "uniform")
+            graph = filled_up(graph, share, len(seen.clients), everyone=config.warmup == "uniform")
         return learned, explained(replace(graph, provenance={**graph.provenance, **details}))
 
-    return Learner(init, learn, of_kind.ask, of_kind.hear)
+    return Learner(init, learn, of_kind.ask, of_kind.hear, of_kind.looked_at)
 
 
 _Draw: TypeAlias = Callable[[Matrix, list[int], GraphConfig, Clients], Drawn]
@@ -99,7 +94,7 @@ def _no_grams(initial: Arena) -> dict[str, torch.Tensor]:
     return {"grams": torch.zeros(num_layers, num_clients, num_clients, dtype=torch.float64)}
 
 
-def _compared(memory: Memory, seen: Seen) -> tuple[dict[str, torch.Tensor], list[Matrix]]:
+def _inner_products(memory: Memory, seen: Seen) -> tuple[dict[str, torch.Tensor], list[Matrix]]:
     """Return the inner products to remember, (L, K, K), and those of each layer among the clients seen, (C, C)."""
     before_LKK = memory["grams"].cpu().numpy()
     grams_LKK = heading_grams(before_LKK, seen.uploads, seen.starts, seen.clients, seen.returned)
@@ -130,7 +125,7 @@ def _from_adapters(draw: _Draw) -> Builder:
             return {"similarity": torch.zeros(num_clients, num_clients, dtype=torch.float64), **_no_grams(initial)}
 
         def learn(memory: Memory, seen: Seen) -> tuple[dict[str, torch.Tensor], Graph]:
-            grams, among_CC = _compared(memory, seen)
+            grams, among_CC = _inner_products(memory, seen)
             before_KK = memory["similarity"].cpu().numpy()
             now_CC = similarity(among_CC, seen.clip, _alike_by_rank(seen, clients))
             now_KK = moved(before_KK, now_CC, seen.clients, seen.returned, config.memory)
@@ -169,7 +164,7 @@ def _gram_layers(config: GraphConfig, clients: Clients) -> Learner:
     def learn(memory: Memory, seen: Seen) -> tuple[dict[str, torch.Tensor], Graph]:
         similarity_GKK = memory["similarity"].cpu().numpy()
         blocks = blocks_of(seen.uploads)
-        grams, among_CC = _compared(memory, seen)
+        grams, among_CC = _inner_products(memory, seen)
         groups_C = _alike_by_rank(seen, clients)
         of_layer = [update_cosines(gram_CC, seen.clip, groups_C) for gram_CC in among_CC]
         everywhere_CC = np.mean(of_layer, axis=0)

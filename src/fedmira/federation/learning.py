@@ -5,19 +5,21 @@ Knows nothing about how adapters are trained or mixed. Axes: K clients, P parame
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from fedmira.federation.graph import Graph, Matrix, validated
-from fedmira.federation.similarity import mutual_neighbours
+from fedmira.federation.similarity import MINIMUM_CLIENTS, mutual_neighbours
 from fedmira.graph_config import GraphConfig
 from fedmira.types import Arena, Clients, Losses, Participants, Results, Trial
 
 Memory: TypeAlias = Mapping[str, torch.Tensor]
+Mask: TypeAlias = npt.NDArray[np.bool_]
 
 
 class Seen(NamedTuple):
@@ -52,6 +54,8 @@ class Learner(NamedTuple):
     """What is asked after a round, for the graph of the next; see `asked_graphs`."""
     hear: Callable[[Memory, int, Trial, Losses], dict[str, torch.Tensor]] | None = None
     """What is remembered after the answers, of those names that they change; the number is that of the round."""
+    looked_at: Callable[[Memory, Seen], Mask] = lambda memory, seen: pairs_of_returned(seen)
+    """The pairs of clients that the graph is learned from anew, (K, K)."""
 
 
 Builder: TypeAlias = Callable[[GraphConfig, Clients], Learner]
@@ -66,60 +70,82 @@ def neighbour_graph(similarity_KK: Matrix, config: GraphConfig) -> Graph:
 
 # ------------------------------------------------------------------------------------------ how far a graph has settled
 
-NO_EVIDENCE = torch.zeros(4, dtype=torch.float64)
-"""Before anything was compared: <before, now>, |before|^2, |now|^2 and the number of edges of two graphs."""
-_CLIENTS_PER_EDGE = 2
-"""With fewer edges to compare than one for so many clients, two graphs agree by chance."""
 _SETTLED_DEGREE = 2.0
 """What the weights of a client's edges sum to, about, in graphs of a few neighbours for each (docs/log.md)."""
 
 
-def gathered(memory: Memory, now_KK: Matrix, returned: Sequence[int]) -> torch.Tensor:
-    """Return what is known, (4,), of how graphs agree with those of the round before; see `NO_EVIDENCE`.
+def nothing_compared(num_clients: int) -> dict[str, torch.Tensor]:
+    """Return what is remembered, before round 1, of how graphs agree.
 
-    Only pairs are compared of which one returned and both were known the round before: what nobody looked at again
-    repeats itself by itself. Where few return, earlier rounds count as well, each as much less as one further on has
-    seen of all clients: 1 - returned / K.
+    `weights` (K, K): those of each pair when it was last looked at; `compared` (K, K): 1 where it ever was; `evidence`
+    (4,): <before, now>, |before|^2 and |now|^2 of the weights of pairs that were looked at again, and their number.
+    """
+    nothing_KK = torch.zeros(num_clients, num_clients, dtype=torch.float64)
+    evidence = torch.zeros(4, dtype=torch.float64)
+    return {"weights": nothing_KK.clone(), "compared": nothing_KK.clone(), "evidence": evidence}
+
+
+def pairs_of_returned(seen: Seen) -> Mask:
+    """Return the pairs that graphs from adapters look at, (K, K): both were seen, and one of them returned."""
+    seen_K, returned_K = (np.isin(np.arange(len(seen.last_round_K)), ids) for ids in (seen.clients, seen.returned))
+    enough = len(seen.clients) >= MINIMUM_CLIENTS
+    return enough & (returned_K[:, None] | returned_K) & seen_K[:, None] & seen_K & ~np.eye(len(seen_K), dtype=bool)
+
+
+def compared(memory: Memory, now_KK: Matrix, looked_at_KK: Mask) -> dict[str, torch.Tensor]:
+    """Return what is remembered of how graphs agree, see `nothing_compared`, after a round.
+
+    What nobody looked at again repeats itself by itself, so it does not count. Where few pairs are looked at, earlier
+    rounds count as well, faded by the share of pairs that was looked at since.
 
     Args:
-        memory: the weights of the graph learned the round before, who was known then, and the evidence until then.
+        memory: what was remembered before.
         now_KK: the weights of the graph learned now.
-        returned: who returned this round.
+        looked_at_KK: the pairs that it was learned from; the others are as they were.
     """
-    num_clients = len(now_KK)
-    known_K, returned_K = memory["known"].cpu().numpy() > 0, np.isin(np.arange(num_clients), returned)
-    told_KK = (returned_K[:, None] | returned_K) & known_K[:, None] & known_K
-    before_KK, now_KK = np.where(told_KK, memory["weights"].cpu().numpy(), 0.0), np.where(told_KK, now_KK, 0.0)
-    found = [(before_KK * now_KK).sum(), (before_KK**2).sum(), (now_KK**2).sum(), (before_KK + now_KK > 0).sum() / 2]
-    remembered = 1 - len(returned) / num_clients
-    return remembered * memory["evidence"].cpu() + torch.tensor(found, dtype=torch.float64)
+    before_KK, known_KK = memory["weights"].cpu().numpy(), memory["compared"].cpu().numpy() > 0
+    again_KK = np.triu(looked_at_KK & known_KK)
+    before_N, now_N = before_KK[again_KK], now_KK[again_KK]
+    found = torch.tensor([before_N @ now_N, before_N @ before_N, now_N @ now_N, len(now_N)], dtype=torch.float64)
+    known_KK = known_KK | looked_at_KK
+    faded = 1 - looked_at_KK.sum() / max(1, known_KK.sum())
+    return {
+        "weights": torch.from_numpy(np.where(looked_at_KK, now_KK, before_KK)),
+        "compared": torch.from_numpy(known_KK.astype(np.float64)),
+        "evidence": faded * memory["evidence"].cpu() + found,
+    }
 
 
-def settled_share(evidence: torch.Tensor, num_clients: int, settled: float) -> tuple[float, dict[str, float]]:
+def settled_share(memory: Memory, settled: float) -> tuple[float, dict[str, float]]:
     """Return how much a learned graph counts, 0 .. 1, and the `agreement` that says so, if there is any.
 
+    That is the cosine of the weights, of K clients. With fewer than K pairs that were looked at again it counts for as
+    much less: a few agree by chance.
+
     Args:
-        evidence: what `gathered` returned.
-        num_clients: K; with fewer edges than K / 2 an agreement counts for as much less.
+        memory: what `compared` returned.
         settled: agreement from which on a graph counts alone; 0: any.
     """
-    product, before, now, edges = evidence.tolist()
+    product, before, now, pairs = memory["evidence"].tolist()
     found = {"agreement": product / (before * now) ** 0.5} if before * now else {}
     if settled == 0:
         return 1.0, found
-    enough = min(1.0, edges * _CLIENTS_PER_EDGE / num_clients)
+    enough = min(1.0, pairs / len(memory["weights"]))
     return enough * min(1.0, found.get("agreement", 0.0) / settled), found
 
 
-def filled_up(graph: Graph, share: float, *, everyone: bool) -> Graph:
+def filled_up(graph: Graph, share: float, num_seen: int, *, everyone: bool) -> Graph:
     """Return `share` of a learned graph, and for the rest everyone joined with everyone if `everyone`, else nobody.
 
-    As long as nothing learned counts, weights are 1; then the rest joins a client with all others about as strongly as
-    a settled graph does with its neighbours. Less would let a graph of chance that joins few keep clients apart.
+    As long as nothing learned counts, weights are 1; then the rest joins a client with all others seen about as
+    strongly as a settled graph does with its neighbours. Less would let a graph of chance that joins few keep clients
+    apart.
     """
-    num_others = max(1, graph.num_clients - 1)
-    weight = (1 - share) * min(1.0, _SETTLED_DEGREE / num_others) if share else 1.0
+    weight = (1 - share) * min(1.0, _SETTLED_DEGREE / max(1, num_seen - 1)) if share else 1.0
     rest_KK = everyone * weight * (1 - np.eye(graph.num_clients))
+    if not share:
+        rest_KK.setflags(write=False)
+        return replace(graph, adjacency_KK=rest_KK, by_layer={})
 
     def filled(adjacency_KK: Matrix) -> Matrix:
         filled_KK = share * adjacency_KK + rest_KK
