@@ -648,7 +648,8 @@ Loss with one thing changed minus loss of `mira` with its defaults: what is abov
 below would pay to change; in brackets the share of clients harmed. All run at `mira`'s learning rate but what is said
 to be tuned anew. Where an interval holds 0, these draws do not tell. Rows with a number belong to an advance over MIRA:
 1 confidence in stored adapters, 2 strength, 3 validated mixing, 4 mixing as products and ranks, 5 robust neighbours, 6
-smaller messages, 7 privacy. What is on by default is what a row takes away; 2, 4, 5, 6 and 7 are off. Validated mixing
+smaller messages, 7 privacy. What is on by default is what a row takes away; 4, 5, 6 and 7 are off, and so is a strength
+that is chosen in the run or falls with depth. Validated mixing
 and the average over rounds are on for the clients that mixing would harm, more than for the mean."""
 
 _PICTURE = """## What smaller messages cost

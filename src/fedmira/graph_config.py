@@ -47,9 +47,11 @@ class GraphConfig(Section):
     """With graphs learned over rounds: weight of the past in the moving average of what is compared. What clients learn
     first is what their answers look like; remembering it blurs which tasks are alike."""
     settled: Share = 0.8
-    """With graphs learned over rounds: agreement with the graph of the round before (cosine of the weights) from which
-    on what was learned counts alone. Below, it counts for agreement / settled, and `warmup` for the rest; nothing
-    agrees before round 2. 0: it counts alone from the first round on."""
+    """With graphs learned over rounds: agreement (cosine of the weights) with the graph of the round before from which
+    on what was learned counts alone. Below, its weights count for agreement / settled, and `warmup` for the rest. Where
+    few clients take part, the agreement is over several rounds; with fewer pairs looked at again than there are
+    clients, it counts for less. Nothing agrees in round 1 (with `trust` and `probe`: before round 3). 0: what is
+    learned counts alone from the first round on."""
     warmup: Literal["uniform", "none"] = "uniform"
     """With graphs learned over rounds: who is related to whom as far as the graph has not settled: everyone with
     everyone, so that all clients start from much the same place when they are first compared, or nobody."""

@@ -104,7 +104,7 @@ def test_the_graph_of_the_warm_up_is_not_called_learned(make_run: Make, warmup: 
 def test_a_graph_that_has_not_settled_says_how_much_of_it_was_learned(make_run: Make) -> None:
     provenance = {"warmup": "uniform", "round": 3, "learned_share": 0.4, "clusters": 4}
     page = render(read(changed(make_run(), {}, provenance=provenance)))
-    assert "What was learned counts for 40.0 % after round 3, since it has not settled" in page
+    assert "What was learned counts for 40.0&nbsp;% after round 3, since it has not settled" in page
     assert "for the rest this is everybody with everybody alike" in page
     assert "Clients fall into 4 clusters." in page
     assert ", warm-up</h3>" not in page

@@ -21,8 +21,8 @@ def graph_numbers(graph: Graph, clients: Clients, tau: float | None = None) -> d
     `components` and `alone` (clients without an edge); `lambda_2`, the smallest eigenvalue of L above 0 (how fast the
     slowest component agrees), and `lambda_max`; `stability_margin` = 2 / (tau lambda_max), below 1 where the explicit
     step diverges; `weight_in_tasks` and `weight_on_true_edges`, shares of edge weight; `agreement`, for learned graphs,
-    the cosine of what was learned with what was a round before, also while neither is used yet. Of a graph by layer:
-    those of the mean over layers.
+    the cosine of what was learned with what was learned before, by which it counts (see `learning`). Of a graph by
+    layer: those of the mean over layers.
 
     Args:
         graph: over all K clients.
