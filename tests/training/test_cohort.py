@@ -106,17 +106,21 @@ def test_halves_of_a_cohort_in_threads_of_their_own_agree_with_one_thread(family
     torch.set_num_threads(1)
     whole_SP, whole = setup.train(setup.job(), 8)
     torch.set_num_threads(2)
-    in_threads = set()
+    in_threads, here = set(), threading.get_ident()
+    both_there = threading.Barrier(2, timeout=30)
     forward = fused.hidden
 
     def seen(*arguments: Any) -> torch.Tensor:
-        in_threads.add(threading.get_ident())
+        if threading.get_ident() not in {here, *in_threads}:
+            in_threads.add(threading.get_ident())
+            # without it one thread may be done with its half before the other begins, and take that one too
+            both_there.wait()
         return forward(*arguments)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fused, "hidden", seen)
         rows_SP, reports = setup.train(setup.job(), 8)
-    assert len(in_threads - {threading.get_ident()}) == 2
+    assert len(in_threads) == 2
     torch.testing.assert_close(rows_SP, whole_SP, rtol=0, atol=1e-9)
     assert [report._replace(loss_sum=0) for report in reports] == [report._replace(loss_sum=0) for report in whole]
     again_SP, again = setup.train(setup.job(), 8)
