@@ -111,10 +111,24 @@ def test_a_phase_that_takes_all_rounds_is_told(sections: dict[str, Any], told: s
     assert told is None or told in lines[0]
 
 
+@pytest.mark.parametrize(
+    "method",
+    [
+        {"name": "mira_published", "graph": {"kind": "gram"}, "server_lr": 0.1},
+        {"name": "mira", "graph": {"kind": "probe"}},
+    ],
+)
+def test_that_two_at_a_time_are_too_few_where_those_who_take_part_are_compared(method: dict[str, Any]) -> None:
+    few = {"rounds": 4, "clients_per_round": 2}
+    (line,) = warnings(assemble(tiny(method=method, federation=few)))
+    assert "fewer than 3 clients at a time: everybody is joined with everybody" in line
+    assert not warnings(assemble(tiny(method={"name": "mira"}, federation=few)))
+
+
 def test_that_two_clients_are_too_few_for_a_learned_graph_is_told() -> None:
     two = {"source": "planted", "families": 1, "clients_per_family": 2, "examples": 12}
     (line,) = warnings(assemble(tiny(data=two)))
-    assert "kind = gram cannot tell who is related among fewer than 3 clients: everybody is joined" in line
+    assert "kind = gram cannot tell who is related among fewer than 3 clients at a time: everybody is joined" in line
     assert line.endswith("set method.graph.warmup: none where they are not related")
     (line,) = warnings(assemble(tiny(data=two, method={"name": "mira", "graph": {"warmup": "none"}})))
     assert "nobody is joined with anybody; set method.graph.kind: uniform where they are related" in line

@@ -54,11 +54,14 @@ def _graph_line(config: RunConfig, num_clients: int) -> str:
         return ""
     everybody = graph.warmup == "uniform" and graph.settled
     joined = "everybody is joined with everybody" if everybody else "nobody is joined with anybody"
+    # the published method relates those that take part, and predictions are compared among them
+    if graph.kind == "probe" or config.method.name == "mira_published":
+        num_clients = participation.num_participants(num_clients, config.federation)
     if num_clients < MINIMUM_CLIENTS:
         otherwise = "warmup: none where they are not related" if everybody else "kind: uniform where they are related"
         return (
-            f"method.graph.kind = {graph.kind} cannot tell who is related among fewer than {MINIMUM_CLIENTS} clients: "
-            f"{joined}; set method.graph.{otherwise}"
+            f"method.graph.kind = {graph.kind} cannot tell who is related among fewer than {MINIMUM_CLIENTS} clients "
+            f"at a time: {joined}; set method.graph.{otherwise}"
         )
     # what is asked after one round serves the next, and a graph needs one before it that it can agree with
     first = (2 if graph.kind in ("trust", "probe") else 1) + (graph.settled > 0)

@@ -46,8 +46,8 @@ class GraphConfig(Section):
     memory: Share = 0.0
     """With graphs learned over rounds: weight of the past in the moving average of what is compared. What clients learn
     first is what their answers look like; remembering it blurs which tasks are alike."""
-    settled: Share = 0.8
-    """With graphs learned over rounds: agreement (cosine of the weights) with the graph of the round before from which
+    settled: Annotated[float, Field(ge=0, le=1)] = 0.8
+    """With graphs learned over rounds: agreement (cosine of the weights) with the graph learned before from which
     on what was learned counts alone. Below, its weights count for agreement / settled, and `warmup` for the rest. Where
     few clients take part, the agreement is over several rounds; with fewer pairs looked at again than there are
     clients, it counts for less. Nothing agrees in round 1 (with `trust` and `probe`: before round 3). 0: what is

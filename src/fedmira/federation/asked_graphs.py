@@ -36,12 +36,12 @@ def trust(config: GraphConfig, clients: Clients) -> Learner:
 
     def init(initial: Arena) -> dict[str, torch.Tensor]:
         nothing_KK = torch.zeros(num_clients, num_clients, dtype=torch.float64)
-        return {"regret": nothing_KK.clone(), "heard": nothing_KK.clone(), "new": nothing_KK.clone()}
+        return {"regret": nothing_KK.clone(), "heard": nothing_KK.clone(), "newly_heard": nothing_KK.clone()}
 
     def learn(memory: Memory, seen: Seen) -> tuple[dict[str, torch.Tensor], Graph]:
         regret, heard = memory["regret"], memory["heard"]
         similarity_KK = similarity_of_regrets(regret.cpu().numpy(), heard.cpu().numpy() > 0)
-        remembered = {"regret": regret.clone(), "heard": heard.clone(), "new": torch.zeros_like(heard)}
+        remembered = {"regret": regret.clone(), "heard": heard.clone(), "newly_heard": torch.zeros_like(heard)}
         return remembered, neighbour_graph(similarity_KK, config)
 
     def ask(participants: Participants, results: Results) -> Trial | None:
@@ -55,7 +55,7 @@ def trust(config: GraphConfig, clients: Clients) -> Learner:
         return Trial(results.ids, len(turns), lambda number: rows_SP.roll(-turns[number], 0), sent=len(offsets))
 
     def hear(memory: Memory, round_: int, trial: Trial, losses: Losses) -> dict[str, torch.Tensor]:
-        regret_KK, heard_KK, new_KK = memory["regret"].clone(), memory["heard"].clone(), memory["new"].clone()
+        regret_KK, heard_KK, new_KK = memory["regret"].clone(), memory["heard"].clone(), memory["newly_heard"].clone()
         size = len(trial.ids)
         offsets = _offsets(size, trial.num_candidates - 1, round_)
         for s, k in enumerate(trial.ids):
@@ -69,15 +69,16 @@ def trust(config: GraphConfig, clients: Clients) -> Learner:
                 past = config.memory if heard_KK[k, other] else 0.0
                 regret_KK[k, other] = past * regret_KK[k, other] + (1 - past) * loss
                 heard_KK[k, other] = new_KK[k, other] = 1.0
-        return {"regret": regret_KK, "heard": heard_KK, "new": new_KK}
+        return {"regret": regret_KK, "heard": heard_KK, "newly_heard": new_KK}
 
     return Learner(init, learn, ask, hear, _newly_heard)
 
 
 def _newly_heard(memory: Memory, seen: Seen) -> Mask:
     """The pairs of which something was heard since the last graph, (K, K): answers serve the next round."""
-    new_KK = memory["new"].cpu().numpy()
-    return np.asarray(new_KK + new_KK.T > 0)
+    new_KK = memory["newly_heard"].cpu().numpy()
+    new_KK = new_KK + new_KK.T > 0
+    return np.asarray(new_KK & (new_KK.any(axis=0).sum() >= MINIMUM_CLIENTS))
 
 
 def _offsets(size: int, count: int, round_: int) -> tuple[int, ...]:
@@ -122,11 +123,11 @@ def probe(config: GraphConfig, clients: Clients) -> Learner:
 
     def init(initial: Arena) -> dict[str, torch.Tensor]:
         nothing_KK = torch.zeros(num_clients, num_clients, dtype=torch.float64)
-        return {"similarity": nothing_KK.clone(), "new": nothing_KK.clone()}
+        return {"similarity": nothing_KK.clone(), "newly_heard": nothing_KK.clone()}
 
     def learn(memory: Memory, seen: Seen) -> tuple[dict[str, torch.Tensor], Graph]:
         similarity = memory["similarity"]
-        remembered = {"similarity": similarity.clone(), "new": torch.zeros_like(similarity)}
+        remembered = {"similarity": similarity.clone(), "newly_heard": torch.zeros_like(similarity)}
         return remembered, neighbour_graph(similarity.cpu().numpy(), config)
 
     def ask(participants: Participants, results: Results) -> Trial | None:
@@ -146,7 +147,7 @@ def probe(config: GraphConfig, clients: Clients) -> Learner:
         now_CC = cosines(agreement_SS[np.ix_(sound, sound)])
         now_KK, new_KK = moved(before_KK, now_CC, rows, rows, config.memory), np.zeros_like(before_KK)
         new_KK[np.ix_(rows, rows)] = 1 - np.eye(len(rows))
-        return {"similarity": torch.from_numpy(np.array(now_KK)), "new": torch.from_numpy(new_KK)}
+        return {"similarity": torch.from_numpy(np.array(now_KK)), "newly_heard": torch.from_numpy(new_KK)}
 
     return Learner(init, learn, ask, hear, _newly_heard)
 

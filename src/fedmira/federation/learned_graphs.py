@@ -23,6 +23,7 @@ from fedmira.federation.learning import (
     Memory,
     Seen,
     compared,
+    everyone_joined,
     filled_up,
     nothing_compared,
     settled_share,
@@ -45,8 +46,8 @@ from fedmira.types import Arena, Clients
 def learner(config: GraphConfig, clients: Clients) -> Learner:
     """Return the learner of `config.kind`.
 
-    Whatever the kind, what is learned counts for as much as it agrees with what was learned a round before; for the
-    rest everyone is joined with everyone, or nobody (`config.warmup`): clients that have not yet learned what sets them
+    Whatever the kind, what is learned counts for as much as it agrees with what was learned before; for the rest
+    everyone seen is joined with everyone, or nobody (`config.warmup`): clients that have not yet learned what sets them
     apart look alike by chance, and chance does not repeat itself. The provenance says the round, that agreement, how
     much the learned graph counts, and what the server learns by it.
     """
@@ -67,10 +68,11 @@ def learner(config: GraphConfig, clients: Clients) -> Learner:
         details: dict[str, Any] = {**found, "memory": config.memory, "round": seen.round, "learned_share": share}
         if share < 1:
             details["warmup"] = config.warmup
-            graph = filled_up(graph, share, len(seen.clients), everyone=config.warmup == "uniform")
+            degree = everyone_joined(learned, len(seen.clients)) if config.warmup == "uniform" else 0.0
+            graph = filled_up(graph, share, seen.clients, degree)
         return learned, explained(replace(graph, provenance={**graph.provenance, **details}))
 
-    return Learner(init, learn, of_kind.ask, of_kind.hear, of_kind.looked_at)
+    return Learner(init, learn, of_kind.ask, of_kind.hear)
 
 
 _Draw: TypeAlias = Callable[[Matrix, list[int], GraphConfig, Clients], Drawn]

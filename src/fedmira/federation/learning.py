@@ -5,7 +5,7 @@ Knows nothing about how adapters are trained or mixed. Axes: K clients, P parame
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple, TypeAlias
 
@@ -77,12 +77,13 @@ _SETTLED_DEGREE = 2.0
 def nothing_compared(num_clients: int) -> dict[str, torch.Tensor]:
     """Return what is remembered, before round 1, of how graphs agree.
 
-    `weights` (K, K): those of each pair when it was last looked at; `compared` (K, K): 1 where it ever was; `evidence`
-    (4,): <before, now>, |before|^2 and |now|^2 of the weights of pairs that were looked at again, and their number.
+    `last_weights` (K, K): those of each pair when it was last looked at; `pairs_known` (K, K): 1 where it ever was;
+    `evidence` (4,): <before, now>, |before|^2 and |now|^2 of the weights of pairs that were looked at again, and their
+    number.
     """
     nothing_KK = torch.zeros(num_clients, num_clients, dtype=torch.float64)
     evidence = torch.zeros(4, dtype=torch.float64)
-    return {"weights": nothing_KK.clone(), "compared": nothing_KK.clone(), "evidence": evidence}
+    return {"last_weights": nothing_KK.clone(), "pairs_known": nothing_KK.clone(), "evidence": evidence}
 
 
 def pairs_of_returned(seen: Seen) -> Mask:
@@ -103,15 +104,15 @@ def compared(memory: Memory, now_KK: Matrix, looked_at_KK: Mask) -> dict[str, to
         now_KK: the weights of the graph learned now.
         looked_at_KK: the pairs that it was learned from; the others are as they were.
     """
-    before_KK, known_KK = memory["weights"].cpu().numpy(), memory["compared"].cpu().numpy() > 0
+    before_KK, known_KK = memory["last_weights"].cpu().numpy(), memory["pairs_known"].cpu().numpy() > 0
     again_KK = np.triu(looked_at_KK & known_KK)
     before_N, now_N = before_KK[again_KK], now_KK[again_KK]
     found = torch.tensor([before_N @ now_N, before_N @ before_N, now_N @ now_N, len(now_N)], dtype=torch.float64)
     known_KK = known_KK | looked_at_KK
     faded = 1 - looked_at_KK.sum() / max(1, known_KK.sum())
     return {
-        "weights": torch.from_numpy(np.where(looked_at_KK, now_KK, before_KK)),
-        "compared": torch.from_numpy(known_KK.astype(np.float64)),
+        "last_weights": torch.from_numpy(np.where(looked_at_KK, now_KK, before_KK)),
+        "pairs_known": torch.from_numpy(known_KK.astype(np.float64)),
         "evidence": faded * memory["evidence"].cpu() + found,
     }
 
@@ -119,8 +120,8 @@ def compared(memory: Memory, now_KK: Matrix, looked_at_KK: Mask) -> dict[str, to
 def settled_share(memory: Memory, settled: float) -> tuple[float, dict[str, float]]:
     """Return how much a learned graph counts, 0 .. 1, and the `agreement` that says so, if there is any.
 
-    That is the cosine of the weights, of K clients. With fewer than K pairs that were looked at again it counts for as
-    much less: a few agree by chance.
+    The agreement is the cosine of the weights of pairs that were looked at again with those they had before. Where
+    these pairs are fewer than the clients in them it counts for as much less: a few agree by chance.
 
     Args:
         memory: what `compared` returned.
@@ -130,28 +131,40 @@ def settled_share(memory: Memory, settled: float) -> tuple[float, dict[str, floa
     found = {"agreement": product / (before * now) ** 0.5} if before * now else {}
     if settled == 0:
         return 1.0, found
-    enough = min(1.0, pairs / len(memory["weights"]))
+    enough = min(1.0, pairs / max(1, int((memory["pairs_known"] > 0).any(dim=1).sum())))
     return enough * min(1.0, found.get("agreement", 0.0) / settled), found
 
 
-def filled_up(graph: Graph, share: float, num_seen: int, *, everyone: bool) -> Graph:
-    """Return `share` of a learned graph, and for the rest everyone joined with everyone if `everyone`, else nobody.
+def everyone_joined(memory: Memory, num_seen: int) -> float:
+    """Return what the weights of a client's edges sum to where everyone seen is joined with everyone else.
 
-    As long as nothing learned counts, weights are 1; then the rest joins a client with all others seen about as
-    strongly as a settled graph does with its neighbours. Less would let a graph of chance that joins few keep clients
-    apart.
+    Weights are 1 before any pair was looked at again. From then on everyone is joined about as strongly as in settled
+    graphs: with less, a graph of chance that joins few would keep clients apart, and with more, clients that nobody
+    resembles would be drawn into one.
     """
-    weight = (1 - share) * min(1.0, _SETTLED_DEGREE / max(1, num_seen - 1)) if share else 1.0
-    rest_KK = everyone * weight * (1 - np.eye(graph.num_clients))
-    if not share:
-        rest_KK.setflags(write=False)
-        return replace(graph, adjacency_KK=rest_KK, by_layer={})
+    others = max(0.0, num_seen - 1.0)
+    return min(_SETTLED_DEGREE, others) if memory["evidence"][3] > 0 else others
+
+
+def filled_up(graph: Graph, share: float, ids: Sequence[int], degree: float) -> Graph:
+    """Return `share` of a learned graph; for the rest, clients are joined with each other alike.
+
+    Args:
+        graph: what was learned, the same for all layers or not.
+        share: how much it counts, 0 .. 1.
+        ids: the clients joined for the rest: those that were seen.
+        degree: what the weights of one of them would sum to if nothing learned counted; 0 joins nobody.
+    """
+    rest_KK = np.zeros_like(graph.adjacency_KK)
+    rest_KK[np.ix_(ids, ids)] = (1 - share) * (degree / max(1, len(ids) - 1))
+    np.fill_diagonal(rest_KK, 0.0)
+    by_layer = graph.by_layer if share else {}
 
     def filled(adjacency_KK: Matrix) -> Matrix:
         filled_KK = share * adjacency_KK + rest_KK
         filled_KK.setflags(write=False)
         return np.asarray(filled_KK)
 
-    of = {id(adjacency_KK): filled(adjacency_KK) for adjacency_KK in graph.by_layer.values()}
-    by_layer = {layer: of[id(adjacency_KK)] for layer, adjacency_KK in graph.by_layer.items()}
+    of = {id(adjacency_KK): filled(adjacency_KK) for adjacency_KK in by_layer.values()}
+    by_layer = {layer: of[id(adjacency_KK)] for layer, adjacency_KK in by_layer.items()}
     return replace(graph, adjacency_KK=filled(graph.adjacency_KK), by_layer=by_layer)

@@ -5,7 +5,7 @@ separately; everybody else keeps its adapter. Knows nothing about unsampled neig
 
 The step must satisfy tau * lambda_max(L) <= 2 on every subgraph it meets. The draws of a run are known beforehand, so
 all of them are checked before the first round; a client that fails only makes a subgraph, and its eigenvalue, smaller.
-Of a graph that is learned only that of round 1 is known by then; every later round checks its own.
+Of a graph that is learned only what stands for it in round 1 is known by then; later rounds check their own.
 """
 
 from __future__ import annotations
