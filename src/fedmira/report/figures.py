@@ -166,7 +166,7 @@ def _warmup_in_words(graph: GraphRecord) -> str:
         return f" What was learned counts for {share}{after}, since it has not settled; for the rest this is {warmup}."
     return (
         f" This is the graph of the warm-up{after}, {warmup}: nothing that was learned was used in that round. A "
-        "learned graph is used as far as it agrees with that of the round before."
+        "learned graph is used as far as it agrees with what was learned before."
     )
 
 
