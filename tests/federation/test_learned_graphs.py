@@ -23,7 +23,7 @@ from fedmira.federation.blocks import block_of
 from fedmira.federation.clustering import clusters, partitions, silhouette
 from fedmira.federation.graph import PRIVACY, Graph, parts, subgraph, validated, weight_inside
 from fedmira.federation.known_graphs import embeddings
-from fedmira.federation.learned_graphs import learner
+from fedmira.federation.learned_graphs import _neighbours, learner
 from fedmira.federation.learning import Learner, Seen, compared, settled_share
 from fedmira.federation.mixing import (
     by_layer,
@@ -505,10 +505,23 @@ def test_where_clusters_are_not_clear_all_neighbours_count(inside: float, beyond
     np.fill_diagonal(similarity, 1.0)
     weights = np.ones((4, 4)) - np.eye(4)
     expected = weights * pairs if clear else weights
-    kept = drawing.kept_within_clusters(weights, similarity)
-    assert np.array_equal(kept.weights_CC, expected)
-    assert kept.facts == {"clusters": 2 if clear else None}
+    found = drawing.inside_clusters(similarity, drawing.SUBSTANTIAL)
+    assert np.array_equal(drawing.kept_within(found, weights), expected)
+    assert found.facts == {"clusters": 2 if clear else None}
     assert drawing.inside_clusters(similarity).weights_CC.any() == (inside > beyond)
+
+
+@pytest.mark.parametrize("within", [True, False])
+@pytest.mark.parametrize(("inside", "lowered"), [(0.5, False), (-0.01, True)])
+def test_the_zero_is_lowered_only_where_clusters_are_not_clear(inside: float, lowered: bool, within: bool) -> None:
+    scatter = np.random.default_rng(0).normal(size=(16, 16)) * 0.02
+    kin = np.kron(np.eye(4), np.ones((4, 4))) > 0
+    similarity = np.where(kin, inside, -0.08) + (scatter + scatter.T) / 2**0.5
+    np.fill_diagonal(similarity, 1.0)
+    drawn = _neighbours(similarity, list(range(16)), GraphConfig(within_clusters=within), clients(16))
+    assert (drawn.facts["strangers"] < 0) == lowered
+    assert (drawn.weights_CC[kin] > 0).sum() >= 36
+    assert drawn.facts.get("clusters") == (4 if within and not lowered else None)
 
 
 @given(st.integers(2, 7), st.integers(1, 6), st.integers(0, 30))

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.stats import norm
 from tests.federation.builders import layout
 from tests.reference import mixing_twin
 
@@ -227,6 +230,56 @@ def test_mutual_neighbours_equal_their_twin(num_clients: int, neighbours: int, p
     assert np.allclose(adjacency, mixing_twin.mutual_neighbours(symmetric, neighbours, power), rtol=1e-12, atol=0)
     assert np.allclose(adjacency, adjacency.T, rtol=1e-12, atol=0)
     assert np.array_equal(symmetric, untouched)
+
+
+def groups_of_clients(sizes: Sequence[int], kin: float, others: float, noise: float, seed: int = 0) -> np.ndarray:
+    """Similarities of groups of clients: those in one group, those of two, and what both scatter by."""
+    labels = np.repeat(np.arange(len(sizes)), sizes)
+    scatter = noise * np.random.default_rng(seed).normal(size=(len(labels), len(labels)))
+    alike = np.where(labels[:, None] == labels, kin, others) + (scatter + scatter.T) / 2**0.5
+    np.fill_diagonal(alike, 1.0)
+    return np.asarray(alike)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_kin_below_zero_are_told_from_strangers_that_lie_lower(seed: int) -> None:
+    # as measured on planted tasks at a rate of 0.01: kin -0.01, strangers -0.08, both by 0.02
+    alike = groups_of_clients((4, 4, 4, 4), -0.01, -0.08, 0.02, seed)
+    kin = np.kron(np.eye(4), np.ones((4, 4))) > 0
+    least = similarity.strangers(alike)
+    assert -0.06 < least < 0
+    hidden, told = (similarity.mutual_neighbours(alike - zero, 5, 1.0) for zero in (0.0, least))
+    assert (hidden[kin] > 0).sum() < 0.5 * 48
+    assert (told[kin] > 0).sum() >= (hidden[kin] > 0).sum() + 8
+    assert told[kin].sum() > 0.9 * told.sum()
+
+
+@given(st.integers(3, 20), st.floats(-0.2, 0.2), st.floats(0.001, 0.2), st.integers(0, 20))
+def test_strangers_end_two_deviations_above_their_middle_and_never_above_zero(
+    size: int, others: float, noise: float, seed: int
+) -> None:
+    alike = groups_of_clients((1,) * size, others, others, noise, seed)
+    off = sorted(alike[one, other] for one in range(size) for other in range(one))
+    middle = np.median(off)
+    spread = middle - np.quantile(off, norm.cdf(-1))
+    assert similarity.strangers(alike) == pytest.approx(min(0.0, middle + 2 * spread), abs=1e-3 * noise)
+
+
+@pytest.mark.parametrize(
+    "alike",
+    [
+        np.eye(1),
+        groups_of_clients((12, 2, 2), 0.05, -0.15, 0.02),  # the middle pair is kin
+        groups_of_clients((3, 3, 3), 0.6, -0.1, 0.1),
+    ],
+)
+def test_where_the_lower_half_is_wide_the_zero_stays(alike: np.ndarray) -> None:
+    assert similarity.strangers(alike) == 0
+
+
+def test_rounding_makes_no_kin() -> None:
+    alike = groups_of_clients((1,) * 12, -1 / 11, -1 / 11, 1e-16)
+    assert not similarity.mutual_neighbours(alike - similarity.strangers(alike), 5, 1.0).any()
 
 
 def test_ties_do_not_depend_on_the_order_of_clients() -> None:

@@ -2,7 +2,7 @@
 
 All map a symmetric matrix of cosines of the clients seen, without what all have in common, to non-negative symmetric
 weights with a zero diagonal; heaviest edges are about 1, so that the strength of a step means the same for all.
-`mutual_neighbours` in `similarity` is the first of them, and `kept_within_clusters` may follow it. Knows nothing about
+`mutual_neighbours` in `similarity` is the first of them, and `kept_within` may follow it. Knows nothing about
 adapters or rounds.
 
 Axes: C clients compared.
@@ -57,16 +57,17 @@ def inside_clusters(similarity_CC: Matrix, least: float = NEGLIGIBLE) -> Drawn:
     return Drawn(weights_CC, {"clusters": len(np.unique(labels_C))})
 
 
-def kept_within_clusters(weights_CC: Matrix, similarity_CC: Matrix) -> Drawn:
-    """Return the weights without those from one cluster to another; all of them where clusters are not clear.
+def kept_within(clusters: Drawn, weights_CC: Matrix) -> Matrix:
+    """Return the weights without those from one cluster to another; all of them where there are no clusters.
 
     Clients have fewer relatives than neighbours when groups are small. What fills the list up is chance, and clients
     that were mixed by chance look alike in the next round.
+
+    Args:
+        clusters: what `inside_clusters` returned.
+        weights_CC: the weights of neighbours.
     """
-    clear = inside_clusters(similarity_CC, SUBSTANTIAL)
-    return clear._replace(
-        weights_CC=np.where(clear.weights_CC > 0, weights_CC, 0.0) if clear.weights_CC.any() else weights_CC
-    )
+    return np.where(clusters.weights_CC > 0, weights_CC, 0.0) if clusters.weights_CC.any() else weights_CC
 
 
 def task_correlation(similarity_CC: Matrix) -> Matrix:

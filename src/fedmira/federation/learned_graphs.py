@@ -37,6 +37,7 @@ from fedmira.federation.similarity import (
     mutual_neighbours,
     rank_groups,
     similarity,
+    strangers,
     update_cosines,
 )
 from fedmira.graph_config import GraphConfig
@@ -144,8 +145,14 @@ def _from_adapters(draw: _Draw) -> Builder:
 
 
 def _neighbours(similarity_CC: Matrix, ids: list[int], config: GraphConfig, clients: Clients) -> Drawn:
-    weights_CC = mutual_neighbours(similarity_CC, config.neighbours, config.power)
-    return drawing.kept_within_clusters(weights_CC, similarity_CC) if config.within_clusters else Drawn(weights_CC)
+    clear = drawing.inside_clusters(similarity_CC, drawing.SUBSTANTIAL)
+    # kin that nothing can hide behind need no other zero
+    least = 0.0 if clear.weights_CC.any() else strangers(similarity_CC)
+    weights_CC = mutual_neighbours(similarity_CC - least, config.neighbours, config.power)
+    facts = {"strangers": least}
+    if not config.within_clusters:
+        return Drawn(weights_CC, facts)
+    return Drawn(drawing.kept_within(clear, weights_CC), {**clear.facts, **facts})
 
 
 def _gram_layers(config: GraphConfig, clients: Clients) -> Learner:
@@ -181,17 +188,17 @@ def _gram_layers(config: GraphConfig, clients: Clients) -> Learner:
                 for before_KK, now_CC in zip(similarity_GKK, now, strict=True)
             ]
         )
-        of_block, clusters = {}, []
+        of_block: dict[str, Matrix] = {}
+        facts_of_blocks: list[Mapping[str, Any]] = []
         for block, similarity_KK in zip(blocks, similarity_GKK, strict=True):
             of_block[block], facts = _drawn(_neighbours, similarity_KK, seen, config, clients)
-            clusters.append(facts.get("clusters"))
+            facts_of_blocks.append(facts)
         layers = seen.uploads.layout.layers
         # a layer without a low-rank pair follows the mean of those that have one
         mean_KK = np.mean([of_block[block_of(layer)] for layer in layers if block_of(layer) in of_block], axis=0)
         names = ("neighbours", "power", "within_clusters", "pooling")
         details = {name: getattr(config, name) for name in names}
-        if config.within_clusters:
-            details |= {"clusters": clusters}
+        details |= {name: [facts[name] for facts in facts_of_blocks] for name in facts_of_blocks[0]}
         graph = validated(mean_KK, num_clients, config.kind, {**details, "blocks": len(blocks)})
         by_layer = {layer: of_block.get(block_of(layer), graph.adjacency_KK) for layer in layers}
         return {"similarity": torch.from_numpy(similarity_GKK), **grams}, replace(graph, by_layer=by_layer)

@@ -28,6 +28,10 @@ _ALIKE = 1e-9
 """Clients whose cosines are closer to 1 than this on average differ by rounding."""
 _MANY_CLIENTS = 10
 """From so many on, taking the mean away tells kin from strangers better (docs/log.md)."""
+_LOWER_SIXTH = 0.1587
+"""Share of a normal distribution below its middle by more than one standard deviation."""
+_SPREADS = 2.0
+"""So many standard deviations above their middle lie 2 of 100 strangers, if they are normal (docs/log.md)."""
 _SMALLEST_GROUP = 4
 """So many clients of like rank have a mean of their own that is not mostly one of them."""
 _BLOCK_ELEMENTS = 1 << 21
@@ -276,6 +280,25 @@ def moved(previous_KK: Matrix, now_CC: Matrix, rows: Sequence[int], returned: Se
     updated_KK = previous_KK.copy()
     updated_KK[np.ix_(rows, rows)] = np.where(new_C[:, None] | new_C[None, :], moved_CC, before_CC)
     return np.asarray(updated_KK)
+
+
+def strangers(similarity_CC: Matrix) -> float:
+    """Return the similarity up to which two clients are strangers; 0 at most.
+
+    Centred cosines of unrelated clients are not 0 but about -1 / (C - 1), and where much of an update is noise, with
+    large learning rates say, those of kin are a few hundredths above: less than nothing, but far beyond what strangers
+    scatter by. So strangers end two standard deviations above their middle. The deviation is that from the middle down
+    to the lower sixth, where no kin are. Where so many are kin that the middle is one of them it is large, and 0 stays.
+
+    Args:
+        similarity_CC: cosines of C clients without what all have in common.
+    """
+    off_N = similarity_CC[np.triu_indices(len(similarity_CC), 1)]
+    if not len(off_N):
+        return 0.0
+    middle = float(np.median(off_N))
+    spread = middle - float(np.quantile(off_N, _LOWER_SIXTH))
+    return min(0.0, middle + max(_SPREADS * spread, _ALIKE))
 
 
 def mutual_neighbours(similarity_KK: Matrix, neighbours: int, power: float) -> Matrix:
