@@ -146,7 +146,7 @@ def _from_adapters(draw: _Draw) -> Builder:
 
 def _neighbours(similarity_CC: Matrix, ids: list[int], config: GraphConfig, clients: Clients) -> Drawn:
     clear = drawing.inside_clusters(similarity_CC, drawing.SUBSTANTIAL)
-    # kin that nothing can hide behind need no other zero
+    # clear clusters stand far above 0; only kin that noise hides may lie below it
     least = 0.0 if clear.weights_CC.any() else strangers(similarity_CC)
     weights_CC = mutual_neighbours(similarity_CC - least, config.neighbours, config.power)
     facts = {"strangers": least}
