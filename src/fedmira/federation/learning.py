@@ -34,8 +34,8 @@ class Seen(NamedTuple):
     returned: tuple[int, ...]
     """Who returned this round; ascending."""
     round: int
-    clip: bool = False
-    """Whether what few clients learn alike is a median, in graphs made from the adapters."""
+    robust: str = "none"
+    """`method.robust`: what to do against clients whose uploads cannot be trusted."""
 
     @property
     def clients(self) -> list[int]:

@@ -9,7 +9,7 @@ Axes: K clients (rows take, columns give), C clients that are listened to.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -22,7 +22,7 @@ _NEARLY_ZERO = 1e-12
 """Distances below its root, as a share of the largest, count alike in a geometric median."""
 
 
-def clip(matrix_KK: Matrix, distance_KK: Matrix) -> Matrix:
+def clip(matrix_KK: Matrix, distance_KK: Matrix, _num_examples_K: Sequence[int] = ()) -> Matrix:
     """Return the step in which no client moves another further than the median one does.
 
     x_k = theta_k + sum_l P_kl min(1, r_k / d_kl) (theta_l - theta_k), d_kl the distance and r_k its median over l != k,
@@ -42,28 +42,42 @@ def clip(matrix_KK: Matrix, distance_KK: Matrix) -> Matrix:
     return np.asarray(kept_KK + np.diag(1.0 - kept_KK.sum(axis=1)))
 
 
-def krum(matrix_KK: Matrix, distance_KK: Matrix) -> Matrix:
-    """Return the step in which nobody takes anything from a client with an outlying score.
+def krum(matrix_KK: Matrix, distance_KK: Matrix, num_examples_K: Sequence[int]) -> Matrix:
+    """Return the step in which nobody takes anything from a client far away from the others; see `outlying`.
 
-    The score is the sum of squared distances to the nearest n - f - 2 of the n clients that anybody listens to, f the
-    most hostile ones that Krum allows, (n - 3) / 2 (Blanchard et al., NeurIPS 2017); beyond 4 times the median it is
-    outlying. The others' shares grow in proportion.
+    Counted are the clients that anybody listens to. The others' shares grow in proportion.
     """
     others_KK = _others(matrix_KK)
-    heard_C = np.flatnonzero(others_KK.any(axis=0))
-    num_nearest = len(heard_C) - max(0, len(heard_C) - 3) // 2 - 2
-    if num_nearest < 1:
-        return matrix_KK
-    nearest_CC = np.sort(distance_KK[np.ix_(heard_C, heard_C)], axis=1)[:, 1 : num_nearest + 1]
-    score_C = nearest_CC.sum(axis=1)
-    hostile = heard_C[score_C > _OUTLYING * np.median(score_C)]
-    if not len(hostile):
+    hostile = outlying(distance_KK, num_examples_K, np.flatnonzero(others_KK.any(axis=0)).tolist())
+    if not hostile:
         return matrix_KK
     others_KK[:, hostile] = 0.0
     return _shared_out(matrix_KK, others_KK)
 
 
-def geometric_median(matrix_KK: Matrix, distance_KK: Matrix) -> Matrix:
+def outlying(distance_KK: Matrix, num_examples_K: Sequence[int], ids: Sequence[int]) -> list[int]:
+    """Return those of the clients `ids` whose Krum score is beyond 4 times the median, also for as many examples.
+
+    The score is the sum of squared distances to the nearest n - f - 2 of n clients, f the most hostile ones that Krum
+    allows, (n - 3) / 2 (Blanchard et al., NeurIPS 2017). Krum takes clients for draws of one distribution; those with
+    more examples may have taken more steps, and gone further. So distances must be outlying both as they are and by the
+    examples behind their ends, d_kl^2 / (n_k + n_l), what as many noisy steps add up to (docs/log.md).
+    """
+    num_nearest = len(ids) - max(0, len(ids) - 3) // 2 - 2
+    if num_nearest < 1:
+        return []
+    examples_C = np.asarray(num_examples_K, dtype=np.float64)[list(ids)]
+    apart_CC = distance_KK[np.ix_(ids, ids)]
+
+    def beyond(apart_CC: Matrix) -> Matrix:
+        score_C = np.sort(apart_CC, axis=1)[:, 1 : num_nearest + 1].sum(axis=1)
+        return np.asarray(score_C > _OUTLYING * np.median(score_C))
+
+    far_C = np.logical_and(beyond(apart_CC), beyond(apart_CC / (examples_C[:, None] + examples_C)))
+    return [k for k, far in zip(ids, far_C, strict=True) if far]
+
+
+def geometric_median(matrix_KK: Matrix, distance_KK: Matrix, _num_examples_K: Sequence[int] = ()) -> Matrix:
     """Return the step towards geometric medians of the rows' clients where it went towards their means.
 
     z_k minimises sum_l P_kl |z - theta_l|, all l voting, by Weiszfeld's iteration w_l ~ P_kl / |z - theta_l| as in RFA
@@ -93,9 +107,10 @@ def _shared_out(matrix_KK: Matrix, weights_KK: Matrix) -> Matrix:
     return np.asarray(taken_KK + np.diag(1.0 - share_K1[:, 0]))
 
 
-ROBUST: Mapping[str, Callable[[Matrix, Matrix], Matrix]] = {
+ROBUST: Mapping[str, Callable[[Matrix, Matrix, Sequence[int]], Matrix]] = {
     "clip": clip,
     "krum": krum,
     "geometric_median": geometric_median,
 }
-"""By `method.robust`: from the matrix of a step and squared distances, (K, K) both, to the matrix of the robust one."""
+"""By `method.robust`: from the matrix of a step, squared distances, (K, K) both, and training examples, (K,), to the
+matrix of the robust one."""

@@ -45,7 +45,7 @@ def server_step(config: MiraConfig, clients: Clients) -> ServerStep:
         distances = cache(lambda: mixed_as.distances(uploads))
 
         def revised(matrix_KK: Matrix) -> Matrix:
-            return matrix_KK if trusting is None else trusting(matrix_KK, distances())
+            return matrix_KK if trusting is None else trusting(matrix_KK, distances(), clients.num_examples_K)
 
         def of_strength(tau: float) -> Mixture:
             on_rows = laplacian_implicit(graph, tau, confidence_K, revised)

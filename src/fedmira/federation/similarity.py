@@ -38,6 +38,11 @@ _BLOCK_ELEMENTS = 1 << 21
 """16 MiB in float64: what is formed stays in a shared cache until it is multiplied."""
 
 
+def are_few(num_clients: int) -> bool:
+    """Whether among so many clients what they have in common cannot be told from their mean alone."""
+    return num_clients < _MANY_CLIENTS
+
+
 def low_rank_pairs(layout: Layout) -> tuple[tuple[TensorSpec, TensorSpec], ...]:
     """Return the (lora_a, lora_b) specs of every layer that has both.
 
@@ -124,6 +129,14 @@ def _strip(num_clients: int) -> int:
     return -(-num_clients // 4)
 
 
+def distances_of(gram_CC: Matrix) -> Matrix:
+    """Return the squared distances between vectors with these inner products, (C, C), never below 0."""
+    squares_C = np.diagonal(gram_CC)
+    distance_CC = np.maximum(squares_C[:, None] + squares_C[None, :] - 2 * gram_CC, 0.0)
+    np.fill_diagonal(distance_CC, 0.0)
+    return np.asarray(distance_CC)
+
+
 def centred_cosine(gram_CC: Matrix) -> Matrix:
     """Return the cosines of the updates after removing their mean: H G H, H = I - 1 1^T / C, scaled to unit diagonal.
 
@@ -164,7 +177,7 @@ def cosines(gram_CC: Matrix) -> Matrix:
     fewer than ten, what they have in common is therefore what the cosines of different clients are on average:
     (c_kl - m) / (1 - m).
     """
-    if MINIMUM_CLIENTS <= len(gram_CC) < _MANY_CLIENTS:
+    if len(gram_CC) >= MINIMUM_CLIENTS and are_few(len(gram_CC)):
         return _above_the_middle(gram_CC, np.mean)
     return centred_cosine(gram_CC)
 
@@ -186,7 +199,7 @@ def update_cosines(gram_CC: Matrix, clip: bool = False, groups_C: Sequence[int] 
     """
     if len(gram_CC) < MINIMUM_CLIENTS:
         return np.zeros_like(gram_CC)
-    few = len(gram_CC) < _MANY_CLIENTS
+    few = are_few(len(gram_CC))
     if few and clip:
         return _above_the_middle(gram_CC, np.median)
     group_C = np.unique(groups_C or np.zeros(len(gram_CC)), return_inverse=True)[1]
