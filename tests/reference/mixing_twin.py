@@ -69,23 +69,19 @@ def headings(after: Arena, before: Arena) -> list[list[np.ndarray]]:
     ]
 
 
-def similarity(after: Arena, before: Arena, clip: bool = False) -> np.ndarray:
+def similarity(after: Arena, before: Arena) -> np.ndarray:
     """Mean over layers of the cosines of 2 after - before without what they have in common."""
-    return np.mean([cosines(updates, clip) for updates in headings(after, before)], axis=0)
+    return np.mean([cosines(updates) for updates in headings(after, before)], axis=0)
 
 
-def cosines(updates: list[np.ndarray], clip: bool) -> np.ndarray:
-    """Those beside what updates share, of few above the mean pair; if `clip`, few whole ones above the median pair."""
+def cosines(updates: list[np.ndarray]) -> np.ndarray:
+    """Those beside what updates share, of few above the mean pair."""
     few = len(updates) < 10
-    if few and clip:
-        units = np.stack([update / np.linalg.norm(update) for update in updates])
-        found = units @ units.T
-    else:
-        found = cosines_beside_the_common(updates, [0] * len(updates))
+    found = cosines_beside_the_common(updates, [0] * len(updates))
     if not few:
         return found
     pairs = [found[k, other] for k in range(len(updates)) for other in range(k)]
-    common = np.median(pairs) if clip else np.mean(pairs)
+    common = np.mean(pairs)
     return np.clip((found - common) / (1 - common), -1, 1)
 
 

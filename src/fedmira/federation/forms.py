@@ -19,7 +19,7 @@ from fedmira.federation.graph import Graph, Matrix, laplacian, parts
 from fedmira.federation.mixing import Mixer, by_group, by_layer, energy, keep, matrix_of
 from fedmira.federation.multiply import over_tiles
 from fedmira.federation.products import by_least_squares, in_products
-from fedmira.federation.similarity import distances_of, layer_grams, low_rank_pairs
+from fedmira.federation.similarity import layer_grams, low_rank_pairs
 from fedmira.types import Arena
 
 
@@ -88,12 +88,19 @@ def row_distances(arena: Arena) -> Matrix:
         tile = tile - tile.mean(dim=0)
         return tile @ tile.T
 
-    return distances_of(sum(over_tiles(of_tile, arena.values_KP), torch.zeros(())).cpu().numpy())
+    return _distances(sum(over_tiles(of_tile, arena.values_KP), torch.zeros(())).cpu().numpy())
 
 
 def _product_distances(arena: Arena) -> Matrix:
     """Return |dW_k - dW_l|^2 over all layers, (K, K), without forming the products."""
-    return distances_of(np.sum(layer_grams(arena), axis=0))
+    return _distances(np.sum(layer_grams(arena), axis=0))
+
+
+def _distances(gram_KK: Matrix) -> Matrix:
+    squares_K = np.diagonal(gram_KK)
+    distance_KK = np.maximum(squares_K[:, None] + squares_K[None, :] - 2 * gram_KK, 0.0)
+    np.fill_diagonal(distance_KK, 0.0)
+    return np.asarray(distance_KK)
 
 
 def _product_energy(graph: Graph, arena: Arena) -> float:

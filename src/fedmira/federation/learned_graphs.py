@@ -5,7 +5,7 @@ Knows nothing about how adapters are trained or mixed. Axes: K clients, C those 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, TypeAlias
 
@@ -29,11 +29,8 @@ from fedmira.federation.learning import (
     settled_share,
 )
 from fedmira.federation.ranks import trimmed
-from fedmira.federation.robust import outlying
 from fedmira.federation.similarity import (
     MINIMUM_CLIENTS,
-    are_few,
-    distances_of,
     heading_grams,
     low_rank_pairs,
     moved,
@@ -117,19 +114,6 @@ def _alike_by_rank(seen: Seen, clients: Clients) -> tuple[int, ...] | None:
     return None if clients.ranks_K is None else rank_groups([clients.ranks_K[k] for k in seen.clients])
 
 
-def _wary(seen: Seen, grams: Sequence[Matrix], clients: Clients) -> bool:
-    """Return whether what few clients learn alike must be a median: where one may be hostile, it can turn their mean.
-
-    A median joins kin with more strangers than the mean does (docs/log.md), so with `krum` it is taken in rounds in
-    which somebody is heading far away from the others.
-    """
-    ids = seen.clients
-    if not are_few(len(ids)) or seen.robust == "none":
-        return False
-    examples_C = [clients.num_examples_K[k] for k in ids]
-    return seen.robust != "krum" or bool(outlying(distances_of(np.sum(grams, axis=0)), examples_C, range(len(ids))))
-
-
 def _from_adapters(draw: _Draw) -> Builder:
     """Return the builder of learners that draw a graph from the similarities of where clients were heading.
 
@@ -146,7 +130,7 @@ def _from_adapters(draw: _Draw) -> Builder:
         def learn(memory: Memory, seen: Seen) -> tuple[dict[str, torch.Tensor], Graph]:
             grams, among_CC = _inner_products(memory, seen)
             before_KK = memory["similarity"].cpu().numpy()
-            now_CC = similarity(among_CC, _wary(seen, among_CC, clients), _alike_by_rank(seen, clients))
+            now_CC = similarity(among_CC, _alike_by_rank(seen, clients))
             now_KK = moved(before_KK, now_CC, seen.clients, seen.returned, config.memory)
             weights_KK, facts = _drawn(draw, now_KK, seen, config, clients)
             names = ("neighbours", "power", "within_clusters", "spread")
@@ -190,8 +174,8 @@ def _gram_layers(config: GraphConfig, clients: Clients) -> Learner:
         similarity_GKK = memory["similarity"].cpu().numpy()
         blocks = blocks_of(seen.uploads)
         grams, among_CC = _inner_products(memory, seen)
-        wary, groups_C = _wary(seen, among_CC, clients), _alike_by_rank(seen, clients)
-        of_layer = [update_cosines(gram_CC, wary, groups_C) for gram_CC in among_CC]
+        groups_C = _alike_by_rank(seen, clients)
+        of_layer = [update_cosines(gram_CC, groups_C) for gram_CC in among_CC]
         everywhere_CC = np.mean(of_layer, axis=0)
         now = [
             (1 - config.pooling) * np.mean([of_layer[place] for place in places], axis=0)

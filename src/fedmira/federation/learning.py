@@ -34,8 +34,6 @@ class Seen(NamedTuple):
     returned: tuple[int, ...]
     """Who returned this round; ascending."""
     round: int
-    robust: str = "none"
-    """`method.robust`: what to do against clients whose uploads cannot be trusted."""
 
     @property
     def clients(self) -> list[int]:

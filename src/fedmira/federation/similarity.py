@@ -10,7 +10,7 @@ Axes: K clients, C those compared, L layers, R rank, I and O in and out features
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -36,11 +36,6 @@ _SMALLEST_GROUP = 4
 """So many clients of like rank have a mean of their own that is not mostly one of them."""
 _BLOCK_ELEMENTS = 1 << 21
 """16 MiB in float64: what is formed stays in a shared cache until it is multiplied."""
-
-
-def are_few(num_clients: int) -> bool:
-    """Whether among so many clients what they have in common cannot be told from their mean alone."""
-    return num_clients < _MANY_CLIENTS
 
 
 def low_rank_pairs(layout: Layout) -> tuple[tuple[TensorSpec, TensorSpec], ...]:
@@ -129,14 +124,6 @@ def _strip(num_clients: int) -> int:
     return -(-num_clients // 4)
 
 
-def distances_of(gram_CC: Matrix) -> Matrix:
-    """Return the squared distances between vectors with these inner products, (C, C), never below 0."""
-    squares_C = np.diagonal(gram_CC)
-    distance_CC = np.maximum(squares_C[:, None] + squares_C[None, :] - 2 * gram_CC, 0.0)
-    np.fill_diagonal(distance_CC, 0.0)
-    return np.asarray(distance_CC)
-
-
 def centred_cosine(gram_CC: Matrix) -> Matrix:
     """Return the cosines of the updates after removing their mean: H G H, H = I - 1 1^T / C, scaled to unit diagonal.
 
@@ -177,12 +164,12 @@ def cosines(gram_CC: Matrix) -> Matrix:
     fewer than ten, what they have in common is therefore what the cosines of different clients are on average:
     (c_kl - m) / (1 - m).
     """
-    if len(gram_CC) >= MINIMUM_CLIENTS and are_few(len(gram_CC)):
-        return _above_the_middle(gram_CC, np.mean)
+    if MINIMUM_CLIENTS <= len(gram_CC) < _MANY_CLIENTS:
+        return _above_the_mean(gram_CC)
     return centred_cosine(gram_CC)
 
 
-def update_cosines(gram_CC: Matrix, clip: bool = False, groups_C: Sequence[int] | None = None) -> Matrix:
+def update_cosines(gram_CC: Matrix, groups_C: Sequence[int] | None = None) -> Matrix:
     """Return the cosines of updates with these inner products without what all clients learn alike, (C, C).
 
     That (the format of the answers, say) would make everyone similar. How much of an update it is depends on how far a
@@ -192,19 +179,14 @@ def update_cosines(gram_CC: Matrix, clip: bool = False, groups_C: Sequence[int] 
 
     Args:
         gram_CC: inner products; only directions count.
-        clip: let no client count for more than the others: among fewer than ten nothing is taken away, as one of few
-            can turn their mean around, and m is the median.
         groups_C: of clients that are alike for another reason than their tasks, see `rank_groups`: each group has a
             mean direction of its own. None: all clients have one.
     """
     if len(gram_CC) < MINIMUM_CLIENTS:
         return np.zeros_like(gram_CC)
-    few = are_few(len(gram_CC))
-    if few and clip:
-        return _above_the_middle(gram_CC, np.median)
     group_C = np.unique(groups_C or np.zeros(len(gram_CC)), return_inverse=True)[1]
     left_CC = _without_the_common(_scaled(gram_CC, float(np.diagonal(gram_CC).max())), group_C)
-    return _above_the_middle(left_CC, np.mean) if few else left_CC
+    return _above_the_mean(left_CC) if len(gram_CC) < _MANY_CLIENTS else left_CC
 
 
 def _without_the_common(cosine_CC: Matrix, group_C: np.ndarray[Any, np.dtype[np.int64]]) -> Matrix:
@@ -221,12 +203,12 @@ def _without_the_common(cosine_CC: Matrix, group_C: np.ndarray[Any, np.dtype[np.
     return _scaled(left_CC, 1.0)
 
 
-def _above_the_middle(gram_CC: Matrix, middle: Callable[[Matrix], Any]) -> Matrix:
-    """Return (c_kl - m) / (1 - m), m the mean or median of the cosines c of different clients, in -1 .. 1."""
+def _above_the_mean(gram_CC: Matrix) -> Matrix:
+    """Return (c_kl - m) / (1 - m), m the mean of the cosines c of different clients, in -1 .. 1."""
     cosine_CC = _scaled(gram_CC, float(np.diagonal(gram_CC).max()))
     there_C = np.diagonal(cosine_CC) > 0
     pairs_CC = there_C[:, None] & there_C & ~np.eye(len(gram_CC), dtype=bool)
-    common = float(middle(cosine_CC[pairs_CC])) if pairs_CC.any() else 0.0
+    common = float(np.mean(cosine_CC[pairs_CC])) if pairs_CC.any() else 0.0
     if 1 - common <= _ALIKE:
         return np.zeros_like(gram_CC)
     above_CC = np.where(pairs_CC, np.clip((cosine_CC - common) / (1 - common), -1.0, 1.0), 0.0)
@@ -267,9 +249,9 @@ def heading_grams(
     return grams_LKK
 
 
-def similarity(grams: Iterable[Matrix], clip: bool = False, groups_C: Sequence[int] | None = None) -> Matrix:
+def similarity(grams: Iterable[Matrix], groups_C: Sequence[int] | None = None) -> Matrix:
     """Return the mean over layers of `update_cosines`, (C, C): every layer counts the same, however far it moved."""
-    return np.asarray(np.mean([update_cosines(gram_CC, clip, groups_C) for gram_CC in grams], axis=0))
+    return np.asarray(np.mean([update_cosines(gram_CC, groups_C) for gram_CC in grams], axis=0))
 
 
 def moved(previous_KK: Matrix, now_CC: Matrix, rows: Sequence[int], returned: Sequence[int], memory: float) -> Matrix:

@@ -60,7 +60,7 @@ def build(config: MiraConfig, clients: Clients, graph: Graph | None) -> Method:
         if learns is not None:
             starts = state.adapters.replace(memory["starts"].clone())
             starts.values_KP[list(results.ids)] = taken(state, "start_alpha", results.ids).values_KP
-            seen = Seen(uploads, starts, last_round_K, results.ids, participants.round, config.robust)
+            seen = Seen(uploads, starts, last_round_K, results.ids, participants.round)
             learned, related = learns.learn(memory, seen)
             memory |= {"starts": starts.values_KP, **learned}
         assert related is not None
