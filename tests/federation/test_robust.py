@@ -206,14 +206,19 @@ def test_distances_are_taken_where_adapters_are_mixed() -> None:
     for spec in sent.layout.specs:
         sent.view(spec)[0] *= 1e-3 if spec.group == "lora_a" else 1e3
     results = Results(everybody.ids, sent.values_KP, (), 0, 0, 0.0, 0)
-    shares, largest = {}, {}
+    shares, largest, unheard = {}, {}, {}
     for mixing in ("factors", "products"):
         for robust in ("none", "krum"):
             method = build_method(mira_with("uniform", mixing=mixing, robust=robust), who)
             state, info = method.merge(method.init(initial(4, torch.float64), who), everybody, results)
             shares[mixing, robust] = info.numbers["mixing_share"]
+            if robust == "krum":
+                unheard[mixing, robust] = info.numbers["unheard"]
+            else:
+                assert "unheard" not in info.numbers
             largest[mixing, robust] = float(state.adapters.values_KP[1:].abs().max())
     assert shares["products", "krum"] == shares["products", "none"]
+    assert unheard == {("factors", "krum"): 1.0, ("products", "krum"): 0.0}
     assert largest["factors", "none"] > 10
     assert largest["factors", "krum"] < 5
 

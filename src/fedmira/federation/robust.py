@@ -48,7 +48,7 @@ def krum(matrix_KK: Matrix, distance_KK: Matrix, num_examples_K: Sequence[int]) 
     Counted are the clients that anybody listens to. The others' shares grow in proportion.
     """
     others_KK = _others(matrix_KK)
-    hostile = outlying(distance_KK, num_examples_K, np.flatnonzero(others_KK.any(axis=0)).tolist())
+    hostile = outlying(distance_KK, num_examples_K, heard(matrix_KK))
     if not hostile:
         return matrix_KK
     others_KK[:, hostile] = 0.0
@@ -92,6 +92,11 @@ def geometric_median(matrix_KK: Matrix, distance_KK: Matrix, _num_examples_K: Se
         weights_KK = matrix_KK / np.sqrt(np.maximum(squares_KK, least))
         weights_KK = weights_KK / weights_KK.sum(axis=1, keepdims=True)
     return _shared_out(matrix_KK, _others(weights_KK))
+
+
+def heard(matrix_KK: Matrix) -> list[int]:
+    """Return the clients that anybody else takes anything from, ascending."""
+    return [int(k) for k in np.flatnonzero(_others(matrix_KK).any(axis=0))]
 
 
 def _others(matrix_KK: Matrix) -> Matrix:

@@ -13,7 +13,7 @@ from fedmira.federation.blocks import faded
 from fedmira.federation.forms import Form, form
 from fedmira.federation.graph import Graph, Matrix
 from fedmira.federation.mixing import laplacian_implicit, step_numbers, welcome
-from fedmira.federation.robust import ROBUST
+from fedmira.federation.robust import ROBUST, heard
 from fedmira.method_config import MiraConfig
 from fedmira.types import Arena, Clients
 
@@ -43,16 +43,26 @@ def server_step(config: MiraConfig, clients: Clients) -> ServerStep:
     def mixtures(graph: Graph, uploads: Arena, confidence_K: Sequence[float]) -> Callable[[float], Mixture]:
         trusting = ROBUST.get(config.robust)
         distances = cache(lambda: mixed_as.distances(uploads))
+        unheard: set[int] = set()
 
         def revised(matrix_KK: Matrix) -> Matrix:
-            return matrix_KK if trusting is None else trusting(matrix_KK, distances(), clients.num_examples_K)
+            if trusting is None:
+                return matrix_KK
+            revised_KK = trusting(matrix_KK, distances(), clients.num_examples_K)
+            unheard.update(set(heard(matrix_KK)) - set(heard(revised_KK)))
+            return revised_KK
 
         def of_strength(tau: float) -> Mixture:
             on_rows = laplacian_implicit(graph, tau, confidence_K, revised)
             mixed = mixed_as.of(on_rows)(uploads)
             if tau > 0:
                 mixed = mixed_as.of(welcome(graph, confidence_K))(mixed)
-            return Mixture(mixed, lambda: step_numbers(graph, on_rows, uploads, mixed, mixed_as.energy))
+
+            def numbers() -> dict[str, float]:
+                told = {} if trusting is None else {"unheard": float(len(unheard))}
+                return {**step_numbers(graph, on_rows, uploads, mixed, mixed_as.energy), **told}
+
+            return Mixture(mixed, numbers)
 
         return of_strength
 
