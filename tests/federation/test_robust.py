@@ -17,7 +17,7 @@ from tests.reference import robust_twin
 
 from fedmira.federation.forms import row_distances
 from fedmira.federation.registry import build_method
-from fedmira.federation.robust import ROBUST, clip, geometric_median, krum, outlying
+from fedmira.federation.robust import ROBUST, clip, geometric_median, heard, krum
 from fedmira.randomness import torch_generator
 from fedmira.types import Arena, Clients, Participants, Results
 
@@ -86,16 +86,14 @@ def test_clipping_is_that_of_the_vectors_themselves(seed: int, num_clients: int)
 
 
 @given(seed=st.integers(0, 1000), num_clients=st.integers(3, 9), sizes=st.sampled_from([(10,), (10, 10, 400)]))
-def test_krum_leaves_out_those_whose_scores_are_four_times_the_median(
+def test_krum_leaves_out_those_whose_score_is_four_times_the_median(
     seed: int, num_clients: int, sizes: tuple[int, ...]
 ) -> None:
     matrix_KK, values_KP = random_step(seed, num_clients)
     values_KP *= np.random.default_rng(seed + 1).choice([1.0, 6.0], size=(num_clients, 1))
     examples = [sizes[k % len(sizes)] for k in range(num_clients)]
-    silent_K = np.ones(num_clients, dtype=bool)
-    for by_examples in (False, True):
-        scores = np.array(robust_twin.krum_scores(values_KP, examples if by_examples else None))
-        silent_K &= scores > 4 * np.median(scores)
+    scores = np.array(robust_twin.krum_scores(values_KP, examples))
+    silent_K = scores > 4 * np.median(scores)
     revised_KK = krum(matrix_KK, distances(values_KP), examples)
     others_KK = revised_KK - np.diag(np.diagonal(revised_KK))
     assert np.array_equal(~others_KK.any(axis=0), silent_K)
@@ -109,7 +107,15 @@ def test_krum_hears_clients_with_many_examples(steps: tuple[int, ...], far: tupl
     # examples, or as many for all, everybody is heard; where those of the fewest examples went furthest, they are not
     draw = np.random.default_rng(0)
     values_KP = draw.normal(size=(9, 400)) * np.sqrt(np.array(steps * 3))[:, None]
-    assert outlying(distances(values_KP), (200, 20, 10) * 3, range(9)) == list(far)
+    revised_KK = krum(np.full((9, 9), 1 / 9), distances(values_KP), (200, 20, 10) * 3)
+    assert set(range(9)) - set(heard(revised_KK)) == set(far)
+
+
+@given(sizes=st.lists(st.integers(1, 10**6), min_size=3, max_size=30))
+def test_where_all_went_as_far_examples_silence_nobody(sizes: list[int]) -> None:
+    num_clients = len(sizes)
+    matrix_KK = np.full((num_clients, num_clients), 1 / num_clients)
+    assert krum(matrix_KK, 2.0 * (1 - np.eye(num_clients)), sizes) is matrix_KK
 
 
 def test_the_median_is_the_one_that_small_steps_find() -> None:

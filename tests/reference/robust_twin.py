@@ -26,19 +26,15 @@ def clipped(matrix_KK: np.ndarray, values_KP: np.ndarray) -> np.ndarray:
     return np.stack(mixed)
 
 
-def krum_scores(values_KP: np.ndarray, num_examples_K: Sequence[int] | None = None) -> list[float]:
-    """Return the sum of squared distances to the nearest n - f - 2 others, f = (n - 3) / 2.
-
-    With examples a distance counts as that of clients with as many examples as both ends have together.
-    """
+def krum_scores(values_KP: np.ndarray, num_examples_K: Sequence[int]) -> list[float]:
+    """Return the sum of squared distances over both ends' examples to the nearest n - f - 2 others, f = (n - 3) / 2."""
     everybody, scores = range(len(values_KP)), []
     for k in everybody:
         apart = []
         for other in everybody:
             squared = float(((values_KP[k] - values_KP[other]) ** 2).sum())
-            behind = 1 if num_examples_K is None else num_examples_K[k] + num_examples_K[other]
             if other != k:
-                apart.append(squared / behind)
+                apart.append(squared / (num_examples_K[k] + num_examples_K[other]))
         scores.append(sum(sorted(apart)[: len(values_KP) - (len(values_KP) - 3) // 2 - 2]))
     return scores
 

@@ -43,38 +43,27 @@ def clip(matrix_KK: Matrix, distance_KK: Matrix, _num_examples_K: Sequence[int] 
 
 
 def krum(matrix_KK: Matrix, distance_KK: Matrix, num_examples_K: Sequence[int]) -> Matrix:
-    """Return the step in which nobody takes anything from a client far away from the others; see `outlying`.
+    """Return the step in which nobody takes anything from a client with an outlying score.
 
-    Counted are the clients that anybody listens to. The others' shares grow in proportion.
+    The score is the sum of d_kl^2 / (n_k + n_l) to the nearest C - f - 2 of the C clients that anybody listens to, f
+    the most hostile ones that Krum allows, (C - 3) / 2 (Blanchard et al., NeurIPS 2017); beyond 4 times the median it
+    is outlying. The others' shares grow in proportion. Krum takes clients for draws of one distribution, but who has more
+    examples may take more steps and go further: squared distances count by the n_k training examples behind both ends,
+    as noisy steps add up. Where all went as far, no score is more than twice the median by that (docs/log.md).
     """
-    others_KK = _others(matrix_KK)
-    hostile = outlying(distance_KK, num_examples_K, heard(matrix_KK))
-    if not hostile:
-        return matrix_KK
-    others_KK[:, hostile] = 0.0
-    return _shared_out(matrix_KK, others_KK)
-
-
-def outlying(distance_KK: Matrix, num_examples_K: Sequence[int], ids: Sequence[int]) -> list[int]:
-    """Return those of the clients `ids` whose Krum score is beyond 4 times the median, also for as many examples.
-
-    The score is the sum of squared distances to the nearest n - f - 2 of n clients, f the most hostile ones that Krum
-    allows, (n - 3) / 2 (Blanchard et al., NeurIPS 2017). Krum takes clients for draws of one distribution; those with
-    more examples may have taken more steps, and gone further. So distances must be outlying both as they are and by the
-    examples behind their ends, d_kl^2 / (n_k + n_l), what as many noisy steps add up to (docs/log.md).
-    """
+    ids = heard(matrix_KK)
     num_nearest = len(ids) - max(0, len(ids) - 3) // 2 - 2
     if num_nearest < 1:
-        return []
-    examples_C = np.asarray(num_examples_K, dtype=np.float64)[list(ids)]
-    apart_CC = distance_KK[np.ix_(ids, ids)]
-
-    def beyond(apart_CC: Matrix) -> Matrix:
-        score_C = np.sort(apart_CC, axis=1)[:, 1 : num_nearest + 1].sum(axis=1)
-        return np.asarray(score_C > _OUTLYING * np.median(score_C))
-
-    far_C = np.logical_and(beyond(apart_CC), beyond(apart_CC / (examples_C[:, None] + examples_C)))
-    return [k for k, far in zip(ids, far_C, strict=True) if far]
+        return matrix_KK
+    examples_C = np.asarray(num_examples_K, dtype=np.float64)[ids]
+    apart_CC = distance_KK[np.ix_(ids, ids)] / (examples_C[:, None] + examples_C)
+    score_C = np.sort(apart_CC, axis=1)[:, 1 : num_nearest + 1].sum(axis=1)
+    hostile = np.array(ids)[score_C > _OUTLYING * np.median(score_C)]
+    if not len(hostile):
+        return matrix_KK
+    others_KK = _others(matrix_KK)
+    others_KK[:, hostile] = 0.0
+    return _shared_out(matrix_KK, others_KK)
 
 
 def geometric_median(matrix_KK: Matrix, distance_KK: Matrix, _num_examples_K: Sequence[int] = ()) -> Matrix:
