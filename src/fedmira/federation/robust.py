@@ -47,9 +47,9 @@ def krum(matrix_KK: Matrix, distance_KK: Matrix, num_examples_K: Sequence[int]) 
 
     The score is the sum of d_kl^2 / (n_k + n_l) to the nearest C - f - 2 of the C clients that anybody listens to, f
     the most hostile ones that Krum allows, (C - 3) / 2 (Blanchard et al., NeurIPS 2017); beyond 4 times the median it
-    is outlying. The others' shares grow in proportion. Krum takes clients for draws of one distribution, but who has more
-    examples may take more steps and go further: squared distances count by the n_k training examples behind both ends,
-    as noisy steps add up. Where all went as far, no score is more than twice the median by that (docs/log.md).
+    is outlying. The others' shares grow in proportion. Krum takes clients for draws of one distribution, but who has
+    more examples may take more steps and go further: squared distances count by the n_k training examples behind both
+    ends, as noisy steps add up. Where all went as far, no score is more than twice the median by that (docs/log.md).
     """
     ids = heard(matrix_KK)
     num_nearest = len(ids) - max(0, len(ids) - 3) // 2 - 2
