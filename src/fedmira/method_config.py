@@ -89,8 +89,9 @@ class ChoiceConfig(Section):
     average: bool = True
     """After the last round clients also judge the average over rounds (`ema_decay`); all of them take home what that
     round gave them if the mean of their losses is smaller with it."""
-    memory: Share = 0.5
-    """Weight of the past in the moving average of a client's answers."""
+    shrinkage: bool = True
+    """A client's few examples say little; so what it may keep is judged by its answer drawn towards the mean of all,
+    the more the less clients differ beyond chance. Without, each trusts its own examples alone."""
     tolerance: NonNegativeFloat = 0.1
     """Share by which the whole mixture may raise a client's validation loss above that of its own upload for it to be
     what the client trains on from; beyond, it is the own upload."""
@@ -100,9 +101,6 @@ class ChoiceConfig(Section):
     grid: tuple[Annotated[float, Field(ge=0, le=1)], ...] = (0.0, 1.0)
     """Shares of the mixed adapter that a client may keep, from 0 to 1 and ascending; the rest is its own upload. Each
     is judged whenever clients are asked."""
-    pooling: NonNegativeFloat = 0.0
-    """Tokens that the mean over all clients counts as, beside a client's own validation tokens; 0 trusts each client's
-    own examples alone."""
 
     @model_validator(mode="after")
     def _ascending(self) -> ChoiceConfig:

@@ -301,6 +301,8 @@ class Trial(NamedTuple):
     """Examples that each client judges at most; None means all."""
     turn: int = 0
     """Which of its examples those are: each turn goes on where the one before ended, and begins again at the end."""
+    versus: int | None = None
+    """Number of the candidate that the others are compared with; clients then say how sure their comparisons are."""
 
 
 class Losses(NamedTuple):
@@ -308,13 +310,16 @@ class Losses(NamedTuple):
 
     mean_SQ: torch.Tensor
     """Cross entropy in nats per supervised token, float64 on the CPU; nan where a client has no such example."""
-    tokens_S: tuple[int, ...]
-    """Supervised tokens behind each mean."""
+    examples_S: tuple[int, ...]
+    """Examples behind each mean."""
     upload_bytes: int
     download_bytes: int
     agreement_SS: torch.Tensor | None = None
     """With `Trial.compare_SP`: mean over the tokens of the server's texts of sum_v sqrt(p_s(v) p_t(v)), 0 .. 1, p the
     predictions of two adapters; float64 on the CPU."""
+    scatter_SQ: torch.Tensor | None = None
+    """With `Trial.versus`: the sampling variance of mean_SQ / mean_S[versus], times the examples behind it, see
+    `evaluation.loss.scatter`; nan where fewer than two are. float64 on the CPU."""
 
 
 class ClientReport(NamedTuple):

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
@@ -20,6 +21,7 @@ from fedmira.config import RunConfig
 from fedmira.config_file import config_hash, parse_config, resolved_yaml
 from fedmira.errors import ConfigError, DivergedError, Interrupted, ParticipationError
 from fedmira.estimate import dry_run
+from fedmira.evaluation.loss import evaluate_loss
 from fedmira.exchange import in_process
 from fedmira.exchange.in_process import InProcess, examples_asked, trial_bytes
 from fedmira.exchange.privacy import epsilon
@@ -32,7 +34,7 @@ from fedmira.report.reading import read
 from fedmira.runs.checkpoint import load_latest
 from fedmira.runs.store import RunStore
 from fedmira.studies.compare import compare
-from fedmira.types import Losses, Participants, Trial
+from fedmira.types import Arena, Losses, Participants, Trial
 
 CLIENTS = ("family-0-client-0", "family-0-client-1", "family-1-client-0", "family-1-client-1")
 NOISY = {"privacy": {"enabled": True, "clip_norm": 0.1, "noise_multiplier": 2.0}}
@@ -415,6 +417,8 @@ def test_of_an_adapter_that_is_judged_only_what_can_differ_crosses() -> None:
     only_b = whole._replace(groups=frozenset({"lora_b"}))
     assert trial_bytes(only_b, LAYOUT, values_SP) == (2 * 3 * 4, 2 * 2 * 4 * of_b)
     assert trial_bytes(whole._replace(sent=0), LAYOUT, values_SP) == (2 * 3 * 4, 0)
+    # how sure the other two comparisons are
+    assert trial_bytes(whole._replace(sent=0, versus=0), LAYOUT, values_SP) == (2 * 5 * 4, 0)
     # the components that the second client lacks
     smaller_SP = trimmed(LAYOUT, values_SP, (2, 1))
     assert trial_bytes(whole, LAYOUT, smaller_SP)[1] == 2 * (values_SP.nbytes - values_SP[0].nbytes // 2)
@@ -452,17 +456,45 @@ def test_a_run_judges_as_many_examples_as_it_was_told_and_all_of_them_in_the_end
 
     def spy(self: InProcess, trial: Trial) -> Losses:
         losses = original(self, trial)
-        judged.append(losses.tokens_S)
+        judged.append(losses.examples_S)
         return losses
 
     monkeypatch.setattr(InProcess, "judge", spy)
     run(config, directory=tmp_path)
     clients = assemble(config).tokenized
-    supervised = [[example.num_supervised for example in client.validation] for client in clients]
-    assert {len(of_client) for of_client in supervised} == {4}
-    for round_, tokens_S in enumerate(judged[:-1]):
-        assert tokens_S == tuple(of_client[round_ % 4] for of_client in supervised)
-    assert judged[-1] == tuple(map(sum, supervised))
+    assert {len(client.validation) for client in clients} == {4}
+    assert judged == [(1,) * 4, (1,) * 4, (4,) * 4]
+
+
+def test_clients_say_how_their_examples_scatter_around_a_comparison() -> None:
+    data = {"source": "planted", "families": 2, "clients_per_family": 2, "examples": 16}
+    parts = assemble(tiny({}, data={**data, "partition": {"by": "field", "validation": 0.25, "test": 0.25}}))
+    start_KP = parts.initial_adapters().values_KP
+    moved_KP = start_KP + 0.05 * torch.randn(start_KP.shape, generator=torch.Generator().manual_seed(1))
+    candidates = (moved_KP, start_KP)
+    losses = parts.exchange.judge(Trial((0, 1, 2, 3), 2, lambda number: candidates[number], sent=0, versus=1))
+    assert losses.scatter_SQ is not None
+    for client in range(4):
+        examples = parts.tokenized[client].validation
+        moved, start = (
+            [
+                evaluate_loss(parts.base, Arena(parts.layout, values_KP[client : client + 1]), [[example]], 4096)[0][0]
+                for example in examples
+            ]
+            for values_KP in candidates
+        )
+        ratio = sum(moved) / sum(start)
+        residuals = np.array(moved) - ratio * np.array(start)
+        by_hand = residuals.var(ddof=1) / np.mean(start) ** 2
+        assert losses.scatter_SQ[client].tolist() == pytest.approx([by_hand, 0.0], rel=1e-4, abs=1e-12)
+        # what bootstrap samples of the examples say, roughly
+        drawn = np.random.default_rng(client).integers(0, len(examples), (4000, len(examples)))
+        ratios = np.array(moved)[drawn].sum(axis=1) / np.array(start)[drawn].sum(axis=1)
+        bootstrap = ratios.var() * len(examples) / (len(examples) - 1) * len(examples)
+        assert losses.scatter_SQ[client, 0] == pytest.approx(bootstrap, rel=0.25)
+    plain = parts.exchange.judge(Trial((0, 1), 2, lambda number: candidates[number][:2], sent=0))
+    assert plain.scatter_SQ is None
+    torch.testing.assert_close(plain.mean_SQ, losses.mean_SQ[:2], rtol=1e-5, atol=0)
 
 
 def test_an_adapter_of_which_only_b_is_mixed_is_judged_by_its_b() -> None:

@@ -260,7 +260,8 @@ def judged(trial: Trial, names: tuple[str, ...]) -> Losses:
     if trial.compare_SP is not None:
         compared_SP = torch.nn.functional.normalize(trial.compare_SP.double())
         agreement_SS = compared_SP @ compared_SP.T
-    return Losses(mean_SQ, (3,) * len(wanted), 0, 0, agreement_SS)
+    scatter_SQ = None if trial.versus is None else torch.full_like(mean_SQ, 0.01)
+    return Losses(mean_SQ, (3,) * len(wanted), 0, 0, agreement_SS, scatter_SQ)
 
 
 def one_round(

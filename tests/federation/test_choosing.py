@@ -8,7 +8,7 @@ import pytest
 import torch
 from tests.federation.builders import clients, initial, mira, play, same_bytes
 
-from fedmira.federation.choosing import ask, asked, blend, choose, first_choice
+from fedmira.federation.choosing import ask, asked, blend, choose, expected, first_choice
 from fedmira.federation.method import State
 from fedmira.federation.registry import build_method
 from fedmira.method_config import ChoiceConfig
@@ -22,23 +22,23 @@ def returned(*ids: int) -> Results:
     return Results(ids, OWN.values_KP[list(ids)], (), 0, 0, 0.0, 0)
 
 
-def state(config: ChoiceConfig) -> State:
-    return State(MIXED, (1, 1, 1), {**first_choice(config, 3), "uploads": OWN.values_KP, "other": torch.ones(1)})
+def state() -> State:
+    return State(MIXED, (1, 1, 1), {**first_choice(3), "uploads": OWN.values_KP, "other": torch.ones(1)})
 
 
-def answers(rows: list[list[float]], tokens: tuple[int, ...]) -> Losses:
-    return Losses(torch.tensor(rows, dtype=torch.float64), tokens, 0, 0)
+def answers(rows: list[list[float]], examples: tuple[int, ...]) -> Losses:
+    return Losses(torch.tensor(rows, dtype=torch.float64), examples, 0, 0)
 
 
 def question(config: ChoiceConfig, *ids: int) -> Trial:
-    trial = ask(config, state(config), Participants(1, (0, 1, 2)), returned(*ids))
+    trial = ask(config, state(), Participants(1, (0, 1, 2)), returned(*ids))
     assert trial is not None
     return trial
 
 
 def test_a_mixture_that_is_not_trained_on_from_crosses_only_to_be_judged() -> None:
     def sent(participants: Participants) -> int:
-        trial = ask(ChoiceConfig(), state(ChoiceConfig()), participants, returned(*participants.ids))
+        trial = ask(ChoiceConfig(), state(), participants, returned(*participants.ids))
         assert trial is not None
         return trial.sent
 
@@ -70,7 +70,7 @@ def test_every_client_keeps_what_does_best_on_its_own_examples() -> None:
         [[4.0, 2.0]] * 2,
         [[8.0, 0.0]] * 2,
     ]
-    after, info = choose(config, state(config), trial, answers([[2.0, 1.0, 2.1], [1.0, 2.0, 3.0]], (10, 10)))
+    after, info = choose(config, state(), trial, answers([[2.0, 1.0, 2.1], [1.0, 2.0, 3.0]], (10, 10)))
     assert after.memory["alpha"].tolist() == [0.5, 1.0, 0.0]
     assert after.memory["other"].tolist() == [1.0]
     assert info.numbers == {"mean_alpha": 0.25, "start_from_own": 0.5}
@@ -78,53 +78,99 @@ def test_every_client_keeps_what_does_best_on_its_own_examples() -> None:
 
 def test_a_small_gain_is_not_taken() -> None:
     config = ChoiceConfig(grid=(0.0, 1.0), margin=0.01)
-    after, _ = choose(config, state(config), question(config, 0, 1), answers([[2.0, 1.985], [2.0, 1.975]], (10, 10)))
+    after, _ = choose(config, state(), question(config, 0, 1), answers([[2.0, 1.985], [2.0, 1.975]], (10, 10)))
     assert after.memory["alpha"].tolist() == [0.0, 1.0, 1.0]
 
 
-def test_few_examples_are_drawn_towards_what_all_say() -> None:
-    config = ChoiceConfig(grid=(0.0, 1.0), margin=0.0, pooling=100.0)
-    trial = question(config, 0, 1, 2)
-    rows = [[1.0, 1.1], [1.0, 0.5], [1.0, 0.5]]
-    few, _ = choose(config, state(config), trial, answers(rows, (1, 1, 1)))
-    many, _ = choose(config, state(config), trial, answers(rows, (10_000, 1, 1)))
-    assert few.memory["alpha"].tolist() == [1.0, 1.0, 1.0]
+def scattered(rows: list[list[float]], scatter: list[list[float]], examples: tuple[int, ...]) -> Losses:
+    return answers(rows, examples)._replace(scatter_SQ=torch.tensor(scatter, dtype=torch.float64))
+
+
+def test_answers_that_differ_by_no_more_than_chance_are_one() -> None:
+    config = ChoiceConfig(margin=0.0)
+    rows, trial = [[1.0, 1.1], [1.0, 0.5], [1.0, 0.5]], question(config, 0, 1, 2)
+    sure, _ = choose(config, state(), trial, scattered(rows, [[0.0, 0.001]] * 3, (5, 5, 5)))
+    unsure, _ = choose(config, state(), trial, scattered(rows, [[0.0, 10.0]] * 3, (5, 5, 5)))
+    assert sure.memory["alpha"].tolist() == [0.0, 1.0, 1.0]
+    assert unsure.memory["alpha"].tolist() == [1.0, 1.0, 1.0]
+    # who has many examples is heard alone, although one example scatters by as much
+    many, _ = choose(config, state(), trial, scattered(rows, [[0.0, 0.3]] * 3, (10_000, 5, 5)))
+    few, _ = choose(config, state(), trial, scattered(rows, [[0.0, 0.3]] * 3, (5, 10_000, 5)))
     assert many.memory["alpha"].tolist() == [0.0, 1.0, 1.0]
+    assert few.memory["alpha"].tolist() == [1.0, 1.0, 1.0]
 
 
-def test_answers_are_remembered() -> None:
-    config = ChoiceConfig(margin=0.0, memory=0.75)
-    trial = question(config, 0)
-    first, _ = choose(config, state(config), trial, answers([[1.0, 0.6]], (5,)))
-    assert first.memory["changes"][0].tolist() == pytest.approx([0.0, -0.4]), "nothing came before"
-    second, _ = choose(config, first, trial, answers([[1.0, 1.1]], (5,)))
-    assert second.memory["changes"][0].tolist() == pytest.approx([0.0, 0.75 * -0.4 + 0.25 * 0.1])
-    assert second.memory["alpha"].tolist() == [1.0, 1.0, 1.0]
+def test_what_is_expected_by_hand() -> None:
+    change_SQ = torch.tensor([[0.0, -0.3], [0.0, 0.1], [0.0, 0.2], [0.0, 9.0]], dtype=torch.float64)
+    scatter_SQ = torch.tensor([[0.0, 0.2], [0.0, 0.1], [0.0, torch.nan], [0.0, torch.nan]], dtype=torch.float64)
+    # the third has one example, and so no scatter; the last did not answer
+    expected_SQ = expected(change_SQ, scatter_SQ, torch.tensor([4.0, 6.0, 1.0, 0.0], dtype=torch.float64))
+    one = (3 * 0.2 + 5 * 0.1) / 8
+    noise = [one / 4, one / 6, one]
+    between = max(0.0, 0.07 - sum(noise) / 3)
+    shares = [1 / (between + v) for v in noise]
+    mean = sum(share * c for share, c in zip(shares, (-0.3, 0.1, 0.2), strict=True)) / sum(shares)
+    by_hand = [mean + between / (between + v) * (c - mean) for v, c in zip(noise, (-0.3, 0.1, 0.2), strict=True)]
+    assert between > 0
+    assert expected_SQ[:, 1].tolist() == pytest.approx([*by_hand, 9.0])
+    assert expected_SQ[:, 0].tolist() == [0.0] * 4
+
+
+@pytest.mark.parametrize(
+    ("scatter", "examples"), [([0.0, 0.0], (5, 5)), ([torch.nan, torch.nan], (1, 1)), ([0.2, 0.2], (5, 0))]
+)
+def test_where_chance_cannot_be_told_everybody_trusts_its_own(scatter: list[float], examples: tuple[int, int]) -> None:
+    change_SQ = torch.tensor([[0.0, -0.3], [0.0, 0.1]], dtype=torch.float64)
+    scatter_SQ = torch.tensor([[0.0, value] for value in scatter], dtype=torch.float64)
+    assert torch.equal(expected(change_SQ, scatter_SQ, torch.tensor(examples, dtype=torch.float64)), change_SQ)
+
+
+def test_expected_changes_are_closer_to_the_truth_than_answers_alone() -> None:
+    generator = torch.Generator().manual_seed(3)
+    for spread in (0.0, 0.1, 1.0):
+        alone, drawn = 0.0, 0.0
+        for _ in range(50):
+            truth_S = -0.05 + spread * torch.randn(24, generator=generator, dtype=torch.float64)
+            heard_SN = truth_S[:, None] + 0.3 * torch.randn(24, 5, generator=generator, dtype=torch.float64)
+            change_SQ = torch.stack([torch.zeros(24, dtype=torch.float64), heard_SN.mean(dim=1)], dim=1)
+            scatter_SQ = torch.stack([torch.zeros(24, dtype=torch.float64), heard_SN.var(dim=1)], dim=1)
+            expected_S = expected(change_SQ, scatter_SQ, torch.full((24,), 5.0, dtype=torch.float64))[:, 1]
+            alone += float((change_SQ[:, 1] - truth_S).square().mean())
+            drawn += float((expected_S - truth_S).square().mean())
+        assert drawn < alone * (0.2 if spread == 0 else 0.6 if spread == 0.1 else 1.0)
+
+
+def test_a_hopeless_answer_says_nothing_about_others() -> None:
+    config = ChoiceConfig(margin=0.0)
+    rows, trial = [[1.0, 0.9], [1.0, 0.9], [1.0, torch.nan]], question(config, 0, 1, 2)
+    after, _ = choose(config, state(), trial, scattered(rows, [[0.0, 0.1]] * 2 + [[0.0, torch.nan]], (5, 5, 5)))
+    assert after.memory["alpha"].tolist() == [1.0, 1.0, 0.0]
+    assert after.memory["start_alpha"].tolist() == [1.0, 1.0, 0.0]
+
+
+def test_clients_say_how_sure_they_are_only_where_it_counts() -> None:
+    assert question(ChoiceConfig(), 0).versus == 0
+    assert question(ChoiceConfig(shrinkage=False), 0).versus is None
 
 
 @pytest.mark.parametrize("ruined", [torch.nan, torch.inf])
 def test_a_mixture_that_ruins_a_client_is_left(ruined: float) -> None:
-    after, _ = choose(
-        ChoiceConfig(), state(ChoiceConfig()), question(ChoiceConfig(), 0), answers([[1.0, ruined]], (5,))
-    )
+    after, _ = choose(ChoiceConfig(), state(), question(ChoiceConfig(), 0), answers([[1.0, ruined]], (5,)))
     assert after.memory["alpha"].tolist() == [0.0, 1.0, 1.0]
     assert after.memory["start_alpha"].tolist() == [0.0, 1.0, 1.0]
-    assert torch.isfinite(after.memory["changes"]).all()
 
 
 @pytest.mark.parametrize(("heard", "kept"), [(0.6, 1.0), (1.1, 0.0)])
 def test_a_client_without_examples_follows_the_others(heard: float, kept: float) -> None:
     config = ChoiceConfig(grid=(0.0, 1.0), margin=0.0)
     trial = question(config, 0, 1)
-    after, _ = choose(config, state(config), trial, answers([[1.0, heard], [torch.nan, torch.nan]], (5, 0)))
+    after, _ = choose(config, state(), trial, answers([[1.0, heard], [torch.nan, torch.nan]], (5, 0)))
     assert after.memory["alpha"].tolist() == [kept, kept, 1.0]
 
 
 def test_without_any_validation_examples_everybody_keeps_all() -> None:
     config = ChoiceConfig(grid=(0.0, 1.0))
-    after, info = choose(
-        config, state(config), question(config, 0, 1, 2), answers([[torch.nan, torch.nan]] * 3, (0, 0, 0))
-    )
+    after, info = choose(config, state(), question(config, 0, 1, 2), answers([[torch.nan, torch.nan]] * 3, (0, 0, 0)))
     assert after.memory["alpha"].tolist() == [1.0, 1.0, 1.0]
     assert not info.numbers
 
@@ -141,7 +187,7 @@ def test_the_last_round_asks_all_that_ever_returned(every: int, round_: int, las
 @pytest.mark.parametrize(("loss", "start"), [(0.9, 1.0), (1.19, 1.0), (1.21, 0.0)])
 def test_a_client_trains_on_from_its_mixture_unless_that_is_much_worse(loss: float, start: float) -> None:
     config = ChoiceConfig(tolerance=0.2)
-    after, _ = choose(config, state(config), question(config, 1), answers([[1.0, loss]], (10,)))
+    after, _ = choose(config, state(), question(config, 1), answers([[1.0, loss]], (10,)))
     assert after.memory["start_alpha"].tolist() == [1.0, start, 1.0]
     assert after.memory["alpha"].tolist() == [1.0, float(loss < 1), 1.0]
 

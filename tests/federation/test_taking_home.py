@@ -178,7 +178,7 @@ def test_one_mean_of_losses_decides_for_all(
     average_SQ: list[list[float]], own_SQ: list[list[float]], better: bool
 ) -> None:
     who = clients()
-    method = build_method(mira_with("labels", ema_decay=0.5, choice={"enabled": True, "memory": 0.0}), who)
+    method = build_method(mira_with("labels", ema_decay=0.5, choice={"shrinkage": False}), who)
     state = play(method, method.init(initial(), who), who.names, [(0, 1, 3, 4), (0, 1, 3, 4)])
     last = Participants(3, (0, 1, 3, 4), last=True)
     merged, trial, decide = asked_after(method, state, last, who.names)

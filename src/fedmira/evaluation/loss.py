@@ -7,6 +7,7 @@ Axes: K clients, P parameters of one adapter.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -17,7 +18,7 @@ from fedmira.model.adapted import AdaptedModel
 from fedmira.model.base import BaseModel
 from fedmira.model.full import is_full, one_by_one
 from fedmira.model.shift import shifted
-from fedmira.training.objective import sums_per_client, token_losses
+from fedmira.training.objective import sums_of_parts, token_losses
 from fedmira.types import Arena
 
 
@@ -29,10 +30,27 @@ def evaluate_loss(
 ) -> list[tuple[float, int]]:
     """Per client the cross entropy in nats summed over its supervised tokens, and their number.
 
+    See `example_losses`; a client without examples gets (0.0, 0).
+    """
+    losses = example_losses(base, arena, examples_per_client, batch_tokens)
+    return [
+        (sum(of_client), sum(example.num_supervised for example in examples))
+        for of_client, examples in zip(losses, examples_per_client, strict=True)
+    ]
+
+
+def example_losses(
+    base: BaseModel,
+    arena: Arena,
+    examples_per_client: Sequence[Sequence[TokenizedExample]],
+    batch_tokens: int,
+) -> list[list[float]]:
+    """Per client the cross entropy of each of its examples, in nats, summed over the example's supervised tokens.
+
     Args:
         base: the frozen model.
         arena: (K, P); row k judges client k.
-        examples_per_client: K lists of examples; a client without examples gets (0.0, 0).
+        examples_per_client: K lists of examples, empty or not.
         batch_tokens: packed tokens judged together at most; a longer example is judged on its own.
 
     Raises:
@@ -42,20 +60,39 @@ def evaluate_loss(
         raise ValueError(f"{arena.num_clients} adapters cannot judge {len(examples_per_client)} clients")
     if is_full(arena.layout):
         alone = zip(one_by_one(base, arena), examples_per_client, strict=True)
-        return [evaluate_loss(moved, bare, [examples], batch_tokens)[0] for (moved, bare), examples in alone]
+        return [example_losses(moved, bare, [examples], batch_tokens)[0] for (moved, bare), examples in alone]
     adapted = AdaptedModel(base, arena.replace(arena.values_KP.to(base.device)))
-    sums = [0.0] * arena.num_clients
-    counts = [0] * arena.num_clients
+    losses: list[list[float]] = [[] for _ in examples_per_client]
     with shifted(base, arena.layout, arena.shift_W):
         for batch_examples in batches(examples_per_client, batch_tokens):
             batch = pack(batch_examples, virtual_tokens=arena.layout.num_virtual_tokens)
             with torch.inference_mode():
                 losses_M = token_losses(base, adapted.hidden(batch), batch.labels_M)
-                sums_K = sums_per_client(losses_M, batch.supervised_per_client).tolist()
-            for client, count in enumerate(batch.supervised_per_client):
-                sums[client] += sums_K[client]
-                counts[client] += count
-    return list(zip(sums, counts, strict=True))
+                sums = sums_of_parts(
+                    losses_M, [example.num_supervised for examples in batch_examples for example in examples]
+                ).tolist()
+            for of_client, examples in zip(losses, batch_examples, strict=True):
+                of_client += sums[: len(examples)]
+                sums = sums[len(examples) :]
+    return losses
+
+
+def scatter(losses_N: Sequence[float], versus_N: Sequence[float]) -> float:
+    """Return the sampling variance of sum losses_N / sum versus_N, times N; nan of fewer than two examples.
+
+    How far a ratio of sums over N examples would move with other examples of the kind: sum_i r_i^2 / (N - 1) over the
+    square of mean versus_N, r_i = losses_i - ratio versus_i what example i does otherwise than all together
+    (linearised ratio estimator; Cochran, Sampling Techniques, 1977, 6.4).
+
+    >>> scatter([2.0, 4.0], [1.0, 2.0]), scatter([1.0, 3.0], [2.0, 2.0])
+    (0.0, 0.5)
+    """
+    num, whole = len(losses_N), sum(versus_N)
+    if num < 2 or not whole:
+        return math.nan
+    ratio = sum(losses_N) / whole
+    squares = sum((loss - ratio * versus) ** 2 for loss, versus in zip(losses_N, versus_N, strict=True))
+    return squares / (num - 1) / (whole / num) ** 2
 
 
 def batches(

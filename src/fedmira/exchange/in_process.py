@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from fedmira.evaluation.costs import PeakMemory
-from fedmira.evaluation.loss import evaluate_loss
+from fedmira.evaluation.loss import example_losses, scatter
 from fedmira.evaluation.predictions import agreement
 from fedmira.exchange.messages import crossing_bytes
 from fedmira.exchange.seam import Kept, Seam, uncompressed_bytes
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from fedmira.model.base import BaseModel
 
 _ANSWER_BYTES = 4
-"""A loss crosses as one float32."""
+"""A loss crosses as one float32, and so does how sure a comparison with it is."""
 
 
 def _never() -> bool:
@@ -129,20 +129,27 @@ class InProcess:
             self._seam.refuse_losses()
         asked = [self._clients[id_] for id_ in trial.ids]
         examples = [examples_asked(trial, client) for client in asked]
-        mean_SQ = torch.full((len(asked), trial.num_candidates), torch.nan, dtype=torch.float64)
+        tokens_S = [sum(example.num_supervised for example in of_client) for of_client in examples]
+        losses_QS: list[list[list[float]]] = []
+        """By candidate and client, those of all examples."""
         crossed = (0, 0)
         for number in range(trial.num_candidates):
             arena = Arena(self._layout, trial.candidate(number))
             if number == 0:
                 crossed = trial_bytes(trial, self._layout, arena.values_KP)
-            for row, (loss_sum, tokens) in enumerate(evaluate_loss(self._base, arena, examples, self._batch_tokens)):
-                if tokens:
-                    mean_SQ[row, number] = loss_sum / tokens
-        tokens_S = tuple(sum(example.num_supervised for example in of_client) for of_client in examples)
+            losses_QS.append(example_losses(self._base, arena, examples, self._batch_tokens))
+        mean_SQ = torch.full((len(asked), trial.num_candidates), torch.nan, dtype=torch.float64)
+        scatter_SQ = None if trial.versus is None else mean_SQ.clone()
+        for number, losses_S in enumerate(losses_QS):
+            for row, losses_N in enumerate(losses_S):
+                if losses_N:
+                    mean_SQ[row, number] = sum(losses_N) / tokens_S[row]
+                if scatter_SQ is not None and trial.versus is not None:
+                    scatter_SQ[row, number] = scatter(losses_N, losses_QS[trial.versus][row])
         agreement_SS = None
         if trial.compare_SP is not None:
             agreement_SS = agreement(self._base, Arena(self._layout, trial.compare_SP), self._texts, self._batch_tokens)
-        return Losses(mean_SQ, tokens_S, *crossed, agreement_SS)
+        return Losses(mean_SQ, tuple(map(len, examples)), *crossed, agreement_SS, scatter_SQ)
 
 
 def examples_asked(trial: Trial, client: TokenizedClient) -> tuple[TokenizedExample, ...]:
@@ -164,5 +171,6 @@ def trial_bytes(trial: Trial, layout: Layout, rows_SP: torch.Tensor) -> tuple[in
         rows_SP: one of the candidates; all are of one size.
     """
     groups = layout.groups if trial.groups is None else trial.groups
-    answers = len(trial.ids) * trial.num_candidates * _ANSWER_BYTES
+    compared = 0 if trial.versus is None else trial.num_candidates - 1
+    answers = len(trial.ids) * (trial.num_candidates + compared) * _ANSWER_BYTES
     return answers, trial.sent * crossing_bytes(layout, groups, rows_SP) if trial.sent else 0

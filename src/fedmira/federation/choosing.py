@@ -25,13 +25,11 @@ _HOPELESS = 100.0
 """The change of a loss that is not finite any more, relative to one that is."""
 
 
-def first_choice(config: ChoiceConfig, num_clients: int) -> dict[str, torch.Tensor]:
+def first_choice(num_clients: int) -> dict[str, torch.Tensor]:
     """What is remembered before round 1: everybody keeps all of its mixture and trains on from it; nobody was asked."""
     return {
         "alpha": torch.ones(num_clients, dtype=torch.float64),
         "start_alpha": torch.ones(num_clients, dtype=torch.float64),
-        "changes": torch.zeros(num_clients, len(config.grid), dtype=torch.float64),
-        "change_tokens": torch.zeros(num_clients, dtype=torch.float64),
     }
 
 
@@ -108,38 +106,69 @@ def ask(
         return blended(state, alpha_K, ids).values_KP
 
     sent = only_to_judge(participants, num_clients)
-    return Trial(ids, len(config.grid), candidate, sent, groups=groups) if ids else None
+    versus = 0 if config.shrinkage else None
+    return Trial(ids, len(config.grid), candidate, sent, groups=groups, versus=versus) if ids else None
 
 
 def choose(config: ChoiceConfig, state: State, trial: Trial, losses: Losses) -> tuple[State, Info]:
-    """Return the state in which those asked keep the alpha that did best and start from what they tolerate.
+    """Return the state in which those asked keep the alpha that promises most and start from what they tolerate.
 
-    What counts is the change of a client's loss relative to that of its own upload, a moving average over the rounds it
-    was asked in; its weight is its validation tokens against `pooling` tokens of the mean over all clients. To keep
-    anything but its own a client must lower the loss by `margin`; ties go to the smaller alpha. To leave the mixture as
-    a start its loss must rise by more than `tolerance`; one that is not finite any more has. A client without examples
-    follows the mean.
+    What counts is by what share a client's loss differs from that of its own upload. To keep anything but its own a
+    client must expect its loss to fall by `margin`, from its answer and all others, see `expected`, or from its answer
+    alone without `shrinkage`; ties go to the smaller alpha. To leave the mixture as a start its loss must have risen by
+    more than `tolerance`: who is in trouble says so itself. One that is not finite any more has. A client without
+    examples follows the mean.
     """
     rows, memory = list(trial.ids), dict(state.memory)
-    for name in ("alpha", "start_alpha", "changes", "change_tokens"):
-        memory[name] = memory[name].clone()
-    changes_KQ, tokens_K = memory["changes"], memory["change_tokens"]
-    now_SQ = (losses.mean_SQ / losses.mean_SQ[:, :1] - 1.0).to(changes_KQ).nan_to_num(nan=_HOPELESS)
-    now_SQ = now_SQ.clamp(max=_HOPELESS)
-    for s, k in enumerate(rows):
-        if torch.isfinite(losses.mean_SQ[s, 0]):
-            past = config.memory if tokens_K[k] else 0.0
-            changes_KQ[k] = past * changes_KQ[k] + (1 - past) * now_SQ[s]
-            tokens_K[k] = losses.tokens_S[s]
-    heard_K = tokens_K > 0
-    if not heard_K.any():
+    heard_S = torch.isfinite(losses.mean_SQ[:, 0])
+    if not heard_S.any():
         # nobody holds validation examples: everybody goes on as before
         return state, Info({})
-    weight_S1 = (tokens_K / (tokens_K + config.pooling).clamp(min=1e-9))[rows, None]
-    expected_SQ = weight_S1 * changes_KQ[rows] + (1 - weight_S1) * changes_KQ[heard_K].mean(dim=0)
-    start_S = (expected_SQ[:, -1] <= config.tolerance).double()
+    change_SQ = (losses.mean_SQ / losses.mean_SQ[:, :1] - 1.0).nan_to_num(nan=_HOPELESS).clamp(max=_HOPELESS)
+    examples_S = torch.tensor(losses.examples_S, dtype=torch.float64)
+    change_SQ[~heard_S] = change_SQ[heard_S].mean(dim=0)
+    expected_SQ = change_SQ.clone()
+    if losses.scatter_SQ is not None:
+        expected_SQ = expected(change_SQ, losses.scatter_SQ, examples_S)
+        expected_SQ[~heard_S] = expected_SQ[heard_S].mean(dim=0)
+    start_S = (change_SQ[:, -1] <= config.tolerance).double()
     expected_SQ[:, 1:] += config.margin
-    alpha_S = torch.tensor(config.grid, dtype=torch.float64)[expected_SQ.argmin(dim=1).cpu()]
-    memory["alpha"][rows], memory["start_alpha"][rows] = alpha_S.to(tokens_K), start_S
+    alpha_S = torch.tensor(config.grid, dtype=torch.float64)[expected_SQ.argmin(dim=1)]
+    for name, chosen_S in (("alpha", alpha_S), ("start_alpha", start_S)):
+        memory[name] = memory[name].clone()
+        memory[name][rows] = chosen_S.to(memory[name])
     numbers = {"mean_alpha": float(alpha_S.mean()), "start_from_own": float((start_S == 0).double().mean())}
     return replace(state, memory=memory), Info(numbers)
+
+
+def expected(change_SQ: torch.Tensor, scatter_SQ: torch.Tensor, examples_S: torch.Tensor) -> torch.Tensor:
+    """Return what to expect of each client's change from all answers, (S, Q): m + t^2 / (t^2 + v_s) (c_s - m).
+
+    A few examples say little. But how far c_s would move with others of its kind, v_s, shows in how they scatter, and
+    t^2 = var(c) - mean(v), at least 0, is what is left of the differences between clients without that: where there is
+    nothing left all answers are one, and where clients differ each has its own (parametric empirical Bayes, Morris,
+    JASA 1983, with the variance component of Hedges and Olkin, 1985). v_s = u / N_s, u the mean over clients of what
+    one example scatters by, weighted by N_s - 1, and m weighted by 1 / (t^2 + v_s).
+
+    Args:
+        change_SQ: c_s of each candidate; those that are hopeless stay, and say nothing about others.
+        scatter_SQ: see `Losses`.
+        examples_S: N_s, 0 if a client did not answer.
+    """
+    expected_SQ = change_SQ.clone()
+    for number, (change_S, scatter_S) in enumerate(zip(change_SQ.T, scatter_SQ.T, strict=True)):
+        answers_S = (examples_S > 0) & (change_S < _HOPELESS)
+        known_S = answers_S & (examples_S > 1) & torch.isfinite(scatter_S)
+        if answers_S.sum() < 2 or not known_S.any():
+            continue
+        freedom_S = examples_S[known_S] - 1
+        noise_S = (freedom_S * scatter_S[known_S]).sum() / freedom_S.sum() / examples_S[answers_S]
+        own_S = change_S[answers_S]
+        between = (own_S.var() - noise_S.mean()).clamp(min=0)
+        spread_S = between + noise_S
+        if not spread_S.all():
+            # nothing scatters: the examples of each client agree
+            continue
+        mean = (own_S / spread_S).sum() / (1 / spread_S).sum()
+        expected_SQ[answers_S, number] = mean + between / spread_S * (own_S - mean)
+    return expected_SQ

@@ -68,7 +68,11 @@ def over_rounds(method: Method, decay: float, *, judged: bool = False) -> Method
             return together(None, own)
         rows, sent = list(own.ids), int(len(participants.ids) < state.adapters.num_clients)
         candidates = own._replace(
-            candidate=lambda number: averaged(state, own.candidate(number), rows), sent=sent, parts=(), compare_SP=None
+            candidate=lambda number: averaged(state, own.candidate(number), rows),
+            sent=sent,
+            parts=(),
+            compare_SP=None,
+            versus=None,
         )
         return together(candidates, own)
 
@@ -83,7 +87,7 @@ def over_rounds(method: Method, decay: float, *, judged: bool = False) -> Method
         taken_SP = method.personalise(state).values_KP[list(trial.ids)]
         distance_SQ = [(own.candidate(q) - taken_SP).square().sum(dim=1) for q in range(own.num_candidates)]
         taken_S1 = torch.stack(distance_SQ, dim=1).argmin(dim=1, keepdim=True).cpu()
-        heard_S = torch.tensor(losses.tokens_S) > 0
+        heard_S = torch.tensor(losses.examples_S) > 0
         with_S, without_S = (
             answers.mean_SQ.gather(1, taken_S1)[heard_S, 0].nan_to_num(nan=torch.inf)
             for answers in (average_losses, own_losses)

@@ -31,7 +31,7 @@ from fedmira.stages import stage
 from fedmira.training import progress as progress_
 from fedmira.training.continuity import Continuity, Place
 from fedmira.training.memory import AT_ONCE, num_parts
-from fedmira.training.objective import pull_gradient, sum_of_client_means, sums_per_client, token_losses
+from fedmira.training.objective import pull_gradient, sum_of_client_means, sums_of_parts, token_losses
 from fedmira.training.optimizers import clip_factor, fresh_moments, schedule_factor, update_
 from fedmira.training.progress import Cohort, Progress, Standing, StopRequested, Tally
 from fedmira.training.zeroth_order import direction, direction_number, slopes
@@ -340,7 +340,7 @@ def _gradients(
                 losses_M = token_losses(work.base, hidden_Md, batch.labels_M)
                 loss = sum_of_client_means(losses_M, batch.supervised_per_client)
             loss.backward()  # type: ignore[no-untyped-call]
-        return sums_per_client(losses_M, batch.supervised_per_client)
+        return sums_of_parts(losses_M, batch.supervised_per_client)
 
     with stage("backward"):
         losses_C = torch.stack(side_by_side([partial(pass_through, batch) for batch in parts], AT_ONCE)).sum(0)
@@ -365,7 +365,7 @@ def _estimated_gradients(
         with stage("forward"):
             hidden_Md = adapted.hidden(batch, _dropout(work, cohort), isolate=isolate)
             losses_M = token_losses(work.base, hidden_Md, batch.labels_M)
-            return sums_per_client(losses_M, batch.supervised_per_client)
+            return sums_of_parts(losses_M, batch.supervised_per_client)
 
     direction_CP = cohort.gradient_CP
     with stage("optimizer"), torch.inference_mode():

@@ -86,10 +86,13 @@ def sum_of_client_means(losses_M: torch.Tensor, supervised_per_client: Sequence[
     return (losses_M * weights_M).sum()
 
 
-def sums_per_client(losses_M: torch.Tensor, supervised_per_client: Sequence[int]) -> torch.Tensor:
-    """Sum of the losses of each client, (C,), float64 where the device has it. Each sum sees only its own values."""
+def sums_of_parts(losses_M: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
+    """Sum of the losses of each part, of a client or an example, float64 where the device has it.
+
+    Each sum sees only its own values.
+    """
     dtype = torch.float32 if losses_M.device.type == "mps" else torch.float64
-    return torch.stack([part.sum(dtype=dtype) for part in torch.split(losses_M.detach(), list(supervised_per_client))])
+    return torch.stack([part.sum(dtype=dtype) for part in torch.split(losses_M.detach(), list(lengths))])
 
 
 def pull_gradient(

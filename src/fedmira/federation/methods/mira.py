@@ -40,7 +40,7 @@ def build(config: MiraConfig, clients: Clients, graph: Graph | None) -> Method:
         if learns is not None:
             memory |= {"starts": initial.values_KP.clone(), **learns.init(initial)}
         if choice.enabled:
-            memory |= first_choice(choice, initial.num_clients)
+            memory |= first_choice(initial.num_clients)
         return State(state.adapters, state.last_round_K, memory)
 
     def mixtures(
