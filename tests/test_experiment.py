@@ -229,13 +229,14 @@ def test_another_strength_is_not_local_only(tmp_path: Path) -> None:
 
 
 def asked(method: str, crossing: Crossing, round_: int) -> tuple[int, int]:
-    """How many clients of `mira` are asked, and about how many adapters: those that returned about two shares of their
-    mixture, after the last round all that ever did about the average over rounds as well."""
+    """How many clients of `mira` are asked, and numbers that each answers: those that returned the losses of two shares
+    of their mixture and how sure it is which is better, after the last round all that ever did about the average over
+    rounds as well."""
     if method != "mira":
         return 0, 0
     last = round_ == len(crossing.results)
     ids = {id_ for results in crossing.results[0 if last else round_ - 1 : round_] for id_ in results.ids}
-    return len(ids), 4 if last else 2
+    return len(ids), 7 if last else 3
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -244,9 +245,8 @@ def test_the_bytes_recorded_are_those_that_crossed(tmp_path: Path, crossing: Cro
     recorded = events(run(config, directory=tmp_path), "round")
     for event, job, results in zip(recorded, crossing.jobs, crossing.results, strict=True):
         sent = 0 if method == "local_only" else results.values_SP.nbytes
-        num_asked, num_judged = asked(method, crossing, event["round"])
-        # the losses, and how sure every comparison with that of the own upload is
-        assert event["upload_bytes"] == sent + 4 * num_asked * max(0, 2 * num_judged - 1)
+        num_asked, num_answers = asked(method, crossing, event["round"])
+        assert event["upload_bytes"] == sent + 4 * num_asked * num_answers
         # by its next turn a client of `mira` starts from another mixture than the one that it judges; in the last round
         # one that was away does not hold what is averaged
         judged = num_asked * job.start_SP[0].nbytes
@@ -301,8 +301,8 @@ def test_a_client_that_is_not_finite_is_left_out_named_and_the_run_goes_on(
         assert results.ids == (0, 2, 3)
         assert math.isfinite(event["train_loss_sum"])
         sent = 0 if method == "local_only" else results.values_SP.nbytes
-        num_asked, num_judged = asked(method, crossing, event["round"])
-        assert event["upload_bytes"] == sent + 4 * num_asked * num_judged
+        num_asked, num_answers = asked(method, crossing, event["round"])
+        assert event["upload_bytes"] == sent + 4 * num_asked * num_answers
     assert sum(CLIENTS[1] in line and "left out" in line for line in told.messages) == 2
     assert f"{CLIENTS[1]} was left out" in (path / "run.log").read_text()
     arena, _ = personalised_adapters(path)

@@ -567,6 +567,7 @@ def _reached(reported: Mapping[str, list[Judged]], settings: Mapping[str, Any]) 
 
 _ADVANCES = {
     "(3) no choice: everybody keeps its mixture": "mira-no-choice",
+    "(3) each client trusts its own examples alone": "mira-own-answers",
     "(3) choice without tolerance for the start": "mira-all-tolerated",
     "(3) five shares to choose from": "mira-five-shares",
     "(3) the last answer alone, no average: never worse on validation examples": "mira-guarantee",
