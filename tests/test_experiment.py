@@ -236,7 +236,7 @@ def asked(method: str, crossing: Crossing, round_: int) -> tuple[int, int]:
         return 0, 0
     last = round_ == len(crossing.results)
     ids = {id_ for results in crossing.results[0 if last else round_ - 1 : round_] for id_ in results.ids}
-    return len(ids), 7 if last else 3
+    return len(ids), 5 if last else 3
 
 
 @pytest.mark.parametrize("method", METHODS)

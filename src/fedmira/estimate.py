@@ -224,7 +224,7 @@ def _made_up_losses(trial: Trial, seed: int) -> Losses:
     mean_SQ = torch.rand((len(trial.ids), trial.num_candidates), generator=noise, dtype=torch.float64) + 1.0
     agreement_SS = None if trial.compare_SP is None else torch.eye(len(trial.ids), dtype=torch.float64)
     scatter_SQ = None if trial.versus is None else torch.rand(mean_SQ.shape, generator=noise, dtype=torch.float64)
-    return Losses(mean_SQ, (1,) * len(trial.ids), 0, 0, agreement_SS, scatter_SQ)
+    return Losses(mean_SQ, (2,) * len(trial.ids), 0, 0, agreement_SS, scatter_SQ)
 
 
 def _made_up_results(job: Job, seed: int) -> Results:

@@ -82,8 +82,8 @@ class MiraPublishedConfig(MethodSection):
 
 class ChoiceConfig(Section):
     enabled: bool = True
-    """Validated mixing: each client decides by its validation loss how much of the mixed adapter it keeps, and whether
-    it trains on from it."""
+    """Validated mixing: each client decides by its validation loss, and what those of all say, how much of the mixed
+    adapter it keeps, and whether it trains on from it."""
     every: PositiveInt = 1
     """Rounds from one question to the next. In the last round all clients with a stored adapter are asked."""
     average: bool = True
@@ -91,12 +91,13 @@ class ChoiceConfig(Section):
     round gave them if the mean of their losses is smaller with it."""
     shrinkage: bool = True
     """A client's few examples say little; so what it may keep is judged by its answer drawn towards the mean of all,
-    the more the less clients differ beyond chance. Without, each trusts its own examples alone."""
+    the more the less clients differ beyond chance, and by two of its standard errors at most. Without, or where nobody
+    is asked about two examples, each trusts its own alone."""
     tolerance: NonNegativeFloat = 0.1
     """Share by which the whole mixture may raise a client's validation loss above that of its own upload for it to be
     what the client trains on from; beyond, it is the own upload."""
     margin: Share = 0.01
-    """Share of its loss by which a client's validation loss must fall for it to keep anything but its own upload. A
+    """Share by which a client must expect its loss to fall for it to keep anything but its own upload. A
     client counts as harmed when its test loss is more than 1 % above that of training alone."""
     grid: tuple[Annotated[float, Field(ge=0, le=1)], ...] = (0.0, 1.0)
     """Shares of the mixed adapter that a client may keep, from 0 to 1 and ascending; the rest is its own upload. Each

@@ -417,8 +417,9 @@ def test_of_an_adapter_that_is_judged_only_what_can_differ_crosses() -> None:
     only_b = whole._replace(groups=frozenset({"lora_b"}))
     assert trial_bytes(only_b, LAYOUT, values_SP) == (2 * 3 * 4, 2 * 2 * 4 * of_b)
     assert trial_bytes(whole._replace(sent=0), LAYOUT, values_SP) == (2 * 3 * 4, 0)
-    # how sure the other two comparisons are
+    # how sure comparisons with those after it are
     assert trial_bytes(whole._replace(sent=0, versus=0), LAYOUT, values_SP) == (2 * 5 * 4, 0)
+    assert trial_bytes(whole._replace(sent=0, versus=1), LAYOUT, values_SP) == (2 * 4 * 4, 0)
     # the components that the second client lacks
     smaller_SP = trimmed(LAYOUT, values_SP, (2, 1))
     assert trial_bytes(whole, LAYOUT, smaller_SP)[1] == 2 * (values_SP.nbytes - values_SP[0].nbytes // 2)
@@ -471,8 +472,8 @@ def test_clients_say_how_their_examples_scatter_around_a_comparison() -> None:
     parts = assemble(tiny({}, data={**data, "partition": {"by": "field", "validation": 0.25, "test": 0.25}}))
     start_KP = parts.initial_adapters().values_KP
     moved_KP = start_KP + 0.05 * torch.randn(start_KP.shape, generator=torch.Generator().manual_seed(1))
-    candidates = (moved_KP, start_KP)
-    losses = parts.exchange.judge(Trial((0, 1, 2, 3), 2, lambda number: candidates[number], sent=0, versus=1))
+    candidates = (0.5 * moved_KP, start_KP, moved_KP)
+    losses = parts.exchange.judge(Trial((0, 1, 2, 3), 3, lambda number: candidates[number], sent=0, versus=1))
     assert losses.scatter_SQ is not None
     for client in range(4):
         examples = parts.tokenized[client].validation
@@ -481,18 +482,19 @@ def test_clients_say_how_their_examples_scatter_around_a_comparison() -> None:
                 evaluate_loss(parts.base, Arena(parts.layout, values_KP[client : client + 1]), [[example]], 4096)[0][0]
                 for example in examples
             ]
-            for values_KP in candidates
+            for values_KP in (moved_KP, start_KP)
         )
         ratio = sum(moved) / sum(start)
         residuals = np.array(moved) - ratio * np.array(start)
-        by_hand = residuals.var(ddof=1) / np.mean(start) ** 2
-        assert losses.scatter_SQ[client].tolist() == pytest.approx([by_hand, 0.0], rel=1e-4, abs=1e-12)
+        by_hand = residuals.var(ddof=1) / np.mean(moved) ** 2
+        # what stands before is not compared
+        assert losses.scatter_SQ[client].tolist() == pytest.approx([math.nan, 0.0, by_hand], rel=1e-4, nan_ok=True)
         # what bootstrap samples of the examples say, roughly
         drawn = np.random.default_rng(client).integers(0, len(examples), (4000, len(examples)))
-        ratios = np.array(moved)[drawn].sum(axis=1) / np.array(start)[drawn].sum(axis=1)
+        ratios = np.log(np.array(moved)[drawn].sum(axis=1) / np.array(start)[drawn].sum(axis=1))
         bootstrap = ratios.var() * len(examples) / (len(examples) - 1) * len(examples)
-        assert losses.scatter_SQ[client, 0] == pytest.approx(bootstrap, rel=0.25)
-    plain = parts.exchange.judge(Trial((0, 1), 2, lambda number: candidates[number][:2], sent=0))
+        assert losses.scatter_SQ[client, 2] == pytest.approx(bootstrap, rel=0.25)
+    plain = parts.exchange.judge(Trial((0, 1), 3, lambda number: candidates[number][:2], sent=0))
     assert plain.scatter_SQ is None
     torch.testing.assert_close(plain.mean_SQ, losses.mean_SQ[:2], rtol=1e-5, atol=0)
 

@@ -27,7 +27,9 @@ def state() -> State:
 
 
 def answers(rows: list[list[float]], examples: tuple[int, ...]) -> Losses:
-    return Losses(torch.tensor(rows, dtype=torch.float64), examples, 0, 0)
+    """Of clients whose examples all say the same."""
+    mean_SQ = torch.tensor(rows, dtype=torch.float64)
+    return Losses(mean_SQ, examples, 0, 0, scatter_SQ=torch.zeros_like(mean_SQ))
 
 
 def question(config: ChoiceConfig, *ids: int) -> Trial:
@@ -101,26 +103,55 @@ def test_answers_that_differ_by_no_more_than_chance_are_one() -> None:
 
 
 def test_what_is_expected_by_hand() -> None:
-    change_SQ = torch.tensor([[0.0, -0.3], [0.0, 0.1], [0.0, 0.2], [0.0, 9.0]], dtype=torch.float64)
-    scatter_SQ = torch.tensor([[0.0, 0.2], [0.0, 0.1], [0.0, torch.nan], [0.0, torch.nan]], dtype=torch.float64)
-    # the third has one example, and so no scatter; the last did not answer
-    expected_SQ = expected(change_SQ, scatter_SQ, torch.tensor([4.0, 6.0, 1.0, 0.0], dtype=torch.float64))
+    change_SQ = torch.tensor([[0.0, -0.3, 5.0], [0.0, 0.1, 0.2], [0.0, 0.2, 0.2]], dtype=torch.float64)
+    scatter_SQ = torch.tensor([[0.0, 0.2, 9.0], [0.0, 0.1, 0.2], [0.0, torch.nan, torch.nan]], dtype=torch.float64)
+    # the third has one example, and so no scatter
+    expected_SQ = expected(change_SQ, scatter_SQ, torch.tensor([4.0, 6.0, 1.0], dtype=torch.float64))
     one = (3 * 0.2 + 5 * 0.1) / 8
     noise = [one / 4, one / 6, one]
-    between = max(0.0, 0.07 - sum(noise) / 3)
+    between = 0.07 - sum(noise) / 3
     shares = [1 / (between + v) for v in noise]
     mean = sum(share * c for share, c in zip(shares, (-0.3, 0.1, 0.2), strict=True)) / sum(shares)
     by_hand = [mean + between / (between + v) * (c - mean) for v, c in zip(noise, (-0.3, 0.1, 0.2), strict=True)]
     assert between > 0
-    assert expected_SQ[:, 1].tolist() == pytest.approx([*by_hand, 9.0])
-    assert expected_SQ[:, 0].tolist() == [0.0] * 4
+    assert expected_SQ[:, 1].tolist() == pytest.approx(by_hand)
+    assert expected_SQ[:, 0].tolist() == [0.0] * 3
+    # who is hopeless stays, and says nothing about the other two, who agree
+    assert expected_SQ[:, 2].tolist() == pytest.approx([5.0, 0.2, 0.2])
 
 
 @pytest.mark.parametrize(
-    ("scatter", "examples"), [([0.0, 0.0], (5, 5)), ([torch.nan, torch.nan], (1, 1)), ([0.2, 0.2], (5, 0))]
+    "odd", [(3.0, 400.0), (-4.0, 0.0), (0.3, 1e6), (-0.1, 1e6), (torch.nan, torch.nan), (4.9, 1e-3)]
 )
-def test_where_chance_cannot_be_told_everybody_trusts_its_own(scatter: list[float], examples: tuple[int, int]) -> None:
-    change_SQ = torch.tensor([[0.0, -0.3], [0.0, 0.1]], dtype=torch.float64)
+def test_nobody_decides_for_others_that_are_sure(odd: tuple[float, float]) -> None:
+    """Whatever one client answers, those whose ten examples say clearly what to keep do so."""
+    clear = [(-0.2, 0.02)] * 5 + [(0.2, 0.02)] * 4
+    change, scatter = (torch.tensor(column, dtype=torch.float64) for column in zip(*clear, odd, strict=True))
+    losses = answers([[1.0, float(value)] for value in change.exp()], (10,) * 10)
+    losses = losses._replace(scatter_SQ=torch.stack([torch.zeros(10).double(), scatter], dim=1))
+    config = ChoiceConfig()
+    start = State(OWN, (1,) * 10, {**first_choice(10), "uploads": OWN.values_KP})
+    trial = Trial(tuple(range(10)), 2, lambda number: OWN.values_KP, sent=0, versus=0)
+    after, _ = choose(config, start, trial, losses)
+    assert after.memory["alpha"].tolist()[:9] == [1.0] * 5 + [0.0] * 4
+
+
+def test_who_answers_nothing_follows_those_that_are_not_in_trouble() -> None:
+    rows = [[1.0, 0.8], [1.0, 0.8], [1.0, torch.nan], [torch.inf, 1.0], [torch.nan, torch.nan]]
+    losses = answers(rows, (5, 5, 5, 5, 0))
+    start = State(OWN, (1,) * 5, {**first_choice(5), "uploads": OWN.values_KP})
+    trial = Trial(tuple(range(5)), 2, lambda number: OWN.values_KP, sent=0, versus=0)
+    for config in (ChoiceConfig(), ChoiceConfig(shrinkage=False)):
+        after, _ = choose(config, start, trial, losses)
+        assert after.memory["alpha"].tolist() == [1.0, 1.0, 0.0, 1.0, 1.0]
+        assert after.memory["start_alpha"].tolist() == [1.0, 1.0, 0.0, 1.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("scatter", "examples"), [([0.0, 0.0], (5, 5)), ([torch.nan, torch.nan], (1, 1)), ([0.2], (5,))]
+)
+def test_where_chance_cannot_be_told_everybody_trusts_its_own(scatter: list[float], examples: tuple[int, ...]) -> None:
+    change_SQ = torch.tensor([[0.0, -0.3], [0.0, 0.1]], dtype=torch.float64)[: len(scatter)]
     scatter_SQ = torch.tensor([[0.0, value] for value in scatter], dtype=torch.float64)
     assert torch.equal(expected(change_SQ, scatter_SQ, torch.tensor(examples, dtype=torch.float64)), change_SQ)
 

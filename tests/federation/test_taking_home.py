@@ -133,10 +133,10 @@ def test_the_average_is_taken_home_where_clients_do_better_with_it(
     pull: float, averaged: bool, ranks_K: tuple[int, ...] | None
 ) -> None:
     who, everybody = clients()._replace(ranks_K=ranks_K), (0, 1, 2, 3, 4, 5)
-    config = mira_with("labels", ema_decay=0.5, choice={"enabled": True})
+    config = mira_with("labels", ema_decay=0.5, choice={"shrinkage": False})
     method = build_method(config, who)
     always, never = (
-        build_method(mira_with("labels", ema_decay=decay, choice={"enabled": True, "average": not decay}), who)
+        build_method(mira_with("labels", ema_decay=decay, choice={"shrinkage": False, "average": not decay}), who)
         for decay in (0.5, 0.0)
     )
     state = play(method, method.init(initial(), who), who.names, [everybody, everybody])

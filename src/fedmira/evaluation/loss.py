@@ -78,20 +78,19 @@ def example_losses(
 
 
 def scatter(losses_N: Sequence[float], versus_N: Sequence[float]) -> float:
-    """Return the sampling variance of sum losses_N / sum versus_N, times N; nan of fewer than two examples.
+    """Return the sampling variance of log(sum losses_N / sum versus_N), times N; nan of fewer than two examples.
 
     How far a ratio of sums over N examples would move with other examples of the kind: sum_i r_i^2 / (N - 1) over the
-    square of mean versus_N, r_i = losses_i - ratio versus_i what example i does otherwise than all together
+    square of mean losses_N, r_i = losses_i - ratio versus_i what example i does otherwise than all together
     (linearised ratio estimator; Cochran, Sampling Techniques, 1977, 6.4).
 
     >>> scatter([2.0, 4.0], [1.0, 2.0]), scatter([1.0, 3.0], [2.0, 2.0])
     (0.0, 0.5)
     """
-    num, whole = len(losses_N), sum(versus_N)
-    if num < 2 or not whole:
+    num, whole, versus = len(losses_N), sum(losses_N), sum(versus_N)
+    if num < 2 or not whole or not versus:
         return math.nan
-    ratio = sum(losses_N) / whole
-    squares = sum((loss - ratio * versus) ** 2 for loss, versus in zip(losses_N, versus_N, strict=True))
+    squares = sum((loss - whole / versus * of_it) ** 2 for loss, of_it in zip(losses_N, versus_N, strict=True))
     return squares / (num - 1) / (whole / num) ** 2
 
 

@@ -35,6 +35,8 @@ class Exchange(Protocol):
     def judge(self, trial: Trial) -> Losses:
         """Let clients judge the candidates of `trial` on examples of their own; compare predictions if it says so.
 
+        With `Trial.versus` they also say how their examples scatter around a comparison.
+
         Raises:
             ConfigError: losses are asked for where uploads are noised, because losses are not.
         """

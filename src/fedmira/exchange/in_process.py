@@ -130,22 +130,22 @@ class InProcess:
         asked = [self._clients[id_] for id_ in trial.ids]
         examples = [examples_asked(trial, client) for client in asked]
         tokens_S = [sum(example.num_supervised for example in of_client) for of_client in examples]
-        losses_QS: list[list[list[float]]] = []
-        """By candidate and client, those of all examples."""
+        mean_SQ = torch.full((len(asked), trial.num_candidates), torch.nan, dtype=torch.float64)
+        scatter_SQ = None if trial.versus is None else mean_SQ.clone()
+        versus_SN: list[list[float]] = []
         crossed = (0, 0)
         for number in range(trial.num_candidates):
             arena = Arena(self._layout, trial.candidate(number))
             if number == 0:
                 crossed = trial_bytes(trial, self._layout, arena.values_KP)
-            losses_QS.append(example_losses(self._base, arena, examples, self._batch_tokens))
-        mean_SQ = torch.full((len(asked), trial.num_candidates), torch.nan, dtype=torch.float64)
-        scatter_SQ = None if trial.versus is None else mean_SQ.clone()
-        for number, losses_S in enumerate(losses_QS):
-            for row, losses_N in enumerate(losses_S):
+            losses_SN = example_losses(self._base, arena, examples, self._batch_tokens)
+            if number == trial.versus:
+                versus_SN = losses_SN
+            for row, losses_N in enumerate(losses_SN):
                 if losses_N:
                     mean_SQ[row, number] = sum(losses_N) / tokens_S[row]
-                if scatter_SQ is not None and trial.versus is not None:
-                    scatter_SQ[row, number] = scatter(losses_N, losses_QS[trial.versus][row])
+                if scatter_SQ is not None and versus_SN:
+                    scatter_SQ[row, number] = scatter(losses_N, versus_SN[row])
         agreement_SS = None
         if trial.compare_SP is not None:
             agreement_SS = agreement(self._base, Arena(self._layout, trial.compare_SP), self._texts, self._batch_tokens)
@@ -171,6 +171,6 @@ def trial_bytes(trial: Trial, layout: Layout, rows_SP: torch.Tensor) -> tuple[in
         rows_SP: one of the candidates; all are of one size.
     """
     groups = layout.groups if trial.groups is None else trial.groups
-    compared = 0 if trial.versus is None else trial.num_candidates - 1
+    compared = 0 if trial.versus is None else trial.num_candidates - 1 - trial.versus
     answers = len(trial.ids) * (trial.num_candidates + compared) * _ANSWER_BYTES
     return answers, trial.sent * crossing_bytes(layout, groups, rows_SP) if trial.sent else 0

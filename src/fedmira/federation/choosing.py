@@ -1,5 +1,5 @@
-"""Validated mixing: by the loss on its own validation examples each client decides how much of its mixture it keeps,
-and whether it trains on from it.
+"""Validated mixing: by the loss on its own validation examples, and what those of all say, each client decides how much
+of its mixture it keeps, and by its own whether it trains on from it.
 
 Client k may keep (1 - alpha) theta_k + alpha x_k, theta_k its own upload and x_k what the server mixed for it, for each
 alpha of a grid. It trains on from x_k unless that raises its loss by more than a tolerance, and then from theta_k: a
@@ -21,12 +21,14 @@ from fedmira.federation.questions import only_to_judge
 from fedmira.method_config import ChoiceConfig
 from fedmira.types import Arena, Losses, Participants, Results, Trial
 
-_HOPELESS = 100.0
-"""The change of a loss that is not finite any more, relative to one that is."""
+_HOPELESS = 5.0
+"""The change of the logarithm of a loss that is not finite any more; a hundred times the loss is no better."""
+_FURTHEST = 2.0
+"""Standard errors by which what all say may move an answer (docs/log.md)."""
 
 
 def first_choice(num_clients: int) -> dict[str, torch.Tensor]:
-    """What is remembered before round 1: everybody keeps all of its mixture and trains on from it; nobody was asked."""
+    """What is remembered before round 1: everybody keeps all of its mixture and trains on from it."""
     return {
         "alpha": torch.ones(num_clients, dtype=torch.float64),
         "start_alpha": torch.ones(num_clients, dtype=torch.float64),
@@ -117,21 +119,24 @@ def choose(config: ChoiceConfig, state: State, trial: Trial, losses: Losses) -> 
     client must expect its loss to fall by `margin`, from its answer and all others, see `expected`, or from its answer
     alone without `shrinkage`; ties go to the smaller alpha. To leave the mixture as a start its loss must have risen by
     more than `tolerance`: who is in trouble says so itself. One that is not finite any more has. A client without
-    examples follows the mean.
+    examples, or whose own loss is not finite, follows the mean of those that are not in trouble.
     """
     rows, memory = list(trial.ids), dict(state.memory)
     heard_S = torch.isfinite(losses.mean_SQ[:, 0])
     if not heard_S.any():
         # nobody holds validation examples: everybody goes on as before
         return state, Info({})
-    change_SQ = (losses.mean_SQ / losses.mean_SQ[:, :1] - 1.0).nan_to_num(nan=_HOPELESS).clamp(max=_HOPELESS)
-    examples_S = torch.tensor(losses.examples_S, dtype=torch.float64)
-    change_SQ[~heard_S] = change_SQ[heard_S].mean(dim=0)
+    change_SQ = torch.log(losses.mean_SQ / losses.mean_SQ[:, :1])
+    change_SQ = change_SQ.nan_to_num(nan=_HOPELESS).clamp(-_HOPELESS, _HOPELESS)
+    usual_S = heard_S & (change_SQ < _HOPELESS).all(dim=1)
+    change_SQ[~heard_S] = change_SQ[usual_S if usual_S.any() else heard_S].mean(dim=0)
     expected_SQ = change_SQ.clone()
-    if losses.scatter_SQ is not None:
-        expected_SQ = expected(change_SQ, losses.scatter_SQ, examples_S)
-        expected_SQ[~heard_S] = expected_SQ[heard_S].mean(dim=0)
-    start_S = (change_SQ[:, -1] <= config.tolerance).double()
+    if config.shrinkage:
+        assert losses.scatter_SQ is not None
+        examples_S = torch.tensor(losses.examples_S, dtype=torch.float64)
+        expected_SQ[heard_S] = expected(change_SQ[heard_S], losses.scatter_SQ[heard_S], examples_S[heard_S])
+    start_S = (change_SQ[:, -1].expm1() <= config.tolerance).double()
+    expected_SQ = expected_SQ.expm1()
     expected_SQ[:, 1:] += config.margin
     alpha_S = torch.tensor(config.grid, dtype=torch.float64)[expected_SQ.argmin(dim=1)]
     for name, chosen_S in (("alpha", alpha_S), ("start_alpha", start_S)):
@@ -142,33 +147,37 @@ def choose(config: ChoiceConfig, state: State, trial: Trial, losses: Losses) -> 
 
 
 def expected(change_SQ: torch.Tensor, scatter_SQ: torch.Tensor, examples_S: torch.Tensor) -> torch.Tensor:
-    """Return what to expect of each client's change from all answers, (S, Q): m + t^2 / (t^2 + v_s) (c_s - m).
+    """Return what clients can expect their log losses to change by, (S, Q): m + t^2 / (t^2 + v_s) (c_s - m).
 
     A few examples say little. But how far c_s would move with others of its kind, v_s, shows in how they scatter, and
     t^2 = var(c) - mean(v), at least 0, is what is left of the differences between clients without that: where there is
     nothing left all answers are one, and where clients differ each has its own (parametric empirical Bayes, Morris,
-    JASA 1983, with the variance component of Hedges and Olkin, 1985). v_s = u / N_s, u the mean over clients of what
-    one example scatters by, weighted by N_s - 1, and m weighted by 1 / (t^2 + v_s).
+    JASA 1983, with the variance component of Hedges and Olkin, 1985). v_s = u / N_s, u the mean of what one example
+    scatters by, weighted by N_s - 1, and m the mean weighted by 1 / (t^2 + v_s), candidate by candidate. No answer is
+    moved further than two standard errors of its own (limited translation, Efron and Morris, JASA 1972): one client
+    that is ruined, or lies, cannot decide for another that is sure. Where nobody holds two examples chance cannot be
+    told, and each answer counts alone.
 
     Args:
         change_SQ: c_s of each candidate; those that are hopeless stay, and say nothing about others.
         scatter_SQ: see `Losses`.
-        examples_S: N_s, 0 if a client did not answer.
+        examples_S: N_s, 1 or more.
     """
     expected_SQ = change_SQ.clone()
     for number, (change_S, scatter_S) in enumerate(zip(change_SQ.T, scatter_SQ.T, strict=True)):
-        answers_S = (examples_S > 0) & (change_S < _HOPELESS)
-        known_S = answers_S & (examples_S > 1) & torch.isfinite(scatter_S)
-        if answers_S.sum() < 2 or not known_S.any():
+        usual_S = change_S.abs() < _HOPELESS
+        known_S = usual_S & (examples_S > 1) & torch.isfinite(scatter_S)
+        if usual_S.sum() < 2 or not known_S.any():
             continue
         freedom_S = examples_S[known_S] - 1
-        noise_S = (freedom_S * scatter_S[known_S]).sum() / freedom_S.sum() / examples_S[answers_S]
-        own_S = change_S[answers_S]
+        noise_S = (freedom_S * scatter_S[known_S]).sum() / freedom_S.sum() / examples_S[usual_S]
+        own_S = change_S[usual_S]
         between = (own_S.var() - noise_S.mean()).clamp(min=0)
-        spread_S = between + noise_S
-        if not spread_S.all():
-            # nothing scatters: the examples of each client agree
+        if not noise_S.any():
+            # nothing scatters
             continue
-        mean = (own_S / spread_S).sum() / (1 / spread_S).sum()
-        expected_SQ[answers_S, number] = mean + between / spread_S * (own_S - mean)
+        mean = (own_S / (between + noise_S)).sum() / (1 / (between + noise_S)).sum()
+        moved_S = noise_S / (between + noise_S) * (mean - own_S)
+        error_S = torch.where(known_S, scatter_S / examples_S, torch.inf)[usual_S].sqrt()
+        expected_SQ[usual_S, number] = own_S + moved_S.clamp(-_FURTHEST * error_S, _FURTHEST * error_S)
     return expected_SQ

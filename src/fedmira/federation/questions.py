@@ -33,7 +33,7 @@ def together(first: Trial | None, rest: Trial | None) -> Trial | None:
     """Return both questions as one; `apart` undoes it. None if there is nothing to ask.
 
     Raises:
-        ValueError: the two go to other clients, or to other examples, or each compares with a candidate of its own.
+        ValueError: the two go to other clients, or to other examples, or the first compares its candidates.
     """
     if first is None and rest is None:
         return None
@@ -42,11 +42,8 @@ def together(first: Trial | None, rest: Trial | None) -> Trial | None:
     if rest is not None and (one.ids, one.split) != (rest.ids, rest.split):
         raise ValueError("questions that are asked together go to other clients, or to other examples")
     before = 0 if first is None else first.num_candidates
-    versus = None if first is None else first.versus
-    if rest is not None and rest.versus is not None:
-        if versus is not None:
-            raise ValueError("questions that are asked together compare with other candidates")
-        versus = before + rest.versus
+    if rest is not None and first is not None and first.versus is not None:
+        raise ValueError("a question that compares its candidates is asked after all others")
 
     def candidate(number: int) -> torch.Tensor:
         part, place = (first, number) if number < before else (rest, number - before)
@@ -57,7 +54,7 @@ def together(first: Trial | None, rest: Trial | None) -> Trial | None:
         num_candidates=before + (rest.num_candidates if rest is not None else 0),
         candidate=candidate,
         sent=sum(part.sent for part in (first, rest) if part is not None),
-        versus=versus,
+        versus=one.versus if rest is None or rest.versus is None else before + rest.versus,
         parts=(before, *((rest.parts or (rest.num_candidates,)) if rest is not None else ())),
     )
 
@@ -65,17 +62,16 @@ def together(first: Trial | None, rest: Trial | None) -> Trial | None:
 def apart(trial: Trial, losses: Losses) -> tuple[tuple[Trial | None, Losses], tuple[Trial | None, Losses]]:
     """Return the first question and the rest of a trial made by `together`, each with its answers."""
     before, *others = trial.parts
-    mine = trial.versus is not None and trial.versus < before
     first = rest = None
     if before or trial.compare_SP is not None:
-        first = trial._replace(num_candidates=before, parts=(), versus=trial.versus if mine else None)
+        first = trial._replace(num_candidates=before, parts=(), versus=None if others else trial.versus)
     if others:
         rest = trial._replace(
             num_candidates=trial.num_candidates - before,
             candidate=lambda number: trial.candidate(before + number),
             parts=tuple(others),
             compare_SP=None,
-            versus=None if mine or trial.versus is None else trial.versus - before,
+            versus=None if trial.versus is None else trial.versus - before,
         )
     return (first, _columns(losses, slice(None, before))), (rest, _columns(losses, slice(before, None)))
 
