@@ -390,7 +390,7 @@ def test_what_clients_take_home_is_never_worse_on_their_validation_examples_than
     """The guarantee of docs/papers.md: with neither shrinkage nor an average over rounds."""
     # strangers by force, at a rate that moves far: mixtures that are worse for some
     mixed = {"name": "mira", "graph": {"kind": "uniform"}, "strength": 100, "ema_decay": 0}
-    choice = {"shrinkage": False, "grid": [0, 0.25, 0.5, 0.75, 1]}
+    choice = {"shrinkage": False, "memory": 0, "grid": [0, 0.25, 0.5, 0.75, 1]}
     data = {"source": "planted", "families": 2, "clients_per_family": 2, "examples": 40}
     config = tiny(
         {**mixed, "choice": choice},

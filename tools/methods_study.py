@@ -49,8 +49,6 @@ _LATER: Mapping[str, Mapping[str, Any]] = {
 """Keys that came after the first results, with the values that leave everything as it was before them."""
 _GONE = {"warmup_rounds": 3}
 """What learned graphs were made with before they counted by their agreement: results of then stay, see words.md."""
-_ANSWERS_OF_THEN = {False: {"memory": 0.5, "pooling": 0.0}, True: {"memory": 0.0, "pooling": 0.0}}
-"""What stood where `choice.shrinkage` does, by whether clients are asked: results that it leaves as they were stay."""
 _TUNED_ALONE = (
     *("mira-true", "mira-labels", "mira-shared-a", "mira-shared-a-asks-nobody"),
     *("mira-private-weak", "mira-private", "mira-private-full"),
@@ -109,9 +107,9 @@ def digest(config: Mapping[str, Any]) -> str:
         of_section = kept[section].items()
         kept[section] = {key: value for key, value in of_section if key not in later or value != later[key]}
     choice = kept["method"].get("choice")
-    if choice and not (choice["enabled"] and choice["shrinkage"]):
-        plain = {key: value for key, value in choice.items() if key != "shrinkage"}
-        kept["method"]["choice"] = {**plain, **_ANSWERS_OF_THEN[choice["enabled"]]}
+    if choice and not (choice["enabled"] and (choice["shrinkage"] or choice["memory"])):
+        # results of before there was shrinkage, of those whom it leaves as they were
+        kept["method"]["choice"] = {**{key: choice[key] for key in choice if key != "shrinkage"}, "pooling": 0.0}
     if "graph" in kept["method"]:
         graph = GraphConfig.model_construct(**kept["method"]["graph"])
         used = {key: value for key, value in graph.model_dump(mode="json").items() if key == "kind" or graph.uses(key)}

@@ -96,6 +96,8 @@ class ChoiceConfig(Section):
     tolerance: NonNegativeFloat = 0.1
     """Share by which the whole mixture may raise a client's validation loss above that of its own upload for it to be
     what the client trains on from; beyond, it is the own upload."""
+    memory: Share = 0.5
+    """Weight of the past in the moving average of a client's answers that decides what it trains on from."""
     margin: Share = 0.01
     """Share by which a client must expect its loss to fall for it to keep anything but its own upload. A
     client counts as harmed when its test loss is more than 1 % above that of training alone."""

@@ -179,6 +179,21 @@ def test_a_hopeless_answer_says_nothing_about_others() -> None:
     assert after.memory["start_alpha"].tolist() == [1.0, 1.0, 0.0]
 
 
+def test_where_to_start_from_is_decided_by_a_moving_average_of_own_answers() -> None:
+    config = ChoiceConfig(memory=0.75)
+    trial = question(config, 0)
+    first, _ = choose(config, state(), trial, answers([[1.0, 1.5]], (5,)))
+    assert first.memory["rise"].tolist() == pytest.approx([0.5, 0.0, 0.0]), "nothing came before"
+    assert first.memory["start_alpha"].tolist() == [0.0, 1.0, 1.0]
+    second, _ = choose(config, first, trial, answers([[1.0, 0.9]], (5,)))
+    assert second.memory["rise"][0] == pytest.approx(0.75 * 0.5 + 0.25 * -0.1)
+    assert second.memory["start_alpha"].tolist() == [0.0, 1.0, 1.0]
+    # what is kept is decided by the last answers
+    assert second.memory["alpha"].tolist() == [1.0, 1.0, 1.0]
+    forgetful, _ = choose(ChoiceConfig(memory=0), first, trial, answers([[1.0, 0.9]], (5,)))
+    assert forgetful.memory["start_alpha"].tolist() == [1.0, 1.0, 1.0]
+
+
 def test_clients_say_how_sure_they_are_only_where_it_counts() -> None:
     assert question(ChoiceConfig(), 0).versus == 0
     assert question(ChoiceConfig(shrinkage=False), 0).versus is None

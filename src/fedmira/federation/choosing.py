@@ -28,10 +28,12 @@ _FURTHEST = 2.0
 
 
 def first_choice(num_clients: int) -> dict[str, torch.Tensor]:
-    """What is remembered before round 1: everybody keeps all of its mixture and trains on from it."""
+    """What is remembered before round 1: everybody keeps all of its mixture and trains on from it; nobody was asked."""
     return {
         "alpha": torch.ones(num_clients, dtype=torch.float64),
         "start_alpha": torch.ones(num_clients, dtype=torch.float64),
+        "rise": torch.zeros(num_clients, dtype=torch.float64),
+        "asked": torch.zeros(num_clients, dtype=torch.float64),
     }
 
 
@@ -117,9 +119,10 @@ def choose(config: ChoiceConfig, state: State, trial: Trial, losses: Losses) -> 
 
     What counts is by what share a client's loss differs from that of its own upload. To keep anything but its own a
     client must expect its loss to fall by `margin`, from its answer and all others, see `expected`, or from its answer
-    alone without `shrinkage`; ties go to the smaller alpha. To leave the mixture as a start its loss must have risen by
-    more than `tolerance`: who is in trouble says so itself. One that is not finite any more has. A client without
-    examples, or whose own loss is not finite, follows the mean of those that are not in trouble.
+    alone without `shrinkage`; ties go to the smaller alpha. To leave the mixture as a start its own answers, a moving
+    average over the rounds it was asked in, must be a rise by more than `tolerance`: who is in trouble says so itself.
+    A loss that is not finite any more is one. A client without examples, or whose own loss is not finite, follows the
+    mean of those that have both.
     """
     rows, memory = list(trial.ids), dict(state.memory)
     heard_S = torch.isfinite(losses.mean_SQ[:, 0])
@@ -135,13 +138,16 @@ def choose(config: ChoiceConfig, state: State, trial: Trial, losses: Losses) -> 
         assert losses.scatter_SQ is not None
         examples_S = torch.tensor(losses.examples_S, dtype=torch.float64)
         expected_SQ[heard_S] = expected(change_SQ[heard_S], losses.scatter_SQ[heard_S], examples_S[heard_S])
-    start_S = (change_SQ[:, -1].expm1() <= config.tolerance).double()
+    past_S = config.memory * memory["asked"][rows].cpu()
+    rise_S = past_S * memory["rise"][rows].cpu() + (1 - past_S) * change_SQ[:, -1].expm1()
+    start_S = (rise_S <= config.tolerance).double()
     expected_SQ = expected_SQ.expm1()
     expected_SQ[:, 1:] += config.margin
     alpha_S = torch.tensor(config.grid, dtype=torch.float64)[expected_SQ.argmin(dim=1)]
-    for name, chosen_S in (("alpha", alpha_S), ("start_alpha", start_S)):
+    now = {"alpha": alpha_S, "start_alpha": start_S, "rise": rise_S, "asked": torch.ones_like(rise_S)}
+    for name, now_S in now.items():
         memory[name] = memory[name].clone()
-        memory[name][rows] = chosen_S.to(memory[name])
+        memory[name][rows] = now_S.to(memory[name])
     numbers = {"mean_alpha": float(alpha_S.mean()), "start_from_own": float((start_S == 0).double().mean())}
     return replace(state, memory=memory), Info(numbers)
 
