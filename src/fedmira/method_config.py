@@ -91,8 +91,8 @@ class ChoiceConfig(Section):
     round gave them if the mean of their losses is smaller with it."""
     shrinkage: bool = True
     """A client's few examples say little; so what it may keep is judged by its answer drawn towards the mean of all,
-    the more the less clients differ beyond chance, and by two of its standard errors at most. Without, or where nobody
-    is asked about two examples, each trusts its own alone."""
+    the more the less clients differ beyond chance, and by two standard errors at most. Without, or where nobody is
+    asked about two examples, each trusts its own alone."""
     tolerance: NonNegativeFloat = 0.1
     """Share by which the whole mixture may raise a client's validation loss above that of its own upload for it to be
     what the client trains on from; beyond, it is the own upload."""

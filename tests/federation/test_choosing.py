@@ -120,6 +120,14 @@ def test_what_is_expected_by_hand() -> None:
     assert expected_SQ[:, 2].tolist() == pytest.approx([5.0, 0.2, 0.2])
 
 
+def test_an_answer_moves_by_two_standard_errors_at_most() -> None:
+    change_SQ = torch.tensor([[-0.2], [-0.2], [-0.2], [0.4], [0.5]], dtype=torch.float64)
+    scatter_SQ = torch.tensor([[0.04], [0.01], [0.0], [0.09], [1000.0]], dtype=torch.float64)
+    moved_S = (expected(change_SQ, scatter_SQ, torch.full((5,), 4.0, dtype=torch.float64)) - change_SQ)[:, 0]
+    # all are drawn to their mean of 0.06: by their own scatter, or the median where it is less, but no further than it
+    assert moved_S.tolist() == pytest.approx([0.2, 0.2, 0.2, -0.3, -0.44])
+
+
 @pytest.mark.parametrize(
     "odd", [(3.0, 400.0), (-4.0, 0.0), (0.3, 1e6), (-0.1, 1e6), (torch.nan, torch.nan), (4.9, 1e-3)]
 )

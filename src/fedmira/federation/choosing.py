@@ -160,9 +160,9 @@ def expected(change_SQ: torch.Tensor, scatter_SQ: torch.Tensor, examples_S: torc
     nothing left all answers are one, and where clients differ each has its own (parametric empirical Bayes, Morris,
     JASA 1983, with the variance component of Hedges and Olkin, 1985). v_s = u / N_s, u the mean of what one example
     scatters by, weighted by N_s - 1, and m the mean weighted by 1 / (t^2 + v_s), candidate by candidate. No answer is
-    moved further than two standard errors of its own (limited translation, Efron and Morris, JASA 1972): one client
-    that is ruined, or lies, cannot decide for another that is sure. Where nobody holds two examples chance cannot be
-    told, and each answer counts alone.
+    moved further than two standard errors, its own or, if larger, those by the median of what examples scatter by
+    (limited translation, Efron and Morris, JASA 1972): one client that is ruined, or lies, cannot decide for others
+    that are sure. Where nobody holds two examples chance cannot be told, and each answer counts alone.
 
     Args:
         change_SQ: c_s of each candidate; those that are hopeless stay, and say nothing about others.
@@ -184,6 +184,9 @@ def expected(change_SQ: torch.Tensor, scatter_SQ: torch.Tensor, examples_S: torc
             continue
         mean = (own_S / (between + noise_S)).sum() / (1 / (between + noise_S)).sum()
         moved_S = noise_S / (between + noise_S) * (mean - own_S)
-        error_S = torch.where(known_S, scatter_S / examples_S, torch.inf)[usual_S].sqrt()
-        expected_SQ[usual_S, number] = own_S + moved_S.clamp(-_FURTHEST * error_S, _FURTHEST * error_S)
+        # a few examples hardly say how they scatter: where it is less than usual that is taken for chance
+        typical = scatter_S[known_S].median()
+        one_S = torch.where(known_S, scatter_S.clamp(min=typical), typical)[usual_S]
+        furthest_S = _FURTHEST * (one_S / examples_S[usual_S]).sqrt()
+        expected_SQ[usual_S, number] = own_S + moved_S.clamp(-furthest_S, furthest_S)
     return expected_SQ
