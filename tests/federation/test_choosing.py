@@ -129,7 +129,7 @@ def test_an_answer_moves_by_two_standard_errors_at_most() -> None:
 
 
 @pytest.mark.parametrize(
-    "odd", [(3.0, 400.0), (-4.0, 0.0), (0.3, 1e6), (-0.1, 1e6), (torch.nan, torch.nan), (4.9, 1e-3)]
+    "odd", [(3.0, 400.0), (-4.0, 0.0), (0.3, 1e6), (-0.1, 1e6), (torch.nan, torch.nan), (4.9, 1e-3), (0.1, -1e6)]
 )
 def test_nobody_decides_for_others_that_are_sure(odd: tuple[float, float]) -> None:
     """Whatever one client answers, those whose ten examples say clearly what to keep do so."""

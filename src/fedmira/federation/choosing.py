@@ -172,7 +172,7 @@ def expected(change_SQ: torch.Tensor, scatter_SQ: torch.Tensor, examples_S: torc
     expected_SQ = change_SQ.clone()
     for number, (change_S, scatter_S) in enumerate(zip(change_SQ.T, scatter_SQ.T, strict=True)):
         usual_S = change_S.abs() < _HOPELESS
-        known_S = usual_S & (examples_S > 1) & torch.isfinite(scatter_S)
+        known_S = usual_S & (examples_S > 1) & (scatter_S >= 0) & torch.isfinite(scatter_S)
         if usual_S.sum() < 2 or not known_S.any():
             continue
         freedom_S = examples_S[known_S] - 1
