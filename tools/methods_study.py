@@ -107,8 +107,8 @@ def digest(config: Mapping[str, Any]) -> str:
         of_section = kept[section].items()
         kept[section] = {key: value for key, value in of_section if key not in later or value != later[key]}
     choice = kept["method"].get("choice")
-    if choice and not (choice["enabled"] and choice["memory"] and not choice["shrinkage"]):
-        # results of before there was shrinkage stay, see words.md
+    if choice and (not choice["enabled"] or choice["shrinkage"] == bool(choice["memory"])):
+        # results of before there was shrinkage stay, see words.md; without memory each answer counted alone
         kept["method"]["choice"] = {**{key: choice[key] for key in choice if key != "shrinkage"}, "pooling": 0.0}
     if "graph" in kept["method"]:
         graph = GraphConfig.model_construct(**kept["method"]["graph"])
