@@ -8,6 +8,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 from tests.tools import tool
 
@@ -114,6 +115,22 @@ def test_keys_that_a_graph_ignores_or_that_came_later_leave_old_results_valid(st
     before = described(method={"name": "fedit"})
     assert before["method"].pop("ema_decay") == 0.0
     assert study.digest(before) == study.digest(described(method={"name": "fedit"}))
+
+
+def test_an_interval_resamples_draws_and_the_clients_within_them(study: ModuleType) -> None:
+    def runs(losses: np.ndarray) -> list[Any]:
+        return [study.Judged(losses_K, math.nan, {}) for losses_K in losses]
+
+    random = np.random.default_rng(5)
+    ones, others = random.normal(size=(3, 7)) + random.normal(size=(3, 1)), random.normal(size=(3, 7))
+    means = []
+    for _ in range(4000):
+        drawn = [random.choice(ones[d] - others[d], size=7).mean() for d in random.integers(3, size=3)]
+        means.append(np.mean(drawn))
+    middle, low, high = study.difference(runs(ones), runs(others))
+    assert middle == pytest.approx((ones - others).mean())
+    assert [low, high] == pytest.approx(np.percentile(means, [2.5, 97.5]), abs=0.05 * (high - low))
+    assert study.difference(runs(ones + 1), runs(ones)) == pytest.approx((1, 1, 1))
 
 
 def test_a_task_is_harmed_by_the_mean_of_its_clients_in_all_draws(study: ModuleType) -> None:

@@ -48,7 +48,7 @@ _LATER: Mapping[str, Mapping[str, Any]] = {
 }
 """Keys that came after the first results, with the values that leave everything as it was before them."""
 _GONE = {"warmup_rounds": 3}
-"""What learned graphs were made with before they counted by their agreement: results of then stay, see words.md."""
+"""What learned graphs were made with before they counted by their agreement: see methods_made.md."""
 _TUNED_ALONE = (
     *("mira-true", "mira-labels", "mira-shared-a", "mira-shared-a-asks-nobody"),
     *("mira-private-weak", "mira-private", "mira-private-full"),
@@ -108,7 +108,7 @@ def digest(config: Mapping[str, Any]) -> str:
         kept[section] = {key: value for key, value in of_section if key not in later or value != later[key]}
     choice = kept["method"].get("choice")
     if choice and (not choice["enabled"] or choice["shrinkage"] == bool(choice["memory"])):
-        # results of before there was shrinkage stay, see words.md; without memory each answer counted alone
+        # results of before there was shrinkage stay, see methods_made.md; without memory each answer counted alone
         kept["method"]["choice"] = {**{key: choice[key] for key in choice if key != "shrinkage"}, "pooling": 0.0}
     if "graph" in kept["method"]:
         graph = GraphConfig.model_construct(**kept["method"]["graph"])
@@ -357,14 +357,13 @@ def judged(line: Mapping[str, Any]) -> Judged:
 
 def difference(ones: Sequence[Judged], others: Sequence[Judged]) -> tuple[float, float, float]:
     """Mean paired difference of the mean losses and its 95 % interval: draws, then clients in them, are resampled."""
-    pairs = [one.losses_K - other.losses_K for one, other in zip(ones, others, strict=True)]
+    pairs_DK = np.stack([one.losses_K - other.losses_K for one, other in zip(ones, others, strict=True)])
+    draws, clients = pairs_DK.shape
     random = np.random.default_rng(0)
-    means = []
-    for _ in range(_RESAMPLES):
-        drawn = [pairs[i] for i in random.integers(len(pairs), size=len(pairs))]
-        means.append(np.mean([pair[random.integers(len(pair), size=len(pair))].mean() for pair in drawn]))
-    low, high = np.percentile(means, [2.5, 97.5])
-    return float(np.mean([pair.mean() for pair in pairs])), float(low), float(high)
+    drawn = random.integers(draws, size=(_RESAMPLES, draws, 1))
+    within = random.integers(clients, size=(_RESAMPLES, draws, clients))
+    low, high = np.percentile(pairs_DK[drawn, within].mean(axis=(1, 2)), [2.5, 97.5])
+    return float(pairs_DK.mean()), float(low), float(high)
 
 
 def chosen(study: Study) -> dict[str, tuple[float, list[Judged]]]:
@@ -666,8 +665,9 @@ Planted tasks; one standard error over draws; made by `python tools/methods_pict
 
 def page(_arguments: argparse.Namespace) -> None:
     studies = [load_study(path, None) for path in sorted(STUDIES.glob("*.yaml"))]
-    words = (STUDIES / "words.md").read_text(encoding="utf-8").rstrip()
-    print("\n\n".join([words, aims(studies), _CHANGED, advances(studies), *map(section, studies), _PICTURE]))
+    opening, ending = ((STUDIES / f"{name}.md").read_text("utf-8").rstrip() for name in ("methods", "methods_made"))
+    tables = map(section, studies)
+    print("\n\n".join([opening, aims(studies), _CHANGED, advances(studies), *tables, _PICTURE, ending]))
 
 
 def print_side_page(name: str, table: Sequence[Sequence[str]], lines: Iterable[Mapping[str, Any]]) -> None:
