@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from benchmarks.models import make_base
-from fedmira.config import AdapterConfig, TrainingConfig
+from fedmira.config.run import AdapterConfig, TrainingConfig
 from fedmira.data.tokenization import TokenizedClient, TokenizedExample
 from fedmira.model.arena import lora_layout
 from fedmira.model.lora import ALL_GROUPS

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 import transformers
 
-from fedmira.config import ModelConfig
+from fedmira.config.run import ModelConfig
 from fedmira.model.base import BaseModel, freeze, load_base
 
 _SPECIAL: dict[str, Any] = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}

@@ -14,7 +14,7 @@ import torch
 
 from benchmarks.lengths import make_clients
 from benchmarks.models import make_base, tiny_twin
-from fedmira.config import AdapterConfig, TrainingConfig
+from fedmira.config.run import AdapterConfig, TrainingConfig
 from fedmira.data.packing import local_batches
 from fedmira.data.tokenization import TokenizedClient, TokenizedExample
 from fedmira.model.arena import initial_arena, lora_layout

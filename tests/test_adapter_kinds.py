@@ -10,13 +10,13 @@ import torch
 from tests.test_experiment import CLIENTS, events, per_token, tiny
 
 from fedmira.assembly import assemble
-from fedmira.config import RunConfig
+from fedmira.config.method import ALL_KINDS, METHOD_SECTIONS, method_with_defaults
+from fedmira.config.refusals import refusal
+from fedmira.config.run import RunConfig
 from fedmira.errors import ConfigError
-from fedmira.estimate import dry_run
 from fedmira.experiment import run
 from fedmira.export.clients import answer, export_clients, load_trained
-from fedmira.method_config import ALL_KINDS, METHOD_SECTIONS, method_with_defaults
-from fedmira.refusals import refusal
+from fedmira.forecast.estimate import dry_run
 from fedmira.studies.compare import compare
 
 KINDS: dict[str, dict[str, Any]] = {

@@ -15,10 +15,10 @@ import pytest
 import fedmira
 from fedmira import assembly, experiment
 from fedmira.assembly import Assembly, assemble, cached_federation, read_graph
-from fedmira.config import RunConfig
+from fedmira.config.graph import GraphConfig
+from fedmira.config.run import RunConfig
 from fedmira.errors import ConfigError, DataError, SetupError
 from fedmira.experiment import run
-from fedmira.graph_config import GraphConfig
 
 NAMES = ("anna", "ben", "cleo")
 MATRIX = np.array([[0.0, 2.0, 0.5], [2.0, 0.0, 0.0], [0.5, 0.0, 0.0]])

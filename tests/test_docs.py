@@ -13,15 +13,15 @@ import torch
 from pydantic import BaseModel
 from tests.tools import tool
 
-import fedmira.config
-import fedmira.exchange_config
-import fedmira.graph_config
-import fedmira.method_config
-from fedmira.config_basics import Section
+import fedmira.config.exchange
+import fedmira.config.graph
+import fedmira.config.method
+import fedmira.config.run
+from fedmira.config.basics import Section
+from fedmira.config.graph import GraphConfig
+from fedmira.config.method import MethodSection
 from fedmira.data.partition import partition
 from fedmira.federation.registry import METHODS
-from fedmira.graph_config import GraphConfig
-from fedmira.method_config import MethodSection
 from fedmira.types import Arena, Clients, Layout, Participants, Results, TensorSpec
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -34,10 +34,10 @@ def test_the_configuration_page_is_current() -> None:
 
 
 def test_the_configuration_page_has_every_section() -> None:
-    plain = {BaseModel, Section, MethodSection, fedmira.config._Source, fedmira.config.RunConfig}
+    plain = {BaseModel, Section, MethodSection, fedmira.config.run._Source, fedmira.config.run.RunConfig}
     sections = {
         value
-        for module in (fedmira.config, fedmira.method_config, fedmira.graph_config, fedmira.exchange_config)
+        for module in (fedmira.config.run, fedmira.config.method, fedmira.config.graph, fedmira.config.exchange)
         for value in vars(module).values()
         if inspect.isclass(value) and issubclass(value, BaseModel)
     } - plain
@@ -88,7 +88,7 @@ def test_the_method_of_the_docs_moves_clients_half_way(examples: tuple[dict[str,
 
 def test_the_source_of_the_docs_becomes_clients(examples: tuple[dict[str, Any], ...]) -> None:
     source = examples[1]["load"](None, 0)
-    federation = partition(source, fedmira.config.PartitionConfig(by="task"), seed=0)
+    federation = partition(source, fedmira.config.run.PartitionConfig(by="task"), seed=0)
     assert len(federation.clients) == 4
     assert all(client.train and client.validation and client.test for client in federation.clients)
 

@@ -19,8 +19,8 @@ from safetensors.torch import load_file
 
 from fedmira import experiment
 from fedmira.assembly import Assembly, assemble
-from fedmira.config import RunConfig
-from fedmira.config_file import config_hash
+from fedmira.config.file import config_hash
+from fedmira.config.run import RunConfig
 from fedmira.data.tokenization import TokenizedClient
 from fedmira.errors import DivergedError, IntegrityError, UsageError
 from fedmira.evaluation.judge import final_records, validation_losses

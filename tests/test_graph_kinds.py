@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from fedmira.assembly import assemble
-from fedmira.config import RunConfig
+from fedmira.config.run import RunConfig
 from fedmira.errors import DataError, IntegrityError
 from fedmira.experiment import run
 from fedmira.federation.graph import PRIVACY

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from fedmira import experiment
-from fedmira.config import RunConfig
+from fedmira.config.run import RunConfig
 from fedmira.errors import IntegrityError, Interrupted, UsageError
 from fedmira.experiment import SilentDisplay, run
 from fedmira.export.clients import load_trained

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from tests.tools import tool
 
-from fedmira.config import RunConfig
+from fedmira.config.run import RunConfig
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 GRID = [3e-4, 1e-3, 3e-3, 1e-2, 3e-2]

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from fedmira.config import RunConfig
+from fedmira.config.run import RunConfig
 from fedmira.errors import Interrupted
 from fedmira.exchange.in_process import InProcess
 from fedmira.experiment import run

@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM
 
 import fedmira
 from fedmira.assembly import assemble
-from fedmira.config import RunConfig
-from fedmira.config_file import load_config
+from fedmira.config.file import load_config
+from fedmira.config.run import RunConfig
 from fedmira.evaluation.judge import validation_losses
 from fedmira.experiment import run
 from fedmira.export.clients import export_clients, load_trained

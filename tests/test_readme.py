@@ -55,7 +55,7 @@ def test_the_first_screen_has_the_two_commands() -> None:
 def test_the_table_of_the_first_screen_is_the_one_that_quickstart_prints() -> None:
     """Its columns and methods; the numbers are those of the run that the README was written from."""
     from fedmira.cli.recipes import recipe_path
-    from fedmira.config_file import load_config
+    from fedmira.config.file import load_config
     from fedmira.report.table import COLUMNS
 
     block = README.split("<!-- quickstart-output -->\n```\n")[1].split("```")[0]

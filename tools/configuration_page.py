@@ -16,7 +16,10 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from fedmira.config import (
+from fedmira.config.exchange import ExchangeConfig, PrivacyConfig
+from fedmira.config.graph import GraphConfig
+from fedmira.config.method import METHOD_SECTIONS, ChoiceConfig
+from fedmira.config.run import (
     AdapterConfig,
     CompareConfig,
     DollyConfig,
@@ -33,9 +36,6 @@ from fedmira.config import (
     RunConfig,
     TrainingConfig,
 )
-from fedmira.exchange_config import ExchangeConfig, PrivacyConfig
-from fedmira.graph_config import GraphConfig
-from fedmira.method_config import METHOD_SECTIONS, ChoiceConfig
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "configuration.md"
 

@@ -22,7 +22,7 @@ from unittest import mock
 import methods_study as methods
 from fedmira import assembly, experiment
 from fedmira.assembly import Assembly
-from fedmira.config import RunConfig
+from fedmira.config.run import RunConfig
 from fedmira.data.sources import planted
 from fedmira.federation.joining import with_rows
 from fedmira.federation.method import State

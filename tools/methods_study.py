@@ -99,7 +99,7 @@ class Task(NamedTuple):
 
 def digest(config: Mapping[str, Any]) -> str:
     """A short hash of what decides the numbers: not where data lies or results go, nor what a kind of graph ignores."""
-    from fedmira.graph_config import GraphConfig
+    from fedmira.config.graph import GraphConfig
 
     kept = {key: value for key, value in config.items() if key not in _PATHLESS}
     kept["data"] = {key: value for key, value in kept["data"].items() if key != "path"}
@@ -122,7 +122,7 @@ def digest(config: Mapping[str, Any]) -> str:
 
 def load_study(path: Path, data: Path | None) -> Study:
     """The study of a file; relative data paths are below `data`."""
-    from fedmira.config_file import load_config
+    from fedmira.config.file import load_config
 
     config, beside = load_config(path), STUDIES / "settings" / path.name
     settings = yaml.safe_load(beside.read_text("utf-8")) if beside.is_file() else {}
@@ -133,7 +133,7 @@ def load_study(path: Path, data: Path | None) -> Study:
 
 
 def task_of(study: Study, name: str, seed: int, rate: float, *, tuning: bool) -> Task:
-    from fedmira.config import RunConfig
+    from fedmira.config.run import RunConfig
     from fedmira.studies.compare import variant
 
     differs = dict(study.settings.get(name, {"method": name}))
@@ -228,7 +228,7 @@ def straight_through(config: Any, folder: Path) -> Path:
 
 def carry_out(task: Task, way: Callable[[Any, Path], Path] = straight_through) -> dict[str, Any]:
     """Do one run in this process by `way`, in a folder that is removed, and return its line."""
-    from fedmira.config import RunConfig
+    from fedmira.config.run import RunConfig
     from fedmira.errors import DivergedError
 
     line: dict[str, Any] = dict(zip(KEY, task.key, strict=True))

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from benchmarks.client_memory import measure_client_memory
 from benchmarks.options import Options
 from benchmarks.results import Section
-from fedmira.config import TrainingConfig
+from fedmira.config.run import TrainingConfig
 
 OVER_FLOOR = "bytes over 16 per parameter"
 

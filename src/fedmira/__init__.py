@@ -12,11 +12,11 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "FedmiraError": "fedmira.errors",
-    "RunConfig": "fedmira.config",
+    "RunConfig": "fedmira.config.run",
     "answer": "fedmira.export.clients",
     "compare": "fedmira.studies.compare",
     "export_clients": "fedmira.export.clients",
-    "load_config": "fedmira.config_file",
+    "load_config": "fedmira.config.file",
     "run": "fedmira.experiment",
     "write_report": "fedmira.report.page",
 }

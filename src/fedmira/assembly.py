@@ -22,7 +22,8 @@ import torch
 from pydantic import TypeAdapter
 
 from fedmira import __version__
-from fedmira.config import DataConfig, ModelConfig, RunConfig
+from fedmira.config.graph import GraphConfig
+from fedmira.config.run import DataConfig, ModelConfig, RunConfig
 from fedmira.data.partition import build_federation
 from fedmira.data.probe import probe_texts
 from fedmira.data.tokenization import (
@@ -40,7 +41,6 @@ from fedmira.exchange.in_process import InProcess
 from fedmira.federation.graph import from_matrix
 from fedmira.federation.method import Method, State
 from fedmira.federation.registry import build_method
-from fedmira.graph_config import GraphConfig
 from fedmira.model.base import BaseModel, load_base
 from fedmira.model.kinds import adapter_layout, initial_adapters
 from fedmira.paths import home_expanded

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import torch
 
 from fedmira.assembly import Assembly, assemble, refuse_other_base
-from fedmira.config import RunConfig
+from fedmira.config.run import RunConfig
 from fedmira.errors import DivergedError, Interrupted, ParticipationError
 from fedmira.evaluation.judge import final_records, validation_losses
 from fedmira.exchange.privacy import advice
@@ -28,7 +28,7 @@ from fedmira.federation.graph import Graph
 from fedmira.federation.graph import parts as graph_parts
 from fedmira.federation.method import Info, State
 from fedmira.federation.questions import bounded
-from fedmira.foresight import warnings
+from fedmira.forecast.remarks import warnings
 from fedmira.joining import grown_manifest, known_clients, refuse_other_data, refuse_to_end, take_in
 from fedmira.profile import profiled
 from fedmira.runs.checkpoint import Checkpoint, load_latest, save

@@ -11,7 +11,7 @@ import pytest
 
 from fedmira.cli.display import LiveDisplay, PlainDisplay, SteadyDisplay, open_display
 from fedmira.cli.session import Session
-from fedmira.config import RunConfig
+from fedmira.config.run import RunConfig
 
 
 class Terminal(io.StringIO):

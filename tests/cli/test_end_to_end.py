@@ -146,7 +146,7 @@ def test_export_loads_in_peft_and_answers_as_predict_does(fedmira, place: Path, 
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from fedmira.config_file import load_config
+    from fedmira.config.file import load_config
     from fedmira.data.tokenization import prompt_tokens
     from fedmira.types import Example
 

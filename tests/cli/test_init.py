@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from fedmira.cli.recipes import purpose, recipe_folder, recipe_names
-from fedmira.config_file import load_config
-from fedmira.method_config import METHOD_NAMES
+from fedmira.config.file import load_config
+from fedmira.config.method import METHOD_NAMES
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 

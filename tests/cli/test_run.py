@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from fedmira.cli.main import main
-from fedmira.config_file import load_config
+from fedmira.config.file import load_config
 from fedmira.errors import Interrupted
 from fedmira.experiment import SilentDisplay
 from fedmira.experiment import run as run_experiment

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fedmira.config import TrainingConfig
+from fedmira.config.run import TrainingConfig
 from fedmira.evaluation.costs import PeakMemory, adapter_bytes, highest_memory_bytes, model_bytes, optimizer_bytes
 from fedmira.types import Layout
 

@@ -13,7 +13,7 @@ from tests.reference.generation_twin import client_by_client, one_by_one
 from tests.reference.tiny_models import FAMILIES, layout_of_kind, random_arena, tiny_layout, tiny_model
 from transformers import GenerationConfig
 
-from fedmira.config import AdapterConfig, ModelConfig
+from fedmira.config.run import AdapterConfig, ModelConfig
 from fedmira.evaluation import generation
 from fedmira.evaluation.generation import generate
 from fedmira.model import cache

@@ -8,7 +8,7 @@ import pytest
 import torch
 from tests.reference.tiny_models import random_arena, random_examples, tiny_layout, tiny_model
 
-from fedmira.config import EvaluationConfig
+from fedmira.config.run import EvaluationConfig
 from fedmira.data.tokenization import TokenizedClient
 from fedmira.evaluation import judge
 from fedmira.evaluation.judge import final_records, shortened_line, validation_losses

@@ -6,8 +6,8 @@ import pytest
 import torch
 from tests.exchange.builders import GROUPS, LAYOUT, rows
 
+from fedmira.config.exchange import Compression
 from fedmira.exchange.messages import PLACES, crossing_bytes, decode, encode, encoded_bytes, message_bytes
-from fedmira.exchange_config import Compression
 
 
 def back(

@@ -11,10 +11,10 @@ import torch
 from scipy.stats import kstest
 from tests.exchange.builders import GROUPS, LAYOUT, NAMES, job, reports, rows
 
+from fedmira.config.exchange import ExchangeConfig, PrivacyConfig
 from fedmira.errors import ParticipationError, SetupError
 from fedmira.exchange.privacy import advice, epsilon, max_uploads, privatise_
 from fedmira.exchange.seam import Seam
-from fedmira.exchange_config import ExchangeConfig, PrivacyConfig
 from fedmira.types import Layout, TensorSpec
 
 WIDE = Layout((TensorSpec("w.lora_b", "lora_b", "w", (5000, 4), 0),))

@@ -17,10 +17,9 @@ from tests.exchange.builders import LAYOUT
 
 from fedmira import experiment
 from fedmira.assembly import assemble
-from fedmira.config import RunConfig
-from fedmira.config_file import config_hash, parse_config, resolved_yaml
+from fedmira.config.file import config_hash, parse_config, resolved_yaml
+from fedmira.config.run import RunConfig
 from fedmira.errors import ConfigError, DivergedError, Interrupted, ParticipationError
-from fedmira.estimate import dry_run
 from fedmira.evaluation.loss import evaluate_loss
 from fedmira.exchange import in_process
 from fedmira.exchange.in_process import InProcess, examples_asked, trial_bytes
@@ -29,6 +28,7 @@ from fedmira.experiment import SilentDisplay, run
 from fedmira.export.clients import load_trained
 from fedmira.federation.questions import bounded
 from fedmira.federation.ranks import trimmed
+from fedmira.forecast.estimate import dry_run
 from fedmira.report.page import render
 from fedmira.report.reading import read
 from fedmira.runs.checkpoint import load_latest

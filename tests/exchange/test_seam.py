@@ -10,9 +10,9 @@ import pytest
 import torch
 from tests.exchange.builders import GROUPS, LAYOUT, NAMES, job, reports, rows
 
+from fedmira.config.exchange import Compression, ExchangeConfig
 from fedmira.exchange.messages import decode, encode
 from fedmira.exchange.seam import Kept, Seam, planned_bytes
-from fedmira.exchange_config import Compression, ExchangeConfig
 from fedmira.types import ClientReport, Job, Pull, SeedPool
 
 FORMS: tuple[Compression, ...] = ("bf16", "int8", "topk")

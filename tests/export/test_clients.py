@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from fedmira import embedded_base_path
-from fedmira.config import RunConfig
+from fedmira.config.run import RunConfig
 from fedmira.experiment import run
 from fedmira.export.clients import export_clients
 

@@ -10,7 +10,7 @@ import torch
 from tests.reference.tiny_models import tiny_base
 
 from fedmira import embedded_base_path
-from fedmira.config import AdapterConfig, RunConfig
+from fedmira.config.run import AdapterConfig, RunConfig
 from fedmira.experiment import run
 from fedmira.export.clients import export_clients, load_trained
 from fedmira.export.pairs import joined_pairs, num_pairs

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import fedmira
-from fedmira.config import AdapterConfig, ModelConfig
+from fedmira.config.run import AdapterConfig, ModelConfig
 from fedmira.errors import SetupError, UsageError
 from fedmira.export.peft import Settings, adapter_files, model_card, new_folder, write_files
 from fedmira.model.arena import initial_arena, lora_layout

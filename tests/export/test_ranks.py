@@ -10,7 +10,7 @@ import pytest
 import torch
 from tests.reference.tiny_models import random_arena, tiny_base
 
-from fedmira.config import AdapterConfig
+from fedmira.config.run import AdapterConfig
 from fedmira.export.peft import Settings, adapter_files, new_folder, write_files
 from fedmira.export.ranks import fitted, ranks_by_layer
 from fedmira.federation.ranks import trimmed

@@ -7,10 +7,8 @@ from collections.abc import Collection
 import numpy as np
 import torch
 
-from fedmira.federation.method import Info, Method, State
-from fedmira.federation.registry import build_method
-from fedmira.graph_config import GraphConfig
-from fedmira.method_config import (
+from fedmira.config.graph import GraphConfig
+from fedmira.config.method import (
     CentralisedConfig,
     ChoiceConfig,
     DittoConfig,
@@ -44,6 +42,8 @@ from fedmira.method_config import (
     PFedGraphConfig,
     RoLoraConfig,
 )
+from fedmira.federation.method import Info, Method, State
+from fedmira.federation.registry import build_method
 from fedmira.randomness import torch_generator
 from fedmira.types import (
     Arena,

@@ -8,10 +8,10 @@ import pytest
 import torch
 from tests.federation.builders import clients, initial, mira, play, same_bytes
 
+from fedmira.config.method import ChoiceConfig
 from fedmira.federation.choosing import ask, asked, blend, choose, expected, first_choice
 from fedmira.federation.method import State
 from fedmira.federation.registry import build_method
-from fedmira.method_config import ChoiceConfig
 from fedmira.types import Arena, Layout, Losses, Participants, Results, TensorSpec, Trial
 
 LAYOUT = Layout((TensorSpec("x", "lora_b", "layer", (2,), 0),))

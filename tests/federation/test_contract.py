@@ -27,11 +27,11 @@ from tests.federation.builders import (
     trained,
 )
 
+from fedmira.config.method import MethodConfig
 from fedmira.errors import FedmiraError
 from fedmira.federation.joining import joined
 from fedmira.federation.method import Method, State
 from fedmira.federation.registry import METHODS, build_method
-from fedmira.method_config import MethodConfig
 from fedmira.types import Arena, Clients, Participants
 
 every_method = pytest.mark.parametrize("name", list(CONFIGS))

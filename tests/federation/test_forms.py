@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tests.federation.builders import LOCAL, clients, initial, layout, mira_with, play, same_bytes, trained
 from tests.reference import products_twin
 
-from fedmira.config import RunConfig
+from fedmira.config.run import RunConfig
 from fedmira.federation.blocks import block_of, faded, from_blocks, to_blocks
 from fedmira.federation.forms import form
 from fedmira.federation.graph import Graph, validated

@@ -11,9 +11,9 @@ from pydantic import ValidationError
 from tests.federation.builders import CONFIGS, FEDIT, clients, initial, layout, play, same_bytes, trained
 from tests.reference import mixing_twin, products_twin
 
+from fedmira.config.method import FedAdamConfig, FedKSeedConfig, FedProxConfig, FloristConfig
 from fedmira.federation.method import Method, State
 from fedmira.federation.registry import build_method
-from fedmira.method_config import FedAdamConfig, FedKSeedConfig, FedProxConfig, FloristConfig
 from fedmira.types import Arena, Job, Participants, Results, SeedPool
 
 ROUNDS = [(0, 1, 3), (1, 2, 4), (0, 2, 3, 5), (0, 1, 2, 3, 4, 5)]

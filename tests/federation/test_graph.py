@@ -13,10 +13,10 @@ from hypothesis.extra.numpy import arrays
 from tests.federation.builders import clients
 from tests.reference import mixing_twin
 
+from fedmira.config.graph import GraphConfig
 from fedmira.errors import ConfigError, DataError
 from fedmira.federation import graph as graphs
 from fedmira.federation import known_graphs as known
-from fedmira.graph_config import GraphConfig
 
 
 def adjacencies(largest: int = 7) -> st.SearchStrategy[np.ndarray]:

@@ -20,6 +20,7 @@ from tests.federation.builders import (
     trained,
 )
 
+from fedmira.config.method import FlexLoraConfig, IFCAConfig, MethodConfig, MiraConfig
 from fedmira.errors import ConfigError
 from fedmira.federation.graph import Graph
 from fedmira.federation.joining import joined
@@ -28,7 +29,6 @@ from fedmira.federation.method import State
 from fedmira.federation.mixing import implicit_matrix
 from fedmira.federation.ranks import trimmed
 from fedmira.federation.registry import build_method
-from fedmira.method_config import FlexLoraConfig, IFCAConfig, MethodConfig, MiraConfig
 from fedmira.types import Clients, Participants
 
 EVERYBODY = (0, 1, 2, 3)

@@ -16,6 +16,8 @@ from scipy.spatial.distance import squareform
 from tests.federation.builders import clients, graph_section, initial, judged, layout, mira, one_round, play
 from tests.reference import linkage_twin, mixing_twin
 
+from fedmira.config.graph import GraphConfig
+from fedmira.config.method import ChoiceConfig, MiraConfig
 from fedmira.errors import ConfigError
 from fedmira.federation import drawing
 from fedmira.federation.asked_graphs import similarity_of_regrets
@@ -36,8 +38,6 @@ from fedmira.federation.mixing import (
 )
 from fedmira.federation.ranks import trimmed
 from fedmira.federation.registry import build_method
-from fedmira.graph_config import GraphConfig
-from fedmira.method_config import ChoiceConfig, MiraConfig
 from fedmira.randomness import torch_generator
 from fedmira.types import Arena, Clients, Losses, Participants, Results
 

@@ -18,7 +18,9 @@ from tests.federation.builders import (
 )
 from tests.reference import mixing_twin
 
-from fedmira.config import FederationConfig
+from fedmira.config.graph import GraphConfig
+from fedmira.config.method import MiraConfig, MiraPublishedConfig
+from fedmira.config.run import FederationConfig
 from fedmira.errors import ConfigError
 from fedmira.federation import known_graphs as known
 from fedmira.federation.graph import laplacian
@@ -26,8 +28,6 @@ from fedmira.federation.method import Method, State
 from fedmira.federation.mixing import implicit_matrix
 from fedmira.federation.participation import draw
 from fedmira.federation.registry import build_method
-from fedmira.graph_config import GraphConfig
-from fedmira.method_config import MiraConfig, MiraPublishedConfig
 from fedmira.types import Arena, Layout, Participants, TensorSpec
 
 ROUNDS = [(0, 1, 3), (1, 2, 4), (0, 2, 3, 5), (0, 1, 2, 3, 4, 5)]

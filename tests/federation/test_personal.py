@@ -26,7 +26,9 @@ from tests.federation.builders import (
 )
 from tests.reference import clusters_twin, mixing_twin
 
-from fedmira.config import FederationConfig
+from fedmira.config.graph import GraphConfig
+from fedmira.config.method import FedAMPConfig, MethodConfig, method_with_defaults
+from fedmira.config.run import FederationConfig
 from fedmira.errors import ConfigError
 from fedmira.federation import known_graphs as known
 from fedmira.federation.client_clusters import best_cut, far_apart, layer_distances, squared_distances
@@ -36,8 +38,6 @@ from fedmira.federation.methods.fedamp import attention
 from fedmira.federation.methods.fedtreelora import cut_layers
 from fedmira.federation.registry import build_method
 from fedmira.federation.simplex import collaboration, project_to_simplex
-from fedmira.graph_config import GraphConfig
-from fedmira.method_config import FedAMPConfig, MethodConfig, method_with_defaults
 from fedmira.types import Arena, Job, Losses, Participants, Results, Trial
 
 EVERYBODY = tuple(range(6))

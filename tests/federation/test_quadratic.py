@@ -17,11 +17,11 @@ import pytest
 import torch
 from tests.federation.builders import FEDIT, LOCAL, initial, layout, mira, published
 
-from fedmira.config import FederationConfig
+from fedmira.config.method import MethodConfig
+from fedmira.config.run import FederationConfig
 from fedmira.federation.graph import Graph, disagreement, weight_inside
 from fedmira.federation.participation import draw
 from fedmira.federation.registry import build_method
-from fedmira.method_config import MethodConfig
 from fedmira.randomness import torch_generator
 from fedmira.types import Clients, Results
 

@@ -14,10 +14,10 @@ from tests.federation.builders import layout
 from tests.reference import mixing_twin
 
 import fedmira.federation.similarity as similarity
+from fedmira.config.graph import GraphConfig
 from fedmira.errors import ConfigError
 from fedmira.federation.graph import weight_inside
 from fedmira.federation.learning import neighbour_graph
-from fedmira.graph_config import GraphConfig
 from fedmira.types import Arena, Layout, TensorSpec
 
 

@@ -9,13 +9,13 @@ import pytest
 import torch
 from tests.federation.builders import clients, initial, layout, mira_with, one_round, same_bytes, trained
 
-from fedmira.config import RunConfig
+from fedmira.config.method import MiraConfig
+from fedmira.config.run import RunConfig
 from fedmira.federation.known_graphs import labels
 from fedmira.federation.mixing import laplacian_implicit
 from fedmira.federation.questions import apart, together
 from fedmira.federation.registry import build_method
 from fedmira.federation.strengths import FIRST, GRID, judged
-from fedmira.method_config import MiraConfig
 from fedmira.randomness import torch_generator
 from fedmira.types import Arena, Clients, Losses, Participants, Results, Trial
 

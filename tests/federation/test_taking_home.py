@@ -23,7 +23,7 @@ from tests.federation.builders import (
     trained,
 )
 
-from fedmira.config import RunConfig
+from fedmira.config.run import RunConfig
 from fedmira.federation.joining import joined
 from fedmira.federation.method import Info, Method, State
 from fedmira.federation.methods import local_only

@@ -7,7 +7,7 @@ import torch
 from tests.reference.tiny_models import tiny_base
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from fedmira.config import AdapterConfig
+from fedmira.config.run import AdapterConfig
 from fedmira.errors import ConfigError
 from fedmira.model.arena import adaptable_layers, initial_arena, lora_layout
 from fedmira.model.base import BaseModel

@@ -14,7 +14,7 @@ from tests.reference.tiny_models import LLAMA_LIKE, VOCABULARY, random_examples,
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, GraniteConfig, PreTrainedTokenizerFast
 
-from fedmira.config import AdapterConfig, ModelConfig
+from fedmira.config.run import AdapterConfig, ModelConfig
 from fedmira.data.packing import pack
 from fedmira.errors import DataError, SetupError
 from fedmira.evaluation.loss import evaluate_loss

@@ -9,7 +9,7 @@ import torch
 from tests.reference.engine_twin import exact_norms
 from tests.reference.tiny_models import FAMILIES, random_arena, random_examples, tiny_base, tiny_layout, tiny_model
 
-from fedmira.config import AdapterConfig
+from fedmira.config.run import AdapterConfig
 from fedmira.data.packing import PackedBatch, pack
 from fedmira.data.tokenization import TokenizedExample
 from fedmira.model import attention, families, low_rank

@@ -9,7 +9,7 @@ import torch
 from tests.reference.engine_twin import peft_model
 from tests.reference.tiny_models import random_arena, random_examples, tiny_base, tiny_layout
 
-from fedmira.config import AdapterConfig
+from fedmira.config.run import AdapterConfig
 from fedmira.data.packing import pack
 from fedmira.model.adapted import AdaptedModel
 from fedmira.model.arena import lora_layout

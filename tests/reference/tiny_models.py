@@ -9,7 +9,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM
 
-from fedmira.config import AdapterConfig
+from fedmira.config.run import AdapterConfig
 from fedmira.data.tokenization import TokenizedClient, TokenizedExample
 from fedmira.model.arena import initial_arena, lora_layout
 from fedmira.model.base import BaseModel, freeze

@@ -23,7 +23,7 @@ import yaml
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from fedmira.cli.main import main
-from fedmira.config_file import config_hash, load_config
+from fedmira.config.file import config_hash, load_config
 from fedmira.runs.checkpoint import FACTS, FOLDER, TENSORS, load_latest
 from fedmira.runs.naming import run_directory
 from fedmira.runs.store import LOCK, LOG, MANIFEST, METRICS, RunStore

@@ -18,10 +18,10 @@ import pytest
 import torch
 from tests.runs.faults import failing_at
 
-from fedmira.config import FederationConfig, OutputConfig, RunConfig, TrainingConfig
-from fedmira.config_file import config_hash, parse_config
+from fedmira.config.file import config_hash, parse_config
+from fedmira.config.method import FedITConfig
+from fedmira.config.run import FederationConfig, OutputConfig, RunConfig, TrainingConfig
 from fedmira.errors import IntegrityError, SetupError, UsageError
-from fedmira.method_config import FedITConfig
 from fedmira.runs.checkpoint import save
 from fedmira.runs.naming import run_directory
 from fedmira.runs.store import GRAPH, LOCK, LOG, MANIFEST, METRICS, RESOLVED, RunStore
@@ -347,7 +347,7 @@ def test_the_lock_of_a_killed_process_is_free(tmp_path: Path) -> None:
     code = f"""
 import time
 from pathlib import Path
-from fedmira.config import RunConfig
+from fedmira.config.run import RunConfig
 from fedmira.runs.store import RunStore
 store = RunStore.create(RunConfig(name="trial", seed=3), None, Path({str(tmp_path)!r}))
 store.append({{"round": 1}})

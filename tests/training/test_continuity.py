@@ -7,10 +7,10 @@ import torch
 from pydantic import ValidationError
 from tests.reference.tiny_models import ragged_clients, random_arena, tiny_base, tiny_layout
 
-from fedmira.config import TrainingConfig
-from fedmira.exchange_config import ExchangeConfig
-from fedmira.method_config import method_with_defaults
-from fedmira.refusals import refusal_beside
+from fedmira.config.exchange import ExchangeConfig
+from fedmira.config.method import method_with_defaults
+from fedmira.config.refusals import refusal_beside
+from fedmira.config.run import TrainingConfig
 from fedmira.training.cohort import train
 from fedmira.training.continuity import Continuity, Place, turn
 from fedmira.training.optimizers import Moments, fresh_moments

@@ -14,10 +14,10 @@ from tests.reference.engine_twin import exact_norms, move_along_seeds
 from tests.reference.tiny_models import layout_of_kind, ragged_clients, tiny_base, tiny_layout
 from tests.training.test_kinds import arena_of
 
-from fedmira.config import TrainingConfig
+from fedmira.config.method import FedKSeedConfig
+from fedmira.config.run import TrainingConfig
 from fedmira.federation.method import State
 from fedmira.federation.registry import build_method
-from fedmira.method_config import FedKSeedConfig
 from fedmira.model.base import BaseModel
 from fedmira.training.cohort import Progress, StopRequested, train
 from fedmira.training.zeroth_order import direction, direction_number

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 if TYPE_CHECKING:
-    from fedmira.config import RunConfig
+    from fedmira.config.run import RunConfig
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -27,6 +27,6 @@ def read_config(path: Path, overrides: Sequence[str]) -> RunConfig:
         ConfigError: every mistake at once.
     """
     from fedmira.cli.recipes import recipe_names
-    from fedmira.config_file import load_config
+    from fedmira.config.file import load_config
 
     return load_config(path, overrides, recipes=recipe_names())

@@ -13,7 +13,7 @@ from fedmira.cli.session import Session, standard_options
 from fedmira.errors import FedmiraError
 
 if TYPE_CHECKING:
-    from fedmira.config import RunConfig
+    from fedmira.config.run import RunConfig
 
 
 @click.command(short_help="Offline, minutes: compare four methods on tasks whose graph is known.")

@@ -30,7 +30,7 @@ def run(session: Session, config: Path, overrides: tuple[str, ...], dry_run: boo
     if dry_run:
         if resume or profile:
             raise UsageError("--dry-run predicts a whole run and does none; leave out --resume and --profile with it")
-        from fedmira.estimate import dry_run as estimate_run
+        from fedmira.forecast.estimate import dry_run as estimate_run
 
         estimate = estimate_run(run_config)
         if line := unwritable_line(run_directory(run_config)):

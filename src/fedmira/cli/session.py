@@ -19,7 +19,7 @@ from fedmira.cli.process import discard
 from fedmira.report.formats import printable as escaped
 
 if TYPE_CHECKING:
-    from fedmira.config import RunConfig
+    from fedmira.config.run import RunConfig
     from fedmira.experiment import Display
 
 Command = TypeVar("Command", bound=Callable[..., Any])

@@ -15,7 +15,7 @@ from fedmira.errors import DataError, FedmiraError, SetupError
 from fedmira.paths import home_expanded
 
 if TYPE_CHECKING:
-    from fedmira.config import RunConfig
+    from fedmira.config.run import RunConfig
 
 
 @click.command(short_help="Check a config: every mistake at once.")

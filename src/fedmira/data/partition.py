@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fedmira.config import DataConfig, PartitionConfig
+from fedmira.config.run import DataConfig, PartitionConfig
 from fedmira.data.sources import load_examples
 from fedmira.data.sources.source import Source
 from fedmira.data.splits import Group, grouped, needed_splits, shuffled, split_client

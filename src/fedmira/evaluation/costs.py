@@ -14,7 +14,7 @@ from types import TracebackType
 
 import torch
 
-from fedmira.config import TrainingConfig
+from fedmira.config.run import TrainingConfig
 from fedmira.training.optimizers import num_moments
 from fedmira.types import Layout
 

@@ -17,7 +17,7 @@ from fedmira.evaluation.rouge import exact_match, rouge_l
 from fedmira.types import Arena, Layout
 
 if TYPE_CHECKING:
-    from fedmira.config import EvaluationConfig
+    from fedmira.config.run import EvaluationConfig
     from fedmira.data.tokenization import TokenizedClient
     from fedmira.model.base import BaseModel
 

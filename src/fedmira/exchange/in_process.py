@@ -13,18 +13,18 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from fedmira.config.exchange import ExchangeConfig
 from fedmira.evaluation.costs import PeakMemory
 from fedmira.evaluation.loss import example_losses, scatter
 from fedmira.evaluation.predictions import agreement
 from fedmira.exchange.messages import crossing_bytes
 from fedmira.exchange.seam import Kept, Seam, uncompressed_bytes
-from fedmira.exchange_config import ExchangeConfig
 from fedmira.training.cohort import Progress, train
 from fedmira.training.continuity import Continuity, Place
 from fedmira.types import Arena, Job, Layout, Losses, Results, Trial
 
 if TYPE_CHECKING:
-    from fedmira.config import TrainingConfig
+    from fedmira.config.run import TrainingConfig
     from fedmira.data.tokenization import TokenizedClient, TokenizedExample
     from fedmira.model.base import BaseModel
 

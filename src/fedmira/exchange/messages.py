@@ -13,7 +13,7 @@ from math import ceil
 
 import torch
 
-from fedmira.exchange_config import Compression
+from fedmira.config.exchange import Compression
 from fedmira.types import Layout, TensorSpec
 
 Message = Mapping[str, torch.Tensor]

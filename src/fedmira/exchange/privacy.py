@@ -28,9 +28,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from fedmira.config.exchange import PrivacyConfig
 from fedmira.errors import ParticipationError, SetupError
 from fedmira.exchange.messages import crossing
-from fedmira.exchange_config import PrivacyConfig
 from fedmira.randomness import generator
 from fedmira.types import Layout
 

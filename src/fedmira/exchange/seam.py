@@ -23,11 +23,11 @@ from typing import Any, NamedTuple
 
 import torch
 
+from fedmira.config.exchange import ExchangeConfig
 from fedmira.errors import ConfigError
 from fedmira.exchange.admission import sound
 from fedmira.exchange.messages import crossing, crossing_bytes, decode, encode, encoded_bytes, message_bytes
 from fedmira.exchange.privacy import NO_LOSSES, epsilon, privatise_, refuse_overspending, require_accountant
-from fedmira.exchange_config import ExchangeConfig
 from fedmira.types import ClientReport, Job, Layout, SeedPool
 
 _CHUNK_ELEMENTS = 1 << 24

@@ -24,7 +24,7 @@ from fedmira.paths import home_expanded
 from fedmira.types import Arena, Example, Layout
 
 if TYPE_CHECKING:
-    from fedmira.config import RunConfig
+    from fedmira.config.run import RunConfig
     from fedmira.model.base import BaseModel
 
 BASE_FOLDER = "base"

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     import torch
 
-    from fedmira.method_config import AdapterKind
+    from fedmira.config.method import AdapterKind
     from fedmira.types import Layout
 
 EMBEDDED_NAME = "fedmira-embedded-base"

@@ -14,12 +14,12 @@ from dataclasses import replace
 import numpy as np
 import torch
 
+from fedmira.config.graph import GraphConfig
 from fedmira.federation.graph import Graph, Matrix
 from fedmira.federation.learning import Learner, Mask, Memory, Seen, neighbour_graph
 from fedmira.federation.method import Info, Method, State
 from fedmira.federation.questions import apart, together
 from fedmira.federation.similarity import MINIMUM_CLIENTS, centred_cosine, cosines, moved
-from fedmira.graph_config import GraphConfig
 from fedmira.types import Arena, Clients, Losses, Participants, Results, Trial
 
 

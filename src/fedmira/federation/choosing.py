@@ -16,9 +16,9 @@ from dataclasses import replace
 
 import torch
 
+from fedmira.config.method import ChoiceConfig
 from fedmira.federation.method import Info, State
 from fedmira.federation.questions import only_to_judge
-from fedmira.method_config import ChoiceConfig
 from fedmira.types import Arena, Losses, Participants, Results, Trial
 
 _HOPELESS = 5.0

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from fedmira.config.graph import GraphConfig
 from fedmira.errors import ConfigError, DataError
 from fedmira.federation.graph import Graph, Matrix, explained, validated
 from fedmira.federation.similarity import cosines, mutual_neighbours
-from fedmira.graph_config import GraphConfig
 from fedmira.randomness import generator
 from fedmira.types import Clients
 

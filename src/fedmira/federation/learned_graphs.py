@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 
+from fedmira.config.graph import GraphConfig
 from fedmira.federation import drawing
 from fedmira.federation.asked_graphs import ASKED
 from fedmira.federation.blocks import block_of
@@ -40,7 +41,6 @@ from fedmira.federation.similarity import (
     strangers,
     update_cosines,
 )
-from fedmira.graph_config import GraphConfig
 from fedmira.types import Arena, Clients
 
 

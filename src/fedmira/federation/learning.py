@@ -13,9 +13,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from fedmira.config.graph import GraphConfig
 from fedmira.federation.graph import Graph, Matrix, validated
 from fedmira.federation.similarity import MINIMUM_CLIENTS, mutual_neighbours
-from fedmira.graph_config import GraphConfig
 from fedmira.types import Arena, Clients, Losses, Participants, Results, Trial
 
 Memory: TypeAlias = Mapping[str, torch.Tensor]

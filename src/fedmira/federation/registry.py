@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
-from fedmira.config import FederationConfig
+from fedmira.config.method import KNOWN_GRAPHS, MethodConfig
+from fedmira.config.run import FederationConfig
 from fedmira.errors import ConfigError
 from fedmira.federation.asked_graphs import asking
 from fedmira.federation.diagnostics import diagnosed
@@ -47,7 +48,6 @@ from fedmira.federation.methods import (
 )
 from fedmira.federation.ranks import within_ranks
 from fedmira.federation.taking_home import over_rounds
-from fedmira.method_config import KNOWN_GRAPHS, MethodConfig
 from fedmira.types import Clients
 
 Builder: TypeAlias = Callable[[Any, Clients, Graph | None, FederationConfig | None], Method]

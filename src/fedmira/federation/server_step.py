@@ -9,12 +9,12 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from typing import NamedTuple
 
+from fedmira.config.method import MiraConfig
 from fedmira.federation.blocks import faded
 from fedmira.federation.forms import Form, form
 from fedmira.federation.graph import Graph, Matrix
 from fedmira.federation.mixing import laplacian_implicit, step_numbers, welcome
 from fedmira.federation.robust import ROBUST, heard
-from fedmira.method_config import MiraConfig
 from fedmira.types import Arena, Clients
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers.pytorch_utils import Conv1D
 
-from fedmira.config import AdapterConfig
+from fedmira.config.run import AdapterConfig
 from fedmira.errors import ConfigError, nearest
 from fedmira.model.base import BaseModel
 from fedmira.randomness import torch_generator

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import torch
 
-from fedmira.config import ModelConfig
+from fedmira.config.run import ModelConfig
 from fedmira.errors import DataError, SetupError
 from fedmira.model.attention import PACKED, Packing, attention_of, plan_packing
 from fedmira.model.body import Body, Soften

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from fedmira.config import AdapterConfig
+from fedmira.config.run import AdapterConfig
 from fedmira.model.arena import initial_arena, lora_layout
 from fedmira.model.base import BaseModel
 from fedmira.model.full import full_layout, is_full

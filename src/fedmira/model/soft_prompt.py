@@ -16,7 +16,7 @@ from itertools import accumulate
 
 import torch
 
-from fedmira.config import AdapterConfig
+from fedmira.config.run import AdapterConfig
 from fedmira.errors import ConfigError
 from fedmira.model.base import BaseModel
 from fedmira.model.body import Soften

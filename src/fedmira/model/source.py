@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from fedmira.config import ModelConfig
+from fedmira.config.run import ModelConfig
 from fedmira.errors import SetupError
 from fedmira.paths import home_expanded
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fedmira.config import RunConfig
-from fedmira.config_file import config_hash
+from fedmira.config.file import config_hash
+from fedmira.config.run import RunConfig
 from fedmira.paths import home_expanded
 
 

@@ -23,8 +23,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from fedmira.config import RunConfig
-from fedmira.config_file import config_difference, config_hash, parse_config, resolved_yaml, with_rounds
+from fedmira.config.file import config_difference, config_hash, parse_config, resolved_yaml, with_rounds
+from fedmira.config.run import RunConfig
 from fedmira.errors import ConfigError, IntegrityError, SetupError, UsageError
 from fedmira.runs.atomic import (
     disk_error,

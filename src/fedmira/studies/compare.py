@@ -13,12 +13,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from fedmira.config import RunConfig
-from fedmira.config_file import config_difference, parse_config, resolved_yaml
+from fedmira.config.file import config_difference, parse_config, resolved_yaml
+from fedmira.config.refusals import refusal, refusal_beside
+from fedmira.config.run import RunConfig
 from fedmira.errors import ConfigError, DivergedError, FedmiraError, IntegrityError, ParticipationError, UsageError
 from fedmira.experiment import Display, SilentDisplay, carry_out
 from fedmira.paths import home_expanded
-from fedmira.refusals import refusal, refusal_beside
 from fedmira.runs.atomic import make_folder, write_bytes_atomically
 from fedmira.runs.naming import run_directory
 from fedmira.runs.store import RunStore, has_run

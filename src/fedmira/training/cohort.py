@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import torch
 
-from fedmira.config import TrainingConfig
+from fedmira.config.run import TrainingConfig
 from fedmira.data.packing import PackedBatch, batches_in_round, num_rows, pack, steps_of_row
 from fedmira.data.tokenization import TokenizedClient, TokenizedExample
 from fedmira.model.adapted import AdaptedModel, computes_in_parts

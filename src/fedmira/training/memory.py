@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from fedmira.config import TrainingConfig
+from fedmira.config.run import TrainingConfig
 from fedmira.data.packing import common_prefix, pack
 from fedmira.data.tokenization import TokenizedClient, TokenizedExample
 from fedmira.model.adapted import AdaptedModel, computes_in_parts

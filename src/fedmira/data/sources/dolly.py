@@ -9,7 +9,7 @@ import os
 from dataclasses import replace
 from typing import Any
 
-from fedmira.config import DollyConfig
+from fedmira.config.run import DollyConfig
 from fedmira.data.sources import huggingface
 from fedmira.data.sources.files import FILE_ENDINGS, file_provenance, read_records
 from fedmira.data.sources.records import Fields, usable_examples

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from fedmira.config import JsonlConfig
+from fedmira.config.run import JsonlConfig
 from fedmira.data.sources.files import FILE_ENDINGS, file_provenance, find_files, read_records
 from fedmira.data.sources.records import Fields, usable_examples
 from fedmira.data.sources.source import Source

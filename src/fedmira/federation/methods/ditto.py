@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import torch
 
+from fedmira.config.method import DittoConfig
 from fedmira.federation.averaging import mean_of, one_start
 from fedmira.federation.method import Info, Method, State
 from fedmira.federation.receiving import exchange_everything, own_adapters, received, split
-from fedmira.method_config import DittoConfig
 from fedmira.types import Arena, Clients, Job, Participants, Pull, Results
 
 

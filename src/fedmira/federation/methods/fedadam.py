@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import torch
 
+from fedmira.config.method import FedAdamConfig
 from fedmira.federation.averaging import follow, mean_of, one_start
 from fedmira.federation.method import Info, Method, State
 from fedmira.federation.receiving import exchange_everything, own_adapters, received
-from fedmira.method_config import FedAdamConfig
 from fedmira.types import Arena, Clients, Participants, Results
 
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from fedmira.config.method import FedALTConfig
 from fedmira.federation.method import Info, Method, State
 from fedmira.federation.multiply import multiply
 from fedmira.federation.receiving import exchange_everything, first_state, own_adapters, received
-from fedmira.method_config import FedALTConfig
 from fedmira.types import Job, Participants, Results
 
 _OWN = frozenset({"lora_a", "lora_b"})

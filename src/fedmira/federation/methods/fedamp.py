@@ -9,12 +9,12 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from fedmira.config.method import FedAMPConfig
 from fedmira.federation.client_clusters import squared_distances
 from fedmira.federation.graph import PRIVACY, Matrix, validated
 from fedmira.federation.method import Info, Method, State
 from fedmira.federation.multiply import multiply
 from fedmira.federation.receiving import exchange_everything, first_state, own_adapters, received
-from fedmira.method_config import FedAMPConfig
 from fedmira.types import Arena, Clients, Job, Participants, Pull, Results
 
 

@@ -5,11 +5,11 @@ The last rounds of the run are local. Knows nothing about tasks or graphs.
 
 from __future__ import annotations
 
-from fedmira.config import FederationConfig
+from fedmira.config.method import FedITFinetunedConfig
+from fedmira.config.run import FederationConfig
 from fedmira.federation.averaging import share
 from fedmira.federation.method import Info, Method, State
 from fedmira.federation.receiving import exchange_everything, stored
-from fedmira.method_config import FedITFinetunedConfig
 from fedmira.types import Clients, Job, Participants, Results
 
 

@@ -10,9 +10,9 @@ here. Knows nothing about tasks or graphs, nor how a step is done.
 
 from __future__ import annotations
 
+from fedmira.config.method import FedKSeedConfig
 from fedmira.federation.averaging import share
 from fedmira.federation.method import Method, State
-from fedmira.method_config import FedKSeedConfig
 from fedmira.types import Clients, Job, Participants, SeedPool
 
 

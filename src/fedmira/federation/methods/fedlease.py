@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import numpy as np
 
+from fedmira.config.method import FedLEASEConfig
 from fedmira.federation.client_clusters import best_cut
 from fedmira.federation.clustered import clustered_once
 from fedmira.federation.clustering import Labels, partitions
 from fedmira.federation.graph import Matrix
 from fedmira.federation.method import Method
-from fedmira.method_config import FedLEASEConfig
 from fedmira.types import Clients
 
 

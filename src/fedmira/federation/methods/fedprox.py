@@ -5,9 +5,9 @@ Each client minimises f_k(theta) + mu/2 |theta - theta_t|^2, theta_t the global 
 
 from __future__ import annotations
 
+from fedmira.config.method import FedProxConfig
 from fedmira.federation.averaging import share
 from fedmira.federation.method import Method, State
-from fedmira.method_config import FedProxConfig
 from fedmira.types import Clients, Job, Participants, Pull
 
 

@@ -11,12 +11,12 @@ from functools import partial
 
 import numpy as np
 
+from fedmira.config.method import FedTreeLoRAConfig
 from fedmira.federation.client_clusters import best_cut, num_clusters
 from fedmira.federation.clustered import clustered_once
 from fedmira.federation.clustering import Labels, partitions
 from fedmira.federation.graph import Matrix
 from fedmira.federation.method import Method
-from fedmira.method_config import FedTreeLoRAConfig
 from fedmira.types import Clients
 
 

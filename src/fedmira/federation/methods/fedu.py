@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import numpy as np
 
+from fedmira.config.method import FedUConfig
 from fedmira.federation.graph import Graph, laplacian, subgraph
 from fedmira.federation.method import Info, Method, State
 from fedmira.federation.mixing import linear, refuse_unstable
 from fedmira.federation.receiving import exchange_everything, first_state, own_adapters, received
-from fedmira.method_config import FedUConfig
 from fedmira.types import Clients, Participants, Results
 
 

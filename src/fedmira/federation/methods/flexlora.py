@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import numpy as np
 
+from fedmira.config.method import FlexLoraConfig
 from fedmira.federation.averaging import one_start, returned_weights
 from fedmira.federation.joining import with_rows
 from fedmira.federation.method import Info, Method, State
 from fedmira.federation.products import in_products
 from fedmira.federation.receiving import exchange_everything, own_adapters, received
-from fedmira.method_config import FlexLoraConfig
 from fedmira.types import Clients, Participants, Results
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from fedmira.config.method import IFCAConfig
 from fedmira.federation.averaging import returned_weights
 from fedmira.federation.client_clusters import UNKNOWN, cluster_graph, cluster_means, far_apart, num_clusters
 from fedmira.federation.client_clusters import squared_distances as distances
@@ -18,7 +19,6 @@ from fedmira.federation.method import Info, Method, State
 from fedmira.federation.mixing import linear
 from fedmira.federation.questions import only_to_judge
 from fedmira.federation.receiving import exchange_everything, first_state, own_adapters, received
-from fedmira.method_config import IFCAConfig
 from fedmira.types import Arena, Clients, Job, Losses, Participants, Results, Trial
 
 _PRIVACY = "Clients get all models and tell the server how well each does on their training examples."

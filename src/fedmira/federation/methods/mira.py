@@ -12,6 +12,7 @@ from functools import partial
 
 import numpy as np
 
+from fedmira.config.method import MiraConfig
 from fedmira.federation.choosing import ask, choose, first_choice, taken
 from fedmira.federation.graph import Graph
 from fedmira.federation.learned_graphs import Seen, learner
@@ -19,7 +20,6 @@ from fedmira.federation.method import Info, Method, State
 from fedmira.federation.receiving import exchange_groups, first_state, received
 from fedmira.federation.server_step import Mixture, server_step
 from fedmira.federation.strengths import chosen_together, in_use
-from fedmira.method_config import MiraConfig
 from fedmira.types import Arena, Clients, Job, Participants, Results
 
 

@@ -10,7 +10,8 @@ Of a graph that is learned only what stands for it in round 1 is known by then; 
 
 from __future__ import annotations
 
-from fedmira.config import FederationConfig
+from fedmira.config.method import MiraPublishedConfig
+from fedmira.config.run import FederationConfig
 from fedmira.federation.graph import Graph, subgraph
 from fedmira.federation.known_graphs import uniform
 from fedmira.federation.learned_graphs import Seen, learner
@@ -18,7 +19,6 @@ from fedmira.federation.method import Info, Method, State
 from fedmira.federation.mixing import laplacian_explicit, refuse_unstable, step_numbers
 from fedmira.federation.participation import planned_ids
 from fedmira.federation.receiving import exchange_everything, first_state, own_adapters, received
-from fedmira.method_config import MiraPublishedConfig
 from fedmira.types import Arena, Clients, Participants, Results
 
 

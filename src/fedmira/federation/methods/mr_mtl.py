@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import numpy as np
 
+from fedmira.config.method import MrMtlConfig
 from fedmira.federation.method import Method, State
 from fedmira.federation.multiply import multiply
 from fedmira.federation.receiving import exchange_everything, first_state, own_adapters, stored
-from fedmira.method_config import MrMtlConfig
 from fedmira.types import Job, Participants, Pull
 
 

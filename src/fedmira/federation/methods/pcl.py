@@ -9,11 +9,11 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from fedmira.config.method import PCLConfig
 from fedmira.federation.graph import PRIVACY, validated
 from fedmira.federation.method import Info, Method, State
 from fedmira.federation.mixing import linear
 from fedmira.federation.receiving import exchange_everything, first_state, own_adapters, stored
-from fedmira.method_config import PCLConfig
 from fedmira.types import Clients, Job, Losses, Participants, Results, Trial
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from fedmira.config.method import PFedGraphConfig
 from fedmira.federation.averaging import one_start
 from fedmira.federation.graph import explained, validated
 from fedmira.federation.method import Info, Method, State
@@ -16,7 +17,6 @@ from fedmira.federation.mixing import linear
 from fedmira.federation.ranks import trimmed
 from fedmira.federation.receiving import exchange_everything, own_adapters, received
 from fedmira.federation.simplex import collaboration
-from fedmira.method_config import PFedGraphConfig
 from fedmira.types import Arena, Clients, Job, Participants, Pull, Results
 
 _ALIKE = 0.9

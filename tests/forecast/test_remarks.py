@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 
 from fedmira.assembly import assemble
-from fedmira.config import RunConfig
-from fedmira.estimate import dry_run
+from fedmira.config.run import RunConfig
 from fedmira.exchange.privacy import epsilon
-from fedmira.foresight import warnings
+from fedmira.forecast.estimate import dry_run
+from fedmira.forecast.remarks import warnings
 
 
 def tiny(**sections: Any) -> RunConfig:

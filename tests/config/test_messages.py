@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fedmira.config import RunConfig
-from fedmira.config_file import load_config, parse_config, resolved_yaml
-from fedmira.config_messages import MAX_SHOWN, Schema, given, nearest_names
+from fedmira.config.file import load_config, parse_config, resolved_yaml
+from fedmira.config.messages import MAX_SHOWN, Schema, given, nearest_names
+from fedmira.config.run import RunConfig
 from fedmira.errors import ConfigError
 
-GOLDEN = Path(__file__).resolve().parent / "golden" / "config_errors"
+GOLDEN = Path(__file__).resolve().parent.parent / "golden" / "config_errors"
 CASES = sorted(path.stem for path in GOLDEN.glob("*.yaml"))
 
 

@@ -243,7 +243,7 @@ def _shortened(text: str) -> str:
 def allowed_values(field: FieldInfo) -> str:
     """Return in words what `field` accepts.
 
-    >>> from fedmira.config import TrainingConfig
+    >>> from fedmira.config.run import TrainingConfig
     >>> allowed_values(TrainingConfig.model_fields["local_steps"])
     'a whole number, at least 1, or null'
     """

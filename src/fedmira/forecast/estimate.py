@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 
 from fedmira.assembly import Assembly, assemble
-from fedmira.config import RunConfig
+from fedmira.config.run import RunConfig
 from fedmira.data.packing import batches_in_round, steps_of_row
 from fedmira.evaluation.costs import highest_memory_bytes, memory_bytes
 from fedmira.exchange.in_process import examples_asked, trial_bytes
@@ -24,9 +24,9 @@ from fedmira.exchange.seam import planned_bytes
 from fedmira.federation import participation
 from fedmira.federation.method import State
 from fedmira.federation.questions import bounded
-from fedmira.foresight import warnings
+from fedmira.forecast.remarks import warnings
+from fedmira.forecast.trials import planned_steps, timed, try_checkpoint, try_evaluation, try_generation, try_training
 from fedmira.randomness import torch_generator
-from fedmira.trials import planned_steps, timed, try_checkpoint, try_evaluation, try_generation, try_training
 from fedmira.types import ClientReport, Job, Losses, Results, Trial
 
 _PATIENCE_SECONDS = 20.0

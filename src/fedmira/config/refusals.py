@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from typing import get_args
 
-from fedmira.exchange_config import ExchangeConfig
-from fedmira.graph_config import GraphConfig
-from fedmira.method_config import METHOD_SECTIONS, AdapterKind, MethodSection
+from fedmira.config.exchange import ExchangeConfig
+from fedmira.config.graph import GraphConfig
+from fedmira.config.method import METHOD_SECTIONS, AdapterKind, MethodSection
 
 LOW_RANK_GRAPHS = ("gram", "gram_layers", "pfedgraph", "kalofolias", "mtrl", "clusters")
 """Kinds of graphs that are learned from the low-rank products of the adapters."""
@@ -23,7 +23,7 @@ def methods_for(kind: AdapterKind) -> tuple[str, ...]:
 def refusal(method: MethodSection, kind: AdapterKind) -> str:
     """Why `method` cannot use adapters of `kind`; empty if it can.
 
-    >>> from fedmira.method_config import method_with_defaults
+    >>> from fedmira.config.method import method_with_defaults
     >>> refusal(method_with_defaults("fedit"), "prompt")
     ''
     """
@@ -53,7 +53,7 @@ def refusal(method: MethodSection, kind: AdapterKind) -> str:
 def asks_for_validation(method: MethodSection) -> tuple[str, ...]:
     """What of `method` rests on the clients' validation examples.
 
-    >>> from fedmira.method_config import method_with_defaults
+    >>> from fedmira.config.method import method_with_defaults
     >>> asks_for_validation(method_with_defaults("mira"))
     ('method.choice',)
     """
@@ -79,7 +79,7 @@ def refusal_beside(method: MethodSection, exchange: ExchangeConfig, client_ranks
         client_ranks: whether clients have adapters of different ranks.
         keep_moments: whether clients go on with their optimizer's moments.
 
-    >>> from fedmira.method_config import method_with_defaults
+    >>> from fedmira.config.method import method_with_defaults
     >>> refusal_beside(method_with_defaults("fedit"), ExchangeConfig(), client_ranks=True, keep_moments=True)
     ''
     """
@@ -108,7 +108,7 @@ def _refusal_of_scalars(method: MethodSection, exchange: ExchangeConfig, client_
         exchange: what happens to what crosses.
         client_ranks: whether clients have adapters of different ranks.
 
-    >>> from fedmira.method_config import method_with_defaults
+    >>> from fedmira.config.method import method_with_defaults
     >>> _refusal_of_scalars(method_with_defaults("fedit"), ExchangeConfig(compression="int8"), client_ranks=True)
     ''
     """
@@ -138,7 +138,7 @@ def _refusal_of_scalars(method: MethodSection, exchange: ExchangeConfig, client_
 def _refusal_of_feedback(method: MethodSection, exchange: ExchangeConfig) -> str:
     """Why what compression leaves out of an upload of `method` cannot be added to the next; empty if it can.
 
-    >>> from fedmira.method_config import method_with_defaults
+    >>> from fedmira.config.method import method_with_defaults
     >>> _refusal_of_feedback(method_with_defaults("fedit"), ExchangeConfig(compression="topk"))
     ''
     """
@@ -153,7 +153,7 @@ def _refusal_of_feedback(method: MethodSection, exchange: ExchangeConfig) -> str
 def _refusal_under_noise(method: MethodSection) -> str:
     """Why `method` cannot be used with `exchange.privacy`, which covers adapters only; empty if it can.
 
-    >>> from fedmira.method_config import method_with_defaults
+    >>> from fedmira.config.method import method_with_defaults
     >>> _refusal_under_noise(method_with_defaults("fedit"))
     ''
     """

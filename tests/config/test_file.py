@@ -14,8 +14,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedmira.config import FederationConfig, OutputConfig, RunConfig, TrainingConfig
-from fedmira.config_file import (
+from fedmira.config.file import (
     config_difference,
     config_from_mapping,
     config_hash,
@@ -23,8 +22,9 @@ from fedmira.config_file import (
     parse_config,
     resolved_yaml,
 )
+from fedmira.config.method import DittoConfig, FedITConfig, MiraConfig
+from fedmira.config.run import FederationConfig, OutputConfig, RunConfig, TrainingConfig
 from fedmira.errors import ConfigError
-from fedmira.method_config import DittoConfig, FedITConfig, MiraConfig
 
 # ------------------------------------------------------------------------------------------------------------ reading
 
@@ -280,7 +280,7 @@ def test_a_difference_shows_both_values() -> None:
 
 def test_reading_a_config_imports_no_torch_and_is_quick() -> None:
     code = (
-        "import sys; from fedmira.config_file import parse_config; parse_config('seed: 1', ['federation.rounds=3']);"
+        "import sys; from fedmira.config.file import parse_config; parse_config('seed: 1', ['federation.rounds=3']);"
         "sys.exit(' '.join({'torch', 'transformers', 'numpy', 'rapidfuzz'} & set(sys.modules)) or 0)"
     )
     seconds = []

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from fedmira.config_basics import FinitePositiveFloat, Fraction, Section
+from fedmira.config.basics import FinitePositiveFloat, Fraction, Section
 
 Compression = Literal["none", "bf16", "int8", "topk"]
 

@@ -1,6 +1,6 @@
 """The config of a run: frozen data with a description under each field. Imports neither torch nor transformers.
 
-Reading YAML, reporting every mistake at once and naming a run by the hash of its config is `config_file`'s work.
+Reading YAML, reporting every mistake at once and naming a run by the hash of its config is `file`'s work.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt, field_validator, model_validator
 
-from fedmira.config_basics import (
+from fedmira.config.basics import (
     RUN_NAME,
     FinitePositiveFloat,
     Fraction,
@@ -20,16 +20,16 @@ from fedmira.config_basics import (
     Section,
     Share,
 )
-from fedmira.errors import ConfigError, nearest
-from fedmira.exchange_config import ExchangeConfig
-from fedmira.method_config import (
+from fedmira.config.exchange import ExchangeConfig
+from fedmira.config.method import (
     METHOD_NAMES,
     AdapterKind,
     MethodConfig,
     MiraConfig,
     method_with_defaults,
 )
-from fedmira.refusals import methods_for, refusal, refusal_beside
+from fedmira.config.refusals import methods_for, refusal, refusal_beside
+from fedmira.errors import ConfigError, nearest
 
 # --------------------------------------------------------------------------------------------------------------- model
 

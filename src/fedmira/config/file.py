@@ -3,7 +3,7 @@
 Mistakes are found in two passes: one over the keys (unknown, misplaced, misspelt), which needs only the field names
 of the sections, and one by pydantic over the values, repeated without the offending values so that a mistake never
 hides another. Knows what the sections are called only through `RunConfig`; imports neither torch nor transformers.
-The words of the messages are made in `config_messages`, the YAML dialect is defined in `config_yaml`.
+The words of the messages are made in `messages`, the YAML dialect is defined in `dialect`.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from fedmira.config import RunConfig
-from fedmira.config_messages import (
+from fedmira.config.dialect import Dumper, parse_yaml, read_text
+from fedmira.config.messages import (
     Mistakes,
     Schema,
     Section,
@@ -29,7 +29,7 @@ from fedmira.config_messages import (
     literal_values,
     nearest_names,
 )
-from fedmira.config_yaml import Dumper, parse_yaml, read_text
+from fedmira.config.run import RunConfig
 from fedmira.errors import ConfigError
 
 NOT_IDENTITY = ("output", "compare", "name")

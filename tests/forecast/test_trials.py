@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from fedmira import trials
 from fedmira.assembly import assemble
-from fedmira.config import RunConfig
+from fedmira.config.run import RunConfig
 from fedmira.experiment import run
+from fedmira.forecast import trials
+from fedmira.forecast.trials import planned_steps, timed
 from fedmira.runs.store import RunStore
-from fedmira.trials import planned_steps, timed
 
 
 def config(**sections: Any) -> RunConfig:

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt, model_validator
 
-from fedmira.config_basics import FinitePositiveFloat, Section, Share
+from fedmira.config.basics import FinitePositiveFloat, Section, Share
 
 
 class GraphConfig(Section):

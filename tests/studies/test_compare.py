@@ -13,8 +13,8 @@ from tests.test_experiment import METHODS, tiny
 
 from fedmira import experiment
 from fedmira.assembly import Assembly
-from fedmira.config import EvaluationConfig, RunConfig
-from fedmira.config_file import load_config
+from fedmira.config.file import load_config
+from fedmira.config.run import EvaluationConfig, RunConfig
 from fedmira.errors import ConfigError, DivergedError, IntegrityError, Interrupted, UsageError
 from fedmira.exchange.in_process import InProcess
 from fedmira.experiment import SilentDisplay

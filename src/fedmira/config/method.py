@@ -11,9 +11,9 @@ from typing import Annotated, ClassVar, Literal, TypeAlias, get_args
 
 from pydantic import Field, PositiveInt, TypeAdapter, model_validator
 
-from fedmira.config_basics import FinitePositiveFloat, Fraction, NonNegativeFloat, NonNegativeInt, Section, Share
+from fedmira.config.basics import FinitePositiveFloat, Fraction, NonNegativeFloat, NonNegativeInt, Section, Share
+from fedmira.config.graph import GraphConfig
 from fedmira.errors import ConfigError, nearest
-from fedmira.graph_config import GraphConfig
 
 AdapterKind: TypeAlias = Literal["lora", "prompt", "p_tuning", "full"]
 """What is trained on top of the base; see `model.adapter.kind`."""

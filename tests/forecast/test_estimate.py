@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from fedmira.config import RunConfig
+from fedmira.config.run import RunConfig
 from fedmira.errors import ConfigError
-from fedmira.estimate import dry_run
 from fedmira.experiment import run
+from fedmira.forecast.estimate import dry_run
 from fedmira.runs.store import RunStore
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -95,7 +95,7 @@ def test_memory_is_predicted_within_15_percent(tmp_path: Path, heavy: str) -> No
 def memory_of_an_idle_process() -> int:
     """With the base in memory and nothing done."""
     program = (
-        "from fedmira.assembly import assemble; from fedmira.config import RunConfig; "
+        "from fedmira.assembly import assemble; from fedmira.config.run import RunConfig; "
         "from fedmira.evaluation.costs import highest_memory_bytes; "
         "assemble(RunConfig()); print(highest_memory_bytes())"
     )

@@ -16,7 +16,7 @@ import yaml
 from fedmira.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
-    from fedmira.config_messages import Mistakes
+    from fedmira.config.messages import Mistakes
 
 MAX_BYTES = 1 << 20
 """A config is written by hand; a larger file is something else."""

@@ -9,14 +9,14 @@ import math
 from collections import Counter
 
 from fedmira.assembly import Assembly
-from fedmira.config import RunConfig
+from fedmira.config.refusals import asks_for_validation
+from fedmira.config.run import RunConfig
 from fedmira.data.packing import batches_in_round
 from fedmira.data.sources.files import unusable_line
 from fedmira.evaluation.judge import shortened_line
 from fedmira.exchange.privacy import max_uploads
 from fedmira.federation import participation
 from fedmira.federation.similarity import MINIMUM_CLIENTS
-from fedmira.refusals import asks_for_validation
 
 _JUDGING_SHARE = 0.2
 """Of the time of training: what is advised where judging takes longer than training itself."""
