@@ -40,7 +40,7 @@ pages: .venv/installed-dev
 	$(BIN)/python tools/configuration_page.py
 	$(BIN)/python -m benchmarks.table
 
-# ours against the peers on this machine's processor, some 20 minutes on two cores
+# ours against the peers on this machine's processor, 20 to 25 minutes on two cores
 bench: .venv/installed-dev
 	$(BENCH_ENV) $(BIN)/python -W ignore::FutureWarning -m benchmarks.run --out benchmarks/results
 

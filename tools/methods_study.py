@@ -1,4 +1,4 @@
-"""The study behind docs/results/methods.md: every method on the same draws of four federations, in resumable pieces.
+"""The study behind docs/results/methods.md: every method on the same draws of five federations, in resumable pieces.
 
     python tools/methods_study.py run  --data DIR [--only planted flan] [--methods mira fedit] [--workers 2]
     python tools/methods_study.py page > docs/results/methods.md
