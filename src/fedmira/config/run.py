@@ -182,8 +182,8 @@ class _Source(Section):
     """How an example becomes text: the paper's Alpaca template, bare text, or the tokenizer's chat template, in which
     today is always 26 July 2024."""
     max_length: Annotated[int, Field(ge=8)] = 512
-    """Tokens of prompt and answer together. A longer prompt loses its beginning; an example whose answer does not fit is
-    left out."""
+    """Tokens of prompt and answer together. A longer prompt loses its beginning; an example whose answer does not fit
+    is left out."""
     partition: PartitionConfig = PartitionConfig()
     """How examples become clients, and which of them are held out."""
 
