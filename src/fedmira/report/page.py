@@ -128,7 +128,7 @@ def _facts(record: RunRecord | StudyRecord, run: RunRecord | None) -> list[tuple
     facts: list[tuple[str, str]] = []
     if isinstance(record, StudyRecord):
         facts.append(("methods", str(len(record.methods))))
-        facts.append(("seeds", ", ".join(map(str, record.seeds))))
+        facts.append(("seed" if len(record.seeds) == 1 else "seeds", ", ".join(map(str, record.seeds))))
         created = record.created
     else:
         facts.append(("seed", str(record.seed)))
