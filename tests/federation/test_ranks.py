@@ -9,6 +9,7 @@ from tests.federation.builders import (
     CONFIGS,
     clients,
     initial,
+    layout,
     layout_for,
     mira_with,
     one_round,
@@ -168,6 +169,23 @@ def test_pfedgraph_does_not_take_a_missing_component_for_a_common_way() -> None:
         assert info.graph is not None
         found.append(info.graph.adjacency_KK[:3, :3].mean())
     assert found[1] < 1.5 * found[0]
+
+
+def test_krum_does_not_take_a_larger_rank_for_hostile() -> None:
+    # every number of an adapter moves as far as any other, so who has 16 components goes four times as far as who has one
+    of, ranks = layout(rank=16), (1, 1, 16) * 3
+    moved = torch.randn(9, of.num_parameters, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    start = initial(9, torch.float64, of).values_KP
+    told = {}
+    for hears in (ranks, None):
+        who = clients(9)._replace(num_examples_K=(20,) * 9, ranks_K=hears)
+        method = build_method(mira_with("uniform", robust="krum", mixing="factors"), who)
+        uploads_SP = trimmed(of, start + moved, ranks)
+        results = Results(tuple(range(9)), uploads_SP, (), 0, 0, 0.0, 0)
+        _, info = method.merge(method.init(initial(9, torch.float64, of), who), Participants(1, results.ids), results)
+        told[hears] = info.numbers["unheard"]
+    # somebody who has 16 components without being known for it is another matter
+    assert told == {ranks: 0, None: 3}
 
 
 def test_krum_does_not_take_a_smaller_rank_for_hostile() -> None:

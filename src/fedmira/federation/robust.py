@@ -22,7 +22,7 @@ _NEARLY_ZERO = 1e-12
 """Distances below its root, as a share of the largest, count alike in a geometric median."""
 
 
-def clip(matrix_KK: Matrix, distance_KK: Matrix, _num_examples_K: Sequence[int] = ()) -> Matrix:
+def clip(matrix_KK: Matrix, distance_KK: Matrix, _effort_K: Sequence[int] = ()) -> Matrix:
     """Return the step in which no client moves another further than the median one does.
 
     x_k = theta_k + sum_l P_kl min(1, r_k / d_kl) (theta_l - theta_k), d_kl the distance and r_k its median over l != k,
@@ -42,21 +42,22 @@ def clip(matrix_KK: Matrix, distance_KK: Matrix, _num_examples_K: Sequence[int] 
     return np.asarray(kept_KK + np.diag(1.0 - kept_KK.sum(axis=1)))
 
 
-def krum(matrix_KK: Matrix, distance_KK: Matrix, num_examples_K: Sequence[int]) -> Matrix:
+def krum(matrix_KK: Matrix, distance_KK: Matrix, effort_K: Sequence[int]) -> Matrix:
     """Return the step in which nobody takes anything from a client with an outlying score.
 
-    The score is the sum of d_kl^2 / (n_k + n_l) to the nearest C - f - 2 of the C clients that anybody listens to, f
+    The score is the sum of d_kl^2 / (e_k + e_l) to the nearest C - f - 2 of the C clients that anybody listens to, f
     the most hostile ones that Krum allows, (C - 3) / 2 (Blanchard et al., NeurIPS 2017); beyond 4 times the median it
     is outlying. The others' shares grow in proportion. Krum takes clients for draws of one distribution, but who has
-    more examples may take more steps and go further: squared distances count by the n_k training examples behind both
-    ends, as noisy steps add up. Where all went as far, no score is more than twice the median by that (docs/log.md).
+    more examples may take more steps, and who has a higher rank moves more numbers: squared distances count by the
+    e_k = examples x rank of both ends, as noisy steps add up. Where all went as far, no score is more than twice the
+    median by that (docs/log.md).
     """
     ids = heard(matrix_KK)
     num_nearest = len(ids) - max(0, len(ids) - 3) // 2 - 2
     if num_nearest < 1:
         return matrix_KK
-    examples_C = np.asarray(num_examples_K, dtype=np.float64)[ids]
-    apart_CC = distance_KK[np.ix_(ids, ids)] / (examples_C[:, None] + examples_C)
+    effort_C = np.asarray(effort_K, dtype=np.float64)[ids]
+    apart_CC = distance_KK[np.ix_(ids, ids)] / (effort_C[:, None] + effort_C)
     score_C = np.sort(apart_CC, axis=1)[:, 1 : num_nearest + 1].sum(axis=1)
     hostile = np.array(ids)[score_C > _OUTLYING * np.median(score_C)]
     if not len(hostile):
@@ -66,7 +67,7 @@ def krum(matrix_KK: Matrix, distance_KK: Matrix, num_examples_K: Sequence[int]) 
     return _shared_out(matrix_KK, others_KK)
 
 
-def geometric_median(matrix_KK: Matrix, distance_KK: Matrix, _num_examples_K: Sequence[int] = ()) -> Matrix:
+def geometric_median(matrix_KK: Matrix, distance_KK: Matrix, _effort_K: Sequence[int] = ()) -> Matrix:
     """Return the step towards geometric medians of the rows' clients where it went towards their means.
 
     z_k minimises sum_l P_kl |z - theta_l|, all l voting, by Weiszfeld's iteration w_l ~ P_kl / |z - theta_l| as in RFA
@@ -106,5 +107,5 @@ ROBUST: Mapping[str, Callable[[Matrix, Matrix, Sequence[int]], Matrix]] = {
     "krum": krum,
     "geometric_median": geometric_median,
 }
-"""By `method.robust`: from the matrix of a step, squared distances, (K, K) both, and training examples, (K,), to the
-matrix of the robust one."""
+"""By `method.robust`: from the matrix of a step, squared distances, (K, K) both, and training examples times rank, (K,),
+to the matrix of the robust one."""

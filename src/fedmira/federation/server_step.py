@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cache
+from itertools import repeat
 from typing import NamedTuple
 
 from fedmira.config.method import MiraConfig
@@ -39,6 +40,7 @@ class ServerStep(NamedTuple):
 def server_step(config: MiraConfig, clients: Clients) -> ServerStep:
     """Return the step that `config` describes, for clients of the given ranks."""
     mixed_as = form(config.mixing, clients.ranks_K)
+    effort_K = [n * rank for n, rank in zip(clients.num_examples_K, clients.ranks_K or repeat(1), strict=False)]
 
     def mixtures(graph: Graph, uploads: Arena, confidence_K: Sequence[float]) -> Callable[[float], Mixture]:
         trusting = ROBUST.get(config.robust)
@@ -48,7 +50,7 @@ def server_step(config: MiraConfig, clients: Clients) -> ServerStep:
         def revised(matrix_KK: Matrix) -> Matrix:
             if trusting is None:
                 return matrix_KK
-            revised_KK = trusting(matrix_KK, distances(), clients.num_examples_K)
+            revised_KK = trusting(matrix_KK, distances(), effort_K)
             unheard.update(set(heard(matrix_KK)) - set(heard(revised_KK)))
             return revised_KK
 
