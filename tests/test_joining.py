@@ -24,6 +24,8 @@ from fedmira.export.clients import load_trained
 from fedmira.federation.known_graphs import labels
 from fedmira.federation.mixing import implicit_matrix
 from fedmira.report.page import write_report
+from fedmira.report.reading import RunRecord, read
+from fedmira.report.summary import summarise_run
 from fedmira.runs.checkpoint import Checkpoint, load_latest
 from fedmira.runs.store import RESOLVED, RunStore
 
@@ -156,6 +158,27 @@ def test_a_run_stopped_before_its_first_round_was_over_can_be_prolonged(data: Pa
     assert run(config(data, 2), resume=True) == path
     assert [event["round"] for event in events(path, "round")] == [1, 2]
     assert RunStore.open(path).config.federation.rounds == 2
+
+
+def test_a_run_that_stopped_while_it_was_prolonged_is_not_judged_by_its_old_end(data: Path) -> None:
+    path = run(config(data, 1))
+    assert summarise_run(path).numbers is not None
+    with pytest.raises(Interrupted):
+        run(config(data, 3), resume=True, display=StopsInRound(3))
+    record = read(path)
+    assert isinstance(record, RunRecord)
+    assert len(record.rounds) == 2
+    assert record.final is None
+    assert summarise_run(path).numbers is None
+    run(config(data, 3), resume=True)
+    assert summarise_run(path).numbers is not None
+
+
+@pytest.mark.parametrize(("method", "asks"), [("local_only", False), ({"name": "mira"}, True)])
+def test_who_prolongs_a_run_that_asks_clients_in_the_end_is_told(data: Path, method: Any, asks: bool) -> None:
+    run(config(data, 1, method))
+    path = run(config(data, 2, method), resume=True)
+    assert ("not be bit for bit a run begun with 2 rounds" in (path / "run.log").read_text()) == asks
 
 
 def test_a_run_killed_while_it_is_prolonged_is_as_it_was(data: Path) -> None:

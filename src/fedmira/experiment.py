@@ -132,6 +132,11 @@ class _Run:
         self.display.start(f"{config.method.name} seed {config.seed}", config.federation.rounds)
         for line in warnings(self.parts):
             self._tell(f"warning: {line}")
+        if 0 < self.store.rounds_before < first_round and self.parts.method.trial is not None:
+            self._tell(
+                f"round {self.store.rounds_before} was the last one and asked clients accordingly, so what follows may "
+                f"not be bit for bit a run begun with {config.federation.rounds} rounds"
+            )
         for round_ in range(first_round, config.federation.rounds + 1):
             if self.larger and progress is None:
                 state = self._take_in(self.larger, state, round_ - 1)
@@ -206,9 +211,12 @@ class _Run:
             self._save(round_ - 1, state, stopped.progress)
             self._interrupted(round_)
         except ParticipationError:
+            self._announce(None)
             if (round_ - 1) % self.config.output.checkpoint_every:
                 self._save(round_ - 1, state)
             raise
+        # who failed has uploaded nothing
+        self._announce(None)
         for report in results.reports:
             if report.failure:
                 self._tell(left_out_line(round_, self.parts.clients.names[report.id], report.failure))

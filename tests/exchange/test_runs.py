@@ -34,7 +34,7 @@ from fedmira.report.reading import read
 from fedmira.runs.checkpoint import load_latest
 from fedmira.runs.store import RunStore
 from fedmira.studies.compare import compare
-from fedmira.types import Arena, Losses, Participants, Trial
+from fedmira.types import Arena, Job, Losses, Participants, Trial
 
 CLIENTS = ("family-0-client-0", "family-0-client-1", "family-1-client-0", "family-1-client-1")
 NOISY = {"privacy": {"enabled": True, "clip_norm": 0.1, "noise_multiplier": 2.0}}
@@ -331,6 +331,14 @@ def test_what_a_method_makes_meaningless_is_refused(
     tiny({**exchange, "error_feedback": False, "privacy": {}}, method={"name": method})
 
 
+def test_pairs_that_do_not_match_have_no_use_for_what_compression_left_out_of_the_last_ones() -> None:
+    exchange, method = {"compression": "topk"}, {"name": "flexlora", "align": False}
+    with pytest.raises(ValidationError, match=r"align: false.*set exchange\.error_feedback: false"):
+        tiny(exchange, method=method)
+    tiny({**exchange, "error_feedback": False}, method=method)
+    tiny(exchange, method={"name": "flexlora"})
+
+
 @pytest.mark.parametrize("method", ["rolora", "feddpa"])
 def test_moments_of_tensors_that_rest_are_not_kept(tmp_path: Path, method: str) -> None:
     kept = {"keep_moments": True, "local_steps": 2}
@@ -548,3 +556,28 @@ def test_a_round_that_was_stopped_before_anybody_sent_anything_costs_nothing(
     monkeypatch.undo()
     path = run(config, directory=tmp_path, resume=True)
     assert outcome(config, path)[1] == {"uploads": [2, 2, 2, 2]}
+
+
+def test_uploads_that_failed_or_were_refused_are_not_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    system = {**NOISY["privacy"], "noise_seed": "system"}
+    original = in_process.train
+
+    def one_fails(base: Any, layout: Any, job: Job, *others: Any, **named: Any) -> Any:
+        values_SP, reports = original(base, layout, job, *others, **named)
+        if job.round != 2:
+            return values_SP, reports
+        return values_SP[1:], (reports[0]._replace(failure="training diverged"), *reports[1:])
+
+    monkeypatch.setattr(in_process, "train", one_fails)
+    failing = tiny({"privacy": system}, method={"name": "fedit"}, federation={"rounds": 2})
+    path = run(failing, directory=tmp_path)
+    monkeypatch.undo()
+    assert RunStore.open(path).uploads() == [1, 2, 2, 2]
+    # a budget that two uploads spend: however often it is tried, nobody sends a third
+    limited = {"privacy": {**system, "budget": epsilon(2, 2.0, 1e-5) + 1e-6}}
+    config = tiny(limited, method={"name": "fedit"}, federation={"rounds": 5})
+    for resume in (False, True, True):
+        with pytest.raises(ParticipationError):
+            run(config, directory=tmp_path / "limited", resume=resume)
+        [path] = (tmp_path / "limited").iterdir()
+        assert RunStore.open(path).uploads() == [2, 2, 2, 2]

@@ -181,6 +181,23 @@ def test_a_restored_seam_goes_on_bit_for_bit(form: Compression) -> None:
     assert all(torch.equal(kept_whole.tensors[name], kept_parts.tensors[name]) for name in kept_whole.tensors)
 
 
+def test_uploads_of_clients_that_have_yet_to_join_again_are_not_forgotten() -> None:
+    before = seam(compression="int8", download_compression="int8")
+    before.receive(before.send(job(rows(0))).job, rows(1), reports())
+    kept = before.state()
+    earlier = seam(compression="int8", download_compression="int8")
+    earlier.restore(Kept(kept.tensors, {"uploads": [2, 2, 2, 2, 1]}))
+    assert earlier.state().facts == {"uploads": [2, 2, 2, 2, 1]}
+    assert {name: len(rows_KP) for name, rows_KP in earlier.state().tensors.items()} == {
+        "error.0": 4,
+        "copy.0": 4,
+        "known.0": 4,
+    }
+    joined = Seam(ExchangeConfig(), LAYOUT, (*NAMES, "eva", "finn"), seed=0)
+    joined.restore(earlier.state())
+    assert joined.state().facts == {"uploads": [2, 2, 2, 2, 1, 0]}
+
+
 def test_of_clients_that_joined_nothing_is_remembered_and_of_the_others_everything() -> None:
     settings: dict[str, object] = {"compression": "int8", "download_compression": "int8"}
     settings["privacy"] = {"enabled": True, "noise_multiplier": 2.0}

@@ -187,6 +187,13 @@ def test_a_hopeless_answer_says_nothing_about_others() -> None:
     assert after.memory["start_alpha"].tolist() == [1.0, 1.0, 0.0]
 
 
+def test_who_loses_nothing_either_way_is_not_in_trouble() -> None:
+    trial = question(ChoiceConfig(), 0, 1, 2)
+    after, _ = choose(ChoiceConfig(), state(), trial, answers([[0.0, 0.0], [1.0, 0.9], [0.0, 0.5]], (5, 5, 5)))
+    assert after.memory["start_alpha"].tolist() == [1.0, 1.0, 0.0]
+    assert after.memory["rise"][0] == 0
+
+
 def test_where_to_start_from_is_decided_by_a_moving_average_of_own_answers() -> None:
     config = ChoiceConfig(memory=0.75)
     trial = question(config, 0)

@@ -122,6 +122,7 @@ def test_weight_inside() -> None:
     graph = graphs.validated([[0, 3, 1], [3, 0, 0], [1, 0, 0]], 3, "given")
     assert graphs.weight_inside(graph, ["a", "a", "b"]) == 0.75
     assert graphs.weight_inside(graph, ["a", "a", "a"]) == 1
+    assert graphs.weight_inside(graph, ["", "", "a"]) == 0, "no label is none in common"
     assert graphs.weight_inside(graphs.validated(np.zeros((3, 3)), 3, "given"), ["a", "a", "b"]) == 0
 
 

@@ -11,6 +11,7 @@ from tests.federation.builders import (
     clients,
     initial,
     mira,
+    mira_with,
     play,
     published,
     same_bytes,
@@ -28,7 +29,7 @@ from fedmira.federation.method import Method, State
 from fedmira.federation.mixing import implicit_matrix
 from fedmira.federation.participation import draw
 from fedmira.federation.registry import build_method
-from fedmira.types import Arena, Layout, Participants, TensorSpec
+from fedmira.types import Arena, Layout, Participants, Results, TensorSpec
 
 ROUNDS = [(0, 1, 3), (1, 2, 4), (0, 2, 3, 5), (0, 1, 2, 3, 4, 5)]
 EVERYBODY = Participants(1, tuple(range(6)))
@@ -194,6 +195,19 @@ def test_stored_uploads_stay_as_sent_so_that_nobody_is_mixed_twice() -> None:
 def _confidence_after_first_round() -> list[float]:
     sizes = clients().num_examples_K
     return [sizes[k] / float(np.mean(sizes)) if k in ROUNDS[0] else 0.0 for k in range(6)]
+
+
+def test_who_was_seen_long_ago_is_not_a_stranger() -> None:
+    # its neighbours and it fade together, and keep what they have between them
+    who = clients(4)._replace(num_examples_K=(5,) * 4, tasks=("a", "b", "b", "a"))
+    method = build_method(mira_with("labels", staleness_decay=0.01, client_strength={"client-0": 0.1}), who)
+    state = method.init(initial(4, torch.float64), who)
+    sent_SP = initial(4, torch.float64).values_KP + torch.tensor([[10.0], [0.0], [0.0], [10.0]])
+    everybody = Participants(1, (0, 1, 2, 3))
+    state, _ = method.merge(state, everybody, Results(everybody.ids, sent_SP, (), 0, 0, 0.0, 0))
+    later = Participants(400, (1, 2))
+    state, _ = method.merge(state, later, Results(later.ids, sent_SP[1:3], (), 0, 0, 0.0, 0))
+    assert torch.allclose(state.adapters.values_KP[[0, 3]], sent_SP[[0, 3]])
 
 
 def test_a_client_never_seen_starts_from_its_neighbours_or_else_from_the_mean_of_all() -> None:

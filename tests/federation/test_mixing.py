@@ -29,9 +29,10 @@ from fedmira.federation.mixing import (
     keep,
     laplacian_explicit,
     laplacian_implicit,
+    linear,
     matrix_of,
     step_numbers,
-    welcome,
+    welcomed,
 )
 from fedmira.types import Arena
 
@@ -150,12 +151,23 @@ def test_who_is_in_a_component_without_confidence_gets_the_mean_of_all() -> None
     edges[0, 1] = edges[1, 0] = edges[2, 3] = edges[3, 2] = 1
     graph = validated(edges, 5, "given")
     values = arena(5)
-    mixed = welcome(graph, [1.0, 0.0, 3.0, float("inf"), 0.0])(values).values_KP
+    mixed = linear(welcomed(np.eye(5), graph, [1.0, 0.0, 3.0, float("inf"), 0.0]))(values).values_KP
     assert same_bytes(mixed[:4], values.values_KP[:4]), "client 1 has a neighbour that is known"
     mean = mixing_twin.weighted_mean([values.values_KP[k] for k in (0, 2, 3)], [1.0, 3.0, 1.0])
     assert np.allclose(mixed[4], mean, rtol=0, atol=1e-12)
     for confidence in ([0.0] * 5, [1.0, 0.0, 0.0, 1.0, 1.0]):
-        assert same_bytes(welcome(graph, confidence)(values).values_KP, values.values_KP)
+        assert np.array_equal(welcomed(np.eye(5), graph, confidence), np.eye(5))
+    # however long ago everybody was seen
+    assert np.allclose(welcomed(np.eye(5), graph, [1e-300, 0.0, 3e-300, 0.0, 0.0])[4], [0.25, 0, 0.75, 0, 0])
+
+
+def test_the_mean_of_all_uploads_is_that_of_what_the_step_makes_of_them() -> None:
+    graph, values = known.labels(["a", "a", "b", "b", ""]), arena(5)
+    confidence = [0.3, 2.0, 0.0, 1.0, 0.0]
+    matrix_KK = implicit_matrix(graph, 3.0, confidence)
+    before = linear(welcomed(matrix_KK, graph, confidence))(values).values_KP[4]
+    after = linear(matrix_KK)(values).values_KP
+    assert np.allclose(before, mixing_twin.weighted_mean(list(after[:4]), confidence[:4]), rtol=0, atol=1e-12)
 
 
 def test_a_component_nobody_has_confidence_in_keeps_its_bits_and_vanishing_confidence_still_mixes() -> None:

@@ -172,7 +172,7 @@ def test_pfedgraph_does_not_take_a_missing_component_for_a_common_way() -> None:
 
 
 def test_krum_does_not_take_a_larger_rank_for_hostile() -> None:
-    # every number of an adapter moves as far as any other, so who has 16 components goes four times as far as who has one
+    # every number of an adapter moves as far as any other: who has 16 components goes four times as far as who has one
     of, ranks = layout(rank=16), (1, 1, 16) * 3
     moved = torch.randn(9, of.num_parameters, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     start = initial(9, torch.float64, of).values_KP

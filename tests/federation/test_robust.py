@@ -204,6 +204,25 @@ def test_three_hostile_clients_of_eleven_do_not_double_the_error() -> None:
         assert error(robust, "flip", 3) < 2 * error("none", "")
 
 
+@pytest.mark.parametrize("robust", list(ROBUST))
+def test_a_client_never_seen_does_not_start_from_the_hostile_either(robust: str) -> None:
+    # eight of nine take part, one of them sends minus fifty times what the others do on the mean
+    who, everybody = clients(9)._replace(num_examples_K=(10,) * 9), Participants(1, tuple(range(8)))
+    first = initial(9, torch.float64)
+    noise_SP = torch.randn((8, layout().num_parameters), generator=torch.Generator().manual_seed(0)).double()
+    honest_SP = first.values_KP[:7] + 1.0 + 0.1 * noise_SP[:7]
+    hostile_P = first.values_KP[7] - 50 * (honest_SP - first.values_KP[:7]).mean(dim=0)
+    results = Results(everybody.ids, torch.cat([honest_SP, hostile_P[None]]), (), 0, 0, 0.0, 0)
+    away = {}
+    for name in (robust, "none"):
+        method = build_method(mira_with("gram", robust=name), who)
+        state, _ = method.merge(method.init(first, who), everybody, results)
+        start_P = method.plan(state, Participants(2, (8,))).start_SP[0]
+        away[name] = float((start_P - honest_SP.mean(dim=0)).norm() / (honest_SP[0] - first.values_KP[0]).norm())
+    assert away["none"] > 3
+    assert away[robust] < (0.1 if robust != "clip" else 0.5)
+
+
 def test_distances_are_taken_where_adapters_are_mixed() -> None:
     # client 0 writes its update with a huge B and a tiny A: as products nobody is far away, as factors it is
     who, everybody = clients(4), Participants(1, (0, 1, 2, 3))

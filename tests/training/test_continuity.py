@@ -104,6 +104,17 @@ def test_moments_turn_with_the_factors() -> None:
     assert largest_difference(straight_SP, fooled_SP) > 1e-6
 
 
+def test_where_one_factor_rested_nothing_turns() -> None:
+    # all of A and half of each B, as after mixing B alone: the gradients of the new product are not those of the old
+    start_P, moments_P = START_SP[0].clone(), torch.randn_like(START_SP[0])
+    for spec in LAYOUT.specs:
+        if spec.group == "lora_b":
+            start_P[spec.columns] = torch.randn(spec.size, generator=torch.Generator().manual_seed(1)).to(start_P)
+    turned_P, squares_P = turn(LAYOUT, START_SP[0], start_P, moments_P, moments_P.square())
+    assert torch.equal(turned_P, moments_P)
+    assert torch.equal(squares_P, moments_P.square())
+
+
 def test_mean_squares_turn_with_the_squares_and_keep_their_sum_over_components() -> None:
     ended_P = START_SP[0]
     first_P, second_P = torch.randn_like(ended_P), torch.rand_like(ended_P)

@@ -142,11 +142,11 @@ def _refusal_of_feedback(method: MethodSection, exchange: ExchangeConfig) -> str
     >>> _refusal_of_feedback(method_with_defaults("fedit"), ExchangeConfig(compression="topk"))
     ''
     """
-    if not method.draws_factors or exchange.compression == "none" or not exchange.error_feedback:
+    if not method.new_pairs or exchange.compression == "none" or not exchange.error_feedback:
         return ""
     return (
-        f"method.name = {method.name} starts each round from new random factors, so what compression left out of the "
-        "old ones would only disturb them; set exchange.error_feedback: false"
+        f"method.name = {method.name} {method.new_pairs}, so what compression left out of the old ones would only "
+        "disturb them; set exchange.error_feedback: false"
     )
 
 

@@ -77,12 +77,16 @@ class Seam:
         return Kept(dict(self._tensors), {"uploads": list(self._uploads)})
 
     def restore(self, kept: Kept) -> None:
-        """Go on from what `state` returned; of clients that joined since, which are the last, nothing is remembered."""
-        before = [int(count) for count in kept.facts["uploads"]]
-        joined = len(self._names) - len(before)
-        self._uploads = before + [0] * joined
+        """Go on from what `state` returned; of clients that joined since, which are the last, nothing is remembered.
+
+        Uploads may be of more clients: of those who had joined by then, and will again.
+        """
+        before, num_clients = [int(count) for count in kept.facts["uploads"]], len(self._names)
+        self._uploads = before + [0] * (num_clients - len(before))
         self._tensors = {
-            name: torch.cat([rows, rows.new_zeros(joined, rows.shape[1])]) if joined else rows
+            name: torch.cat([rows, rows.new_zeros(num_clients - len(rows), rows.shape[1])])
+            if len(rows) < num_clients
+            else rows
             for name, rows in kept.tensors.items()
         }
 

@@ -129,7 +129,9 @@ def choose(config: ChoiceConfig, state: State, trial: Trial, losses: Losses) -> 
     if not heard_S.any():
         # nobody holds validation examples: everybody goes on as before
         return state, Info({})
-    change_SQ = torch.log(losses.mean_SQ / losses.mean_SQ[:, :1])
+    # where nothing is lost there is nothing to gain: no change is not a loss that is not finite any more
+    mean_SQ = losses.mean_SQ.clamp(min=torch.finfo(losses.mean_SQ.dtype).tiny)
+    change_SQ = torch.log(mean_SQ / mean_SQ[:, :1])
     change_SQ = change_SQ.nan_to_num(nan=_HOPELESS).clamp(-_HOPELESS, _HOPELESS)
     usual_S = heard_S & (change_SQ < _HOPELESS).all(dim=1)
     change_SQ[~heard_S] = change_SQ[usual_S if usual_S.any() else heard_S].mean(dim=0)

@@ -217,12 +217,14 @@ def connected_components(graph: Graph) -> tuple[tuple[int, ...], ...]:
 def weight_inside(graph: Graph, labels: Sequence[str]) -> float:
     """Return the share of edge weight that joins clients of the same label, in 0 .. 1; 0 for a graph without edges.
 
+    A client without a label, the empty string, has none in common with anybody.
+
     >>> weight_inside(validated([[0, 3, 1], [3, 0, 0], [1, 0, 0]], 3, "given"), ["a", "a", "b"])
     0.75
     """
     total = float(graph.adjacency_KK.sum())
     names_K = np.asarray(labels)
-    same_KK = names_K[:, None] == names_K[None, :]
+    same_KK = (names_K[:, None] == names_K[None, :]) & (names_K != "")
     return float(graph.adjacency_KK[same_KK].sum()) / total if total else 0.0
 
 

@@ -103,19 +103,19 @@ def laplacian_implicit(
     graph: Graph,
     tau: float,
     confidence_K: Sequence[float],
-    revised: Callable[[Matrix], Matrix] = lambda matrix_KK: matrix_KK,
+    revised: Callable[[Graph, Matrix], Matrix] = lambda _part, matrix_KK: matrix_KK,
 ) -> Mixer:
     """Return the implicit step Theta <- (C + tau L)^-1 C Theta, C = diag(confidence).
 
     It minimises sum_k c_k ||x_k - theta_k||^2 + tau/2 sum_kl a_kl ||x_k - x_l||^2 (Vanhaesebrouck, Bellet and Tommasi,
     AISTATS 2017), so each row becomes a convex combination of rows for any tau >= 0. A client with confidence 0 takes
     its neighbours' value, one of infinite confidence keeps its own; a component in which nobody has any stays as it is.
-    `revised` has the last word on the matrix of each layer, see `robust`.
+    `revised` has the last word on the matrix of each part of the graph, see `welcomed` and `robust`.
 
     Raises:
         ValueError: tau is negative or not finite, or a confidence is negative or not a number.
     """
-    return _each_layer(graph, lambda part: linear(revised(implicit_matrix(part, tau, confidence_K))))
+    return _each_layer(graph, lambda part: linear(revised(part, implicit_matrix(part, tau, confidence_K))))
 
 
 def implicit_matrix(graph: Graph, tau: float, confidence_K: Sequence[float]) -> Matrix:
@@ -143,24 +143,19 @@ def implicit_matrix(graph: Graph, tau: float, confidence_K: Sequence[float]) -> 
     return matrix_KK
 
 
-def welcome(graph: Graph, confidence_K: Sequence[float]) -> Mixer:
-    """Return the mixer that gives those of whom nothing is known the mean of all, weighted by confidence.
+def welcomed(matrix_KK: Matrix, graph: Graph, confidence_K: Sequence[float]) -> Matrix:
+    """Return the step that gives those of whom nothing is known the mean of all uploads, weighted by confidence.
 
-    They are the clients in whose component nobody has any confidence, which `laplacian_implicit` leaves as it is. An
+    They are the clients in whose component nobody has any confidence, which `implicit_matrix` leaves as it is. An
     infinite confidence counts as 1. If nobody has any, everything stays as it is.
     """
     confidence = np.nan_to_num(np.asarray(confidence_K, dtype=np.float64), posinf=1.0)
     strangers = [k for ids in connected_components(graph) if not confidence[list(ids)].any() for k in ids]
     if not strangers or not confidence.any():
-        return keep()
-
-    def mix(arena: Arena) -> Arena:
-        weight_K = torch.from_numpy(confidence / confidence.sum()).to(arena.values_KP)
-        values_KP = arena.values_KP.clone()
-        values_KP[strangers] = weight_K @ arena.values_KP
-        return arena.replace(values_KP)
-
-    return mix
+        return matrix_KK
+    welcoming_KK = matrix_KK.copy()
+    welcoming_KK[strangers] = confidence / confidence.max() / (confidence / confidence.max()).sum()
+    return welcoming_KK
 
 
 def _around_those_who_stay(graph: Graph, tau: float, confidence_K: Matrix) -> Matrix:

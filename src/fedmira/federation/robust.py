@@ -107,5 +107,5 @@ ROBUST: Mapping[str, Callable[[Matrix, Matrix, Sequence[int]], Matrix]] = {
     "krum": krum,
     "geometric_median": geometric_median,
 }
-"""By `method.robust`: from the matrix of a step, squared distances, (K, K) both, and training examples times rank, (K,),
-to the matrix of the robust one."""
+"""By `method.robust`: from the matrix of a step, squared distances, (K, K) both, and training examples times rank,
+(K,), to the matrix of the robust one."""

@@ -14,7 +14,7 @@ from fedmira.config.method import MiraConfig
 from fedmira.federation.blocks import faded
 from fedmira.federation.forms import Form, form
 from fedmira.federation.graph import Graph, Matrix
-from fedmira.federation.mixing import laplacian_implicit, step_numbers, welcome
+from fedmira.federation.mixing import laplacian_implicit, step_numbers, welcomed
 from fedmira.federation.robust import ROBUST, heard
 from fedmira.types import Arena, Clients
 
@@ -47,7 +47,7 @@ def server_step(config: MiraConfig, clients: Clients) -> ServerStep:
         distances = cache(lambda: mixed_as.distances(uploads))
         unheard: set[int] = set()
 
-        def revised(matrix_KK: Matrix) -> Matrix:
+        def trusted(matrix_KK: Matrix) -> Matrix:
             if trusting is None:
                 return matrix_KK
             revised_KK = trusting(matrix_KK, distances(), effort_K)
@@ -55,10 +55,11 @@ def server_step(config: MiraConfig, clients: Clients) -> ServerStep:
             return revised_KK
 
         def of_strength(tau: float) -> Mixture:
+            def revised(part: Graph, matrix_KK: Matrix) -> Matrix:
+                return trusted(welcomed(matrix_KK, part, confidence_K) if tau > 0 else matrix_KK)
+
             on_rows = laplacian_implicit(graph, tau, confidence_K, revised)
             mixed = mixed_as.of(on_rows)(uploads)
-            if tau > 0:
-                mixed = mixed_as.of(welcome(graph, confidence_K))(mixed)
 
             def numbers() -> dict[str, float]:
                 told = {} if trusting is None else {"unheard": float(len(unheard))}

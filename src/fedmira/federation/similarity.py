@@ -257,8 +257,8 @@ def similarity(grams: Iterable[Matrix], groups_C: Sequence[int] | None = None) -
 def moved(previous_KK: Matrix, now_CC: Matrix, rows: Sequence[int], returned: Sequence[int], memory: float) -> Matrix:
     """Return the moving average of similarities, (K, K), after a round; 0 means never compared.
 
-    A pair with a client that returned moves to `memory * previous + (1 - memory) * now`; a pair compared for the first
-    time takes what is seen now; all others stay as they were. What fewer than three clients show is nothing.
+    A pair with a client that returned moves to `memory * previous + (1 - memory) * now`; a pair that was never
+    compared, as there were fewer than three to compare, takes what is seen now; all others stay as they were.
 
     Args:
         previous_KK: the similarities before.
@@ -273,7 +273,8 @@ def moved(previous_KK: Matrix, now_CC: Matrix, rows: Sequence[int], returned: Se
     moved_CC = np.where(before_CC != 0, memory * before_CC + (1 - memory) * now_CC, now_CC)
     new_C = np.isin(rows, list(returned))
     updated_KK = previous_KK.copy()
-    updated_KK[np.ix_(rows, rows)] = np.where(new_C[:, None] | new_C[None, :], moved_CC, before_CC)
+    looked_at_CC = new_C[:, None] | new_C[None, :] | (before_CC == 0)
+    updated_KK[np.ix_(rows, rows)] = np.where(looked_at_CC, moved_CC, before_CC)
     return np.asarray(updated_KK)
 
 

@@ -61,6 +61,8 @@ class RunStore:
         self.config = config
         self._begun_rounds = config.federation.rounds
         self._prolonged: tuple[int, str | None] | None = None
+        self.rounds_before = 0
+        """Rounds that the run had before this process prolonged it; 0 if it did not."""
         self._provisional = False
         """Whether this process made the directory and nothing says yet that it will be needed; see `keep`."""
         self._lock: int | None = None
@@ -190,7 +192,7 @@ class RunStore:
         if self._prolonged is None:
             return
         before, source_text = self._prolonged
-        self._prolonged = None
+        self._prolonged, self.rounds_before = None, before
         # the manifest first: with the old config beside it, it describes the run as it was
         self.write_manifest(self.manifest())
         write_bytes_atomically(self.path / RESOLVED, resolved_yaml(self.config).encode())

@@ -121,6 +121,9 @@ def turn(
         (a_RI, b_OR), (to_a_RI, to_b_OR) = (
             (_seen(row_P, spec_a).double(), _seen(row_P, spec_b).double()) for row_P in (ended_P, start_P)
         )
+        if torch.equal(a_RI, to_a_RI) or torch.equal(b_OR, to_b_OR):
+            # one factor rested, so nothing was turned: what is new about the other is another product
+            continue
         u, _, v = torch.linalg.svd(b_OR.T @ to_b_OR + a_RI @ to_a_RI.T)
         rotation_RR = u @ v
         for moment_P, by_RR in ((first_P, rotation_RR), (second_P, rotation_RR.square())):

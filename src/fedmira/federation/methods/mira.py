@@ -22,6 +22,9 @@ from fedmira.federation.server_step import Mixture, server_step
 from fedmira.federation.strengths import chosen_together, in_use
 from fedmira.types import Arena, Clients, Job, Participants, Results
 
+_LEAST = 1e-300
+"""What the confidence of a client fades to: however long ago it was seen, it is no stranger."""
+
 
 def build(config: MiraConfig, clients: Clients, graph: Graph | None) -> Method:
     """Return the method on `graph`; None means the graph is learned from the stored uploads.
@@ -46,9 +49,10 @@ def build(config: MiraConfig, clients: Clients, graph: Graph | None) -> Method:
     def mixtures(
         related: Graph, uploads: Arena, last_round_K: tuple[int, ...], round_: int
     ) -> Callable[[float], Mixture]:
+        faded_K = [max(decay ** (round_ - last), _LEAST) if last else 0.0 for last in last_round_K]
         confidence_K = [
-            0.0 if not last else np.inf if not factor else n / mean_examples * decay ** (round_ - last) / factor
-            for n, last, factor in zip(clients.num_examples_K, last_round_K, factors_K, strict=True)
+            0.0 if not last else np.inf if not factor else n / mean_examples * faded / factor
+            for n, last, faded, factor in zip(clients.num_examples_K, last_round_K, faded_K, factors_K, strict=True)
         ]
         return step.mixtures(related, uploads, confidence_K)
 
