@@ -91,6 +91,13 @@ def test_quiet_shows_nothing() -> None:
         assert display is None
 
 
+def test_without_standard_output_there_is_nothing_to_show(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdout", None)
+    told: list[str] = []
+    tell(SteadyDisplay(told.append, to_stderr=False))
+    assert not told
+
+
 class GoneAfter(Terminal):
     """A reader that leaves after some writes."""
 

@@ -163,6 +163,24 @@ def test_a_closed_pipe_is_no_traceback() -> None:
     assert "Traceback" not in done.stderr
 
 
+def test_a_result_that_cannot_be_printed_is_no_fault_of_fedmira() -> None:
+    command = f"{sys.executable} -m fedmira init"
+    done = subprocess.run(f"{command} > /dev/full", shell=True, capture_output=True, text=True, check=False)
+    assert done.returncode == 4
+    assert (
+        done.stderr == "Error: the result could not be printed: No space left on device; what the command did stands\n"
+    )
+
+
+def test_errors_have_no_colour_where_nobody_wants_it(fedmira, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+    monkeypatch.setattr("fedmira.cli.main.tell", seen.append)
+    fedmira("validate", "nowhere.yaml")
+    monkeypatch.setenv("NO_COLOR", "1")
+    fedmira("validate", "nowhere.yaml")
+    assert ["\x1b" in line for line in seen] == [True, False]
+
+
 def test_control_characters_are_written_out() -> None:
     assert printable("a\x1b[31mb\r\n\tc\x00 d\u202e") == "a\\x1b[31mb\\r\n\tc\\x00 d\\u202e"
 

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from fedmira.config.file import load_config
 from fedmira.errors import Interrupted
 from fedmira.experiment import SilentDisplay
 from fedmira.experiment import run as run_experiment
+from fedmira.export import clients
 from fedmira.export.clients import export_clients
 from fedmira.runs.store import RunStore
 
@@ -117,6 +119,25 @@ def test_an_answer_says_what_it_is_made_from(fedmira) -> None:
     assert told[0] == UNFINISHED
     assert "tokens of the question's beginning were left out" in told[1]
     assert told[1].endswith("data.max_length of this run is 64")
+
+
+def test_a_question_that_is_no_text_is_said_to_be_none(fedmira) -> None:
+    # as Latin-1 arrives on the command line
+    outcome = fedmira("predict", stopped_run(), "--client", CLIENT, b"gr\xfc\xdfe".decode("utf-8", "surrogateescape"))
+    assert outcome.code == 2
+    assert "the question is not valid UTF-8" in outcome.err
+
+
+def test_a_config_may_come_through_a_pipe(fedmira, tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    text = CONFIG.replace("name:", "# as written\nname:", 1)
+    writer = threading.Thread(target=pipe.write_text, args=(text,))
+    writer.start()
+    assert fedmira("run", pipe, "federation.rounds=1").code == 0
+    writer.join()
+    [run] = Path("runs").iterdir()
+    assert (run / "config.yaml").read_text() == text
 
 
 def test_the_room_that_the_base_has_for_a_question_is_named(fedmira) -> None:
@@ -225,3 +246,18 @@ def test_an_error_that_nobody_can_read_keeps_its_exit_code(monkeypatch: pytest.M
     monkeypatch.setattr(sys, "stderr", Gone())
     monkeypatch.setattr(sys, "stdout", Gone())
     assert main(["init", "flann", "--json"]) == 2
+
+
+def test_a_client_called_as_the_folder_of_the_base_is_named(fedmira, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, original = stopped_run(), clients.load_trained
+
+    def renamed(path: Path) -> clients.Trained:
+        trained = original(path)
+        return trained._replace(names=("Base", *trained.names[1:]))
+
+    monkeypatch.setattr(clients, "load_trained", renamed)
+    outcome = fedmira("export", run, "--all", "--with-base", "--out", "all")
+    assert outcome.code == 2
+    assert "the client 'Base' would lie where --with-base puts the model" in outcome.err
+    assert not Path("all").exists()
+    assert fedmira("export", run, "--all", "--out", "all").code == 0

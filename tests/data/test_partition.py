@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -256,6 +257,29 @@ def test_a_client_with_too_few_texts_is_named() -> None:
 def test_more_clients_than_texts_names_the_empty_one() -> None:
     with pytest.raises(DataError, match=r"client 'client-00\d'"):
         build((example(i) for i in range(10)), by="iid", num_clients=30)
+
+
+def test_all_clients_that_are_refused_are_named_at_once() -> None:
+    few = [example(i, f"small-{k}") for k in range(14) for i in range(100 * k, 100 * k + 1 + (k == 3))]
+    examples = [example(i, "big") for i in range(5000, 5020)] + few
+    with pytest.raises(DataError, match=r"client 'small-0' has .* The same goes for 'small-1', .* and 3 more\."):
+        build(examples)
+    with pytest.raises(DataError, match=r"'a\*' cannot be used because of '\*'.* The same goes for 'b/', 'A-1'\."):
+        check_names(["a*", "a-1", "b/", "A-1"])
+
+
+@pytest.mark.parametrize(
+    ("count", "advice"),
+    [
+        (2, "remove it, or set data.partition.validation to 0."),
+        (1, "remove it, or set data.partition.validation and test to 0 and evaluation.test to false."),
+    ],
+)
+def test_what_is_advised_for_a_small_client_helps(count: int, advice: str) -> None:
+    examples = [example(i, "big") for i in range(20)] + [example(50 + i, "small") for i in range(count)]
+    with pytest.raises(DataError, match=re.escape(advice)):
+        build(examples)
+    build(examples, validation=0, **({} if count == 2 else {"test": 0}))
 
 
 def test_a_cap_that_is_too_small_is_named() -> None:

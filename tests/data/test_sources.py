@@ -126,7 +126,11 @@ def test_known_shapes(tmp_path: Path, record: dict[str, Any], expected: dict[str
         ("[" * 100_000, "not JSON"),
         ([1, 2], "must be an object with fields, not list"),
         ({"text": "t"}, "no known shape; its fields are text"),
-        ({"instruction": "q"}, "the field response is missing"),
+        ({"instruction": "q"}, "the field output is missing"),
+        ({"instruction": "q", "output": None}, "the field output is null"),
+        ({"instruction": None, "output": "a"}, "the field instruction is null"),
+        ({"instruction": "q", "response": " "}, "the field response is empty"),
+        ({"instruction": "q", "output": "a", "task": "\ud83d"}, "half a character"),
         ({"instruction": "q", "output": " "}, "the field output is empty"),
         ({"instruction": "", "output": "a"}, "the field instruction is empty"),
         ({"instruction": "q", "output": 7}, "the field output is int, not text"),
@@ -410,7 +414,13 @@ def test_what_cannot_be_loaded_is_named(tmp_path: Path, datasets: Any) -> None:
     write_lines(folder / "train.jsonl", alpaca(1))
     with pytest.raises(DataError, match=r"split 'training'\) cannot be loaded: .*Check data\.path"):
         load_examples(hub(folder, split="training"), 0)
-    with pytest.raises(DataError, match=r"'someone/gone' .*cannot be loaded"):
+    # what went wrong deep inside is said, and nothing of the hub where a folder is meant
+    (tmp_path / "unequal").mkdir()
+    write_lines(tmp_path / "unequal" / "a.jsonl", alpaca(1))
+    write_lines(tmp_path / "unequal" / "b.jsonl", {"text": ["x"], "number": 1})
+    with pytest.raises(DataError, match=r"(?s)generating the dataset: .+data\.path, data\.name and data\.split\.$"):
+        load_examples(hub(tmp_path / "unequal"), 0)
+    with pytest.raises(DataError, match=r"'someone/gone' .*cannot be loaded.* the hub can be reached"):
         load_examples(hub("someone/gone"), 0)
     with pytest.raises(DataError, match=r"'someone/dolly-of-sorts' .*cannot be loaded"):
         load_examples(dolly("someone/dolly-of-sorts"), 0)

@@ -208,6 +208,19 @@ def test_an_empty_folder_may_be_the_current_one(tmp_path: Path, monkeypatch: pyt
     monkeypatch.chdir(tmp_path / "here")
     write(Path("."), adapter_files(layout, row_P, SETTINGS))
     assert (tmp_path / "here" / "adapter_config.json").is_file()
+    # whoever stands in it still does
+    assert sorted(os.listdir(".")) == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
+
+
+def test_a_failure_in_a_folder_that_was_there_leaves_it_empty(tmp_path: Path) -> None:
+    def fail() -> None:
+        with new_folder(tmp_path) as folder:
+            (folder / "half").write_text("written")
+            raise OSError(28, "No space left on device")
+
+    with pytest.raises(SetupError, match="No space left"):
+        fail()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_failure_leaves_nothing_behind(tmp_path: Path) -> None:

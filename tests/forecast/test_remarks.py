@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -50,6 +51,18 @@ def test_what_rests_on_validation_examples_that_nobody_holds_is_named(
     assert len(told) == (named is not None)
     assert named is None or f"nothing comes of {named} in" in told[0]
     assert warnings(assemble(tiny(method=method))) == ()
+
+
+def test_what_is_not_trained_on_for_its_length_is_told() -> None:
+    data = {"source": "planted", "families": 2, "clients_per_family": 2, "examples": 12}
+    (told,) = warnings(assemble(tiny(data={**data, "max_length": 8})))
+    counts = re.fullmatch(
+        r"data\.max_length = 8: of 48 examples (?:(\d+) left out, as their answers do not fit and )?"
+        r"(\d+) read without the beginning of their prompt; `fedmira data` says whose",
+        told,
+    )
+    assert counts is not None
+    assert sum(map(int, filter(None, counts.groups()))) <= 48
 
 
 def test_judging_that_takes_longer_than_training_is_told_with_what_to_set() -> None:

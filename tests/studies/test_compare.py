@@ -19,6 +19,7 @@ from fedmira.errors import ConfigError, DivergedError, IntegrityError, Interrupt
 from fedmira.exchange.in_process import InProcess
 from fedmira.experiment import SilentDisplay
 from fedmira.report.page import write_report
+from fedmira.report.reading import StudyRecord, read
 from fedmira.runs.store import RunStore
 from fedmira.studies import compare as compare_module
 from fedmira.studies.compare import compare, final_validation_loss, study_directory, variant
@@ -342,6 +343,26 @@ def test_a_comparison_does_not_overwrite_a_run(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="holds a run, which a comparison would overwrite"):
         compare(config(), directory=path)
     assert snapshot(path) == before
+
+
+def test_a_comparison_does_not_move_into_a_folder_of_something_else(tmp_path: Path) -> None:
+    (tmp_path / "clients.jsonl").write_text("mine")
+    with pytest.raises(UsageError, match=r"holds something else \(clients\.jsonl\); give a new folder with --out"):
+        compare(config(), directory=tmp_path)
+    with pytest.raises(UsageError, match="is not a folder"):
+        compare(config(), directory=tmp_path / "clients.jsonl")
+    assert [path.name for path in tmp_path.iterdir()] == ["clients.jsonl"]
+
+
+def test_a_study_that_lost_a_run_is_shown_without_it(study: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(study, tmp_path / "copy"))
+    record = read(copy)
+    assert isinstance(record, StudyRecord)
+    shutil.rmtree(record.runs[0].path)
+    left = read(copy)
+    assert isinstance(left, StudyRecord)
+    assert [run.path.name for run in left.runs] == [run.path.name for run in record.runs[1:]]
+    assert (left.methods, left.seeds) == (record.methods, record.seeds)
 
 
 def test_a_study_of_another_config_is_refused_with_what_differs(tmp_path: Path, trained: list[Job]) -> None:

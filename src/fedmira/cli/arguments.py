@@ -26,7 +26,13 @@ def read_config(path: Path, overrides: Sequence[str]) -> RunConfig:
     Raises:
         ConfigError: every mistake at once.
     """
-    from fedmira.cli.recipes import recipe_names
-    from fedmira.config.file import load_config
+    return read_config_and_text(path, overrides)[0]
 
-    return load_config(path, overrides, recipes=recipe_names())
+
+def read_config_and_text(path: Path, overrides: Sequence[str]) -> tuple[RunConfig, str]:
+    """Like `read_config`, with the file as it was written; read once, since a pipe gives nothing the second time."""
+    from fedmira.cli.recipes import recipe_names
+    from fedmira.config.file import parse_config, read_text
+
+    text = read_text(path, recipe_names())
+    return parse_config(text, overrides, source=path.name), text

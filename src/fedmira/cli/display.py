@@ -5,6 +5,7 @@ All implement the `Display` that `experiment` and `studies` call. Knows nothing 
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import time
@@ -154,6 +155,13 @@ class SteadyStream:
         return getattr(self._stream, name)
 
 
+class _Nowhere(io.StringIO):
+    """Takes lines and keeps none."""
+
+    def write(self, text: str) -> int:
+        return len(text)
+
+
 class SteadyDisplay:
     """Shows what another display shows until its reader leaves: a pager that is closed, a terminal that is gone.
 
@@ -161,7 +169,8 @@ class SteadyDisplay:
     """
 
     def __init__(self, told: Callable[[str], None], *, to_stderr: bool) -> None:
-        self._stream = SteadyStream(sys.stderr if to_stderr else sys.stdout)
+        # None where a program was started without it, as some services are
+        self._stream = SteadyStream((sys.stderr if to_stderr else sys.stdout) or _Nowhere())
         self._shown = open_display(cast(TextIO, self._stream))
         self._told: Callable[[str], None] | None = told
 

@@ -7,6 +7,7 @@ Exit codes: 0 done, 1 failed while running, 2 usage or config, 3 data, 4 environ
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sys
 import traceback
@@ -53,7 +54,8 @@ def _fail(session: Session, message: str, exit_code: int) -> int:
     """Tell what went wrong on standard error, and with --json on standard output as well; return the exit code."""
     if session.debug:
         traceback.print_exc()
-    tell(click.style("Error:", fg="red", bold=True) + " " + printable(message))
+    head = "Error:" if os.environ.get("NO_COLOR") else click.style("Error:", fg="red", bold=True)
+    tell(f"{head} {printable(message)}")
     if session.json:
         try:
             click.echo(json.dumps({"error": message, "exit_code": exit_code}, sort_keys=True))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from fedmira.cli.arguments import config_arguments, read_config
+from fedmira.cli.arguments import config_arguments, read_config_and_text
 from fedmira.cli.session import Session, standard_options
 from fedmira.errors import UsageError
 
@@ -26,7 +26,7 @@ def run(session: Session, config: Path, overrides: tuple[str, ...], dry_run: boo
     from fedmira.runs.naming import run_directory, run_stem
     from fedmira.runs.store import RunStore
 
-    run_config = read_config(config, overrides)
+    run_config, text = read_config_and_text(config, overrides)
     if dry_run:
         if resume or profile:
             raise UsageError("--dry-run predicts a whole run and does none; leave out --resume and --profile with it")
@@ -39,7 +39,7 @@ def run(session: Session, config: Path, overrides: tuple[str, ...], dry_run: boo
         return
     open_store = RunStore.resume if resume else RunStore.create
     # before anything heavy is loaded: what speaks against the directory is said at once
-    with open_store(run_config, config.read_text(encoding="utf-8")) as store:
+    with open_store(run_config, text) as store:
         if resume and not store.has_progress():
             where = f"no run {run_stem(run_config)} has begun in {store.path.parent}"
             line = f"nothing to resume; this is a new run: {where}"

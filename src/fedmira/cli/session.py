@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from fedmira.cli.process import discard
+from fedmira.errors import SetupError
 from fedmira.report.formats import printable as escaped
 
 if TYPE_CHECKING:
@@ -41,8 +42,20 @@ class Session:
         tell(printable(f"warning: {line}"))
 
     def result(self, facts: Mapping[str, Any], text: str) -> None:
-        """Print the outcome of a command: `facts` as one JSON object with --json, else `text`."""
-        click.echo(json.dumps(facts, sort_keys=True, allow_nan=False) if self.json else printable(text))
+        """Print the outcome of a command: `facts` as one JSON object with --json, else `text`.
+
+        Raises:
+            SetupError: it cannot be written, as where a disk is full.
+        """
+        try:
+            click.echo(json.dumps(facts, sort_keys=True, allow_nan=False) if self.json else printable(text))
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            discard(sys.stdout)
+            raise SetupError(
+                f"the result could not be printed: {error.strerror or error}; what the command did stands"
+            ) from error
 
     @contextmanager
     def loading(self, config: RunConfig, log: Callable[[str], None] | None = None) -> Iterator[Display | None]:

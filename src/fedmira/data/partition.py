@@ -23,6 +23,8 @@ from fedmira.errors import DataError
 from fedmira.randomness import generator
 from fedmira.types import Client, Example, Federation
 
+_NUM_NAMED = 10
+"""Clients that a refusal of several names beside the first."""
 CLIENT_NAME = re.compile(r"(?![. ])[A-Za-z0-9 ._-]{1,100}(?<! )")
 
 
@@ -89,11 +91,15 @@ def partition(source: Source, config: PartitionConfig, seed: int, known: Sequenc
         dealt[place.name] = _deal(place, caps[place.name], later, config)
     holdings = [_Holding(name, dealt[name]) for name in order]
     placed = dict(source.splits)
-    clients = tuple(
+    clients, refused = [], dict[str, DataError]()
+    for holding in holdings:
         # messages name the client's own cap
-        _client(holding, config.model_copy(update={"examples_per_client": caps[holding.name]}), seed, placed)
-        for holding in holdings
-    )
+        own = config.model_copy(update={"examples_per_client": caps[holding.name]})
+        try:
+            clients.append(_client(holding, own, seed, placed))
+        except DataError as error:
+            refused[holding.name] = error
+    _refuse_together(refused)
     num_held = sum(len(client.train) + len(client.validation) + len(client.test) for client in clients)
     provenance = {
         **source.provenance,
@@ -108,31 +114,45 @@ def partition(source: Source, config: PartitionConfig, seed: int, known: Sequenc
     }
     names = tuple(client.name for client in clients)
     true_adjacency_KK = None if source.true_adjacency is None else source.true_adjacency(names)
-    return Federation(clients, true_adjacency_KK, provenance)
+    return Federation(tuple(clients), true_adjacency_KK, provenance)
 
 
 def check_names(names: Iterable[str]) -> None:
     """Refuse client names that are unsafe as file names or that differ only in case.
 
     Raises:
-        DataError: names the client.
+        DataError: names the clients.
     """
     seen: dict[str, str] = {}
+    refused: dict[str, DataError] = {}
     for name in names:
         if not CLIENT_NAME.fullmatch(name):
             strange = re.sub(r"[A-Za-z0-9 ._-]", "", name)
             because = f" because of {strange[0]!r} (U+{ord(strange[0]):04X})" if strange else ""
-            raise DataError(
+            refused[name] = DataError(
                 f"the client name {_shown(name)} cannot be used{because}. Allowed: 1 to 100 of the characters A-Z a-z "
                 "0-9, space, dot, dash and underscore, not beginning with a dot or a space and not ending with a "
                 "space. Rename it in the data (the client field, the task or the file name)."
             )
-        if name.casefold() in seen:
-            raise DataError(
+        elif name.casefold() in seen:
+            refused[name] = DataError(
                 f"two clients are called {_shown(seen[name.casefold()])} and {_shown(name)}; names must differ by more "
                 "than case. Rename one of them in the data (the client field, the task or the file name)."
             )
-        seen[name.casefold()] = name
+        seen.setdefault(name.casefold(), name)
+    _refuse_together(refused)
+
+
+def _refuse_together(refused: Mapping[str, DataError]) -> None:
+    """Raise the first of the errors, which names who has the others, so that they are mended in one go."""
+    if not refused:
+        return
+    (_, first), *more = refused.items()
+    if not more:
+        raise first
+    shown = ", ".join(_shown(name) for name, _ in more[:_NUM_NAMED])
+    rest = f" and {len(more) - _NUM_NAMED} more" if len(more) > _NUM_NAMED else ""
+    raise DataError(f"{first} The same goes for {shown}{rest}.") from first
 
 
 def _shown(name: str) -> str:

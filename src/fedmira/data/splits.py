@@ -155,7 +155,15 @@ def _refuse_empty(
             f"client {name!r} has no examples; every client needs at least {len(needed)}. "
             "Give it examples, ask for fewer clients, or remove it from the data."
         )
-    instead = ", remove it, or set data.partition.validation to 0" if partition.validation else " or remove it"
+    instead = " or remove it"
+    for without, how in (
+        ({"validation"}, "data.partition.validation to 0"),
+        ({"validation", "test"}, "data.partition.validation and test to 0 and evaluation.test to false"),
+    ):
+        left = set(needed) - without
+        if left < set(needed) and len(groups) >= len(left):
+            instead = f", remove it, or set {how}"
+            break
     raise DataError(
         f"client {name!r} has no example left for {' and '.join(empty)}: it holds {_num_examples(groups)} examples "
         f"with {len(groups)} different prompts, {num_placed} of them in the split that the data or another client "

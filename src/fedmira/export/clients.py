@@ -128,7 +128,12 @@ def export_clients(
     chosen = trained.names if client is None else (client,)
     rows = [trained.row(name) for name in chosen]
     # a run directory may have been made elsewhere: its names become folders here, so they are checked again
-    check_names((*chosen, BASE_FOLDER) if everyone and with_base else chosen)
+    check_names(chosen)
+    if everyone and with_base and (same := [name for name in chosen if name.casefold() == BASE_FOLDER]):
+        raise UsageError(
+            f"the client {same[0]!r} would lie where --with-base puts the model; leave out --with-base, or export it "
+            f"apart with --client {same[0]}"
+        )
     base_path = trained.config.model.path
     if (local := home_expanded(base_path)).is_dir():
         # as written it means something else, or nothing, to who loads the export from another folder
@@ -205,11 +210,16 @@ def answer(
     `warn` is told if the run is not finished, and if the question is too long to be read whole.
 
     Raises:
-        UsageError: an unknown client, or a run without a finished round.
+        UsageError: an unknown client, a run without a finished round, or a question that is no text.
     """
+    from fedmira.data.sources.records import UnusableRecordError, refuse_half_characters
     from fedmira.data.tokenization import end_token
     from fedmira.evaluation.generation import generate
 
+    try:
+        refuse_half_characters(instruction, context)
+    except UnusableRecordError as error:
+        raise UsageError(f"the question is not valid UTF-8: {error}; save or type it as UTF-8") from error
     trained = load_trained(run)
     row = trained.row(client)
     config, base = trained.config, trained.base

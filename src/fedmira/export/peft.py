@@ -225,7 +225,9 @@ def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
 
 @contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
-    """Yield a temporary folder beside `out` that becomes `out` at the end, or vanishes if anything fails.
+    """Yield a temporary folder that becomes `out` at the end, or vanishes if anything fails.
+
+    It lies beside `out`, or inside if that is there already: whoever stands in it, as with ".", must not lose it.
 
     Raises:
         UsageError: `out` exists and is not an empty folder.
@@ -235,13 +237,19 @@ def new_folder(out: Path) -> Iterator[Path]:
         raise UsageError(f"{out} exists and is not an empty folder; give a new folder, or remove this one")
     out = Path(os.path.abspath(out))  # the name of "."
     make_folder(out.parent)
-    temporary = out.with_name(f".{out.name}.tmp-{nonce()}")
+    there = out.is_dir()
+    temporary = (out if there else out.parent) / f".{out.name}.tmp-{nonce()}"
     try:
         with disk_errors_named(out, "write"):
             temporary.mkdir()
             yield temporary
-            temporary.rename(out)
-            sync_folder(out.parent)
+            if there:
+                for part in sorted(temporary.iterdir()):
+                    part.rename(out / part.name)
+                sync_folder(out)
+            else:
+                temporary.rename(out)
+                sync_folder(out.parent)
     finally:
         if temporary.exists():
             remove_tree(temporary)

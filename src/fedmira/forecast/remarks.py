@@ -26,6 +26,7 @@ def warnings(parts: Assembly) -> tuple[str, ...]:
     """Return what should be said before a run of `parts` begins, in the order of the journey."""
     lines = (
         unusable_line(parts.federation.provenance),
+        _shortened_training_line(parts),
         _unanswered_line(parts),
         _graph_line(parts.config, len(parts.clients.names)),
         *_phase_lines(parts.config),
@@ -34,6 +35,22 @@ def warnings(parts: Assembly) -> tuple[str, ...]:
         _budget_line(parts),
     )
     return tuple(line for line in lines if line)
+
+
+def _shortened_training_line(parts: Assembly) -> str:
+    """What clients hold and is not trained on, or not whole, for its length."""
+    report = parts.tokenization
+    held = sum(len(client.train) + len(client.validation) + len(client.test) for client in parts.federation.clients)
+    counts = (
+        (report.dropped_examples, "left out, as their answers do not fit"),
+        (report.truncated_prompts, "read without the beginning of their prompt"),
+    )
+    found = [f"{count:,} {what}" for count, what in counts if count]
+    if not found:
+        return ""
+    return (
+        f"data.max_length = {report.max_length}: of {held:,} examples {' and '.join(found)}; `fedmira data` says whose"
+    )
 
 
 def _unanswered_line(parts: Assembly) -> str:

@@ -216,10 +216,10 @@ def read(path: Path) -> RunRecord | StudyRecord:
 
 
 def read_study(path: Path) -> StudyRecord:
-    """The study in `path`; errors as in `read`."""
+    """The study in `path`; errors as in `read`. Runs whose folder is gone count as missing."""
     study = _json(path / "study.json")
     try:
-        entries = study["runs"]
+        entries = [entry for entry in study["runs"] if (path / entry["path"]).is_dir()]
         runs = tuple(
             read_run(path / entry["path"], method=entry["method"], seed=int(entry["seed"])) for entry in entries
         )

@@ -44,7 +44,7 @@ def compare(config: RunConfig, *, directory: Path | None = None, display: Displa
     Raises:
         ConfigError: settings would be chosen on a draw that is reported, or on no validation data; a method cannot use
             the config's adapters; or nobody would be tested.
-        UsageError: the directory is one of a run, or of a study of another config.
+        UsageError: the directory is one of a run, of a study of another config, or holds something else.
         DivergedError, ParticipationError: a method has no learning rate at which it trains, or a run failed; the first
             of them, when everything else is done.
     """
@@ -52,8 +52,7 @@ def compare(config: RunConfig, *, directory: Path | None = None, display: Displa
     _refuse_biased_tuning(config)
     display = display or SilentDisplay()
     directory = directory or study_directory(config)
-    if not (directory / STUDY).exists() and has_run(directory):
-        raise UsageError(f"{directory} holds a run, which a comparison would overwrite; give another --out")
+    _refuse_what_is_no_study(directory)
     _refuse_other_study(config, directory)
     make_folder(directory)
     study: dict[str, Any] = {
@@ -65,6 +64,7 @@ def compare(config: RunConfig, *, directory: Path | None = None, display: Displa
         "tuning": [],
     }
     write_bytes_atomically(directory / RESOLVED, resolved_yaml(config).encode())
+    _write(directory, study)
     rates: dict[str, float] = {}
     failures: list[FedmiraError] = []
     for name in study["methods"]:
@@ -95,6 +95,19 @@ def compare(config: RunConfig, *, directory: Path | None = None, display: Displa
     if failures:
         raise failures[0]
     return directory
+
+
+def _refuse_what_is_no_study(directory: Path) -> None:
+    if (directory / STUDY).exists() or not directory.exists():
+        return
+    if has_run(directory):
+        raise UsageError(f"{directory} holds a run, which a comparison would overwrite; give another --out")
+    if not directory.is_dir():
+        raise UsageError(f"{directory} is not a folder; give another --out")
+    # a study that was stopped before it was written down has at most these, and what writing leaves behind
+    others = [path.name for path in directory.iterdir() if path.name != RESOLVED and not path.name.startswith(".")]
+    if others:
+        raise UsageError(f"{directory} holds something else ({sorted(others)[0]}); give a new folder with --out")
 
 
 def _refuse_other_study(config: RunConfig, directory: Path) -> None:

@@ -64,10 +64,14 @@ def rows(path: str, name: str | None, split: str) -> tuple[Iterator[Mapping[str,
         else:
             loaded = datasets.load_dataset(str(folder) if local else path, name, split=split)
     except (OSError, ValueError, KeyError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        first: BaseException = error
+        while first.__cause__ is not None:
+            first = first.__cause__
+        reasons = dict.fromkeys(str(one).strip().split("\n")[0] or type(one).__name__ for one in (error, first))
+        hub = "" if local else ", and that the hub can be reached or the data set is cached"
         raise DataError(
-            f"the data set {path!r} (configuration {name!r}, split {split!r}) cannot be loaded: {reason}. "
-            "Check data.path, data.name and data.split, and that the hub can be reached or the data set is cached."
+            f"the data set {path!r} (configuration {name!r}, split {split!r}) cannot be loaded: "
+            f"{': '.join(reason.rstrip('.') for reason in reasons)}. Check data.path, data.name and data.split{hub}."
         ) from error
     origin = {"path": path, "name": name, "split": split, "fingerprint": str(loaded._fingerprint)}
     return iter(loaded), origin

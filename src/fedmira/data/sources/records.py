@@ -136,8 +136,8 @@ def _parts(record: Mapping[str, Any]) -> _Parts:
         if isinstance(prompt, list) and isinstance(completion, list):
             return _conversation(prompt + completion, "prompt + completion", "role", "content")
         return _text(record, "prompt"), "", (_text(record, "completion"),), ()
-    if record.get("instruction") is not None:
-        answer = "output" if record.get("output") is not None else "response"
+    if "instruction" in record:
+        answer = "response" if record.get("output") is None and record.get("response") is not None else "output"
         context = "input" if record.get("input") is not None else "context"
         references = _texts(record, answer)
         return _text(record, "instruction"), _text(record, context, required=False), references, _earlier_turns(record)
@@ -210,7 +210,7 @@ def _text(record: Mapping[str, Any], field: str, required: bool = True) -> str:
     if value is None:
         if not required:
             return ""
-        raise UnusableRecordError(f"the field {field} is missing")
+        raise UnusableRecordError(f"the field {field} is {'null' if field in record else 'missing'}")
     if not isinstance(value, str):
         raise UnusableRecordError(f"the field {field} is {type(value).__name__}, not text")
     if required and not value.strip():
@@ -226,4 +226,5 @@ def _label(record: Mapping[str, Any], field: str) -> str:
         raise UnusableRecordError(
             f"the field {field} is {type(value).__name__}; a label must be text or a whole number"
         )
-    return str(value)
+    refuse_half_characters(str(value))
+    return " ".join(str(value).split())
