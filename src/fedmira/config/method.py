@@ -142,8 +142,8 @@ class MiraConfig(MethodSection):
     """Against clients whose uploads cannot be trusted. `clip`: nobody moves a client further than its median neighbour
     does. `krum`: nobody listens to clients far away from the nearest half of the others, further than their examples
     and ranks explain. `geometric_median`: neighbours weigh less the further they are from the geometric median of all.
-    Distances are in the form that is mixed. Graphs that are learned from adapters count every update by its direction alone, in
-    any case. A round's numbers say to how many clients nobody listened any more (`unheard`)."""
+    Distances are in the form that is mixed. Graphs that are learned from adapters count every update by its direction
+    alone, in any case. A round's numbers say to how many clients nobody listened any more (`unheard`)."""
     client_strength: dict[str, NonNegativeFloat] = Field(default={})
     """Factors on the strength of some clients by name, such as `{anna: 2.0}`; with 0 a client keeps its own upload."""
     staleness_decay: Fraction = 0.7
