@@ -8,16 +8,19 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 from transformers import AutoModelForCausalLM
 
 import fedmira
 from fedmira.assembly import assemble
 from fedmira.config.file import load_config
 from fedmira.config.run import RunConfig
+from fedmira.errors import ConfigError
 from fedmira.evaluation.judge import validation_losses
 from fedmira.experiment import run
 from fedmira.export.clients import export_clients, load_trained
 from fedmira.runs.store import RunStore
+from fedmira.studies.compare import compare
 
 RANKS = {"client_ranks": [1, 3]}
 RUNS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -130,3 +133,20 @@ def test_a_file_gives_ranks_by_name_in_turn_or_by_layer(tmp_path: Path) -> None:
     ):
         file.write_text("model:\n  adapter:\n    " + text + "\n")
         assert getattr(load_config(file).model.adapter, field) == expected
+
+
+def test_a_base_that_is_moved_is_kept_in_full_precision() -> None:
+    """16 bits round most of a shift away."""
+    moved = config("fedex_lora", {"rank": 2})
+    assert moved.model_copy(update={"model": moved.model.model_copy(update={"dtype": "auto"})}).base_model.dtype == (
+        "float32"
+    )
+    plain = config("fedit", {"rank": 2})
+    assert plain.base_model is plain.model
+    for dtype in ("bfloat16", "float16"):
+        narrow = {**moved.model_dump(), "model": {**moved.model.model_dump(), "dtype": dtype}}
+        with pytest.raises(ValidationError, match=f"what {dtype} would mostly round away; set model.dtype to float32"):
+            RunConfig.model_validate(narrow)
+        compared = {**narrow, "method": {"name": "fedit"}, "compare": {"methods": ["fedit", "flora"]}}
+        with pytest.raises(ConfigError, match=r"compare\.methods names flora: .*adds to the weights"):
+            compare(RunConfig.model_validate({**compared, "evaluation": {"test": True}}))

@@ -42,6 +42,7 @@ from fedmira.federation.graph import from_matrix
 from fedmira.federation.method import Method, State
 from fedmira.federation.registry import build_method
 from fedmira.model.base import BaseModel, load_base
+from fedmira.model.cache import check_growing
 from fedmira.model.kinds import adapter_layout, initial_adapters
 from fedmira.paths import home_expanded
 from fedmira.training.memory import available_bytes, choose_cohort_size
@@ -155,7 +156,9 @@ def assemble(
         clients=everybody.clients[:first],
         true_adjacency_KK=None if (true := everybody.true_adjacency_KK) is None else true[:first, :first],
     )
-    base = cached_base(config.model)
+    base = cached_base(config.base_model)
+    if config.evaluation.generation.enabled and base.body is None:
+        check_growing(base)
     layout = adapter_layout(base, config.model.adapter, config.method.num_pairs)
     longest = min(config.data.max_length, base.max_length - layout.num_virtual_tokens)
     tokenized, tokenization = tokenize_federation(federation, base.tokenizer, config.data.template, longest)

@@ -11,14 +11,16 @@ import pytest
 import torch
 from tests.reference.generation_twin import client_by_client, one_by_one
 from tests.reference.tiny_models import FAMILIES, layout_of_kind, random_arena, tiny_layout, tiny_model
-from transformers import GenerationConfig
+from transformers import AutoModelForCausalLM, DeepseekV3Config, DiffLlamaConfig, GenerationConfig
 
 from fedmira.config.run import AdapterConfig, ModelConfig
+from fedmira.errors import SetupError
 from fedmira.evaluation import generation
 from fedmira.evaluation.generation import generate
 from fedmira.model import cache
 from fedmira.model.arena import lora_layout
 from fedmira.model.base import BaseModel, freeze, load_base
+from fedmira.model.buckets import Bucket
 from fedmira.model.kinds import initial_adapters
 
 END = 2
@@ -76,6 +78,49 @@ def test_other_kinds_of_adapters_answer_one_by_one(family: str, kind: str) -> No
         assert generate(base, arena, prompts, 12, batch_sequences=batch_sequences) == expected
     others = arena.replace(arena.values_KP[[2, 1, 0, 3]])
     assert generate(base, others, prompts, 12) != expected, "the adapters must matter"
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_known_families_grow(family: str) -> None:
+    cache.check_growing(base_of(family))
+
+
+def test_a_model_that_keeps_something_else_is_found_before_the_first_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = {**FAMILIES["llama"][1], "vocab_size": 90}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(DiffLlamaConfig(**settings)).double().eval()
+    twice = freeze(model, Words(), "twice")
+    with pytest.raises(SetupError, match=r"looks back twice in one layer"):
+        cache.check_growing(twice)
+    base = replace(base_of("qwen3"), body=None)
+    original = Bucket.attend
+    monkeypatch.setattr(Bucket, "attend", lambda *arguments: 1.1 * original(*arguments))
+    with pytest.raises(SetupError, match=r"its logits differ by .*evaluation\.generation\.enabled to false"):
+        cache.check_growing(base)
+
+
+def test_values_may_have_a_size_of_their_own() -> None:
+    latent = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 6}
+    routed = {"n_routed_experts": 4, "moe_intermediate_size": 16, "n_group": 1, "topk_group": 1, "n_shared_experts": 1}
+    settings = {**FAMILIES["llama"][1], **latent, **routed, "num_experts_per_tok": 2, "first_k_dense_replace": 2}
+    config = DeepseekV3Config(**{**settings, "num_key_value_heads": settings["num_attention_heads"]})
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        base = freeze(AutoModelForCausalLM.from_config(config).float().eval(), Words(), "latent")
+    cache.check_growing(base)
+    # adapters that do nothing, as PEFT does not know the family
+    arena = initial_adapters(base, lora_layout(base, AdapterConfig(rank=2)), 1, 0)
+    [prompts] = random_prompts((3,))
+    [answers] = generate(base, arena, [prompts], 6)
+    for prompt, answer in zip(prompts, answers, strict=True):
+        tokens = torch.from_numpy(prompt).long()[None]
+        for _ in range(6):
+            with torch.no_grad():
+                newest = base.model(input_ids=tokens, use_cache=False).logits[0, -1].argmax()
+            tokens = torch.cat([tokens, newest[None, None]], dim=1)
+        new = tokens[0, len(prompt) :].tolist()
+        assert answer == " ".join(map(str, takewhile(lambda token: token != END, new)))
 
 
 def test_virtual_tokens_take_room_in_the_context() -> None:

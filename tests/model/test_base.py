@@ -16,11 +16,13 @@ from transformers import AutoModelForCausalLM, GraniteConfig, PreTrainedTokenize
 
 from fedmira.config.run import AdapterConfig, ModelConfig
 from fedmira.data.packing import pack
-from fedmira.errors import DataError, SetupError
+from fedmira.errors import ConfigError, DataError, SetupError
 from fedmira.evaluation.loss import evaluate_loss
+from fedmira.evaluation.predictions import prompt_products
 from fedmira.model.arena import adaptable_layers, initial_arena, lora_layout
 from fedmira.model.base import freeze, load_base
 from fedmira.model.full import full_layout
+from fedmira.model.kinds import adapter_layout
 from fedmira.model.source import resolve_device
 
 
@@ -145,6 +147,52 @@ def test_a_family_that_scales_its_logits_is_refused() -> None:
     model = AutoModelForCausalLM.from_config(GraniteConfig(**LLAMA_LIKE, logits_scaling=7.0))
     with pytest.raises(SetupError, match=r"family 'granite'.*logits differ"):
         freeze(model, tokenizer=None, name="scaled")
+
+
+def from_config(name: str, **settings: Any) -> Any:
+    config = getattr(transformers, name)(**{**LLAMA_LIKE, **settings})
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(7)
+        # grouped products of experts know no float64
+        return AutoModelForCausalLM.from_config(config).float().eval()
+
+
+def test_a_window_that_is_in_the_mask_alone_is_refused() -> None:
+    few = {"num_experts": 4, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16}
+    window = {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1}
+    with pytest.raises(SetupError, match="its sliding window is in the mask alone"):
+        freeze(from_config("Qwen2MoeConfig", **few, **window), None, "experts with a window")
+    freeze(from_config("Qwen2MoeConfig", **few), None, "experts without")
+
+
+def test_a_router_is_no_layer_that_can_be_adapted() -> None:
+    base = freeze(from_config("PhimoeConfig", num_local_experts=4), None, "routed")
+    assert base.model.get_submodule("model.layers.0.mlp.router") is not None
+    assert not [name for name in adaptable_layers(base) if "router" in name]
+
+
+def test_virtual_tokens_are_refused_where_layers_look_tokens_up() -> None:
+    model = from_config(
+        "Gemma3nTextConfig",
+        head_dim=8,
+        layer_types=["sliding_attention", "full_attention"],
+        sliding_window=6,
+        num_kv_shared_layers=0,
+        vocab_size_per_layer_input=VOCABULARY,
+        hidden_size_per_layer_input=8,
+        intermediate_size=[48] * 2,
+        activation_sparsity_pattern=[0.0] * 2,
+        laurel_rank=4,
+    )
+    base = freeze(model, None, "looks up")
+    with pytest.raises(ConfigError, match=r"kind = prompt does not fit looks up.*use model\.adapter\.kind = lora"):
+        adapter_layout(base, AdapterConfig(kind="prompt", num_virtual_tokens=2), 1)
+    adapter_layout(base, AdapterConfig(rank=2), 1)
+
+
+def test_prompts_are_as_wide_as_what_the_head_reads() -> None:
+    base = freeze(from_config("OPTConfig", ffn_dim=40, word_embed_proj_dim=16), None, "narrow")
+    assert prompt_products(base, [random_examples(2, seed=0)], 4096).shape == (1, 1)
 
 
 def test_a_sequence_beyond_the_context_is_refused() -> None:

@@ -5,13 +5,15 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from tests.reference.tiny_models import client_of, ragged_clients, random_arena, random_examples, tiny_base, tiny_layout
 
 from fedmira.config.run import TrainingConfig
 from fedmira.data.packing import pack
-from fedmira.training import memory
+from fedmira.model.full import full_layout
+from fedmira.training import memory, objective
 
 TRAINING = TrainingConfig(batch_size=2)
 
@@ -36,6 +38,32 @@ def test_activations_are_measured_per_token() -> None:
     assert 2 * 2 * 32 * 4 < single < 100_000
     double = tiny_base("llama", torch.float64)
     assert 1.4 * single < memory.activation_bytes_per_token(double, tiny_layout(double, "llama")) < 2.2 * single
+
+
+def test_logits_count_for_as_many_rows_as_have_them_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    base = tiny_base("llama", torch.float32)
+    layout, whole = tiny_layout(base, "llama"), full_layout(base)
+    vocabulary, features = base.model.get_output_embeddings().weight.shape
+    monkeypatch.setitem(objective._BLOCK_BYTES, "cpu", 10 * vocabulary * 4)
+    assert objective.rows_at_once(base) == 10
+    few, many = (memory.head_bytes(base, layout, rows) for rows in (7, 1000))
+    assert few == 7 * (12 * vocabulary + 4 * features)
+    assert many == 20 * 12 * vocabulary + 1000 * 4 * features, "two parts of a step at a time"
+    assert memory.head_bytes(base, whole, 1000) == 1000 * 12 * vocabulary
+
+
+def test_what_is_measured_is_as_long_as_what_is_trained_on() -> None:
+    base = tiny_base("llama", torch.float32)
+    assert memory.probe_length(base, ragged_clients((5, 3))) == max(
+        example.num_inputs for client in ragged_clients((5, 3)) for example in client.train
+    )
+    example = random_examples(1, seed=0, longest=20)[0]
+    endless = example._replace(tokens=np.zeros(5000, dtype=np.int32))
+    assert memory.probe_length(base, [client_of("a", (example, endless))]) == memory._PROBE_TOKENS
+    # weights that attention keeps grow with the length
+    layout, base = tiny_layout(base, "llama"), tiny_base("llama", torch.float32)
+    short, long = (memory.activation_bytes_per_token(base, layout, 0.0, length) for length in (16, 60))
+    assert long > short
 
 
 def test_the_largest_cohort_that_fits_is_chosen() -> None:

@@ -100,6 +100,21 @@ def refusal_beside(method: MethodSection, exchange: ExchangeConfig, client_ranks
     )
 
 
+def refusal_of_dtype(method: MethodSection, dtype: str) -> str:
+    """Why `method` cannot be used with a base of that `model.dtype`; empty if it can.
+
+    >>> from fedmira.config.method import method_with_defaults
+    >>> refusal_of_dtype(method_with_defaults("fedit"), "bfloat16")
+    ''
+    """
+    if not (method.moves_the_base and dtype in ("bfloat16", "float16")):
+        return ""
+    return (
+        f"method.name = {method.name} adds to the weights of the base what {dtype} would mostly round away; set "
+        "model.dtype to float32, or to auto, which is float32 with this method"
+    )
+
+
 def _refusal_of_scalars(method: MethodSection, exchange: ExchangeConfig, client_ranks: bool) -> str:
     """Why `method` cannot be used with settings that are about tensors that cross; empty if it can, or sends tensors.
 

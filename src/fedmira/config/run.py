@@ -28,7 +28,7 @@ from fedmira.config.method import (
     MiraConfig,
     method_with_defaults,
 )
-from fedmira.config.refusals import methods_for, refusal, refusal_beside
+from fedmira.config.refusals import methods_for, refusal, refusal_beside, refusal_of_dtype
 from fedmira.errors import ConfigError, nearest
 
 # --------------------------------------------------------------------------------------------------------------- model
@@ -435,6 +435,13 @@ class RunConfig(Section):
     output: OutputConfig = OutputConfig()
     compare: CompareConfig = CompareConfig()
 
+    @property
+    def base_model(self) -> ModelConfig:
+        """The base as it is loaded: in float32 where the method moves it, as 16 bits would round the movement away."""
+        if self.method.moves_the_base and self.model.dtype == "auto":
+            return self.model.model_copy(update={"dtype": "float32"})
+        return self.model
+
     @model_validator(mode="after")
     def _across_sections(self) -> RunConfig:
         graph = getattr(self.method, "graph", None)
@@ -453,6 +460,8 @@ class RunConfig(Section):
             )
         ranks, moments = bool(self.model.adapter.client_ranks), self.training.keep_moments
         if reason := refusal_beside(self.method, self.exchange, ranks, moments):
+            raise ValueError(reason)
+        if reason := refusal_of_dtype(self.method, self.model.dtype):
             raise ValueError(reason)
         if self.exchange.privacy.enabled:
             if self.exchange.privacy.noise_seed == "system" and self.output.checkpoint_every > 1:

@@ -74,7 +74,8 @@ def prompt_products(
     An embedding is the mean over a client's examples of the mean final hidden state of the prompt's tokens under the
     base model itself; no adapter is needed. A client without examples has the embedding 0.
     """
-    size = int(base.model.config.get_text_config().hidden_size)
+    # as wide as what the head reads, which some families make narrower than their layers
+    size = int(base.model.get_output_embeddings().weight.shape[1])
     means_Kd = torch.zeros(len(examples_per_client), size, dtype=torch.float64)
     with torch.inference_mode():
         for batch_examples in batches(examples_per_client, batch_tokens):

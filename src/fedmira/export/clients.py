@@ -79,7 +79,7 @@ def load_trained(run: Path) -> Trained:
     if checkpoint is None or checkpoint.facts["completed_rounds"] == 0:
         raise no_finished_round(run)
     manifest = store.manifest()
-    base = load_base(store.config.model)
+    base = load_base(store.config.base_model)
     refuse_other_base(run, manifest["model"], base)
     layout = adapter_layout(base, store.config.model.adapter, store.config.method.num_pairs)
     values_KP = checkpoint.tensors.get("personalised", checkpoint.tensors["state.adapters"])

@@ -28,7 +28,7 @@ from fedmira.exchange.in_process import InProcess
 from fedmira.federation import participation
 from fedmira.federation.method import State
 from fedmira.runs.checkpoint import save
-from fedmira.training.memory import activation_bytes_per_token, head_bytes_per_row
+from fedmira.training.memory import activation_bytes_per_token, head_bytes, probe_length
 from fedmira.types import Arena, Job
 
 _TRIAL_SECONDS = 4.0
@@ -99,8 +99,8 @@ def planned_steps(parts: Assembly) -> Steps:
 
 def try_training(parts: Assembly, job: Job, planned: Steps) -> TrainingPrice:
     """Train the heaviest planned step and some others, from the starting rows of `job`."""
-    token_bytes = activation_bytes_per_token(parts.base, parts.layout, parts.config.model.adapter.dropout)
-    row_bytes = head_bytes_per_row(parts.base)
+    base, layout, dropout = parts.base, parts.layout, parts.config.model.adapter.dropout
+    token_bytes = activation_bytes_per_token(base, layout, dropout, probe_length(base, parts.tokenized))
     cohort_seconds: list[float] = []
 
     def attempt(step: Step) -> float:
@@ -112,7 +112,7 @@ def try_training(parts: Assembly, job: Job, planned: Steps) -> TrainingPrice:
         planned.steps,
         attempt,
         size=lambda step: step.tokens,
-        heavy=lambda step: step.tokens * token_bytes + step.supervised_tokens * row_bytes,
+        heavy=lambda step: step.tokens * token_bytes + head_bytes(base, layout, step.supervised_tokens),
         most=min(_MOST_TRIALS, 1 + len(planned.steps) // _SHARE_OF_RUN),
     )
     return TrainingPrice(seconds_per_token, min(cohort_seconds))
@@ -125,15 +125,11 @@ def try_evaluation(parts: Assembly, adapters: Arena) -> float:
     if parts.config.evaluation.test:
         splits.append([client.test for client in parts.tokenized])
     found = [batch for split in splits for batch in batches(split, limit)]
-    row_bytes = head_bytes_per_row(parts.base)
-
-    def supervised(batch: list[list[TokenizedExample]]) -> int:
-        return sum(example.num_supervised for examples in batch for example in examples)
 
     def attempt(batch: list[list[TokenizedExample]]) -> float:
         return timed(parts, lambda: evaluate_loss(parts.base, adapters, batch, limit))[1]
 
-    return _price(found, attempt, size=_num_tokens, heavy=lambda batch: supervised(batch) * row_bytes)
+    return _price(found, attempt, size=_num_tokens, heavy=_num_tokens)
 
 
 def try_generation(parts: Assembly, adapters: Arena, seconds_per_token: float) -> float:

@@ -117,7 +117,8 @@ def adaptable_layers(base: BaseModel) -> dict[str, tuple[int, int]]:
 
 
 def _features(module: Any) -> tuple[int, int] | None:
-    if isinstance(module, torch.nn.Linear):
+    # a layer that computes something else, such as a router, is none
+    if isinstance(module, torch.nn.Linear) and type(module).forward is torch.nn.Linear.forward:
         return module.in_features, module.out_features
     if isinstance(module, Conv1D):
         num_inputs, num_outputs = module.weight.shape

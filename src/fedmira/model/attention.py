@@ -214,6 +214,8 @@ def _packed_attention_forward(
     **_unused: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attend within each sequence. Returns (1, N, H, D), as transformers expects, and no weights."""
+    if sliding_window is None and (at := getattr(module, "layer_idx", None)) is not None:
+        _refuse_window_in_the_mask(module, int(at))
     settings = Settings(scaling, sliding_window, softcap)
     assert not packing.alone, "sequences stand alone in the body written out only"
     if packing.slots_n is None and packing.buckets[0].num_sequences == 1:
@@ -227,6 +229,14 @@ def _packed_attention_forward(
     if packing.slots_n is not None:
         output_NHD = output_NHD.index_select(0, packing.slots_n)
     return output_NHD[None], None
+
+
+def _refuse_window_in_the_mask(module: torch.nn.Module, layer: int) -> None:
+    """Refuse a layer that should see a window and says so by a mask alone, which packed rows have none of."""
+    config = getattr(module, "config", None)
+    kinds, window = getattr(config, "layer_types", None) or (), getattr(config, "sliding_window", None)
+    if window is not None and layer < len(kinds) and kinds[layer] == "sliding_attention":
+        raise RuntimeError("its sliding window is in the mask alone; fedmira would not see it")
 
 
 ALL_ATTENTION_FUNCTIONS.register(PACKED, _packed_attention_forward)

@@ -93,11 +93,13 @@ class Bucket:
         grown = self.filled - self._first_filled
         return tuple(Growing(m.name, m.length + grown, m.room - grown) for m in self._first)
 
-    def allocate(self, module: Hashable, like_xGxD: torch.Tensor) -> Pair:
-        """Zeros for `module`, of the heads, features, dtype and device of `like_xGxD`."""
-        shape = (len(self._first), like_xGxD.shape[1], self.num_columns, like_xGxD.shape[3])
+    def allocate(self, module: Hashable, like: Pair) -> Pair:
+        """Zeros for `module`, of the heads, features, dtype and device of `like`, (x, G, x, D) each."""
         # a masked column takes part in a product with a weight of 0: what is there must be finite
-        self.pairs[module] = Pair(like_xGxD.new_zeros(shape), like_xGxD.new_zeros(shape))
+        keys, values = (
+            states.new_zeros(len(self._first), states.shape[1], self.num_columns, states.shape[3]) for states in like
+        )
+        self.pairs[module] = Pair(keys, values)
         return self.pairs[module]
 
     def move(self, bucket: Bucket, places: Sequence[tuple[int, int]]) -> Move:
@@ -139,7 +141,9 @@ class Bucket:
             scores_xhS = torch.tanh(torch.bmm(query_xhD, keys_xDS) * scaling / settings.softcap) * settings.softcap
             # in float32 for every dtype, as in the stock model
             weights_xhS = torch.softmax(scores_xhS + mask_x1S, dim=-1, dtype=torch.float32).to(query_bHD.dtype)
-        return torch.bmm(weights_xhS, values_bGSD[:, :, seen].flatten(0, 1)).view(query_bHD.shape)
+        output_xhD = torch.bmm(weights_xhS, values_bGSD[:, :, seen].flatten(0, 1))
+        # values may have a size of their own
+        return output_xhD.view(*query_bHD.shape[:2], value_bGD.shape[2])
 
     def _mask(self, num_heads: int, dtype: torch.dtype) -> torch.Tensor:
         """0 where a sequence may look and -inf before its start, (b * G, 1, S)."""

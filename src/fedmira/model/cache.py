@@ -18,7 +18,9 @@ from typing import Any
 import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from fedmira.data.packing import PackedBatch
+from fedmira.data.packing import PackedBatch, pack
+from fedmira.data.tokenization import TokenizedExample
+from fedmira.errors import SetupError
 from fedmira.model import fused, inference
 from fedmira.model.attention import PACKED, Packing, Settings, attention_of
 from fedmira.model.base import BaseModel
@@ -27,7 +29,8 @@ from fedmira.model.buckets import Bucket, Growing, PackedRows, Pair, group_by_le
 from fedmira.model.lora import attached
 from fedmira.model.low_rank import assign_rows
 from fedmira.model.soft_prompt import SoftPrompts
-from fedmira.types import Arena
+from fedmira.randomness import torch_generator
+from fedmira.types import Arena, Layout
 
 CACHED = "fedmira_cached"
 
@@ -149,7 +152,7 @@ class KeyValueCache:
         settings: Settings,
     ) -> torch.Tensor:
         """Attention of the newest tokens, (B, H, D)."""
-        output_BHD = torch.zeros_like(query_BHD, memory_format=torch.contiguous_format)
+        output_BHD = query_BHD.new_zeros(*query_BHD.shape[:2], value_BGD.shape[2])
         for bucket in self._buckets:
             rows_b = bucket.rows_b
             output_bHD = bucket.attend(
@@ -185,7 +188,7 @@ class KeyValueCache:
                     moves.append((source, bucket, source.move(bucket, places)))
         for module in list(sources[0].pairs) if sources else []:
             for bucket in self._buckets:
-                bucket.allocate(module, sources[0].pairs[module].keys)
+                bucket.allocate(module, sources[0].pairs[module])
             for source, bucket, move in moves:
                 for states, into in zip(source.pairs[module], bucket.pairs[module], strict=True):
                     move(states, into)
@@ -216,6 +219,42 @@ class KeyValueCache:
         return (_CPU_BUCKET_BYTES if self._base.device.type == "cpu" else _BUCKET_BYTES) / bytes_per_token
 
 
+def check_growing(base: BaseModel) -> None:
+    """Compare the last tokens of two short sequences, each added to what was read of it, with the stock model's.
+
+    A family that keeps more or something else than keys and values is found here and not after all rounds.
+
+    Raises:
+        SetupError: their logits differ, or the family cannot run so.
+    """
+    lengths, vocabulary = (3, 5), int(base.model.config.get_text_config().vocab_size)
+    random = torch_generator(0, "self-check", "growing")
+    sequences = [torch.randint(vocabulary, (length,), generator=random) for length in lengths]
+    read = [TokenizedExample(one.int().numpy(), len(one) - 1, str(name)) for name, one in enumerate(sequences)]
+    nobody = Arena(Layout((), 1.0), torch.zeros(1, 0, dtype=base.adapter_dtype, device=base.device))
+    cache, reason = KeyValueCache(base, nobody), ""
+    tolerance = {torch.float64: 1e-5, torch.float32: 1e-3}.get(base.dtype, 5e-2)
+    try:
+        with torch.inference_mode():
+            cache.read(pack([read]), [Growing(name, length - 1, 1) for name, length in enumerate(lengths)])
+            with cache.rows(range(len(lengths)), [0]):
+                grown_BV = base.logits(cache.advance(torch.stack([one[-1] for one in sequences]).to(base.device)))
+            stock_BV = torch.stack(
+                [base.model(input_ids=one[None].to(base.device), use_cache=False).logits[0, -1] for one in sequences]
+            )
+        difference = float((grown_BV - stock_BV).abs().max())
+        if not difference <= tolerance * max(1.0, float(stock_BV.abs().max())):
+            reason = f"its logits differ by {difference:.2g}"
+    except (TypeError, AttributeError, RuntimeError, KeyError) as error:
+        reason = f"{type(error).__name__}: {error}"
+    if reason:
+        raise SetupError(
+            f"fedmira cannot write answers with the family {base.model.config.get_text_config().model_type!r} of the "
+            f"base model {base.name} ({reason}); set evaluation.generation.enabled to false, or use a GPT-2, Llama, "
+            "Qwen, Mistral or Gemma model"
+        )
+
+
 def _read(
     rows: PackedRows,
     module: Hashable,
@@ -226,6 +265,8 @@ def _read(
     settings: Settings,
 ) -> torch.Tensor:
     """Keep the keys and values of prompts and return what their rows see, (1, N, H, D)."""
+    if module in rows.pairs:
+        raise SetupError("fedmira cannot write answers with a model that looks back twice in one layer")
     rows.pairs[module] = Pair(key_1GND, value_1GND)
     output_1NHD: torch.Tensor
     output_1NHD, _ = ALL_ATTENTION_FUNCTIONS[PACKED](

@@ -13,6 +13,7 @@ heads, G key-value heads, h heads that share keys, D features of a head.
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 from itertools import pairwise
 from typing import NamedTuple
@@ -23,6 +24,8 @@ from fedmira.model.attention import Settings, attend
 
 _MOST_WEIGHTS = 2**19
 """Q * K of the longest sequence whose weights are kept: 724 positions that all ask, half of it for each head."""
+MOST_KEPT = math.isqrt(_MOST_WEIGHTS)
+"""Positions of that sequence."""
 _MOST_QUERIES = 100
 """Of one block."""
 

@@ -34,8 +34,9 @@ def prompt_layout(base: BaseModel, adapter: AdapterConfig) -> Layout:
     """One tensor `prompt` (V, d): the embeddings of the virtual tokens (Lester et al., EMNLP 2021).
 
     Raises:
-        ConfigError: the virtual tokens leave no room in the base's context.
+        ConfigError: the virtual tokens leave no room in the base's context, or the base needs more than embeddings.
     """
+    _refuse_where_embeddings_are_not_all(base, adapter)
     longest = base.max_length - _SHORTEST_TEXT
     if adapter.num_virtual_tokens > longest:
         raise ConfigError(
@@ -68,6 +69,15 @@ def p_tuning_layout(base: BaseModel, adapter: AdapterConfig) -> Layout:
 def _layout(tensors: Sequence[tuple[str, str, tuple[int, ...]]]) -> Layout:
     # of no layer: a prompt stands before all of them
     return Layout.of((name, group, "", shape) for name, group, shape in tensors)
+
+
+def _refuse_where_embeddings_are_not_all(base: BaseModel, adapter: AdapterConfig) -> None:
+    """A virtual token has an embedding and no id, by which Gemma 3n and 4 look up something more for each layer."""
+    if getattr(base.model.config.get_text_config(), "hidden_size_per_layer_input", None):
+        raise ConfigError(
+            f"model.adapter.kind = {adapter.kind} does not fit {base.name}: each of its layers looks up something of "
+            "its own by a token's id, which a virtual token has none of; use model.adapter.kind = lora"
+        )
 
 
 def num_features(base: BaseModel) -> int:

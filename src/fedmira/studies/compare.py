@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fedmira.config.file import config_difference, parse_config, resolved_yaml
-from fedmira.config.refusals import refusal, refusal_beside
+from fedmira.config.refusals import refusal, refusal_beside, refusal_of_dtype
 from fedmira.config.run import RunConfig
 from fedmira.errors import ConfigError, DivergedError, FedmiraError, IntegrityError, ParticipationError, UsageError
 from fedmira.experiment import Display, SilentDisplay, carry_out
@@ -173,6 +173,8 @@ def _refuse_unusable(config: RunConfig) -> None:
         if reason := refusal(method, config.model.adapter.kind) or refusal_beside(
             method, config.exchange, ranks, config.training.keep_moments
         ):
+            raise ConfigError(f"compare.methods names {name}: {reason}")
+        if reason := refusal_of_dtype(method, config.model.dtype):
             raise ConfigError(f"compare.methods names {name}: {reason}")
     if not config.evaluation.test:
         raise ConfigError("evaluation.test = false leaves nothing to compare methods by; set it to true")

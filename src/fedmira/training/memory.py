@@ -22,8 +22,10 @@ from fedmira.data.tokenization import TokenizedClient, TokenizedExample
 from fedmira.model.adapted import AdaptedModel, computes_in_parts
 from fedmira.model.base import BaseModel
 from fedmira.model.full import is_full
+from fedmira.model.kept_attention import MOST_KEPT
 from fedmira.model.lora import Dropout
 from fedmira.side_by_side import portions
+from fedmira.training.objective import rows_at_once
 from fedmira.training.optimizers import num_moments
 from fedmira.types import Arena, Layout
 
@@ -37,6 +39,7 @@ in parts, they take the same time where there are many clients to make them of."
 AT_ONCE = 2
 """Parts of a step that are computed at the same time on several threads of a CPU."""
 _PROBE_TOKENS = 256
+"""What is measured where sequences are longer than those whose attention keeps its weights, which grow with them."""
 _SERVER_ARENAS = 6
 """Adapters of all clients that lie on the device while some train: `mira` holds most, 5.5 to 6.2 of them (its state,
 uploads, starts, average, the job and what came back)."""
@@ -61,13 +64,22 @@ def bytes_per_client(layout: Layout, training: TrainingConfig, element_bytes: in
     return (2 + num_moments(training)) * layout.num_parameters * element_bytes
 
 
-def activation_bytes_per_token(base: BaseModel, layout: Layout, dropout: float = 0.0) -> int:
-    """Bytes that the body saves for backward per packed token, measured; the output head is left out.
+def probe_length(base: BaseModel, clients: Sequence[TokenizedClient]) -> int:
+    """How long a sequence `activation_bytes_per_token` should measure for clients like these, in tokens."""
+    longest = max((example.num_inputs for client in clients for example in client.train), default=_PROBE_TOKENS)
+    return longest if base.device.type == "cpu" and longest <= MOST_KEPT else _PROBE_TOKENS
+
+
+def activation_bytes_per_token(
+    base: BaseModel, layout: Layout, dropout: float = 0.0, length: int = _PROBE_TOKENS
+) -> int:
+    """Bytes that the body saves for backward per packed token of a sequence of `length`, measured; the output head is
+    left out.
 
     With dropout it goes through the stock model, and each pair has a mask of its inputs.
     """
     virtual = layout.num_virtual_tokens
-    length = min(_PROBE_TOKENS, base.max_length - virtual)
+    length = min(length, base.max_length - virtual)
     # half of the tokens are supervised: behind the last attention a fused body keeps nothing of the others
     example = TokenizedExample(torch.zeros(length + 1, dtype=torch.int32).numpy(), 1 + length // 2, "probe")
     batch = pack([[example]], virtual_tokens=virtual)
@@ -121,7 +133,8 @@ def estimate(
         token_bytes: from `activation_bytes_per_token`; measured if None.
         dropout: rate on the input of the low-rank branch.
     """
-    per_token = activation_bytes_per_token(base, layout, dropout) if token_bytes is None else token_bytes
+    if token_bytes is None:
+        token_bytes = activation_bytes_per_token(base, layout, dropout, probe_length(base, clients))
     heaviest = sorted((_largest_batch(client, training.batch_size) for client in clients), reverse=True)[:cohort_size]
     of_clients = [batch_tokens + layout.num_virtual_tokens for batch_tokens, _ in heaviest]
     tokens = _at_once(of_clients) if computes_in_parts(base, layout, dropout) else sum(of_clients)
@@ -132,7 +145,7 @@ def estimate(
         # where a client has weights of its own, those of the base are kept beside them
         base_bytes=2 * base_bytes if is_full(layout) else base_bytes,
         clients_bytes=cohort_size * bytes_per_client(layout, training, element_bytes),
-        activation_bytes=math.ceil(_HEADROOM * tokens * per_token) + supervised * head_bytes_per_row(base),
+        activation_bytes=math.ceil(_HEADROOM * tokens * token_bytes) + head_bytes(base, layout, supervised),
     )
 
 
@@ -147,10 +160,19 @@ def _at_once(tokens: Sequence[int]) -> int:
     return sum(tokens[place] for part in parts[:AT_ONCE] for place in part)
 
 
-def head_bytes_per_row(base: BaseModel) -> int:
-    """Bytes of one supervised row behind the output head: logits, and their log-softmax and gradient in float32."""
-    vocabulary = int(base.model.config.get_text_config().vocab_size)
-    return vocabulary * (base.dtype.itemsize + 2 * max(4, base.dtype.itemsize))
+def head_bytes(base: BaseModel, layout: Layout, supervised: int) -> int:
+    """Bytes of so many supervised rows behind the output head: logits, and their log-softmax and gradient in float32.
+
+    Where the head is frozen these exist for a block of rows at a time (of two parts of a step, for two), beside the
+    gradient of the hidden states of all.
+    """
+    weight = base.model.get_output_embeddings().weight
+    vocabulary, features = weight.shape
+    of_logits = vocabulary * (base.dtype.itemsize + 2 * max(4, base.dtype.itemsize))
+    if is_full(layout):
+        return int(supervised * of_logits)
+    at_once = min(supervised, AT_ONCE * rows_at_once(base))
+    return int(at_once * of_logits + supervised * features * base.dtype.itemsize)
 
 
 def choose_cohort_size(
@@ -168,7 +190,7 @@ def choose_cohort_size(
     """
     if is_full(layout):
         return 1
-    token_bytes = activation_bytes_per_token(base, layout, dropout)
+    token_bytes = activation_bytes_per_token(base, layout, dropout, probe_length(base, clients))
     arenas = _SERVER_ARENAS + (3 if training.keep_moments else 0)
     held_bytes = arenas * len(clients) * layout.num_parameters * base.adapter_dtype.itemsize
 

@@ -22,6 +22,13 @@ _BLOCK_BYTES = {"cpu": 30 * 2**20, "cuda": 2**28}
 glibc takes new pages from the system for every block."""
 
 
+def rows_at_once(base: BaseModel) -> int:
+    """How many supervised rows have their logits in memory at a time where the head is frozen."""
+    device, widest = base.device.type, max(4, base.dtype.itemsize)
+    vocabulary = int(base.model.config.get_text_config().vocab_size)
+    return max(1, _BLOCK_BYTES.get(device, _BLOCK_BYTES["cuda"]) // (vocabulary * widest))
+
+
 def token_losses(base: BaseModel, hidden_Md: torch.Tensor, labels_M: torch.Tensor) -> torch.Tensor:
     """Cross entropy of every supervised row in nats, (M,), in at least float32.
 
@@ -45,9 +52,7 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden_Md: torch.Tensor, base: BaseModel, labels_M: torch.Tensor) -> torch.Tensor:
         losses, gradients = [], []
-        block_bytes = _BLOCK_BYTES.get(hidden_Md.device.type, _BLOCK_BYTES["cuda"])
-        vocabulary = int(base.model.config.get_text_config().vocab_size)
-        block_rows = max(1, block_bytes // (vocabulary * max(4, hidden_Md.element_size())))
+        vocabulary, block_rows = int(base.model.config.get_text_config().vocab_size), rows_at_once(base)
         # a soft cap needs the logits beside what becomes of them
         room = None if base.softcap is not None else hidden_Md.new_empty(min(len(hidden_Md), block_rows) * vocabulary)
         for hidden_md, labels_m in zip(
