@@ -45,11 +45,6 @@ class MethodSection(Section):
     """Share of what a client had after the round before in what it takes home: a moving average over rounds. Clients
     train on from the last round all the same. 0: what the last round gave it."""
 
-    @property
-    def new_pairs(self) -> str:
-        """What makes the pairs of one round strangers to those of the next; empty where they go on from each other."""
-        return "starts each round from new random factors" if self.draws_factors else ""
-
     @model_validator(mode="after")
     def _average_fits_the_base(self) -> MethodSection:
         if self.ema_decay and self.moves_the_base:
@@ -417,10 +412,6 @@ class FlexLoraConfig(MethodSection):
     name: Literal["flexlora"]
     align: bool = True
     """Turn each new pair by the rotation that brings it nearest to the one it replaces. The authors do not."""
-
-    @property
-    def new_pairs(self) -> str:
-        return "" if self.align else "hands out pairs that do not match those before them (align: false)"
 
     @model_validator(mode="after")
     def _average_of_aligned_pairs(self) -> FlexLoraConfig:

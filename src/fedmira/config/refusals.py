@@ -157,10 +157,13 @@ def _refusal_of_feedback(method: MethodSection, exchange: ExchangeConfig) -> str
     >>> _refusal_of_feedback(method_with_defaults("fedit"), ExchangeConfig(compression="topk"))
     ''
     """
-    if not method.new_pairs or exchange.compression == "none" or not exchange.error_feedback:
+    new = "starts each round from new random factors" if method.draws_factors else ""
+    if not getattr(method, "align", True):
+        new = "hands out pairs that do not match those before them (align: false)"
+    if not new or exchange.compression == "none" or not exchange.error_feedback:
         return ""
     return (
-        f"method.name = {method.name} {method.new_pairs}, so what compression left out of the old ones would only "
+        f"method.name = {method.name} {new}, so what compression left out of the old ones would only "
         "disturb them; set exchange.error_feedback: false"
     )
 
