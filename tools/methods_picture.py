@@ -120,12 +120,13 @@ ROWS = (
 )
 PANELS = {
     "flan": "FLAN-8",
+    "flan_few": "three of its tasks",
     "instruction_induction": "instruction induction",
     "natural_instructions": "Natural Instructions",
     "planted": "planted tasks",
     "planted_unequal": "planted, unequal",
 }
-ROW, PANEL, NAMES, HEAD, FOOT = 27.0, 172.0, 150.0, 92.0, 34.0
+ROW, PANEL, NAMES, HEAD, FOOT = 27.0, 162.0, 146.0, 92.0, 34.0
 HARM = 54.0
 """Room for the share of harmed clients at the right of a panel."""
 
@@ -164,7 +165,7 @@ def _panel(study: Study, reported: dict[str, list[Judged]], left: float, bottom:
         low, min(-1.3 * low, extent([upper for _, _, upper in gaps.values()], include=[-0.2 * low])[1]), left, right
     )
     parts = [
-        text(left, HEAD - 36, PANELS[study.name], class_="ink", font_size=13, font_weight="600"),
+        text(left, HEAD - 36, PANELS[study.name], class_="ink", font_size=12.5, font_weight="600"),
         text(left, HEAD - 19, f"{clients} clients, {draws} draws", class_="dim", font_size=12),
         text(left + PANEL - 10, HEAD - 4, "harmed", text_anchor="end", class_="dim", font_size=11),
         x_axis(x, HEAD, bottom, lambda value: f"{value:+g}" if value else "0", 2),

@@ -1,4 +1,4 @@
-"""The study behind docs/results/methods.md: every method on the same draws of five federations, in resumable pieces.
+"""The study behind docs/results/methods.md: every method on the same draws of six federations, in resumable pieces.
 
     python tools/methods_study.py run  --data DIR [--only planted flan] [--methods mira fedit] [--workers 2]
     python tools/methods_study.py page > docs/results/methods.md
@@ -653,8 +653,8 @@ below would pay to change; in brackets the share of clients harmed. All run at `
 to be tuned anew. Where an interval holds 0, these draws do not tell. Rows with a number belong to an advance over MIRA:
 1 confidence in stored adapters, 2 strength, 3 validated mixing, 4 mixing as products and ranks, 5 robust neighbours, 6
 smaller messages, 7 privacy. What is on by default is what a row takes away; 4, 5, 6 and 7 are off, and so is a strength
-that is chosen in the run or falls with depth. Validated mixing
-and the average over rounds are on for the clients that mixing would harm, more than for the mean."""
+that is chosen in the run or falls with depth. Validated mixing and the average over rounds are on because nothing shows
+that they cost where they do not pay."""
 
 _PICTURE = """## What smaller messages cost
 
