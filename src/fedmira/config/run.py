@@ -459,9 +459,8 @@ class RunConfig(Section):
                 "has weights of its own and is trained alone; use auto or 1"
             )
         ranks, moments = bool(self.model.adapter.client_ranks), self.training.keep_moments
-        if reason := refusal_beside(self.method, self.exchange, ranks, moments):
-            raise ValueError(reason)
-        if reason := refusal_of_dtype(self.method, self.model.dtype):
+        reason = refusal_beside(self.method, self.exchange, ranks, moments)
+        if reason := reason or refusal_of_dtype(self.method, self.model.dtype):
             raise ValueError(reason)
         if self.exchange.privacy.enabled:
             if self.exchange.privacy.noise_seed == "system" and self.output.checkpoint_every > 1:

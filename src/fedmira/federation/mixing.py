@@ -153,8 +153,9 @@ def welcomed(matrix_KK: Matrix, graph: Graph, confidence_K: Sequence[float]) -> 
     strangers = [k for ids in connected_components(graph) if not confidence[list(ids)].any() for k in ids]
     if not strangers or not confidence.any():
         return matrix_KK
-    welcoming_KK = matrix_KK.copy()
-    welcoming_KK[strangers] = confidence / confidence.max() / (confidence / confidence.max()).sum()
+    # of long unseen clients confidences are tiny, and only their ratios matter
+    relative_K, welcoming_KK = confidence / confidence.max(), matrix_KK.copy()
+    welcoming_KK[strangers] = relative_K / relative_K.sum()
     return welcoming_KK
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cache
-from itertools import repeat
 from typing import NamedTuple
 
 from fedmira.config.method import MiraConfig
@@ -40,7 +39,8 @@ class ServerStep(NamedTuple):
 def server_step(config: MiraConfig, clients: Clients) -> ServerStep:
     """Return the step that `config` describes, for clients of the given ranks."""
     mixed_as = form(config.mixing, clients.ranks_K)
-    effort_K = [n * rank for n, rank in zip(clients.num_examples_K, clients.ranks_K or repeat(1), strict=False)]
+    ranks_K = clients.ranks_K or (1,) * len(clients.names)
+    effort_K = [n * rank for n, rank in zip(clients.num_examples_K, ranks_K, strict=True)]
 
     def mixtures(graph: Graph, uploads: Arena, confidence_K: Sequence[float]) -> Callable[[float], Mixture]:
         trusting = ROBUST.get(config.robust)

@@ -255,8 +255,6 @@ def _self_check(base: BaseModel) -> None:
     tokens_N = torch.randint(int(config.vocab_size), (sum(lengths),), generator=torch_generator(0, "self-check"))
     positions_N = torch.cat([torch.arange(length) for length in lengths])
     probe = _Probe(tokens_N, positions_N, lengths)
-    # transformers normalises in float32, whatever the dtype
-    tolerance = {torch.float64: 1e-5, torch.float32: 1e-3}.get(base.dtype, 5e-2)
     reason = ""
     try:
         with torch.no_grad():
@@ -270,16 +268,28 @@ def _self_check(base: BaseModel) -> None:
             if base.body is not None:
                 ways["fused"] = _fused_hidden(base, base.body, probe)
             for way, hidden_Nd in ways.items():
-                difference = float((base.logits(hidden_Nd) - stock_NV).abs().max())
-                if not difference <= tolerance * max(1.0, float(stock_NV.abs().max())):
-                    reason = f"its {way} logits differ by {difference:.2g}"
-    except (TypeError, AttributeError, RuntimeError, KeyError) as error:
+                if apart := unlike(base, base.logits(hidden_Nd), stock_NV):
+                    reason = f"its {way} logits {apart}"
+    except MISUNDERSTANDINGS as error:
         reason = f"{type(error).__name__}: {error}"
     if reason:
         raise SetupError(
             f"fedmira cannot run the family {config.model_type!r} of the base model {base.name} on packed rows "
             f"({reason}); use a GPT-2, Llama, Qwen, Mistral or Gemma model"
         )
+
+
+MISUNDERSTANDINGS = (TypeError, AttributeError, RuntimeError, KeyError)
+"""What a stock model raises that is called otherwise than it expects."""
+
+
+def unlike(base: BaseModel, logits_NV: torch.Tensor, stock_NV: torch.Tensor) -> str:
+    """By how much logits differ from those of the stock model, beyond rounding; empty if they do not."""
+    # transformers normalises in float32, whatever the dtype
+    tolerance = {torch.float64: 1e-5, torch.float32: 1e-3}.get(base.dtype, 5e-2)
+    difference = float((logits_NV - stock_NV).abs().max())
+    alike = difference <= tolerance * max(1.0, float(stock_NV.abs().max()))
+    return "" if alike else f"differ by {difference:.2g}"
 
 
 def _fused_hidden(base: BaseModel, body: Body, probe: _Probe) -> torch.Tensor:

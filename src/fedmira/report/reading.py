@@ -265,7 +265,7 @@ def read_run(path: Path, *, method: str | None = None, seed: int | None = None) 
             rounds=rounds,
             evaluations=_by_round(events, "evaluation"),
             # of a run that was prolonged and is not over, what it was judged by before is not the end
-            final=final[-1] if final and final[-1]["round"] == rounds[-1]["round"] else None,
+            final=final[-1] if final and rounds and final[-1]["round"] == rounds[-1]["round"] else None,
             ended_by=read_left_out(path / "run.log", _next_round(rounds)),
         )
         # parse all numbers now, so that damage is reported with the file's name

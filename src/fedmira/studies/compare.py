@@ -170,11 +170,11 @@ def _refuse_unusable(config: RunConfig) -> None:
     """Not a rule of the config: `fedmira run` reads the same file and does not look at this section."""
     for name in config.compare.methods:
         method, ranks = config.method_named(name), bool(config.model.adapter.client_ranks)
-        if reason := refusal(method, config.model.adapter.kind) or refusal_beside(
-            method, config.exchange, ranks, config.training.keep_moments
+        if reason := (
+            refusal(method, config.model.adapter.kind)
+            or refusal_beside(method, config.exchange, ranks, config.training.keep_moments)
+            or refusal_of_dtype(method, config.model.dtype)
         ):
-            raise ConfigError(f"compare.methods names {name}: {reason}")
-        if reason := refusal_of_dtype(method, config.model.dtype):
             raise ConfigError(f"compare.methods names {name}: {reason}")
     if not config.evaluation.test:
         raise ConfigError("evaluation.test = false leaves nothing to compare methods by; set it to true")
