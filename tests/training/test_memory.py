@@ -44,11 +44,12 @@ def test_logits_count_for_as_many_rows_as_have_them_at_a_time(monkeypatch: pytes
     base = tiny_base("llama", torch.float32)
     layout, whole = tiny_layout(base, "llama"), full_layout(base)
     vocabulary, features = base.model.get_output_embeddings().weight.shape
-    monkeypatch.setitem(objective._BLOCK_BYTES, "cpu", 10 * vocabulary * 4)
-    assert objective.rows_at_once(base) == 10
+    monkeypatch.setitem(objective._BLOCK_COLUMNS, "cpu", vocabulary // 2)
+    monkeypatch.setitem(objective._BLOCK_ELEMENTS, "cpu", 10 * (vocabulary // 2))
+    assert objective.logits_at_once(base) == (10, vocabulary // 2)
     few, many = (memory.head_bytes(base, layout, rows) for rows in (7, 1000))
-    assert few == 7 * (12 * vocabulary + 4 * features)
-    assert many == 20 * 12 * vocabulary + 1000 * 4 * features, "two parts of a step at a time"
+    assert few == 7 * (12 * (vocabulary // 2) + 4 * features)
+    assert many == 20 * 12 * (vocabulary // 2) + 1000 * 4 * features, "two parts of a step at a time"
     assert memory.head_bytes(base, whole, 1000) == 1000 * 12 * vocabulary
 
 

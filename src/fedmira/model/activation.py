@@ -9,23 +9,22 @@ import torch
 import torch.nn.functional as F
 
 
-def activate(inner_NO: torch.Tensor, gated: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The activated features (N, F); and silu of the gate, where there is one."""
+def activate(inner_NO: torch.Tensor, gated: bool) -> torch.Tensor:
+    """The activated features, (N, F)."""
     if not gated:
-        return F.gelu(inner_NO, approximate="tanh"), None
+        return F.gelu(inner_NO, approximate="tanh")
     gate_NF, up_NF = inner_NO.chunk(2, dim=1)
-    silu_NF = F.silu(gate_NF)
-    return silu_NF * up_NF, silu_NF
+    return F.silu(gate_NF).mul_(up_NF)
 
 
-def activate_backward(grad_NF: torch.Tensor, inner_NO: torch.Tensor, silu_NF: torch.Tensor | None) -> torch.Tensor:
+def activate_backward(grad_NF: torch.Tensor, inner_NO: torch.Tensor, gated: bool) -> torch.Tensor:
     """Gradient of `inner_NO`; `grad_NF` is used up."""
-    if silu_NF is None:
+    if not gated:
         result: torch.Tensor = torch.ops.aten.gelu_backward(grad_NF, inner_NO, approximate="tanh")
         return result
     gate_NF, up_NF = inner_NO.chunk(2, dim=1)
     grad_inner_NO = torch.empty_like(inner_NO)
     grad_gate_NF, grad_up_NF = grad_inner_NO.chunk(2, dim=1)
-    torch.mul(grad_NF, silu_NF, out=grad_up_NF)
+    torch.mul(grad_NF, F.silu(gate_NF), out=grad_up_NF)
     torch.ops.aten.silu_backward.grad_input(grad_NF.mul_(up_NF), gate_NF, grad_input=grad_gate_NF)
     return grad_inner_NO

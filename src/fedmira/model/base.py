@@ -169,23 +169,45 @@ class BaseModel:
         """What final logits are squeezed below, as in Gemma; None if they are not."""
         return getattr(self.model.config.get_text_config(), "final_logit_softcapping", None)
 
-    def logits(self, hidden_Md: torch.Tensor, room: torch.Tensor | None = None) -> torch.Tensor:
-        """Apply the output embedding to hidden states (M, d) and return logits (M, V), which may lie in `room`."""
+    @property
+    def vocabulary(self) -> int:
+        """V, the number of tokens that have a logit."""
+        return int(self.model.get_output_embeddings().weight.shape[0])
+
+    def logits(
+        self, hidden_Md: torch.Tensor, room: torch.Tensor | None = None, tokens: slice = slice(None)
+    ) -> torch.Tensor:
+        """Apply the output embedding to hidden states (M, d) and return logits (M, V).
+
+        Args:
+            hidden_Md: final hidden states.
+            room: memory that the logits may lie in.
+            tokens: whose logits are returned; all of them where autograd is to see them.
+        """
         head = self.model.get_output_embeddings()
-        tracked = torch.is_grad_enabled() and hidden_Md.requires_grad
-        logits_MV = head(hidden_Md) if tracked else product(hidden_Md, head.weight, head.bias, room)
+        if torch.is_grad_enabled() and hidden_Md.requires_grad:
+            logits_MV = head(hidden_Md)
+        else:
+            logits_MV = product(hidden_Md, head.weight[tokens], None if head.bias is None else head.bias[tokens], room)
         if self.softcap is not None:
             logits_MV = torch.tanh(logits_MV / self.softcap) * self.softcap
         return logits_MV
 
-    def logits_backward(self, grad_MV: torch.Tensor, logits_MV: torch.Tensor) -> torch.Tensor:
-        """Gradient of the hidden states (M, d) for a gradient of their logits; `grad_MV` is used up.
+    def logits_backward(
+        self, grad_MV: torch.Tensor, logits_MV: torch.Tensor, tokens: slice = slice(None)
+    ) -> torch.Tensor:
+        """Gradient of the hidden states (M, d) for a gradient of the logits of `tokens`; `grad_MV` is used up.
 
         Without a soft cap, the values of `logits_MV` are not looked at.
         """
         if self.softcap is not None:
             grad_MV.mul_(1.0 - (logits_MV / self.softcap).square())
-        return product(grad_MV, self.model.get_output_embeddings().weight.T)
+        return product(grad_MV, self.model.get_output_embeddings().weight[tokens].T)
+
+    def head_rows(self, tokens_M: torch.Tensor) -> torch.Tensor:
+        """The output embeddings of tokens, (M, d): the gradients of their logits before a soft cap."""
+        weight: torch.Tensor = self.model.get_output_embeddings().weight
+        return weight.detach().index_select(0, tokens_M)
 
 
 def load_base(config: ModelConfig) -> BaseModel:

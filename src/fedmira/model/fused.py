@@ -263,7 +263,7 @@ class _FeedForward(torch.autograd.Function):
         h_Nd, statistics = block.feed_norm(x_Nd)
         inner_NO = block.feed_in(h_Nd)
         low_in = _add_all_(branches["feed_in"], rows, h_Nd, inner_NO)
-        active_NF, _ = activate(inner_NO, pass_.body.gated)
+        active_NF = activate(inner_NO, pass_.body.gated)
         out_Nd = block.feed_out.onto(x_Nd, active_NF)
         low_out = _add_all_(branches["feed_out"], rows, active_NF, out_Nd)
         ctx.save_for_backward(x_Nd, inner_NO, *statistics, *low_in, *low_out)
@@ -281,9 +281,10 @@ class _FeedForward(torch.autograd.Function):
         low_out = rest[num_statistics + num_low :]
         block: Block = ctx.block
         grad_active_NF = block.feed_out.backward(grad_Nd)
-        active_NF, silu_NF = activate(inner_NO, ctx.gated)
-        _backward_all_(ctx.branches["feed_out"], ctx.rows, active_NF, low_out, grad_Nd, grad_active_NF)
-        grad_inner_NO = activate_backward(grad_active_NF, inner_NO, silu_NF)
+        if low_out:
+            active_NF = activate(inner_NO, ctx.gated)
+            _backward_all_(ctx.branches["feed_out"], ctx.rows, active_NF, low_out, grad_Nd, grad_active_NF)
+        grad_inner_NO = activate_backward(grad_active_NF, inner_NO, ctx.gated)
         grad_h_Nd = block.feed_in.backward(grad_inner_NO)
         if low_in:
             h_Nd = block.feed_norm.again(x_Nd, statistics)

@@ -80,7 +80,7 @@ def hidden(
         h_Nd, _ = block.feed_norm(x_Nd)
         inner_NO = block.feed_in(h_Nd)
         add_low_rank_(index, "feed_in", h_Nd, inner_NO)
-        active_NF, _ = activate(inner_NO, body.gated)
+        active_NF = activate(inner_NO, body.gated)
         x_Nd = block.feed_out.onto(x_Nd, active_NF)
         add_low_rank_(index, "feed_out", active_NF, x_Nd)
     return body.final_norm(x_Nd)[0]

@@ -25,7 +25,7 @@ from fedmira.model.full import is_full
 from fedmira.model.kept_attention import MOST_KEPT
 from fedmira.model.lora import Dropout
 from fedmira.side_by_side import portions
-from fedmira.training.objective import rows_at_once
+from fedmira.training.objective import logits_at_once
 from fedmira.training.optimizers import num_moments
 from fedmira.types import Arena, Layout
 
@@ -163,16 +163,16 @@ def _at_once(tokens: Sequence[int]) -> int:
 def head_bytes(base: BaseModel, layout: Layout, supervised: int) -> int:
     """Bytes of so many supervised rows behind the output head: logits, and their log-softmax and gradient in float32.
 
-    Where the head is frozen these exist for a block of rows at a time (of two parts of a step, for two), beside the
-    gradient of the hidden states of all.
+    Where the head is frozen these exist for a block of rows and tokens at a time (of two parts of a step, for two),
+    beside the gradient of the hidden states of all.
     """
-    weight = base.model.get_output_embeddings().weight
-    vocabulary, features = weight.shape
-    of_logits = vocabulary * (base.dtype.itemsize + 2 * max(4, base.dtype.itemsize))
+    features = base.model.get_output_embeddings().weight.shape[1]
+    of_logit = base.dtype.itemsize + 2 * max(4, base.dtype.itemsize)
     if is_full(layout):
-        return int(supervised * of_logits)
-    at_once = min(supervised, AT_ONCE * rows_at_once(base))
-    return int(at_once * of_logits + supervised * features * base.dtype.itemsize)
+        return int(supervised * base.vocabulary * of_logit)
+    rows, columns = logits_at_once(base)
+    at_once = min(supervised, AT_ONCE * rows)
+    return int(at_once * columns * of_logit + supervised * features * base.dtype.itemsize)
 
 
 def choose_cohort_size(

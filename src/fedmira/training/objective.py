@@ -4,7 +4,8 @@ Knows nothing about optimizers, rounds or where adapters come from.
 
 The sum over clients of each client's mean loss has, for each client, exactly the gradient of training it alone.
 
-Axes: C clients, M supervised rows, m of a block, V vocabulary, P parameters of one adapter, d hidden features.
+Axes: C clients, M supervised rows, m of a block, V tokens of the vocabulary or of a block of it, P parameters of one
+adapter, d hidden features.
 """
 
 from __future__ import annotations
@@ -17,23 +18,27 @@ import torch.nn.functional as F
 
 from fedmira.model.base import BaseModel
 
-_BLOCK_BYTES = {"cpu": 30 * 2**20, "cuda": 2**28}
-"""Logits that exist at once; more would leave the cache, fewer would read the head's weights too often. From 32 MiB on
-glibc takes new pages from the system for every block."""
+_BLOCK_COLUMNS = {"cpu": 2**11}
+"""Tokens of the vocabulary whose logits exist at once, by kind of device; all of them where none is named. With these
+few, a thousand rows of them stay in a core's cache from the product that makes them to the one that uses them up."""
+_BLOCK_ELEMENTS = {"cpu": 2**21, "cuda": 2**26}
+"""Logits that exist at once."""
 
 
-def rows_at_once(base: BaseModel) -> int:
-    """How many supervised rows have their logits in memory at a time where the head is frozen."""
-    device, widest = base.device.type, max(4, base.dtype.itemsize)
-    vocabulary = int(base.model.config.get_text_config().vocab_size)
-    return max(1, _BLOCK_BYTES.get(device, _BLOCK_BYTES["cuda"]) // (vocabulary * widest))
+def logits_at_once(base: BaseModel) -> tuple[int, int]:
+    """Of how many supervised rows, and for how many tokens, logits are in memory at a time where the head is frozen."""
+    device = base.device.type
+    vocabulary = base.vocabulary
+    columns = min(vocabulary, _BLOCK_COLUMNS.get(device, vocabulary))
+    return max(1, _BLOCK_ELEMENTS.get(device, _BLOCK_ELEMENTS["cuda"]) // columns), columns
 
 
 def token_losses(base: BaseModel, hidden_Md: torch.Tensor, labels_M: torch.Tensor) -> torch.Tensor:
     """Cross entropy of every supervised row in nats, (M,), in at least float32.
 
     The logits of all rows never exist at once: the gradient of the hidden states is computed along with the losses, a
-    block of rows at a time. Where the head is trained too (all weights are), autograd sees the logits of all rows.
+    block of rows at a time, on a CPU for a block of tokens at a time. Where the head is trained too (all weights are),
+    autograd sees the logits of all rows.
 
     Args:
         base: applies its output head.
@@ -52,26 +57,14 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden_Md: torch.Tensor, base: BaseModel, labels_M: torch.Tensor) -> torch.Tensor:
         losses, gradients = [], []
-        vocabulary, block_rows = int(base.model.config.get_text_config().vocab_size), rows_at_once(base)
+        rows, columns = logits_at_once(base)
         # a soft cap needs the logits beside what becomes of them
-        room = None if base.softcap is not None else hidden_Md.new_empty(min(len(hidden_Md), block_rows) * vocabulary)
-        for hidden_md, labels_m in zip(
-            torch.split(hidden_Md, block_rows), torch.split(labels_M, block_rows), strict=True
-        ):
-            logits_mV = base.logits(hidden_md, room)
-            wide = torch.promote_types(logits_mV.dtype, torch.float32)
-            shares_mV = logits_mV.to(wide, copy=base.softcap is not None)
-            own_m1 = shares_mV.gather(1, labels_m[:, None])
-            largest_m1 = shares_mV.amax(1, keepdim=True)
-            # in place and not yet divided by their sums: passes over the logits cost as much as a product
-            shares_mV = shares_mV.sub_(largest_m1).exp_()
-            sum_m1 = shares_mV.sum(1, keepdim=True)
-            losses.append((largest_m1 + sum_m1.log() - own_m1).squeeze(1))
-            if ctx.needs_input_grad[0]:
-                shares_mV.scatter_add_(1, labels_m[:, None], -sum_m1)
-                grad_md = base.logits_backward(shares_mV.to(logits_mV.dtype), logits_mV)
-                gradients.append(grad_md.div_(sum_m1.to(grad_md.dtype)))
-        if gradients:
+        room = None if base.softcap is not None else hidden_Md.new_empty(min(len(hidden_Md), rows) * columns)
+        for hidden_md, labels_m in zip(torch.split(hidden_Md, rows), torch.split(labels_M, rows), strict=True):
+            losses_m, grad_md = _losses_of_rows(base, hidden_md, labels_m, columns, room, ctx.needs_input_grad[0])
+            losses.append(losses_m)
+            gradients.append(grad_md)
+        if ctx.needs_input_grad[0]:
             ctx.save_for_backward(torch.cat(gradients))
         return torch.cat(losses)
 
@@ -79,6 +72,52 @@ class _CrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Any) -> Any:
         (unit_Md,) = ctx.saved_tensors
         return unit_Md * gradients[0][:, None].to(unit_Md.dtype), None, None
+
+
+def _losses_of_rows(
+    base: BaseModel,
+    hidden_md: torch.Tensor,
+    labels_m: torch.Tensor,
+    columns: int,
+    room: torch.Tensor | None,
+    with_gradient: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The losses (m,) and, if asked for, their gradient (m, d), from one pass over `columns` tokens at a time.
+
+    What was summed so far is scaled down whenever a larger logit is met (Milakov and Gimelshein, Online normalizer
+    calculation for softmax, 2018). The label stands apart, so that its share minus 1 is never a difference of two
+    numbers that are nearly the same, nor rounded to 16 bits.
+    """
+    label_m1 = labels_m[:, None]
+    wide = torch.promote_types(hidden_md.dtype, torch.float32)
+    largest_m1 = torch.full(label_m1.shape, torch.finfo(wide).min, dtype=wide, device=hidden_md.device)
+    own_m1, others_m1 = torch.zeros_like(largest_m1), torch.zeros_like(largest_m1)
+    grad_md = torch.zeros_like(hidden_md, dtype=wide)
+    for start in range(0, base.vocabulary, columns):
+        tokens = slice(start, min(start + columns, base.vocabulary))
+        logits_mV = base.logits(hidden_md, room, tokens)
+        shares_mV = logits_mV.to(wide, copy=base.softcap is not None)
+        is_here_m1 = (label_m1 >= start) & (label_m1 < tokens.stop)
+        place_m1 = (label_m1 - start).clamp(0, shares_mV.shape[1] - 1)
+        at_place_m1 = shares_mV.gather(1, place_m1)
+        own_m1 = torch.where(is_here_m1, at_place_m1, own_m1)
+        before_m1, largest_m1 = largest_m1, torch.maximum(largest_m1, shares_mV.amax(1, keepdim=True))
+        # in place and not yet divided by their sums: passes over the logits cost as much as a product
+        shares_mV = shares_mV.sub_(largest_m1).exp_()
+        shares_mV.scatter_(1, place_m1, (at_place_m1 - largest_m1).exp_().masked_fill_(is_here_m1, 0.0))
+        shrink_m1 = (before_m1 - largest_m1).exp_()
+        others_m1.mul_(shrink_m1).add_(shares_mV.sum(1, keepdim=True))
+        if with_gradient:
+            grad_md.mul_(shrink_m1).add_(base.logits_backward(shares_mV.to(logits_mV.dtype), logits_mV, tokens))
+    sum_m1 = others_m1 + (own_m1 - largest_m1).exp_()
+    losses_m = (largest_m1 + sum_m1.log() - own_m1).squeeze(1)
+    if with_gradient:
+        of_label_m1 = others_m1 / sum_m1
+        if base.softcap is not None:
+            of_label_m1 *= 1.0 - (own_m1 / base.softcap).square()
+        of_labels_md = base.head_rows(labels_m).to(wide)
+        grad_md.div_(sum_m1).addcmul_(of_labels_md, of_label_m1, value=-1.0)
+    return losses_m, grad_md.to(hidden_md.dtype)
 
 
 def sum_of_client_means(losses_M: torch.Tensor, supervised_per_client: Sequence[int]) -> torch.Tensor:
