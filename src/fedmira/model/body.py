@@ -7,7 +7,7 @@ Axes: N rows, d hidden features, I/O in and out features of stacked layers, D fe
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -21,6 +21,16 @@ Soften = Callable[[torch.Tensor], torch.Tensor]
 
 STACKS = ("attention_in", "attention_out", "feed_in", "feed_out")
 """The fields of a block that hold layers."""
+
+
+_BLOCK_ROWS = 256
+"""Rows that several operations pass over one after the other while they lie in a core's cache."""
+
+
+def in_cache(*tensors_N: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
+    """Views of a block of rows of each tensor after the other, on a CPU; elsewhere of all rows at once."""
+    rows = _BLOCK_ROWS if tensors_N[0].device.type == "cpu" else max(1, len(tensors_N[0]))
+    return zip(*(torch.split(tensor, rows) for tensor in tensors_N), strict=True)
 
 
 class Stack(NamedTuple):
@@ -67,8 +77,14 @@ class Norm(NamedTuple):
             return torch.native_layer_norm(x_Nd, (x_Nd.shape[1],), self.weight_d, self.bias_d, self.epsilon)[0]
         return (_wide(x_Nd) * statistics[0]).to(x_Nd.dtype).mul_(self.weight_d)
 
-    def backward(self, grad_Nd: torch.Tensor, x_Nd: torch.Tensor, statistics: tuple[torch.Tensor, ...]) -> torch.Tensor:
-        """Gradient of x; `grad_Nd` is used up."""
+    def backward(
+        self,
+        grad_Nd: torch.Tensor,
+        x_Nd: torch.Tensor,
+        statistics: tuple[torch.Tensor, ...],
+        around_Nd: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Gradient of x, plus that of what goes around the norm; `grad_Nd` is used up."""
         if self.bias_d is not None:
             mean_N1, scale_N1 = statistics
             mask = [True, False, False]
@@ -76,12 +92,19 @@ class Norm(NamedTuple):
             result: torch.Tensor = torch.ops.aten.native_layer_norm_backward(
                 grad_Nd, x_Nd, features, mean_N1, scale_N1, self.weight_d, self.bias_d, mask
             )[0]
-            return result
-        (scale_N1,) = statistics
-        scaled_Nd, wide_Nd = _wide(grad_Nd.mul_(self.weight_d)), _wide(x_Nd)
-        dot_N1 = torch.linalg.vecdot(scaled_Nd, wide_Nd).unsqueeze(-1)
-        dot_N1 = dot_N1.mul_(scale_N1.pow(3)).div_(-x_Nd.shape[1])
-        return scaled_Nd.mul_(scale_N1).addcmul_(wide_Nd, dot_N1).to(x_Nd.dtype)
+            return result if around_Nd is None else result.add_(around_Nd)
+        for grad, x, scale_n1, *around in in_cache(
+            grad_Nd, x_Nd, *statistics, *([] if around_Nd is None else [around_Nd])
+        ):
+            scaled, wide = _wide(grad.mul_(self.weight_d)), _wide(x)
+            dot_n1 = torch.linalg.vecdot(scaled, wide).unsqueeze(-1)
+            dot_n1 = dot_n1.mul_(scale_n1.pow(3)).div_(-x_Nd.shape[1])
+            of_x = scaled.mul_(scale_n1).addcmul_(wide, dot_n1)
+            if of_x.dtype != grad.dtype:
+                grad.copy_(of_x)
+            for others in around:
+                grad.add_(others)
+        return grad_Nd
 
 
 class Block(NamedTuple):

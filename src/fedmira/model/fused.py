@@ -21,7 +21,7 @@ import torch
 
 from fedmira.model.activation import activate, activate_backward
 from fedmira.model.attention import Alone, Bucket, Packing, Settings, asking_for
-from fedmira.model.body import STACKS, Block, Body, Norm, Soften, Stack
+from fedmira.model.body import STACKS, Block, Body, Norm, Soften, Stack, in_cache
 from fedmira.model.kept_attention import Graph, Look, look_back_, look_back_backward_
 from fedmira.model.low_rank import (
     Branch,
@@ -239,11 +239,10 @@ class _Attention(torch.autograd.Function):
             _backward_all_(ctx.branches["attention_in"], pass_.rows, h_Nd, low_in, grad_projected_NO, grad_h_Nd)
         if grad_h_Nd is None:
             return None, None, None, None, None, None
-        grad_x_Nd = block.attention_norm.backward(grad_h_Nd, x_Nd, statistics)
+        around = None if ctx.is_last else grad
+        grad_x_Nd = block.attention_norm.backward(grad_h_Nd, x_Nd, statistics, around)
         if ctx.is_last:
             grad_x_Nd.index_add_(0, pass_.wanted_M, grad)
-        else:
-            grad_x_Nd.add_(grad)
         return grad_x_Nd, None, None, None, None, None
 
 
@@ -289,7 +288,7 @@ class _FeedForward(torch.autograd.Function):
         if low_in:
             h_Nd = block.feed_norm.again(x_Nd, statistics)
             _backward_all_(ctx.branches["feed_in"], ctx.rows, h_Nd, low_in, grad_inner_NO, grad_h_Nd)
-        grad_x_Nd = block.feed_norm.backward(grad_h_Nd, x_Nd, statistics).add_(grad_Nd)
+        grad_x_Nd = block.feed_norm.backward(grad_h_Nd, x_Nd, statistics, grad_Nd)
         return grad_x_Nd, None, None, None, None
 
 
@@ -341,14 +340,21 @@ def _look_back_backward(grad_NO: torch.Tensor, pass_: _Pass, settings: Settings,
     body, packing = pass_.body, pass_.packing
     num_heads, turned = body.num_heads, body.num_heads + body.num_key_heads
     grad_NHD = grad_NO.view(len(grad_NO), num_heads, -1)
-    grad_states_NXD = _buckets_backward(grad_NHD, pass_, settings, looks[: len(packing.buckets)])
+    if packing.buckets:
+        grad_states_NXD = _buckets_backward(grad_NHD, pass_, settings, looks[: len(packing.buckets)])
+    else:
+        grad_states_NXD = grad_NHD.new_empty((len(grad_NHD), turned + body.num_key_heads, grad_NHD.shape[2]))
     for one, look in zip(packing.alone, looks[len(packing.buckets) :], strict=True):
         grad_query_QHD = grad_states_NXD[one.asking, :num_heads]
         grads = look_back_backward_(grad_NHD[None, one.asking], settings, look, grad_query_QHD[None])
+        if one.asking.start > one.rows.start:
+            grad_states_NXD[one.rows.start : one.asking.start, :num_heads] = 0.0
         num_shared = one.prefix.stop - one.prefix.start
         for first, grad_1KGD in zip((num_heads, turned), grads, strict=True):
             of_heads = slice(first, first + body.num_key_heads)
-            grad_states_NXD[one.rows, of_heads].add_(grad_1KGD[0, num_shared:])
+            own = grad_states_NXD[one.rows, of_heads]
+            # others may have added to what they share with this one, where they lie in buckets
+            (own.add_ if packing.buckets else own.copy_)(grad_1KGD[0, num_shared:])
             if num_shared:
                 grad_states_NXD[one.prefix, of_heads].add_(grad_1KGD[0, :num_shared])
     if pass_.rotation is not None:
@@ -361,8 +367,6 @@ def _buckets_backward(grad_NHD: torch.Tensor, pass_: _Pass, settings: Settings, 
     """Gradient of queries, keys and values, (N, X, D), as far as it comes through buckets."""
     body, packing = pass_.body, pass_.packing
     num_rows, num_states = len(grad_NHD), body.num_heads + 2 * body.num_key_heads
-    if not packing.buckets:
-        return grad_NHD.new_zeros((num_rows, num_states, grad_NHD.shape[2]))
     sizes = [bucket.num_sequences * bucket.length for bucket in packing.buckets]
     if packing.slots_n is not None:
         own = grad_NHD if packing.rows_n is None else grad_NHD.index_select(0, packing.rows_n)
@@ -414,11 +418,11 @@ def _of_alone(states_NXD: torch.Tensor, one: Alone, body: Body) -> _Parts:
 
 def rotate_(states_NXD: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor]) -> None:
     """Rotate the two halves of each head's features by the angles of their positions, in place."""
-    cosine, sine = rotation
-    first, second = states_NXD.chunk(2, dim=-1)
-    first_sine = first * sine
-    first.mul_(cosine).addcmul_(second, sine, value=-1)
-    second.mul_(cosine).add_(first_sine)
+    first_NXD, second_NXD = states_NXD.chunk(2, dim=-1)
+    for first, second, cosine, sine in in_cache(first_NXD, second_NXD, *rotation):
+        first_sine = first * sine
+        first.mul_(cosine).addcmul_(second, sine, value=-1)
+        torch.addcmul(first_sine, second, cosine, out=second)
 
 
 def _spread(rows: torch.Tensor, places_M: torch.Tensor, num_rows: int) -> torch.Tensor:
