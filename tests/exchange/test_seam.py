@@ -287,6 +287,44 @@ def test_of_what_rested_and_did_not_come_back_the_server_keeps_its_own() -> None
         assert kept == (spec.group == "lora_a")
 
 
+def test_who_needs_no_download_goes_on_from_what_it_got_before() -> None:
+    # as RoLoRA: A and B are trained in turn, and of those that were there only what moved goes down
+    one, columns = seam(download_compression="int8"), {spec.name: spec.columns for spec in LAYOUT.specs}
+    a_only, b_only = frozenset({"lora_a"}), frozenset({"lora_b"})
+    part = [columns["a.lora_b"], columns["b.lora_b"]]
+
+    def played(start_SP: torch.Tensor, round_: int, **changes: frozenset[str]) -> torch.Tensor:
+        planned = job(start_SP, round_, **changes)
+        sent = one.send(planned)
+        one.receive(sent.job, sent.job.start_SP.clone(), reports(), planned=planned)
+        return sent.job.start_SP
+
+    played(rows(0), 1, trainable=b_only, upload=b_only)
+    server = rows(0) + 0.01 * rows(1)
+    second = played(server, 2, download=b_only, trainable=a_only, upload=a_only)
+    third = played(server, 3, download=a_only, trainable=b_only, upload=b_only)
+    for of_b in part:
+        assert not torch.equal(second[:, of_b], server[:, of_b]), "what went down was rounded"
+        assert torch.equal(third[:, of_b], second[:, of_b])
+    # once trained, the client has what it trained, which the server knows
+    fourth = played(server, 4, download=frozenset(), trainable=a_only, upload=a_only)
+    for of_b in part:
+        assert torch.equal(fourth[:, of_b], server[:, of_b])
+
+
+def test_of_what_rested_the_server_keeps_its_own_though_nothing_went_down() -> None:
+    one, both = seam(download_compression="int8"), frozenset({"lora_a", "lora_b"})
+    none: frozenset[str] = frozenset()
+    server = rows(0)
+    for round_, download in ((1, both), (2, both), (3, none)):
+        server = server + 0.01 * rows(round_)
+        planned = job(server, round_, download=download, trainable=none, upload=none)
+        sent = one.send(planned)
+        got = one.receive(sent.job, sent.job.start_SP.clone(), reports(), planned=planned)
+        assert torch.equal(sent.job.start_SP, server) == (round_ == 1)
+        assert torch.equal(got.values_SP, server)
+
+
 def test_a_row_that_stays_does_not_cost_its_client_the_one_that_crosses() -> None:
     start = torch.zeros(6, LAYOUT.num_parameters)
     two = Job(1, (0, 1, 2, 0, 1, 2), start, GROUPS, GROUPS, GROUPS, local_rows=3)

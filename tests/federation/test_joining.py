@@ -19,6 +19,7 @@ from tests.federation.builders import (
     same_bytes,
     trained,
 )
+from tests.reference import products_twin
 
 from fedmira.config.method import FlexLoraConfig, IFCAConfig, MethodConfig, MiraConfig
 from fedmira.errors import ConfigError
@@ -75,8 +76,21 @@ def test_with_another_rank_who_joins_gets_the_pair_of_its_rank_or_the_largest() 
     assert same_bytes(rows_KP[5], rows_KP[1])
     assert not same_bytes(rows_KP[0], rows_KP[1])
     rows_KP = grown(FlexLoraConfig(name="flexlora"), [EVERYBODY] * 2, ranks=(2, 2, 2, 2, 1, 2)).adapters.values_KP
-    assert same_bytes(rows_KP[4], trimmed(layout_for(CONFIGS["flexlora"]), rows_KP[:1], [1])[0])
     assert same_bytes(rows_KP[5], rows_KP[0])
+
+
+@pytest.mark.parametrize("align", [True, False])
+def test_with_a_rank_that_nobody_has_who_joins_gets_the_nearest_pair_of_it(align: bool) -> None:
+    config = FlexLoraConfig(name="flexlora", align=align)
+    adapters = grown(config, [EVERYBODY] * 2, ranks=(2, 2, 2, 2, 1, 1)).adapters
+    for layer, product in products_twin.dense(adapters, 0).items():
+        best = products_twin.nearest_of_rank(product, 1)
+        torch.testing.assert_close(products_twin.dense(adapters, 4)[layer], best, rtol=0, atol=1e-5)
+    assert same_bytes(adapters.values_KP[4], adapters.values_KP[5])
+    assert same_bytes(adapters.values_KP[4], trimmed(adapters.layout, adapters.values_KP[4:5], [1])[0])
+    adapters = grown(config, [EVERYBODY] * 2, ranks=(1, 1, 1, 1, 2, 2)).adapters
+    for layer, product in products_twin.dense(adapters, 0).items():
+        torch.testing.assert_close(products_twin.dense(adapters, 4)[layer], product, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["fedit", "rolora", "feddpa", "flora"])

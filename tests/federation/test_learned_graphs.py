@@ -38,6 +38,7 @@ from fedmira.federation.mixing import (
 )
 from fedmira.federation.ranks import trimmed
 from fedmira.federation.registry import build_method
+from fedmira.federation.similarity import over_layers
 from fedmira.randomness import torch_generator
 from fedmira.types import Arena, Clients, Losses, Participants, Results
 
@@ -47,10 +48,10 @@ SIZES = (5, 3, 4)
 
 
 def families(
-    sizes: Sequence[int] = SIZES, own: float = 0.3, common: float = 3.0, seed: int = 1
+    sizes: Sequence[int] = SIZES, own: float = 0.3, common: float = 3.0, seed: int = 1, larger: int = 1
 ) -> tuple[Arena, list[str]]:
     """Adapters that share a common part, a part of their family, and a part of their own."""
-    of = layout(features=((12, 10), (9, 14)))
+    of = layout(features=((12 * larger, 10 * larger), (9 * larger, 14 * larger)))
     labels = [str(family) for family, size in enumerate(sizes) for _ in range(size)]
     shape = (len(labels) + len(sizes) + 1, of.num_parameters)
     parts_P = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
@@ -479,6 +480,48 @@ def test_clusters_are_the_families() -> None:
     same = np.array([[float(one == other) for other in labels] for one in labels]) - np.eye(12)
     assert np.array_equal(graph.adjacency_KK, same)
     assert graph.provenance["clusters"] == len(set(labels))
+
+
+@pytest.mark.parametrize("kind", FROM_ADAPTERS)
+def test_a_client_that_did_not_move_is_nobodys_kin_and_changes_nobodys(kind: str) -> None:
+    # much of an update is noise, so clusters are not clear and kin lie below 0
+    uploads, _ = families((4, 4, 4, 4), own=2.5, larger=12)
+    lazy = uploads.replace(uploads.values_KP.clone())
+    for part in uploads.layout.slices("lora_b"):
+        lazy.values_KP[15, part] = 0.0
+    graph = learned(kind, lazy, rounds=2)
+    without = learned(kind, uploads.replace(uploads.values_KP[:15]), rounds=2)
+    if kind.startswith("gram"):
+        assert np.max(graph.provenance["strangers"]) < 0
+    assert not graph.adjacency_KK[15].any()
+    assert np.allclose(graph.adjacency_KK[:15, :15], without.adjacency_KK, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["gram", "gram_layers"])
+def test_a_client_that_stops_moving_stays_what_it_was_to_the_others(kind: str) -> None:
+    uploads, labels = families((4, 4, 4, 4), own=2.5, larger=12)
+    start, everybody = initial(16, torch.float64, of=uploads.layout), tuple(range(16))
+    learns = learner(graph_section(kind), clients(16))
+    memory, first = learns.learn(learns.init(start), Seen(uploads, start, (1,) * 16, everybody, 1))
+    # half of the B it received: 2 B A - B0 A0 = 0
+    starts, still = (uploads.replace(values.clone()) for values in (start.values_KP, uploads.values_KP))
+    starts.values_KP[15] = uploads.values_KP[15]
+    for part in uploads.layout.slices("lora_b"):
+        still.values_KP[15, part] /= 2
+    for round_ in range(2, 6):
+        memory, graph = learns.learn(memory, Seen(still, starts, (round_,) * 16, everybody, round_))
+    assert np.max(graph.provenance["strangers"]) < 0
+    assert weight_inside(graph, labels) > 0.95
+    assert graph.adjacency_KK[15] == pytest.approx(first.adjacency_KK[15], abs=0.2)
+
+
+def test_layers_in_which_a_client_did_not_move_do_not_speak_for_it() -> None:
+    one, other = np.full((3, 3), -0.5), np.full((3, 3), -0.1)
+    for cosine in (one, other):
+        np.fill_diagonal(cosine, 1.0)
+    other[2] = other[:, 2] = 0.0
+    mean = over_layers([one, other])
+    assert mean.tolist() == [[1.0, -0.3, -0.5], [-0.3, 1.0, -0.5], [-0.5, -0.5, 1.0]]
 
 
 @pytest.mark.parametrize("kind", ["gram", "gram_layers"])

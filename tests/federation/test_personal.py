@@ -458,6 +458,21 @@ def test_a_late_client_joins_the_nearest_cluster(name: str) -> None:
     assert not torch.allclose(state.adapters.values_KP[0], rows_KP[4], atol=1e-3)
 
 
+@pytest.mark.parametrize("name", ["fedlease", "fedtreelora"])
+def test_how_short_the_b_of_a_late_client_is_does_not_choose_its_cluster(name: str) -> None:
+    method, state = fresh(section(name, warmup_rounds=1))
+    rows_KP, part = two_families(), columns("lora_b")
+    # the family of client 4 went further, and client 4 itself has trained for a round only
+    for rows in (rows_KP[:3:2], rows_KP[4:5]):
+        rows[:, part] *= 4.0 if len(rows) > 1 else 0.1
+    for round_, ids in ((1, (0, 1, 2, 3)), (2, (4,))):
+        job = method.plan(state, Participants(round_, ids))
+        state, _ = method.merge(state, Participants(round_, ids), returned(rows_KP[list(ids)], job))
+    labels_LK = state.memory["clusters"].reshape(-1, 6)
+    assert (labels_LK[:, 0] != labels_LK[:, 1]).any()
+    assert torch.equal(labels_LK[:, 4], labels_LK[:, 0])
+
+
 def test_fedlease_after_the_warm_up_is_the_oracle_where_it_found_the_truth() -> None:
     names, rows_KP = clients().names, two_families()
     method, state = fresh(section("fedlease", warmup_rounds=1))
@@ -569,6 +584,27 @@ def test_ifca_starts_from_clients_that_differ_and_averages_those_that_chose_alik
     assert torch.allclose(state.memory["models"][0], mean_P, atol=1e-14)
     assert torch.allclose(state.adapters.values_KP[4], mean_P, atol=1e-14)
     assert torch.allclose(state.memory["models"][1], results.values_SP[1], atol=1e-14)
+
+
+def test_with_ifca_who_is_away_when_the_models_begin_takes_the_nearest_and_does_not_train_in_vain() -> None:
+    method, state = fresh(section("ifca", models=4))
+    rows_KP = two_families()
+    for round_, ids in ((1, (0, 1, 2)), (2, (3, 4))):
+        participants = Participants(round_, ids)
+        results = returned(rows_KP[list(ids)], method.plan(state, participants))
+        state, _ = method.merge(state, participants, results)
+    models_MP, choice_K = state.memory["models"], state.memory["choice"].tolist()
+    assert int(state.memory["started"]) == 4
+    assert choice_K[3:] == [-1, -1, -1], "who returned is asked, and client 5 was never seen"
+    apart_KM = torch.cdist(rows_KP[:3], models_MP)
+    assert choice_K[:3] == apart_KM.argmin(dim=1).tolist()
+    assert same_bytes(state.adapters.values_KP[:3], models_MP[choice_K[:3]])
+    # what client 0 does next is the next round of its model
+    participants = Participants(3, (0,))
+    results = trained(method.plan(state, participants), clients().names)
+    assert not torch.equal(results.values_SP[0], models_MP[choice_K[0]])
+    state, _ = method.merge(state, participants, results)
+    assert same_bytes(state.memory["models"][choice_K[0]], results.values_SP[0])
 
 
 def test_ifca_with_one_model_is_fedit_after_the_first_choice() -> None:

@@ -11,6 +11,7 @@ from tests.federation.builders import initial, layout, same_bytes
 from tests.reference import products_twin
 
 from fedmira.federation.products import by_least_squares, energy_rank, in_products, spectrum, squared_norms
+from fedmira.federation.similarity import low_rank_pairs
 from fedmira.types import Arena
 
 
@@ -163,6 +164,21 @@ def test_energy_is_the_share_of_the_squares() -> None:
     values = torch.tensor([2.0, 1.0, 1.0, 0.0])
     assert [energy_rank(values, share) for share in (0.5, 0.66, 0.67, 0.84, 1.0)] == [1, 1, 2, 3, 3]
     assert energy_rank(torch.zeros(3), 0.9) == 0
+    assert energy_rank(torch.empty(0), 1.0) == 0
+
+
+def test_small_singular_values_are_there_all_the_same() -> None:
+    values = torch.tensor([1.0, 1e-7, 1e-9, 1e-13], dtype=torch.float64)
+    assert energy_rank(values, 1.0) == 3, "the last is rounding"
+    assert energy_rank(values, 1 - 1e-6) == 1
+    arena = initial(1, torch.float64)
+    for spec_a, spec_b in low_rank_pairs(arena.layout):
+        arena.view(spec_a)[:] = torch.eye(*spec_a.shape)
+        arena.view(spec_b)[:] = torch.eye(*spec_b.shape)
+        arena.view(spec_b)[:, 1, 1] = 1e-8
+    twice = arena.replace(arena.values_KP.repeat(2, 1))
+    for layer, product in products_twin.dense(in_products(np.full((2, 2), 0.5))(twice), 0).items():
+        torch.testing.assert_close(product, products_twin.dense(arena, 0)[layer], rtol=0, atol=1e-14)
 
 
 def test_norms_are_those_of_the_scaled_dense_products() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 from tests.federation.builders import (
     CONFIGS,
     clients,
@@ -19,6 +20,10 @@ from tests.federation.builders import (
 from tests.federation.test_contract import build
 from tests.reference import products_twin
 
+from fedmira.config.exchange import ExchangeConfig
+from fedmira.config.method import METHOD_SECTIONS, FedAdamConfig, method_with_defaults
+from fedmira.config.refusals import refusal_beside
+from fedmira.config.run import RunConfig
 from fedmira.federation.method import State
 from fedmira.federation.ranks import trimmed
 from fedmira.federation.registry import build_method
@@ -133,6 +138,58 @@ def test_starting_components_anew_leaves_the_product_as_it_is(name: str) -> None
         before, after = products_twin.dense(kept, id_), products_twin.dense(starts, row)
         for layer in before:
             torch.testing.assert_close(after[layer], before[layer], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["fedadam", "fedadam-momentum"])
+def test_to_fedadam_a_component_that_a_client_lacks_has_not_moved(name: str) -> None:
+    who = mixed_clients()
+    method = build(name, who)
+    state = method.init(initial(dtype=torch.float64), who)
+    start_P = state.adapters.values_KP[0].clone()
+    for round_ in range(1, 4):
+        participants = Participants(round_, (0, 1, 3))
+        job = method.plan(state, participants)
+        still = trained(job, who.names)._replace(values_SP=job.start_SP.clone())
+        state, _ = method.merge(state, participants, still)
+    torch.testing.assert_close(state.adapters.values_KP[0], start_P, rtol=0, atol=1e-12)
+
+
+def test_fedadam_takes_the_mean_of_what_clients_of_each_rank_moved() -> None:
+    who, config = mixed_clients(), FedAdamConfig(name="fedadam", rule="momentum", beta1=0.0, server_lr=1.0)
+    method = build_method(config, who)
+    state = method.init(initial(dtype=torch.float64), who)
+    job = method.plan(state, Participants(1, (0, 1)))
+    results = trained(job, who.names)
+    after, _ = method.merge(state, Participants(1, (0, 1)), results)
+    moved_SP = trimmed(layout(), results.values_SP, (1, 2)) - job.start_SP
+    sizes = torch.tensor([who.num_examples_K[k] for k in (0, 1)], dtype=torch.float64)
+    expected_P = state.adapters.values_KP[0] + (sizes / sizes.sum()) @ moved_SP
+    torch.testing.assert_close(after.adapters.values_KP[0], expected_P, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["fedprox", "pfedgraph-pull", "ditto"])
+def test_who_is_pulled_to_its_start_is_so_where_components_start_anew(name: str) -> None:
+    who, of = mixed_clients(), layout_for(CONFIGS[name])
+    method = build(name, who)
+    state = method.init(initial(of=of), who)
+    # a mean of clients of rank 1 alone has nothing beyond
+    for round_ in range(1, 4):
+        state, _ = one_round(method, state, who.names, Participants(round_, (0, 2, 5)))
+    job = method.plan(state, Participants(4, (1, 3)))
+    assert job.pull is not None
+    assert same_bytes(job.pull.target_SP[-2:], job.start_SP[:2])
+    assert same_bytes(job.pull.target_SP[:2], job.start_SP[:2])
+
+
+def test_a_shift_that_only_some_ranks_make_exact_is_refused_before_the_run() -> None:
+    asked = {
+        name: refusal_beside(method_with_defaults(name), ExchangeConfig(), True, False) for name in METHOD_SECTIONS
+    }
+    assert {name for name, reason in asked.items() if reason} == {"fedex_lora", "fedkseed"}
+    assert "remove model.adapter.client_ranks, or take flora" in asked["fedex_lora"]
+    assert not refusal_beside(method_with_defaults("fedex_lora"), ExchangeConfig(), False, False)
+    with pytest.raises(ValidationError, match="fedex_lora adds to the base"):
+        RunConfig.model_validate({"method": {"name": "fedex_lora"}, "model": {"adapter": {"client_ranks": [2, 8]}}})
 
 
 def test_one_adapter_for_all_examples_has_the_largest_rank_whoever_comes_first() -> None:

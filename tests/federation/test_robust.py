@@ -118,6 +118,13 @@ def test_where_all_went_as_far_examples_silence_nobody(sizes: list[int]) -> None
     assert krum(matrix_KK, 2.0 * (1 - np.eye(num_clients)), sizes) is matrix_KK
 
 
+def test_where_most_uploads_are_the_same_krum_hears_the_others_too() -> None:
+    values_KP = np.zeros((7, 4))
+    values_KP[5:] = np.random.default_rng(0).normal(size=(2, 4))
+    matrix_KK = np.full((7, 7), 1 / 7)
+    assert krum(matrix_KK, distances(values_KP), (10,) * 7) is matrix_KK
+
+
 def test_the_median_is_the_one_that_small_steps_find() -> None:
     matrix_KK, values_KP = random_step(3, 7)
     revised_KK = geometric_median(matrix_KK, distances(values_KP))

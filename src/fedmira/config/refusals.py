@@ -95,6 +95,7 @@ def refusal_beside(method: MethodSection, exchange: ExchangeConfig, client_ranks
         )
     return (
         _refusal_of_scalars(method, exchange, client_ranks)
+        or (_refusal_of_ranks(method) if client_ranks else "")
         or _refusal_of_feedback(method, exchange)
         or (_refusal_under_noise(method) if exchange.privacy.enabled else "")
     )
@@ -148,6 +149,22 @@ def _refusal_of_scalars(method: MethodSection, exchange: ExchangeConfig, client_
             f"clients of smaller rank leave at 0 would be filled; remove model.adapter.client_ranks, or {instead}"
         )
     return ""
+
+
+def _refusal_of_ranks(method: MethodSection) -> str:
+    """Why `method` cannot be used by clients of different ranks; empty if it can, or sends scalars.
+
+    >>> from fedmira.config.method import method_with_defaults
+    >>> _refusal_of_ranks(method_with_defaults("flora"))
+    ''
+    """
+    if not method.moves_the_base or method.draws_factors:
+        return ""
+    return (
+        f"method.name = {method.name} adds to the base, for everybody alike, what the mean of the factors gets wrong, "
+        "but those of a smaller rank hold only a part of that mean; remove model.adapter.client_ranks, or take flora, "
+        "which is exact for all ranks, or flexlora, which gives each rank the nearest pair"
+    )
 
 
 def _refusal_of_feedback(method: MethodSection, exchange: ExchangeConfig) -> str:

@@ -1,10 +1,10 @@
 """What happens to a job and its results between server and clients: encoded, noised, counted, checked.
 
-A download is the difference to what the client received last, where that is configured. An upload is the difference d
-between where a client ended and where it started; with error memory e (Seide et al. 2014; Karimireddy et al., ICML
-2019) it sends Q(d + e) and remembers e <- d + e - Q(d + e). The server goes on with start + Q(d + e), nothing else.
-Noise comes before compression. Tensors that do not cross stay as they are. Without compression and noise every row is
-the client's own, bit for bit.
+A download is the difference to what the client received last, where that is configured; what rests at a client after
+that is there as it came, though the server has it exactly. An upload is the difference d between where a client ended
+and where it started; with error memory e (Seide et al. 2014; Karimireddy et al., ICML 2019) it sends Q(d + e) and
+remembers e <- d + e - Q(d + e). The server goes on with start + Q(d + e), nothing else. Noise comes before compression.
+Tensors that do not cross stay as they are. Without compression and noise every row is the client's own, bit for bit.
 
 Of a job with seeds only numbers of directions and scalars cross, and are counted; the rows that they stand for move
 here as they are.
@@ -40,7 +40,7 @@ class Kept(NamedTuple):
 
     tensors: Mapping[str, torch.Tensor]
     """`error.B`, (K, P): what compression left out of the B-th row of each client. `copy.B`, (K, P): what it received
-    last, and `known.B`, (K, G): of which groups."""
+    last, and `known.B`, (K, G): of which groups; `held.B`, (K, G): of which it still has that, as they rested since."""
     facts: Mapping[str, Any]
     """JSON-able: `uploads`, how many noised uploads each client has made."""
 
@@ -123,6 +123,13 @@ class Seam:
         for rows, ids, block in self._chunks(job, list(range(job.num_crossing))):
             for number, group in enumerate(self._layout.groups):
                 if group not in job.download:
+                    if f"held.{block}" not in self._tensors:
+                        continue
+                    held = self._remembered(f"held.{block}", job, len(self._layout.groups), torch.bool)[ids, number]
+                    still = [row for row, has in zip(rows, held.tolist(), strict=True) if has]
+                    if still:
+                        copy_KP = self._remembered(f"copy.{block}", job, self._layout.num_parameters, got_SP.dtype)
+                        self._put(got_SP, still, copy_KP[[job.ids[row] for row in still]], {group})
                     continue
                 known = self._remembered(f"known.{block}", job, len(self._layout.groups), torch.bool)[ids, number]
                 told = [row for row, knows in zip(rows, known.tolist(), strict=True) if knows]
@@ -147,7 +154,7 @@ class Seam:
             job: as `send` returned it.
             values_SP: the trained rows of those reports that name no failure; changed in place.
             reports: one per row of the job.
-            planned: as `send` got it. Of tensors that went down, rested and did not come back the server keeps these.
+            planned: as `send` got it. Of tensors that rested and did not come back the server keeps these.
         """
         came = [row for row, report in enumerate(reports) if not report.failure]
         groups = job.upload & set(self._layout.groups)
@@ -174,7 +181,7 @@ class Seam:
         for place, reason in admitted.rejected.items():
             told[came[place]] = told[came[place]]._replace(failure=reason)
         rows = [came[place] for place in admitted.accepted]
-        if planned is not None and (resting := job.download - job.trainable - groups):
+        if planned is not None and (resting := set(self._layout.groups) - job.trainable - groups):
             self._put(admitted.values_SP, list(range(len(rows))), planned.start_SP[rows], resting)
         privacy = self._config.privacy
         spent = [
@@ -227,6 +234,12 @@ class Seam:
                 columns = spec.columns
                 copy_KP[ids, columns] = crossed_SP[rows, columns]
                 known_KG[ids, self._layout.groups.index(spec.group)] = True
+            if f"held.{block}" not in self._tensors and job.download <= job.trainable:
+                continue
+            held_KG = self._remembered(f"held.{block}", job, num_groups, torch.bool)
+            for number, group in enumerate(self._layout.groups):
+                if group in job.download | job.trainable:
+                    held_KG[ids, number] = group not in job.trainable
 
     def _remembered(self, name: str, job: Job, width: int, dtype: torch.dtype) -> torch.Tensor:
         """The memory `name`, (K, width), on the device of the job; zeros before it was first written."""

@@ -41,19 +41,17 @@ def clustered_once(
     """Return the method. Clusters are found once, when `warmup_rounds` are over and three clients have returned.
 
     Until then everybody trains alone. A client that returns for the first time later joins the clusters of the client
-    whose B is nearest and takes their adapter; what it trained from its initial one counts for nobody else.
+    whose B points most nearly where its own does (cosine, whatever `kind`: its B is that of one round and short) and
+    takes their adapter; what it trained from its initial one counts for nobody else.
 
     Args:
         name: of the graph.
         clients: all of them.
-        kind: of the distance between two B of a layer.
+        kind: of the distance between two B of a layer, by which clusters are found.
         warmup_rounds: rounds before the clusters are found.
         cut: from the distances of each layer, (C, C), to the labels, (G, C).
         by_depth: whether each layer has labels of its own.
     """
-
-    def distances(adapters: Arena, rows: list[int]) -> tuple[Matrix, ...]:
-        return layer_distances(adapters.replace(adapters.values_KP[rows]), "lora_b", kind)
 
     def init(initial: Arena, clients: Clients) -> State:
         num_layers = len(layer_distances(initial, "lora_b", kind))  # refuses adapters without B
@@ -74,7 +72,7 @@ def clustered_once(
         new = [k for k in results.ids if k not in known]
         if known and new:
             rows = [*known, *new]
-            distance_CC = np.asarray(np.mean(distances(adapters, rows), axis=0))
+            distance_CC = np.asarray(np.mean(layer_distances(adapters.rows(rows), "lora_b", "cosine"), axis=0))
             places = nearest(distance_CC, range(len(known), len(rows)), range(len(known)))
             near = [known[place] for place in places]
             labels_GK[:, new] = labels_GK[:, near]
@@ -82,7 +80,7 @@ def clustered_once(
             values_KP[new] = values_KP[near]
             adapters, weighing = adapters.replace(values_KP), tuple(k for k in results.ids if k in known)
         elif not known and participants.round >= warmup_rounds and len(seen) >= MINIMUM_CLIENTS:
-            labels_GK[:, seen] = cut(distances(adapters, seen))
+            labels_GK[:, seen] = cut(layer_distances(adapters.rows(seen), "lora_b", kind))
             weighing = tuple(seen)
         weights_K = returned_weights(clients, weighing)
         mixers = [linear(cluster_means(labels_K, weights_K)) for labels_K in labels_GK]

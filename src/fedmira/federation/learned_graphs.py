@@ -36,6 +36,7 @@ from fedmira.federation.similarity import (
     low_rank_pairs,
     moved,
     mutual_neighbours,
+    over_layers,
     rank_groups,
     similarity,
     strangers,
@@ -77,18 +78,23 @@ def learner(config: GraphConfig, clients: Clients) -> Learner:
 
 
 _Draw: TypeAlias = Callable[[Matrix, list[int], GraphConfig, Clients], Drawn]
-"""From the similarities among the clients seen, and who they are, to the weights between them."""
+"""From the similarities among clients that were seen, and who they are, to the weights between them."""
 
 
 def _drawn(
     draw: _Draw, similarity_KK: Matrix, seen: Seen, config: GraphConfig, clients: Clients
 ) -> tuple[Matrix, Mapping[str, Any]]:
-    """Return what `draw` makes of the similarities among the clients seen, (K, K); nothing if they are too few."""
+    """Return what `draw` makes of the similarities among the clients that moved, (K, K); nothing if they are too few.
+
+    Of a client that never moved, B = 0 say, nothing is known. Its similarities of 0 are those of no pair: where
+    strangers lie below 0 it would look like everybody's next of kin.
+    """
     weights_KK = np.zeros_like(similarity_KK)
-    if len(seen.clients) < MINIMUM_CLIENTS:
+    there = [k for k in seen.clients if similarity_KK[k, k] > 0]
+    if len(there) < MINIMUM_CLIENTS:
         return weights_KK, {}
-    block = np.ix_(seen.clients, seen.clients)
-    weights_KK[block], facts = draw(similarity_KK[block], seen.clients, config, clients)
+    block = np.ix_(there, there)
+    weights_KK[block], facts = draw(similarity_KK[block], there, config, clients)
     return weights_KK, facts
 
 
@@ -117,8 +123,8 @@ def _alike_by_rank(seen: Seen, clients: Clients) -> tuple[int, ...] | None:
 def _from_adapters(draw: _Draw) -> Builder:
     """Return the builder of learners that draw a graph from the similarities of where clients were heading.
 
-    The similarities are a moving average over rounds, see `similarity`; `draw` gets those among the clients seen, and
-    who they are. Others have no edges, and fewer than three seen give no graph.
+    The similarities are a moving average over rounds, see `similarity`; `draw` gets those among the clients that were
+    seen and moved, and who they are. Others have no edges, and fewer than three give no graph.
     """
 
     def build(config: GraphConfig, clients: Clients) -> Learner:
@@ -176,11 +182,12 @@ def _gram_layers(config: GraphConfig, clients: Clients) -> Learner:
         grams, among_CC = _inner_products(memory, seen)
         groups_C = _alike_by_rank(seen, clients)
         of_layer = [update_cosines(gram_CC, groups_C) for gram_CC in among_CC]
-        everywhere_CC = np.mean(of_layer, axis=0)
+        everywhere_CC = over_layers(of_layer)
+        of_blocks = [over_layers([of_layer[place] for place in places]) for places in blocks.values()]
+        # where a block says nothing of a pair, all layers speak for it
         now = [
-            (1 - config.pooling) * np.mean([of_layer[place] for place in places], axis=0)
-            + config.pooling * everywhere_CC
-            for places in blocks.values()
+            np.where(block_CC != 0, (1 - config.pooling) * block_CC + config.pooling * everywhere_CC, everywhere_CC)
+            for block_CC in of_blocks
         ]
         similarity_GKK = np.stack(
             [

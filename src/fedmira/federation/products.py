@@ -74,14 +74,16 @@ def _tall(matrix_NQ: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
 
 
 def energy_rank(values_Q: torch.Tensor, share: float) -> int:
-    """Return the fewest singular values whose squares make up `share` of all, those of rounding left out.
+    """Return the fewest singular values whose squares make up `share` of all, those of rounding left out; 1: all.
 
     >>> energy_rank(torch.tensor([3.0, 1.0, 1e-20]), 0.9), energy_rank(torch.tensor([3.0, 1.0, 1e-20]), 1.0)
     (1, 2)
     """
     there = int((values_Q > _NEGLIGIBLE * values_Q[:1]).sum()) if len(values_Q) else 0
+    if share == 1 or not there:
+        return there
     energy_Q = values_Q[:there].double().square().cumsum(0)
-    return min(there, int((energy_Q < share * energy_Q[-1] * (1 - 1e-12)).sum()) + 1) if there else 0
+    return min(there, int((energy_Q < share * energy_Q[-1] * (1 - 1e-12)).sum()) + 1)
 
 
 def stacked(

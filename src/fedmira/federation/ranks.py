@@ -5,8 +5,8 @@ Methods compute with the whole arena; what clients get is trimmed here, for all 
 truncation, and a mean over trimmed rows its zero padding.
 
 Where only clients of smaller rank took part, a mean is 0 in components that others have, and would stay so for good:
-who has them starts them anew, from the A of the first round and a B of 0, which leaves its product as it is. Knows
-nothing about how adapters are trained or mixed.
+who has them starts them anew, from the A of the first round and a B of 0, which leaves its product as it is; so is
+what it is pulled towards. Knows nothing about how adapters are trained or mixed.
 
 Axes: K clients, S rows handed in, R rank of the arena, P parameters of one adapter, I/O in and out features.
 """
@@ -66,10 +66,14 @@ def within_ranks(method: Method, ranks_K: Sequence[int], pooled: bool = False) -
     def plan(state: State, participants: Participants) -> Job:
         job, layout = method.plan(state, participants), state.adapters.layout
         ranks_S = [ranks_K[id_] for id_ in job.ids]
-        pull = job.pull and job.pull._replace(target_SP=trimmed(layout, job.pull.target_SP, ranks_S))
-        start_SP = trimmed(layout, job.start_SP, ranks_S)
-        _restarted(layout, start_SP, state.memory["initial"], ranks_S)
-        return job._replace(start_SP=start_SP, pull=pull)
+
+        def handed_out(rows_SP: torch.Tensor) -> torch.Tensor:
+            rows_SP = trimmed(layout, rows_SP, ranks_S)
+            _restarted(layout, rows_SP, state.memory["initial"], ranks_S)
+            return rows_SP
+
+        pull = job.pull and job.pull._replace(target_SP=handed_out(job.pull.target_SP))
+        return job._replace(start_SP=handed_out(job.start_SP), pull=pull)
 
     def merge(state: State, participants: Participants, results: Results) -> tuple[State, Info]:
         layout, ranks_S = state.adapters.layout, [ranks_K[id_] for id_ in results.ids if id_ < len(ranks_K)]

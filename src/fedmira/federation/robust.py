@@ -50,7 +50,8 @@ def krum(matrix_KK: Matrix, distance_KK: Matrix, effort_K: Sequence[int]) -> Mat
     is outlying. The others' shares grow in proportion. Krum takes clients for draws of one distribution, but who has
     more examples may take more steps, and who has a higher rank moves more numbers: squared distances count by the
     e_k = examples x rank of both ends, as noisy steps add up. Where all went as far, no score is more than twice the
-    median by that (docs/log.md).
+    median by that (docs/log.md). A median of 0, where most uploads are the same, is no measure of the others, and
+    everybody is heard.
     """
     ids = heard(matrix_KK)
     num_nearest = len(ids) - max(0, len(ids) - 3) // 2 - 2
@@ -59,8 +60,9 @@ def krum(matrix_KK: Matrix, distance_KK: Matrix, effort_K: Sequence[int]) -> Mat
     effort_C = np.asarray(effort_K, dtype=np.float64)[ids]
     apart_CC = distance_KK[np.ix_(ids, ids)] / (effort_C[:, None] + effort_C)
     score_C = np.sort(apart_CC, axis=1)[:, 1 : num_nearest + 1].sum(axis=1)
-    hostile = np.array(ids)[score_C > _OUTLYING * np.median(score_C)]
-    if not len(hostile):
+    middle = float(np.median(score_C))
+    hostile = np.array(ids)[score_C > _OUTLYING * middle]
+    if middle == 0 or not len(hostile):
         return matrix_KK
     others_KK = _others(matrix_KK)
     others_KK[:, hostile] = 0.0

@@ -251,14 +251,24 @@ def heading_grams(
 
 def similarity(grams: Iterable[Matrix], groups_C: Sequence[int] | None = None) -> Matrix:
     """Return the mean over layers of `update_cosines`, (C, C): every layer counts the same, however far it moved."""
-    return np.asarray(np.mean([update_cosines(gram_CC, groups_C) for gram_CC in grams], axis=0))
+    return over_layers([update_cosines(gram_CC, groups_C) for gram_CC in grams])
+
+
+def over_layers(cosines_LCC: Sequence[Matrix]) -> Matrix:
+    """Return the mean of cosines over the layers in which both clients moved, (C, C); 0 where there is none.
+
+    A client that did not move in a layer has cosines of 0 there, with itself as well: they say nothing.
+    """
+    moved_LC = np.stack([np.diagonal(cosine_CC) > 0 for cosine_CC in cosines_LCC]).astype(np.float64)
+    return np.asarray(np.sum(cosines_LCC, axis=0) / np.maximum(moved_LC.T @ moved_LC, 1.0))
 
 
 def moved(previous_KK: Matrix, now_CC: Matrix, rows: Sequence[int], returned: Sequence[int], memory: float) -> Matrix:
     """Return the moving average of similarities, (K, K), after a round; 0 means never compared.
 
     A pair with a client that returned moves to `memory * previous + (1 - memory) * now`; a pair that was never
-    compared, as there were fewer than three to compare, takes what is seen now; all others stay as they were.
+    compared, as there were fewer than three to compare, takes what is seen now; all others stay as they were, and so
+    do pairs of which 0 is seen now: one of the two did not move.
 
     Args:
         previous_KK: the similarities before.
@@ -273,7 +283,7 @@ def moved(previous_KK: Matrix, now_CC: Matrix, rows: Sequence[int], returned: Se
     moved_CC = np.where(before_CC != 0, memory * before_CC + (1 - memory) * now_CC, now_CC)
     new_C = np.isin(rows, list(returned))
     updated_KK = previous_KK.copy()
-    looked_at_CC = new_C[:, None] | new_C[None, :] | (before_CC == 0)
+    looked_at_CC = (new_C[:, None] | new_C[None, :] | (before_CC == 0)) & (now_CC != 0)
     updated_KK[np.ix_(rows, rows)] = np.where(looked_at_CC, moved_CC, before_CC)
     return np.asarray(updated_KK)
 

@@ -3,7 +3,9 @@
 d = sum_k n_k (theta_k - theta) / sum_k n_k over those that returned is a pseudo-gradient, up to its sign.
 FedAdam:  m <- b1 m + (1 - b1) d,  v <- b2 v + (1 - b2) d^2,  theta <- theta + lr m / (sqrt(v) + tau).
 FedAvgM:  m <- b1 m + d,  theta <- theta + lr m  (Hsu, Qi and Brown, 2019).
-Knows nothing about tasks or graphs. Axes: K clients, P parameters of one adapter.
+What a client of smaller rank lacks it has not moved. Knows nothing about tasks or graphs.
+
+Axes: K clients, S returned, P parameters of one adapter.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import torch
 from fedmira.config.method import FedAdamConfig
 from fedmira.federation.averaging import follow, mean_of, one_start
 from fedmira.federation.method import Info, Method, State
+from fedmira.federation.ranks import trimmed
 from fedmira.federation.receiving import exchange_everything, own_adapters, received
 from fedmira.types import Arena, Clients, Participants, Results
 
@@ -34,6 +37,10 @@ def build(config: FedAdamConfig, clients: Clients) -> Method:
         if not results.ids:
             return State(state.adapters, last_round_K, state.memory), info
         memory = dict(state.memory)
+        if clients.ranks_K is not None:
+            theta_SP = state.adapters.values_KP[:1].expand(len(results.ids), -1)
+            had_SP = trimmed(adapters.layout, theta_SP, [clients.ranks_K[k] for k in results.ids])
+            adapters.values_KP[list(results.ids)] += theta_SP - had_SP
         mean = mean_of(clients, results.ids)(adapters)
         theta_P = state.adapters.values_KP[0].to(memory["first"])
         change_P = mean.values_KP[0].to(memory["first"]) - theta_P

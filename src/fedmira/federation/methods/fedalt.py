@@ -1,7 +1,8 @@
 """FedALT (AAAI 2026): each client trains an adapter of its own beside a frozen mean of everybody else's.
 
 y = W0 x + a s B_k A_k x + (1 - a) s B_k' A_k' x, where (A_k', B_k') is the mean of the others' (A_l, B_l): the rest of
-the world. The own pair is never overwritten. Knows nothing about tasks or graphs.
+the world. Nothing of the others is mixed into the own pair; where uploads are noised or compressed, the client goes on
+from what the server got of it. Knows nothing about tasks or graphs.
 """
 
 from __future__ import annotations

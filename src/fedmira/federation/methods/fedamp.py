@@ -21,7 +21,8 @@ from fedmira.types import Arena, Clients, Job, Participants, Pull, Results
 def build(config: FedAMPConfig, clients: Clients) -> Method:
     """Return the method. Similarity is between the last uploads of all clients that ever returned.
 
-    What crosses downwards is u_k, one adapter a client; each keeps its own.
+    What crosses downwards is u_k, one adapter a client; each keeps its own, as the server got it where uploads are
+    noised or compressed.
     """
     num_clients = len(clients.names)
 

@@ -1,7 +1,8 @@
 """FedEx-LoRA (Singhal et al., ACL 2025): the factors are averaged, and what that gets wrong is added to the base.
 
 W <- W + s (sum_k p_k B_k A_k - Bbar Abar), p_k = n_k / sum n over those that returned, Abar and Bbar the means. With
-the mean adapter this is the mean of the products. Knows nothing about tasks or graphs.
+the mean adapter this is the mean of the products, for clients of one rank; others are refused. Knows nothing about
+tasks or graphs.
 """
 
 from __future__ import annotations

@@ -37,9 +37,14 @@ def build(config: FlexLoraConfig, clients: Clients) -> Method:
         return State(mixed.replace(mixed.values_KP[place_K]), last_round_K), info
 
     def join(state: State, num_before: int) -> State:
-        # the pair of their own rank, or else the largest, which `within_ranks` cuts
-        held = ranks_K[:num_before]
-        rows = [held.index(rank if rank in held else max(held)) for rank in ranks_K[num_before:]]
-        return with_rows(state, num_before, state.adapters.values_KP[rows])
+        # the pair of their own rank, or else the nearest to the largest one, turned towards what they began with
+        held, ranks_N = ranks_K[:num_before], ranks_K[num_before:]
+        largest_NK = np.eye(num_clients)[[held.index(max(held))] * len(ranks_N)]
+        own = state.adapters.replace(state.adapters.values_KP[num_before:])
+        rows_NP = in_products(largest_NK, config.align, ranks_N, own)(state.adapters).values_KP
+        for row_P, rank in zip(rows_NP, ranks_N, strict=True):
+            if rank in held:
+                row_P.copy_(state.adapters.values_KP[held.index(rank)])
+        return with_rows(state, num_before, rows_NP)
 
     return Method(init=one_start, plan=exchange_everything, merge=merge, personalise=own_adapters, join=join)

@@ -13,7 +13,7 @@ import torch
 
 from fedmira.config.method import IFCAConfig
 from fedmira.federation.averaging import returned_weights
-from fedmira.federation.client_clusters import UNKNOWN, cluster_graph, cluster_means, far_apart, num_clusters
+from fedmira.federation.client_clusters import UNKNOWN, cluster_graph, cluster_means, far_apart, nearest, num_clusters
 from fedmira.federation.client_clusters import squared_distances as distances
 from fedmira.federation.method import Info, Method, State
 from fedmira.federation.mixing import linear
@@ -27,8 +27,8 @@ _PRIVACY = "Clients get all models and tell the server how well each does on the
 def build(config: IFCAConfig, clients: Clients) -> Method:
     """Return the method. Everybody trains alone until as many clients as models have returned.
 
-    A client that returns for the first time has trained alone; it chooses its model afterwards. Choices are made
-    after a round, for the next one in which the client takes part.
+    Who is away when the models begin takes the one nearest to its upload. A client that returns for the first time
+    later has trained alone; it chooses afterwards. Choices are made after a round, for the client's next one.
     """
     num_first = min(config.models, len(clients.names))
 
@@ -48,7 +48,7 @@ def build(config: IFCAConfig, clients: Clients) -> Method:
 
     def merge(state: State, participants: Participants, results: Results) -> tuple[State, Info]:
         trained, last_round_K = received(state.adapters, state, participants, results)
-        choice_K = state.memory["choice"].cpu().numpy()
+        choice_K = state.memory["choice"].cpu().numpy().copy()
         mixed = linear(cluster_means(choice_K, returned_weights(clients, results.ids)))(trained)
         memory = dict(state.memory)
         seen = [k for k, last in enumerate(last_round_K) if last]
@@ -58,10 +58,15 @@ def build(config: IFCAConfig, clients: Clients) -> Method:
                 models_MP[model] = mixed.values_KP[int(np.flatnonzero(choice_K == model)[0])]
             memory["models"] = models_MP
         elif len(seen) >= num_first:
-            models_MP = memory["models"].clone()
-            first = far_apart(distances(trained.values_KP[seen]), num_first)
+            models_MP, distance_CC = memory["models"].clone(), distances(trained.values_KP[seen])
+            first = far_apart(distance_CC, num_first)
             models_MP[:num_first] = trained.values_KP[[seen[place] for place in first]]
-            memory |= {"models": models_MP, "started": torch.full((1,), num_first, dtype=torch.int64)}
+            away = [place for place, k in enumerate(seen) if k not in results.ids]
+            for place, model in zip(away, nearest(distance_CC, away, first), strict=True):
+                choice_K[seen[place]] = first.index(model)
+                mixed.values_KP[seen[place]] = trained.values_KP[seen[model]]
+            memory |= {"models": models_MP, "started": torch.full((1,), num_first)}
+        memory["choice"] = torch.from_numpy(choice_K)
         return State(mixed, last_round_K, memory), Info({"returned": float(len(results.ids))})
 
     def trial(state: State, participants: Participants, results: Results) -> Trial | None:

@@ -17,7 +17,8 @@ from fedmira.types import Job, Participants, Pull
 def build(config: MrMtlConfig) -> Method:
     """Return the method. The mean is over the last uploads of all clients that ever returned, all weighing the same.
 
-    What crosses downwards is the mean, one adapter a client; each keeps its own.
+    What crosses downwards is the mean, one adapter a client; each keeps its own, as the server got it where uploads are
+    noised or compressed.
     """
 
     def plan(state: State, participants: Participants) -> Job:
