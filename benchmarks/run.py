@@ -195,7 +195,7 @@ def _processor() -> str:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__)
     parser.add_argument("--only", nargs="+", metavar="NAME", help="measure these sections only")
-    parser.add_argument("--quick", action="store_true", help="two repetitions without warm-up, for development")
+    parser.add_argument("--quick", action="store_true", help="two repetitions instead of five, for development")
     parser.add_argument("--without-frameworks", action="store_true", help="leave out Flower and pfl-research")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--threads", type=int, default=2, help="threads of every contestant on the processor")

@@ -60,6 +60,16 @@ def test_those_who_joined_are_judged_apart(study: ModuleType) -> None:
     assert study.only(None, True) is None
 
 
+def test_the_page_names_who_made_what_it_shows_and_nobody_else(
+    study: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    known = study.read()
+    stale = {**next(iter(known.values())), "commit": "nobody"}
+    monkeypatch.setattr(study, "read", lambda: known | {("fresh", "stale"): stale})
+    study.page(None)
+    assert "nobody" not in capsys.readouterr().out.rpartition("Runs made by")[2]
+
+
 def test_the_page_is_what_the_committed_runs_say(study: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     study.page(None)
     assert capsys.readouterr().out == PAGE.read_text("utf-8")

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
+import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -10,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import scipy.stats
 from tests.tools import tool
 
 from fedmira.config.run import RunConfig
@@ -117,20 +122,29 @@ def test_keys_that_a_graph_ignores_or_that_came_later_leave_old_results_valid(st
     assert study.digest(before) == study.digest(described(method={"name": "fedit"}))
 
 
-def test_an_interval_resamples_draws_and_the_clients_within_them(study: ModuleType) -> None:
-    def runs(losses: np.ndarray) -> list[Any]:
-        return [study.Judged(losses_K, math.nan, {}) for losses_K in losses]
+def runs(losses: Any) -> list[Any]:
+    """A reported run for each row of losses."""
+    study = sys.modules["methods_study"]
+    return [study.Judged(np.asarray(losses_K, dtype=float), math.nan, {}) for losses_K in losses]
 
+
+def test_an_interval_is_students_over_the_draws(study: ModuleType) -> None:
+    """As scipy's paired test says it; however many clients there are, 3 draws are 3 draws."""
     random = np.random.default_rng(5)
     ones, others = random.normal(size=(3, 7)) + random.normal(size=(3, 1)), random.normal(size=(3, 7))
-    means = []
-    for _ in range(4000):
-        drawn = [random.choice(ones[d] - others[d], size=7).mean() for d in random.integers(3, size=3)]
-        means.append(np.mean(drawn))
+    wanted = scipy.stats.ttest_rel(ones.mean(axis=1), others.mean(axis=1)).confidence_interval(0.95)
     middle, low, high = study.difference(runs(ones), runs(others))
     assert middle == pytest.approx((ones - others).mean())
-    assert [low, high] == pytest.approx(np.percentile(means, [2.5, 97.5]), abs=0.05 * (high - low))
+    assert (low, high) == pytest.approx((wanted.low, wanted.high))
     assert study.difference(runs(ones + 1), runs(ones)) == pytest.approx((1, 1, 1))
+    assert study.difference(runs(ones[:1]), runs(others[:1]))[1:] == (-math.inf, math.inf)
+
+
+def test_95_percent_intervals_hold_the_truth_95_times_in_100(study: ModuleType) -> None:
+    random = np.random.default_rng(0)
+    gaps = random.normal(size=(1000, 4, 1)) + random.normal(size=(1000, 4, 6))
+    intervals = [study.difference(runs(of_study), runs(np.zeros((4, 6))))[1:] for of_study in gaps]
+    assert np.mean([low <= 0 <= high for low, high in intervals]) == pytest.approx(0.95, abs=0.02)
 
 
 def test_a_task_is_harmed_by_the_mean_of_its_clients_in_all_draws(study: ModuleType) -> None:
@@ -146,6 +160,99 @@ def test_a_task_is_harmed_by_the_mean_of_its_clients_in_all_draws(study: ModuleT
     assert study.harm(shared, alone) == pytest.approx(2 / 6)
     assert study.tasks_harmed(shared, alone) == "1 of 2"
     assert study.tasks_harmed(alone, alone) == "0 of 2"
+
+
+@pytest.mark.parametrize("lost", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_is_a_harm_unless_training_alone_is_lost_too(study: ModuleType, lost: float) -> None:
+    """As `share_harmed` counts."""
+    assert study.harm(runs([[lost, 1.0, 1.0, lost]]), runs([[1.0, 1.0, lost, lost]])) == 0.25
+    clients = {"clients": {"a": ["task", 0, 0, 0, 0, 0]}}
+    [run], [alone] = runs([[lost]]), runs([[1.0]])
+    assert study.tasks_harmed([run._replace(line=clients)], [alone]) == "1 of 1"
+
+
+def reported(study: ModuleType, monkeypatch: pytest.MonkeyPatch, lines: dict[str, list[dict[str, Any]]]) -> Any:
+    """A study in which the reported draws of methods came to `lines`."""
+    compare = {"learning_rates": [1e-3], "methods": list(lines), "seeds": 2}
+    of = study.Study("s", RunConfig.model_validate({"name": "s", "compare": compare}), {})
+    whole = {"clients": {"a": ["task", 1.0, 1, 0.0, 0, 0]}, "upload_bytes": 0, "download_bytes": 0, "seconds": 1.0}
+    found = [
+        dict(zip(study.KEY, study.task_of(of, name, seed, 1e-3, tuning=tuning).key, strict=True))
+        | (whole if "diverged" not in line else {})
+        | {"validation_loss": 1.0, **line}
+        for name, of_name in lines.items()
+        for tuning in (False, True)
+        for seed, line in enumerate(of_name, of.config.compare.tuning_seed if tuning else 0)
+        if not (tuning and "diverged" in line)
+    ]
+    monkeypatch.setattr(study, "read_lines", lambda _: found)
+    return of
+
+
+def test_a_line_without_a_hash_does_not_turn_the_check_of_the_data_off(
+    study: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old, one, other = {}, {"data": "a"}, {"data": "b"}
+    same = reported(study, monkeypatch, {"local_only": [old, one], "fedit": [one, one], "mira": [one, one]})
+    assert list(study.chosen(same)) == ["local_only", "fedit", "mira"]
+    differs = reported(study, monkeypatch, {"local_only": [old, one], "fedit": [one, one], "mira": [other, one]})
+    with pytest.raises(SystemExit, match="mira, seed 0: not the examples"):
+        study.chosen(differs)
+
+
+def test_a_method_that_diverged_is_not_one_that_was_not_run(study: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    of = reported(study, monkeypatch, {"local_only": [{}, {}], "fedit": [{}, {"diverged": "nan"}], "mira": [{}]})
+    assert study.section(of).endswith("Diverged: fedit (draws 1).\n\nNot run yet: mira.")
+    of = reported(study, monkeypatch, {"local_only": [{}, {"diverged": "nan"}]})
+    assert study.section(of) == "## s\n\nDiverged: local_only (draws 1)."
+
+
+def test_a_line_that_a_kill_tore_is_ignored_and_cut(
+    study: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(study, "RESULTS", tmp_path)
+    file = tmp_path / "x.jsonl"
+    for torn in (b'{"method": "b", "n', '{"method": "\u00e9'.encode()[:-1]):
+        file.write_bytes(b'{"method": "a"}\n' + torn)
+        assert study.read_lines("x") == [{"method": "a"}]
+        [line] = study.record("x", dict, [([("method", "c")],)], 1)
+        assert study.read_lines("x") == [{"method": "a"}, line]
+    file.write_bytes(b'{"met')
+    assert study.read_lines("x") == []
+
+
+def test_a_line_says_where_the_sources_were_changed(
+    study: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def git(*arguments: str) -> None:
+        who = ("-c", "user.name=x", "-c", "user.email=x@example.org")
+        subprocess.run(["git", *who, *arguments], cwd=tmp_path, check=True, capture_output=True)
+
+    monkeypatch.setattr(study, "REPOSITORY", tmp_path)
+    assert study.sources_commit() == ""
+    for name in ("src/a.py", "tools/b.py", "studies/results/c.jsonl"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("1")
+    git("init", "--quiet")
+    git("add", ".")
+    git("commit", "--quiet", "--message", "x")
+    (tmp_path / "studies/results/c.jsonl").write_text("2")
+    assert re.fullmatch("[0-9a-f]+", study.sources_commit())
+    (tmp_path / "src/a.py").write_text("2")
+    assert re.fullmatch("[0-9a-f]+ with changes", study.sources_commit())
+
+
+@pytest.mark.parametrize("name", ["attack_study", "joining_study"])
+def test_runs_of_the_studies_beside_have_one_thread_too(name: str) -> None:
+    program = (
+        "import runpy, sys; sys.argv = ['x', '--help']\n"
+        f"try: runpy.run_path({str(REPOSITORY / 'tools' / name)!r} + '.py', run_name='__main__')\n"
+        "except SystemExit: pass\nimport torch; print(torch.get_num_threads())"
+    )
+    bare = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
+    bare["PYTHONPATH"] = str(REPOSITORY / "tools")
+    done = subprocess.run([sys.executable, "-c", program], env=bare, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "1"
 
 
 def test_every_finished_run_is_kept_before_it_is_handed_on(

@@ -12,8 +12,13 @@ rejects what is impossible: what is rejected cannot harm, and would show nothing
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Callable
 from typing import Any
+
+if __name__ == "__main__":
+    # one thread a run, as in methods_study, and before torch is loaded
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import torch
@@ -103,13 +108,16 @@ def cells(runs: list[methods.Judged], local: list[methods.Judged]) -> list[str]:
 def page(_arguments: argparse.Namespace) -> None:
     study = methods.load_study(methods.STUDIES / "planted.yaml", None)
     peace, attacked = methods.by_key(methods.read_lines(study.name)), read()
+    shown: list[methods.Judged] = []
 
     def honest(name: str, attack: str) -> list[methods.Judged]:
         found = [
             honest_only(attacked.get((attack, *task.key)) if attack else peace.get(task.key))
             for task in methods.reported_tasks(study, name, peace)
         ]
-        return [run for run in found if run is not None]
+        runs = [run for run in found if run is not None]
+        shown.extend(runs if attack else [])
+        return runs
 
     local = honest("local_only", "")
     head = ["method", *(cell for attack in ("nobody", *ATTACKS) for cell in (attack, "harmed"))]
@@ -118,7 +126,7 @@ def page(_arguments: argparse.Namespace) -> None:
         [f"`{name}`", *(cell for attack in ("", *ATTACKS) for cell in cells(honest(name, attack), local))]
         for name in NAMES[1:]
     ]
-    methods.print_side_page("attacks", table, attacked.values())
+    methods.print_side_page("attacks", table, [run.line for run in shown])
 
 
 if __name__ == "__main__":

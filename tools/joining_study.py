@@ -12,12 +12,17 @@ joined are judged, and those who were there, beside runs in which everybody was 
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
+
+if __name__ == "__main__":
+    # one thread a run, as in methods_study, and before torch is loaded
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import methods_study as methods
 from fedmira import assembly, experiment
@@ -122,14 +127,15 @@ def page(_arguments: argparse.Namespace) -> None:
         "the others",
         "the same, nobody late",
     ]
-    table = [head]
+    table, shown = [head], list[dict[str, Any] | None]()
     for name in NAMES:
         tasks = methods.reported_tasks(study, name, peace)
         welcomed, fresh = ([found.get((start, *task.key)) for task in tasks] for start in STARTS)
         always = [peace.get(task.key) for task in tasks]
         cells = [cell(welcomed, True), cell(fresh, True) if name != "local_only" else "-", cell(always, True)]
         table.append([f"`{name}`", *cells, cell(welcomed, False), cell(always, False)])
-    methods.print_side_page("joining", table, found.values())
+        shown += [*welcomed, *fresh]
+    methods.print_side_page("joining", table, [line for line in shown if line is not None])
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import yaml
+from scipy.stats import t as student
 
 from fedmira.evaluation.meters import worst_tenth
 
@@ -42,6 +43,7 @@ RESULTS = STUDIES / "results"
 KEY = ("study", "method", "seed", "learning_rate", "tuning", "digest")
 _PATHLESS = {"name", "output", "compare"}
 _LATER: Mapping[str, Mapping[str, Any]] = {
+    "data": {"cut": "input"},
     "training": {"keep_moments": False, "data_seed": None},
     "evaluation": {"examples_per_question": 16},
     "method": {"mixing": "auto", "robust": "none", "depth": 0.0, "client_strength": {}, "ema_decay": 0.0},
@@ -272,8 +274,16 @@ def outcome(path: Path) -> dict[str, Any]:
 
 
 def read_lines(study: str) -> list[dict[str, Any]]:
+    """The finished runs, oldest first; what follows the last newline is a line that a kill tore."""
     file = RESULTS / f"{study}.jsonl"
-    return [json.loads(line) for line in file.read_text("utf-8").splitlines()] if file.is_file() else []
+    whole = file.read_bytes().rpartition(b"\n")[0] if file.is_file() else b""
+    return [json.loads(line) for line in whole.split(b"\n") if line]
+
+
+def cut_torn_line(file: Path) -> None:
+    """Cut what follows the last newline, so that the next line begins a line of its own."""
+    if file.is_file():
+        os.truncate(file, file.read_bytes().rfind(b"\n") + 1)
 
 
 def by_key(lines: Sequence[dict[str, Any]]) -> dict[Any, dict[str, Any]]:
@@ -285,6 +295,22 @@ def _end_with_parent() -> None:
     if sys.platform.startswith("linux"):
         pr_set_pdeathsig = 1
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+
+
+def sources_commit() -> str:
+    """The commit of the sources, short, and whether they were changed since; empty where git does not know them."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", *arguments], cwd=REPOSITORY, check=True, capture_output=True, text=True
+        ).stdout.strip()
+
+    try:
+        commit = git("rev-parse", "--short", "HEAD")
+        changes = git("status", "--porcelain", "--", "src", "tools", "studies", ":!studies/results")
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return f"{commit} with changes" if changes else commit
 
 
 @functools.cache
@@ -300,10 +326,9 @@ def record(
 ) -> Iterator[dict[str, Any]]:
     """Call `work` with each of `todo` in processes of their own; every line it returns is kept in RESULTS/FILE.jsonl,
     with the commit and the processor, before it is handed on."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False, cwd=REPOSITORY
-    ).stdout.strip()
+    commit = sources_commit()
     RESULTS.mkdir(exist_ok=True)
+    cut_torn_line(RESULTS / f"{file}.jsonl")
     with ProcessPoolExecutor(workers, initializer=_end_with_parent) as pool:
         for done in as_completed([pool.submit(work, *arguments) for arguments in todo]):
             line = {**done.result(), "commit": commit, "processor": processor()}
@@ -334,8 +359,6 @@ def run(arguments: argparse.Namespace) -> None:
 
 # ------------------------------------------------------------------------------------------------------------- showing
 
-_RESAMPLES = 10_000
-
 
 class Judged(NamedTuple):
     """One reported run: its clients in a fixed order."""
@@ -356,39 +379,67 @@ def judged(line: Mapping[str, Any]) -> Judged:
 
 
 def difference(ones: Sequence[Judged], others: Sequence[Judged]) -> tuple[float, float, float]:
-    """Mean paired difference of the mean losses and its 95 % interval: draws, then clients in them, are resampled."""
-    pairs_DK = np.stack([one.losses_K - other.losses_K for one, other in zip(ones, others, strict=True)])
-    draws, clients = pairs_DK.shape
-    random = np.random.default_rng(0)
-    drawn = random.integers(draws, size=(_RESAMPLES, draws, 1))
-    within = random.integers(clients, size=(_RESAMPLES, draws, clients))
-    low, high = np.percentile(pairs_DK[drawn, within].mean(axis=(1, 2)), [2.5, 97.5])
-    return float(pairs_DK.mean()), float(low), float(high)
+    """Mean paired difference of the mean losses and its 95 % interval: Student's t over draws, which are independent.
+
+    One draw alone tells nothing about others.
+    """
+    gaps_D = np.array([one.losses_K.mean() - other.losses_K.mean() for one, other in zip(ones, others, strict=True)])
+    middle, draws = float(gaps_D.mean()), len(gaps_D)
+    if draws < 2:
+        return middle, -math.inf, math.inf
+    reach = float(student.ppf(0.975, draws - 1) * gaps_D.std(ddof=1)) / math.sqrt(draws)
+    return middle, middle - reach, middle + reach
 
 
 def chosen(study: Study) -> dict[str, tuple[float, list[Judged]]]:
     """Per name the chosen learning rate and the reported runs in the order of their draws; whole ones only."""
-    found, reported = by_key(read_lines(study.name)), {}
-    data: dict[int, str | None] = {}
+    reported: dict[str, tuple[float, list[Judged]]] = {}
+    data: dict[int, str] = {}
+    for name, (rate, lines) in tuned_lines(study).items():
+        if not all(line.get("clients") for line in lines):
+            continue
+        for seed, line in zip(study.seeds, lines, strict=True):
+            # lines of before there was a hash say nothing
+            has = line.get("data")
+            if has and data.setdefault(seed, has) != has:
+                raise SystemExit(f"{study.name}, {name}, seed {seed}: not the examples of other methods")
+        reported[name] = (rate, [judged(line) for line in lines])
+    return reported
+
+
+def tuned_lines(study: Study) -> dict[str, tuple[float, list[Mapping[str, Any]]]]:
+    """Per name whose learning rate is chosen: that rate, and a line for each reported draw, empty if it is not done."""
+    found, tuned = by_key(read_lines(study.name)), dict[str, tuple[float, list[Mapping[str, Any]]]]()
     for name in study.methods:
         rate, _ = choose_rate(study, name, found)
-        if rate is None:
-            continue
-        lines = [found.get(task_of(study, name, seed, rate, tuning=False).key) for seed in study.seeds]
-        if all(line is not None and line.get("clients") for line in lines):
-            for seed, line in zip(study.seeds, lines, strict=True):
-                of = data.setdefault(seed, (line or {}).get("data"))
-                if of and (line or {}).get("data", of) != of:
-                    raise SystemExit(f"{study.name}, {name}, seed {seed}: not the examples of other methods")
-            reported[name] = (rate, [judged(line) for line in lines if line is not None])
-    return reported
+        if rate is not None:
+            tasks = [task_of(study, name, seed, rate, tuning=False) for seed in study.seeds]
+            tuned[name] = (rate, [found.get(task.key, {}) for task in tasks])
+    return tuned
+
+
+def not_shown(study: Study, reported: Iterable[str]) -> list[str]:
+    """A sentence each about the names that are not among `reported` because they diverged, or are not done."""
+    tuned, sentences = tuned_lines(study), []
+    diverged = {
+        name: [seed for seed, line in zip(study.seeds, lines, strict=True) if "diverged" in line]
+        for name, (_, lines) in tuned.items()
+        if name not in reported
+    }
+    told = [f"{name} (draws {', '.join(map(str, seeds))})" for name, seeds in diverged.items() if seeds]
+    if told:
+        sentences.append(f"Diverged: {', '.join(told)}.")
+    absent = [name for name in study.methods if name not in reported and not diverged.get(name)]
+    if absent:
+        sentences.append(f"Not run yet: {', '.join(absent)}.")
+    return sentences
 
 
 def section(study: Study) -> str:
     """The table of one study, best first."""
     reported = chosen(study)
     if "local_only" not in reported:
-        return f"## {study.name}\n\nNot run yet."
+        return "\n\n".join([f"## {study.name}", *not_shown(study, reported)])
     local = reported["local_only"][1]
     came_from = dict.fromkeys(of for _, runs in reported.values() for of in origins(runs))
     made = dict(zip(came_from, LETTERS, strict=False))
@@ -424,7 +475,6 @@ def section(study: Study) -> str:
     legend = "; ".join(
         f"{letter}: {commit}, {processor or 'not noted'}" for (commit, processor), letter in made.items()
     )
-    absent = [name for name in study.methods if name not in reported]
     hours = sum(line.get("seconds", 0.0) for line in read_lines(study.name)) / 3600
     return "\n\n".join(
         [
@@ -432,7 +482,7 @@ def section(study: Study) -> str:
             facts,
             table,
             f"Made by: {legend}. All runs so far, tuning among them: {hours:.1f} hours of one core.",
-            *([f"Not run yet: {', '.join(absent)}."] if absent else []),
+            *not_shown(study, reported),
         ]
     )
 
@@ -465,9 +515,15 @@ def interval(runs: Sequence[Judged], others: Sequence[Judged]) -> str:
     return f"{middle:+.3f} [{low:+.3f}, {high:+.3f}]"
 
 
+def harmed(loss: float, base: float) -> bool:
+    """More than 1 % above `base`; a loss that is not finite harms wherever `base` is finite, as in `share_harmed`."""
+    return math.isfinite(base) and not loss <= 1.01 * base
+
+
 def harm(runs: Sequence[Judged], local: Sequence[Judged]) -> float:
     """Share of the clients that are more than 1 % worse off than with `local`, draw by draw."""
-    return float(np.mean([(run.losses_K > 1.01 * base.losses_K).mean() for run, base in zip(runs, local, strict=True)]))
+    pairs = [zip(run.losses_K, base.losses_K, strict=True) for run, base in zip(runs, local, strict=True)]
+    return float(np.mean([np.mean([harmed(loss, base) for loss, base in of_draw]) for of_draw in pairs]))
 
 
 def tasks_harmed(runs: Sequence[Judged], local: Sequence[Judged]) -> str:
@@ -477,7 +533,7 @@ def tasks_harmed(runs: Sequence[Judged], local: Sequence[Judged]) -> str:
         for name, loss, alone in zip(sorted(run.line["clients"]), run.losses_K, base.losses_K, strict=True):
             pairs.setdefault(run.line["clients"][name][0], []).append((loss, alone))
     means = [np.mean(of_task, axis=0) for of_task in pairs.values()]
-    return f"{sum(loss > 1.01 * alone for loss, alone in means)} of {len(means)}"
+    return f"{sum(harmed(loss, alone) for loss, alone in means)} of {len(means)}"
 
 
 def aims(studies: Sequence[Study]) -> str:
@@ -671,7 +727,7 @@ def page(_arguments: argparse.Namespace) -> None:
 
 
 def print_side_page(name: str, table: Sequence[Sequence[str]], lines: Iterable[Mapping[str, Any]]) -> None:
-    """Print the page of a study that builds on this one: its words, its table, and who made its runs."""
+    """Print the page of a study that builds on this one: its words, its table, and who made the `lines` in it."""
     head, *rows = table
     print((STUDIES / f"{name}.md").read_text("utf-8").rstrip() + "\n")
     print("\n".join(f"| {' | '.join(row)} |" for row in [head, ["---", *["---:"] * (len(head) - 1)], *rows]))

@@ -38,9 +38,12 @@ def _rates(study: StudyRecord) -> str:
     ]
     for method in methods:
         tried = {rate: losses[method, rate] for rate in rates if (method, rate) in losses}
-        best = min(tried, key=tried.__getitem__)
-        cells = [f"**{tried[r]:.3f}**" if r == best else f"{tried[r]:.3f}" if r in tried else "" for r in rates]
-        lines.append(f"| {method} | " + " | ".join(cells) + " |")
+        shown = {rate: "diverged" if loss is None else f"{loss:.3f}" for rate, loss in tried.items()}
+        trained = {rate: loss for rate, loss in tried.items() if loss is not None}
+        if trained:
+            best = min(trained, key=trained.__getitem__)
+            shown[best] = f"**{shown[best]}**"
+        lines.append(f"| {method} | " + " | ".join(shown.get(rate, "") for rate in rates) + " |")
     return "\n".join(lines)
 
 

@@ -88,10 +88,20 @@ def run(
     return carry_out(make(config, source_text, directory), display, profile=profile)
 
 
-def carry_out(store: RunStore, display: Display | None = None, *, profile: bool = False) -> Path:
-    """Carry out the run of `store` from where it stands and return its directory; closes the store."""
-    with store, profiled(store) if profile else nullcontext(), stop_on_signals() as stop:
-        return _Run(store, display or SilentDisplay(), stop).carry_out()
+def carry_out(
+    store: RunStore, display: Display | None = None, *, profile: bool = False, stop: StopFlag | None = None
+) -> Path:
+    """Carry out the run of `store` from where it stands and return its directory; closes the store.
+
+    A signal that arrives when all rounds are done ends nothing. Whoever has more to do afterwards passes the flag of
+    its own `stop_on_signals` and asks it then.
+    """
+    with (
+        store,
+        profiled(store) if profile else nullcontext(),
+        stop_on_signals() if stop is None else nullcontext(stop) as flag,
+    ):
+        return _Run(store, display or SilentDisplay(), flag).carry_out()
 
 
 class _Run:
@@ -408,13 +418,18 @@ class _Run:
             )
 
     def _interrupted(self, round_: int) -> None:
-        name = {1: "SIGHUP", 2: "SIGINT", 15: "SIGTERM"}.get(self.stop.signal_number, "a signal")
+        name = signal_name(self.stop)
         self.store.log(f"stopped by {name} in round {round_}; everything is saved")
         raise Interrupted(
             f"stopped by {name} in round {round_}; everything is saved in {self.store.path}. "
             "Start it again to continue; `fedmira run` needs --resume for that",
             self.stop.signal_number,
         )
+
+
+def signal_name(stop: StopFlag) -> str:
+    """What the signal that raised the flag is called."""
+    return {1: "SIGHUP", 2: "SIGINT", 15: "SIGTERM"}.get(stop.signal_number, "a signal")
 
 
 def _shown_blocks(graph: Graph) -> dict[str, Any]:

@@ -7,17 +7,21 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from benchmarks.environment import REQUIREMENTS
 from benchmarks.gate import UnequalError
+from benchmarks.groups import generation
 from benchmarks.groups.disk_mixing import OVER_COPY, measure_disk_mixing, step_matrix
 from benchmarks.groups.generation import (
     Agreement,
     Generation,
     NumberTokenizer,
+    OursTogether,
+    PeftOneByOne,
     agreement,
     check_agreement,
     measure_generation,
@@ -38,6 +42,7 @@ from benchmarks.results import Results, Row, Section, read_results, write_result
 from benchmarks.suite import SUITES, TARGETS, Target, Training, judge
 from benchmarks.table import DOCS_PAGE, PAGE, RESULTS, found_in, render, render_section, with_targets, write_pages
 from benchmarks.workloads import Workload
+from peft.tuners.tuners_utils import BaseTunerLayer
 
 from benchmarks import imports, run, table
 from fedmira.federation.graph import Graph, connected_components, laplacian
@@ -220,6 +225,23 @@ def test_generation_compares_answers_and_counts_tokens() -> None:
     assert section.measures[f"over {PEFT}"] > 0
     assert section.measures["over floor"] > 0
     assert "times the floor" in render_section(section)
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_peft_merges_each_adapter_while_its_client_answers(apart: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    workload = Workload("llama-tiny", "dolly", 1, 4, ("q_proj",), num_clients=2, shrink=8, dtype="float64")
+    task = generation._task(workload, OPTIONS)
+    peer = PeftOneByOne(task, generation._prompts(task, 2), 3, apart=apart)
+    generate, seen = peer._model.generate, []
+
+    def spy(**arguments: Any) -> torch.Tensor:
+        seen.append([module.merged for module in peer._model.modules() if isinstance(module, BaseTunerLayer)])
+        return generate(**arguments)
+
+    monkeypatch.setattr(peer._model, "generate", spy)
+    answers = peer.answer()
+    assert [set(layers) for layers in seen] == [{not apart}] * 2
+    assert peer.answer() == answers == OursTogether(task, generation._prompts(task, 2), 3).answer()
 
 
 def test_answers_are_compared_one_by_one() -> None:

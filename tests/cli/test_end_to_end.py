@@ -257,6 +257,18 @@ def test_a_method_that_diverges_costs_the_exit_code_and_not_the_table(fedmira, p
     assert Path("wild/report/index.html").is_file()
 
 
+def test_a_comparison_in_which_runs_failed_answers_with_one_object(fedmira, place: Path) -> None:
+    variants = "compare.variants={wild: {name: fedadam, server_lr: 1.0e38}, odd: {name: fedadam, server_lr: 1.0e37}}"
+    arguments = ("c.yaml", variants, "federation.rounds=3", "--methods", "wild,odd,local_only", "--out", "wild")
+    outcome = fedmira("compare", *arguments, "--json")
+    facts = json.loads(outcome.out)
+    assert outcome.code == facts["exit_code"] == 1
+    assert [failure["run"] for failure in facts["failures"]] == ["wild seed 0", "odd seed 0"]
+    assert "wild seed 0: " in facts["error"]
+    assert "odd seed 0: " in facts["error"]
+    assert {row["method"] for row in facts["methods"]} == {"wild", "odd", "local_only"}
+
+
 def test_compare_keeps_a_study_of_another_config(fedmira, place: Path) -> None:
     before = Path("study/study.json").read_bytes()
     outcome = fedmira("compare", "c.yaml", "federation.rounds=3", "--methods", "local_only", "--out", "study")

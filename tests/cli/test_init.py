@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -35,6 +38,29 @@ def test_copies_a_recipe_byte_for_byte_and_never_overwrites(fedmira, tmp_path: P
     assert copy.read_text() == "mine"
     assert fedmira("init", "jsonl", "other.yaml").code == 0
     assert (tmp_path / "other.yaml").is_file()
+
+
+def test_a_recipe_that_could_not_be_written_is_not_in_the_way_of_the_next_try(
+    fedmira, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target, opened = tmp_path / "my file.yaml", Path.open
+
+    def full(self: Path, *arguments: Any, **named: Any) -> Any:
+        """What is written shows when the file is closed."""
+        stream = opened(self, *arguments, **named)
+        if self == target:
+            os.dup2(os.open("/dev/full", os.O_WRONLY), stream.fileno())
+        return stream
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", full)
+        outcome = fedmira("init", "jsonl", target)
+    assert outcome.code == 4
+    assert "No space left" in outcome.err
+    assert not target.exists()
+    again = fedmira("init", "jsonl", target)
+    assert again.code == 0
+    assert shlex.split(again.out.splitlines()[-1]) == ["fedmira", "run", str(target)]
 
 
 def test_a_folder_that_does_not_exist_is_named(fedmira, tmp_path: Path) -> None:

@@ -141,6 +141,16 @@ def test_an_unexpected_error_hints_at_debug_and_debug_shows_where(fedmira, monke
     assert fedmira("--debug", "init").err.count("Traceback") == 1
 
 
+@pytest.mark.parametrize("arguments", [("init", "--colour"), ("run",), ("rum",)])
+def test_a_command_that_is_wrong_with_json_is_one_object_too(fedmira, arguments: tuple[str, ...]) -> None:
+    outcome = fedmira(*arguments, "--json")
+    told = json.loads(outcome.out)
+    assert outcome.code == told["exit_code"] == 2
+    assert told["error"]
+    assert told["error"] in outcome.err
+    assert fedmira(*arguments).out == ""
+
+
 def test_usage_errors_exit_with_2(fedmira) -> None:
     assert fedmira("rum").code == 2
     assert fedmira("init", "--colour").code == 2
@@ -170,6 +180,20 @@ def test_a_result_that_cannot_be_printed_is_no_fault_of_fedmira() -> None:
     assert (
         done.stderr == "Error: the result could not be printed: No space left on device; what the command did stands\n"
     )
+
+
+def test_a_path_that_the_output_cannot_encode_is_written_out(tmp_path: Path) -> None:
+    name = "\u0434\u0430.yaml"
+    command = [sys.executable, "-m", "fedmira", "init", "quickstart", name]
+    for encoding, shown in (
+        ("latin-1", b"\\u0434\\u0430.yaml"),
+        ("latin-1:replace", b"??.yaml"),
+        ("utf-8", name.encode()),
+    ):
+        (tmp_path / name).unlink(missing_ok=True)
+        environment = {**os.environ, "PYTHONIOENCODING": encoding, "PYTHONUTF8": "1"}
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, check=True)
+        assert b"Wrote " + shown in done.stdout
 
 
 def test_errors_have_no_colour_where_nobody_wants_it(fedmira, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -130,6 +130,14 @@ def test_a_run_says_where_it_ends(make_run: Make) -> None:
     assert len(headline(read(make_run(method="local_only")))) == 1
 
 
+def test_one_is_one(make_run: Make) -> None:
+    """One client, one round."""
+    run = make_run(families=1, clients_per_family=1, rounds=1, true_graph=False)
+    assert "over 1 client after 1 round;" in headline(read(run))[0]
+    assert any(line.startswith("time") and line.endswith(" for 1 round") for line in summarise_run(run).lines())
+    assert "<summary>1 client</summary>" in render(read(run))
+
+
 def with_validation(run: Path, losses: list[float], late: tuple[str, int] | None = None) -> Path:
     """Let all clients have these validation losses, a round each; `late` joined after that round, 1.0 above them."""
     events = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -271,6 +273,60 @@ def test_an_interrupted_comparison_goes_on_where_it_stopped(
         assert here == there
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("when", ["_judge", "_starting_point"])
+def test_a_signal_after_the_last_round_of_a_run_stops_the_comparison_before_the_next(
+    tmp_path: Path, trained: list[Job], monkeypatch: pytest.MonkeyPatch, number: int, when: str
+) -> None:
+    """While clients are judged, or while a run that is finished is come by."""
+    wanted = config(methods=["local_only", "fedit"])
+    if when == "_starting_point":
+        compare(config(methods=["local_only"]), directory=tmp_path)
+        trained.clear()
+    original = getattr(experiment._Run, when)
+
+    def signalled(self: Any, *arguments: Any) -> Any:
+        os.kill(os.getpid(), number)
+        return original(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(experiment._Run, when, signalled)
+        with pytest.raises(Interrupted, match=f"{signal.Signals(number).name} between two runs") as raised:
+            compare(wanted, directory=tmp_path)
+    assert raised.value.exit_code == 128 + number
+    assert len(trained) == (2 if when == "_judge" else 0), "nothing of fedit"
+    assert [entry["method"] for entry in told(tmp_path)["runs"]] == ["local_only"]
+    compare(wanted, directory=tmp_path)
+    assert [entry["method"] for entry in told(tmp_path)["runs"]] == ["local_only", "fedit"]
+
+
+def test_other_methods_and_seeds_of_earlier_calls_stay_in_the_study(study: Path, tmp_path: Path) -> None:
+    again = shutil.copytree(study, tmp_path / "again")
+    before = told(again)
+    compare(config(methods=["ffa_lora"], learning_rates=RATES), directory=again)
+    after = told(again)
+    assert after["runs"][:-1] == before["runs"]
+    assert after["runs"][-1]["method"] == "ffa_lora"
+    assert after["tuning"][:-2] == before["tuning"]
+    assert [(entry["method"], entry["learning_rate"]) for entry in after["tuning"][-2:]] == [
+        ("ffa_lora", rate) for rate in RATES
+    ]
+    record = read(again)
+    assert isinstance(record, StudyRecord)
+    assert set(record.methods) == {"local_only", "fedit", "mira", "ffa_lora"}
+    # seed 1 of a method that is asked for with seed 0 alone
+    compare(config(methods=["fedit"], learning_rates=RATES), directory=again)
+    assert sorted(map(str, told(again)["runs"])) == sorted(map(str, after["runs"]))
+    assert sorted(map(str, told(again)["tuning"])) == sorted(map(str, after["tuning"]))
+
+
+def test_other_seeds_of_a_method_that_runs_otherwise_now_are_not_mixed_with_it(tmp_path: Path) -> None:
+    soft, hard = ({"variants": {"it": {"name": "mira", "strength": strength}}} for strength in (0.1, 1.0))
+    compare(config(methods=["it"], seeds=2, **soft), directory=tmp_path)
+    compare(config(methods=["it"], **hard), directory=tmp_path)
+    assert [entry["seed"] for entry in told(tmp_path)["runs"]] == [0]
+
+
 def test_more_methods_later_keep_the_runs_there_are(tmp_path: Path, trained: list[Job]) -> None:
     compare(config(methods=["local_only"]), directory=tmp_path)
     trained.clear()
@@ -313,8 +369,9 @@ def test_a_run_that_diverges_is_left_out_and_the_others_go_on(tmp_path: Path) ->
     wild = {"name": "fedadam", "server_lr": 1e38}
     section = {"methods": ["wild", "local_only"], "variants": {"wild": wild}, "seeds": 2}
     broken, display = tiny("mira", compare=section, federation={"rounds": 3}), Told()
-    with pytest.raises(DivergedError):
+    with pytest.raises(DivergedError, match=r"(?s)^wild seed 0: .*\nwild seed 1: "):
         compare(broken, directory=tmp_path, display=display)
+    assert [failure["run"] for failure in told(tmp_path)["failures"]] == ["wild seed 0", "wild seed 1"]
     assert [(entry["method"], entry["seed"]) for entry in told(tmp_path)["runs"]] == [
         ("local_only", 0),
         ("local_only", 1),

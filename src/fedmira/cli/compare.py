@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -60,9 +60,10 @@ def _compare(session: Session, config: RunConfig, directory: Path | None) -> Non
     from fedmira.report.page import write_report
     from fedmira.report.table import render_table, study_rows
 
+    facts: dict[str, Any] = {}
     failure: FedmiraError | None = None
     with session.loading(config) as display:
-        from fedmira.studies.compare import FAILURES, study_directory
+        from fedmira.studies.compare import FAILURES, failures_of, study_directory
         from fedmira.studies.compare import compare as run_comparison
 
         study = directory or study_directory(config)
@@ -71,12 +72,11 @@ def _compare(session: Session, config: RunConfig, directory: Path | None) -> Non
         except FAILURES as error:
             # what did not fail is shown all the same
             failure = error
-    if failure is not None and not (study / "study.json").is_file():
-        raise failure
+            facts = {"error": str(error), "exit_code": error.exit_code, "failures": failures_of(study)}
     page = write_report(study)
     rows = study_rows(study)
     session.result(
-        {"study": str(study), "report": str(page), "methods": [row.facts() for row in rows]},
+        {"study": str(study), "report": str(page), "methods": [row.facts() for row in rows], **facts},
         f"\n{render_table(rows)}\nReport: {page}",
     )
     if failure is not None:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TextIO, cast
 
 from fedmira.cli.process import discard
 from fedmira.cli.session import printable
+from fedmira.report.formats import counted
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -34,7 +35,7 @@ class PlainDisplay:
 
     def start(self, title: str, total_rounds: int) -> None:
         self._total_rounds = total_rounds
-        self._line(f"{title}: {total_rounds} rounds")
+        self._line(f"{title}: {counted(total_rounds, 'round')}")
 
     def step(self, round_: int, done: int, total: int) -> None: ...
 

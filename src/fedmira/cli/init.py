@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 import click
@@ -25,16 +26,23 @@ def init(session: Session, recipe: str | None, file: Path | None) -> None:
         session.result({"recipes": purposes}, "\n".join(["Recipes; copy one with `fedmira init NAME`:", *lines]))
         return
     source = recipe_path(recipe)
-    target = file or Path(f"{recipe}.yaml")
+    target, text = file or Path(f"{recipe}.yaml"), source.read_text(encoding="utf-8")
     try:
         # "x": creating and checking in one step, so that nothing is ever overwritten
-        with target.open("x", encoding="utf-8") as stream:
-            stream.write(source.read_text(encoding="utf-8"))
+        stream = target.open("x", encoding="utf-8")
     except FileExistsError:
         raise UsageError(f"{target} exists; remove it or give another name: fedmira init {recipe} FILE") from None
     except OSError as error:
         raise SetupError(f"cannot write {target}: {error.strerror}") from None
+    try:
+        with stream:
+            stream.write(text)
+    except OSError as error:
+        # half a recipe would be in the way of the next try
+        target.unlink(missing_ok=True)
+        raise SetupError(f"cannot write {target}: {error.strerror}") from None
+    quoted = shlex.quote(str(target))
     session.result(
         {"recipe": recipe, "file": str(target)},
-        f"Wrote {target}. Edit it, then:\n  fedmira validate {target}\n  fedmira run {target}",
+        f"Wrote {target}. Edit it, then:\n  fedmira validate {quoted}\n  fedmira run {quoted}",
     )

@@ -56,7 +56,12 @@ def _fail(session: Session, message: str, exit_code: int) -> int:
         traceback.print_exc()
     head = "Error:" if os.environ.get("NO_COLOR") else click.style("Error:", fg="red", bold=True)
     tell(f"{head} {printable(message)}")
-    if session.json:
+    return _answer(session, message, exit_code)
+
+
+def _answer(session: Session, message: str, exit_code: int) -> int:
+    """With --json the error as one object on standard output, unless a result that holds it is there already."""
+    if session.json and not session.answered:
         try:
             click.echo(json.dumps({"error": message, "exit_code": exit_code}, sort_keys=True))
         except OSError:
@@ -68,13 +73,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code. `arguments`: without the program's name; None for sys.argv."""
     prepare_process()
     session = Session()
+    given = sys.argv[1:] if arguments is None else list(arguments)
     try:
-        outcome = cli.main(
-            args=None if arguments is None else list(arguments), prog_name="fedmira", standalone_mode=False, obj=session
-        )
+        outcome = cli.main(args=given, prog_name="fedmira", standalone_mode=False, obj=session)
     except click.ClickException as error:
         error.show()
-        return error.exit_code
+        # where an option is wrong none was read
+        session.json = session.json or "--json" in given
+        return _answer(session, error.format_message(), error.exit_code)
     except FedmiraError as error:
         return _fail(session, str(error), error.exit_code)
     except (KeyboardInterrupt, click.Abort):

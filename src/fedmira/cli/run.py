@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 import click
@@ -58,4 +59,4 @@ def run(session: Session, config: Path, overrides: tuple[str, ...], dry_run: boo
 
         facts["profile"] = RunStore.open(path).profile()
         lines += ["", *profile_lines(facts["profile"]), ""]
-    session.result(facts, "\n".join([*lines, f"Next: fedmira report {path}"]))
+    session.result(facts, "\n".join([*lines, f"Next: fedmira report {shlex.quote(str(path))}"]))

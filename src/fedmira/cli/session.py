@@ -35,6 +35,8 @@ class Session:
     quiet: bool = False
     warnings: list[str] = field(default_factory=list)
     """What `warn` has said so far."""
+    answered: bool = False
+    """Whether the result was printed: with --json standard output gets one object, also where an error follows."""
 
     def warn(self, line: str) -> None:
         """Say on standard error what the user may not expect, with --quiet too."""
@@ -49,6 +51,7 @@ class Session:
         """
         try:
             click.echo(json.dumps(facts, sort_keys=True, allow_nan=False) if self.json else printable(text))
+            self.answered = True
         except BrokenPipeError:
             raise
         except OSError as error:

@@ -1,9 +1,9 @@
 """Compares a generated answer with the acceptable ones: Rouge-L and exact match.
 
 Rouge-L equals that of the rouge-score package without stemming, at the speed of a bit-parallel longest common
-subsequence. That package sees ASCII letters and digits only and gives every answer 0 where a reference has none of them
-(Chinese, Russian, "+"); here such a reference is compared by its Unicode words instead. Knows nothing about models or
-about how answers were generated.
+subsequence. That package sees ASCII letters and digits only: of a reference in another script (Chinese, Russian) it
+sees nothing, or nothing but numbers. Here such a reference is compared by its Unicode words instead. Knows nothing
+about models or about how answers were generated.
 
 Source: C.-Y. Lin, ROUGE: A Package for Automatic Evaluation of Summaries, 2004, section 3.
 """
@@ -57,8 +57,9 @@ def rouge_l(prediction: str, references: Sequence[str]) -> float:
     With LCS of length l, P = l / |prediction| and R = l / |reference|: F = 2 P R / (P + R), and 0 where either side
     has no token.
 
-    Tokens are `rouge_tokens` wherever the reference has one of these, otherwise `unicode_tokens`, on both sides. A
-    reference without either, such as "+", gives 1 to the same text, apart from white space at both ends, else 0.
+    Tokens are `unicode_tokens` where most letters and digits of the reference are not ASCII, otherwise `rouge_tokens`,
+    on both sides. A reference without any, such as "+", gives 1 to the same text, apart from white space at both ends,
+    else 0.
 
     Raises:
         DataError: there is no reference.
@@ -84,10 +85,16 @@ def exact_match(prediction: str, references: Sequence[str]) -> bool:
 
 
 def _one_rouge_l(prediction: str, reference: str) -> float:
-    for tokens in (rouge_tokens, unicode_tokens):
-        if wanted := tokens(reference):
-            return _f_measure(tokens(prediction), wanted)
+    tokens = unicode_tokens if _is_mostly_not_ascii(reference) else rouge_tokens
+    if wanted := tokens(reference):
+        return _f_measure(tokens(prediction), wanted)
     return float(bool(reference.strip()) and prediction.strip() == reference.strip())
+
+
+def _is_mostly_not_ascii(text: str) -> bool:
+    """Whether that holds for its letters and digits."""
+    ascii_ones = [character.isascii() for character in text if character.isalnum()]
+    return 2 * sum(ascii_ones) < len(ascii_ones)
 
 
 def _f_measure(predicted: list[str], wanted: list[str]) -> float:

@@ -17,6 +17,15 @@ def printable(text: str, keep: str = "") -> str:
     return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
+def counted(count: int, noun: str) -> str:
+    """A number of things.
+
+    >>> counted(1, "round"), counted(2, "round")
+    ('1 round', '2 rounds')
+    """
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
 def format_loss(value: float | None) -> str:
     """Nats per token, three decimals.
 
@@ -50,13 +59,13 @@ def format_share(value: float | None) -> str:
 def format_change(value: float | None) -> str:
     """A signed difference in nats per token.
 
-    >>> format_change(-0.7), format_change(0.0)
-    ('-0.700', '0.000')
+    >>> format_change(-0.7), format_change(0.0), format_change(math.nan)
+    ('-0.700', '0.000', 'nan')
     """
     if value is None:
         return NOTHING
     text = f"{value:+.3f}"
-    return text[1:] if text in ("+0.000", "-0.000") else text
+    return text[1:] if text in ("+0.000", "-0.000", "+nan") else text
 
 
 def format_answers(answers: int | None, tokens: int | None) -> str:
@@ -67,8 +76,8 @@ def format_answers(answers: int | None, tokens: int | None) -> str:
     """
     if tokens is None:
         return ""
-    counted = "all answers" if answers is None else f"at most {answers} answer{'' if answers == 1 else 's'} per client"
-    return f"{counted}, each cut at {tokens} token{'' if tokens == 1 else 's'}"
+    which = "all answers" if answers is None else f"at most {counted(answers, 'answer')} per client"
+    return f"{which}, each cut at {counted(tokens, 'token')}"
 
 
 def format_bytes(count: float | None) -> str:

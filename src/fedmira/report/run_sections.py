@@ -19,7 +19,7 @@ from fedmira.report.figures import (
     judged_losses,
     loss_figure,
 )
-from fedmira.report.formats import byte_unit, format_bytes, format_loss, format_seconds, format_share
+from fedmira.report.formats import byte_unit, counted, format_bytes, format_loss, format_seconds, format_share
 from fedmira.report.reading import RunRecord, number, seconds_of
 
 
@@ -43,9 +43,9 @@ def _client_curves(run: RunRecord) -> Iterable[Figure]:
     late = " in each round over those that were there" if run.joined_after else ""
     yield Figure(
         heading="Validation loss of every client",
-        drawing=Markup(charts.line_chart(lines, f"Validation loss of {len(curves)} clients over rounds")),
+        drawing=Markup(charts.line_chart(lines, f"Validation loss of {counted(len(curves), 'client')} over rounds")),
         caption=(
-            f"Nats per answer token after each round; one thin line for each of {len(curves)} clients, "
+            f"Nats per answer token after each round; one thin line for each of {counted(len(curves), 'client')}, "
             f"the mean over clients in colour{late}: "
             f"from {format_loss(average[0][1])} to {format_loss(average[-1][1])}."
         ),

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fedmira.evaluation.meters import Scores, Summary, scores, scores_by_task
-from fedmira.report.formats import format_answers, format_bytes, format_loss, format_seconds, format_share
+from fedmira.report.formats import counted, format_answers, format_bytes, format_loss, format_seconds, format_share
 from fedmira.report.reading import RunRecord, read_run
 from fedmira.report.table import summary_of
 
@@ -77,7 +77,7 @@ class RunSummary(NamedTuple):
                 found.append(("exact match", format_share(self.numbers.exact_match) + note))
             sent = f"{format_bytes(self.numbers.upload_bytes)} up, {format_bytes(self.numbers.download_bytes)} down"
             found.append(("sent", sent))
-        found.append(("time", f"{format_seconds(self.seconds)} for {self.num_rounds} rounds"))
+        found.append(("time", f"{format_seconds(self.seconds)} for {counted(self.num_rounds, 'round')}"))
         if self.tokens_per_second:
             found.append(("training reads", f"{self.tokens_per_second:,.0f} tokens per second"))
         if self.peak_memory_bytes:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from fedmira.report.formats import format_loss, format_share
+from fedmira.report.formats import counted, format_loss, format_share
 from fedmira.report.reading import REFERENCE_METHOD, RunRecord, StudyRecord
 from fedmira.report.summary import summary_of_run
 from fedmira.report.table import Row, Spread, rows_of, spread, summary_of
@@ -49,8 +49,7 @@ def _study_headline(study: StudyRecord) -> list[str]:
     lost = [method for (method, _), loss in losses.items() if not math.isfinite(loss)]
     if lost:
         names = ", ".join(dict.fromkeys(lost))
-        runs = "1 run" if len(lost) == 1 else f"{len(lost)} runs"
-        sentences.append(f"{runs} ended with a test loss that is not finite: {names}.")
+        sentences.append(f"{counted(len(lost), 'run')} ended with a test loss that is not finite: {names}.")
     if risen := [method for method in study.methods if _has_risen(study.compared(method))]:
         sentences.append(
             f"Under {_list(risen)} the validation loss ends clearly above its lowest; fewer rounds or a lower learning "
@@ -87,7 +86,7 @@ def _compare(rows: Sequence[Row], whole: dict[int, dict[str, float]]) -> list[st
         + f"; next is {second} with {format_loss(_value(averages[second]))}."
     ]
     if shared:
-        sentences[0] = sentences[0][:-1] + f" (tied on {shared} seed{'s' if shared > 1 else ''})."
+        sentences[0] = sentences[0][:-1] + f" (tied on {counted(shared, 'seed')})."
     gaps = [found[second] - found[best] for found in whole.values()]
     gap = spread(gaps)
     if seeds == 1:
@@ -134,7 +133,7 @@ def _against_local(row: Row) -> str:
 
 def _run_headline(run: RunRecord) -> list[str]:
     summary = summary_of_run(run)
-    rounds = f"{summary.num_rounds} round{'' if summary.num_rounds == 1 else 's'}"
+    rounds = counted(summary.num_rounds, "round")
     if summary.numbers is None:
         if summary.validation_loss is None:
             return [f"{run.method}, {rounds} so far; nothing has been evaluated yet.", *_end_in_words(run)]
@@ -147,7 +146,8 @@ def _run_headline(run: RunRecord) -> list[str]:
     numbers = summary.numbers
     sentences = [
         f"{run.method} ends at a mean test loss of {format_loss(numbers.mean_loss)} nats per token over "
-        f"{numbers.num_clients} clients after {rounds}; the worst tenth is at {format_loss(numbers.worst_tenth_loss)}.",
+        f"{counted(numbers.num_clients, 'client')} after {rounds}; the worst tenth is at "
+        f"{format_loss(numbers.worst_tenth_loss)}.",
         *summary.advice(),
     ]
     if run.method != REFERENCE_METHOD:
@@ -156,11 +156,11 @@ def _run_headline(run: RunRecord) -> list[str]:
         )
     if late := len(run.joined_after):
         sentences.append(
-            f"{late} client{'s' if late > 1 else ''} joined after the first round and had fewer rounds than the others."
+            f"{counted(late, 'client')} joined after the first round and had fewer rounds than the others."
         )
     failures = sum(len(event.get("failures", ())) for event in run.rounds)
     if failures:
-        sentences.append(f"{failures} client result{'s' if failures > 1 else ''} went missing on the way.")
+        sentences.append(f"{counted(failures, 'client result')} went missing on the way.")
     return sentences
 
 
@@ -169,8 +169,9 @@ def _end_in_words(run: RunRecord) -> list[str]:
     if not run.ended_by:
         return []
     count, first = len(run.ended_by), next(iter(run.ended_by.values()))
-    results = "1 client result" if count == 1 else f"{count} client results"
-    return [f"Round {run.next_round} left {results} out and did not end. The first reason: {first}."]
+    return [
+        f"Round {run.next_round} left {counted(count, 'client result')} out and did not end. The first reason: {first}."
+    ]
 
 
 def _losses_by_seed(study: StudyRecord) -> dict[tuple[str, int], float]:

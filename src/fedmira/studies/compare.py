@@ -16,11 +16,20 @@ from typing import Any
 from fedmira.config.file import config_difference, parse_config, resolved_yaml
 from fedmira.config.refusals import refusal, refusal_beside, refusal_of_dtype
 from fedmira.config.run import RunConfig
-from fedmira.errors import ConfigError, DivergedError, FedmiraError, IntegrityError, ParticipationError, UsageError
-from fedmira.experiment import Display, SilentDisplay, carry_out
+from fedmira.errors import (
+    ConfigError,
+    DivergedError,
+    FedmiraError,
+    IntegrityError,
+    Interrupted,
+    ParticipationError,
+    UsageError,
+)
+from fedmira.experiment import Display, SilentDisplay, carry_out, signal_name
 from fedmira.paths import home_expanded
 from fedmira.runs.atomic import make_folder, write_bytes_atomically
 from fedmira.runs.naming import run_directory
+from fedmira.runs.signals import StopFlag, stop_on_signals
 from fedmira.runs.store import RunStore, has_run
 
 STUDY, RESOLVED = "study.json", "config.resolved.yaml"
@@ -33,8 +42,9 @@ FAILURES = (DivergedError, ParticipationError)
 def compare(config: RunConfig, *, directory: Path | None = None, display: Display | None = None) -> Path:
     """Run every method of `config.compare` on every seed and return the study's directory.
 
-    Writes `study.json` (which runs there are, what was tuned) and one run directory per method and seed below `runs/`.
-    A run that diverges, or that has too few clients, is told to `display` and left out; the others go on.
+    Writes `study.json` (which runs there are, what was tuned, what failed) and one run directory per method and seed
+    below `runs/`. A run that diverges, or that has too few clients, is told to `display` and left out; the others go
+    on. Methods and seeds of earlier calls in the same directory stay in the study.
 
     Args:
         config: The run; `compare` says which methods, seeds and learning rates.
@@ -45,8 +55,9 @@ def compare(config: RunConfig, *, directory: Path | None = None, display: Displa
         ConfigError: settings would be chosen on a draw that is reported, or on no validation data; a method cannot use
             the config's adapters; or nobody would be tested.
         UsageError: the directory is one of a run, of a study of another config, or holds something else.
-        DivergedError, ParticipationError: a method has no learning rate at which it trains, or a run failed; the first
-            of them, when everything else is done.
+        DivergedError, ParticipationError: a method has no learning rate at which it trains, or a run failed; when
+            everything else is done, with all that failed in the message and the kind of the first.
+        Interrupted: SIGINT, SIGTERM or SIGHUP; everything is saved, the same call goes on.
     """
     _refuse_unusable(config)
     _refuse_biased_tuning(config)
@@ -55,46 +66,127 @@ def compare(config: RunConfig, *, directory: Path | None = None, display: Displa
     _refuse_what_is_no_study(directory)
     _refuse_other_study(config, directory)
     make_folder(directory)
-    study: dict[str, Any] = {
-        "name": config.name,
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "methods": list(config.compare.methods),
-        "seeds": list(range(config.seed, config.seed + config.compare.seeds)),
-        "runs": _earlier_runs(directory),
-        "tuning": [],
-    }
-    write_bytes_atomically(directory / RESOLVED, resolved_yaml(config).encode())
-    _write(directory, study)
-    rates: dict[str, float] = {}
-    failures: list[FedmiraError] = []
-    for name in study["methods"]:
-        try:
-            rates[name] = _choose_learning_rate(config, name, directory, study, display)
-        except FAILURES as error:
-            failures.append(error)
-            display.message(f"{name} is left out: {error}")
-    wanted = {(seed, name): variant(config, name, seed, rates[name]) for seed in study["seeds"] for name in rates}
-    # runs that an earlier call finished stand in the study while this one comes by them
-    finished = {entry["path"] for entry in study["runs"]}
-    paths = {key: str(run_directory(one, directory / "runs").relative_to(directory)) for key, one in wanted.items()}
-    there = {key for key, path in paths.items() if path in finished}
-    for (seed, name), one in wanted.items():
-        try:
-            _run(one, directory / "runs", display)
-            there.add((seed, name))
-        except FAILURES as error:
-            failures.append(error)
-            there.discard((seed, name))
-            display.message(f"{name} seed {seed} is left out: {error}")
-        study["runs"] = [
-            {"method": of, "seed": draw, "path": paths[draw, of], "learning_rate": rates[of]}
-            for draw, of in wanted
-            if (draw, of) in there
-        ]
-        _write(directory, study)
+    with stop_on_signals() as stop:
+        failures = _Comparison(config, directory, display, stop).carry_out()
     if failures:
-        raise failures[0]
+        first = next(iter(failures.values()))
+        raise type(first)("\n".join(f"{what}: {error}" for what, error in failures.items()))
     return directory
+
+
+class _Comparison:
+    """The runs of a comparison, one after the other, and `study.json`, which says where they stand."""
+
+    def __init__(self, config: RunConfig, directory: Path, display: Display, stop: StopFlag) -> None:
+        self.config, self.directory, self.display, self.stop = config, directory, display, stop
+        self.failures: dict[str, FedmiraError] = {}
+        """What failed, by the method, or the method and the seed."""
+        runs, tuning = _earlier(directory)
+        self.study: dict[str, Any] = {
+            "name": config.name,
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "methods": list(config.compare.methods),
+            "seeds": list(range(config.seed, config.seed + config.compare.seeds)),
+            "runs": runs,
+            "tuning": tuning,
+            "failures": [],
+        }
+
+    def carry_out(self) -> dict[str, FedmiraError]:
+        """Tune and run every method, and return what failed."""
+        write_bytes_atomically(self.directory / RESOLVED, resolved_yaml(self.config).encode())
+        self._write()
+        rates: dict[str, float] = {}
+        for name in self.study["methods"]:
+            try:
+                rates[name] = self._choose_learning_rate(name)
+            except FAILURES as error:
+                self._leave_out(name, error)
+        wanted = {
+            (seed, name): variant(self.config, name, seed, rates[name])
+            for seed in self.study["seeds"]
+            for name in rates
+        }
+        paths = {key: self._path(one) for key, one in wanted.items()}
+        others = self._others(rates)
+        # runs that an earlier call finished stand in the study while this one comes by them
+        finished = {entry["path"] for entry in self.study["runs"]}
+        there = {key for key, path in paths.items() if path in finished}
+        for (seed, name), one in wanted.items():
+            try:
+                self._run(one, "runs")
+                there.add((seed, name))
+            except FAILURES as error:
+                there.discard((seed, name))
+                self._leave_out(f"{name} seed {seed}", error)
+            self.study["runs"] = others + [
+                {"method": of, "seed": draw, "path": paths[draw, of], "learning_rate": rates[of]}
+                for draw, of in wanted
+                if (draw, of) in there
+            ]
+            self._write()
+        return self.failures
+
+    def _path(self, config: RunConfig) -> str:
+        return str(run_directory(config, self.directory / "runs").relative_to(self.directory))
+
+    def _others(self, rates: dict[str, float]) -> list[dict[str, Any]]:
+        """Earlier runs that are not asked for anew: other methods, and other seeds of runs that are made alike."""
+        kept = []
+        for entry in self.study["runs"]:
+            name, seed = entry["method"], entry["seed"]
+            if name not in self.study["methods"]:
+                kept.append(entry)
+            elif name in rates and seed not in self.study["seeds"]:
+                alike = variant(self.config, name, seed, rates[name])
+                kept += [entry] if self._path(alike) == entry["path"] else []
+        return kept
+
+    def _choose_learning_rate(self, method: str) -> float:
+        """The rate of the grid with the lowest mean validation loss after the last round, on the tuning draw."""
+        config = self.config
+        grid = config.compare.learning_rates or (config.training.learning_rate,)
+        if len(grid) == 1:
+            return grid[0]
+        losses: dict[float, float] = {}
+        others = [entry for entry in self.study["tuning"] if entry["method"] != method]
+        for rate in grid:
+            trial = variant(config, method, config.compare.tuning_seed, rate, tuning=True)
+            try:
+                losses[rate] = final_validation_loss(self._run(trial, "tuning"))
+            except DivergedError as error:
+                losses[rate] = math.inf
+                self.display.message(f"{method} at learning rate {rate:g}: {error}")
+            self.study["tuning"] = others + [
+                {"method": method, "learning_rate": tried, "validation_loss": loss if math.isfinite(loss) else None}
+                for tried, loss in losses.items()
+            ]
+            self._write()
+        if not any(map(math.isfinite, losses.values())):
+            raise DivergedError(
+                f"{method} diverges at every learning rate of compare.learning_rates "
+                f"({', '.join(f'{rate:g}' for rate in grid)}); add lower ones"
+            )
+        return min(grid, key=lambda rate: losses[rate])
+
+    def _run(self, config: RunConfig, folder: str) -> Path:
+        if self.stop():
+            raise Interrupted(
+                f"stopped by {signal_name(self.stop)} between two runs; everything is saved in {self.directory}. "
+                "Start it again to continue",
+                self.stop.signal_number,
+            )
+        store = RunStore.open_or_create(config, resolved_yaml(config), self.directory / folder)
+        return carry_out(store, self.display, stop=self.stop)
+
+    def _leave_out(self, what: str, error: FedmiraError) -> None:
+        self.failures[what] = error
+        self.study["failures"] = [{"run": name, "error": str(reason)} for name, reason in self.failures.items()]
+        self._write()
+        self.display.message(f"{what} is left out: {error}")
+
+    def _write(self) -> None:
+        write_bytes_atomically(self.directory / STUDY, (json.dumps(self.study, indent=1) + "\n").encode())
 
 
 def _refuse_what_is_no_study(directory: Path) -> None:
@@ -132,13 +224,28 @@ def _refuse_other_study(config: RunConfig, directory: Path) -> None:
         )
 
 
-def _earlier_runs(directory: Path) -> list[dict[str, Any]]:
-    """The runs that an earlier call wrote down and that are still there."""
+def _earlier(directory: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The runs that earlier calls wrote down and that are still there, and what was tuned for them."""
     try:
-        runs = json.loads((directory / STUDY).read_text(encoding="utf-8"))["runs"]
-        return [dict(entry) for entry in runs if (directory / entry["path"]).is_dir()]
+        study = json.loads((directory / STUDY).read_text(encoding="utf-8"))
+        runs = [
+            {field: entry[field] for field in ("method", "seed", "path", "learning_rate")}
+            for entry in study["runs"]
+            if (directory / entry["path"]).is_dir()
+        ]
+        tuning = [
+            {field: entry[field] for field in ("method", "learning_rate", "validation_loss")}
+            for entry in study["tuning"]
+        ]
+        return runs, tuning
     except (OSError, ValueError, KeyError, TypeError):
-        return []
+        return [], []
+
+
+def failures_of(directory: Path) -> list[dict[str, str]]:
+    """What failed when the study in `directory` was last carried out: `run`, a method or a method and seed; `error`."""
+    failures: list[dict[str, str]] = json.loads((directory / STUDY).read_text(encoding="utf-8"))["failures"]
+    return failures
 
 
 def study_directory(config: RunConfig) -> Path:
@@ -197,36 +304,6 @@ def _refuse_biased_tuning(config: RunConfig) -> None:
         )
 
 
-def _choose_learning_rate(
-    config: RunConfig, method: str, directory: Path, study: dict[str, Any], display: Display
-) -> float:
-    """The rate of the grid with the lowest mean validation loss after the last round, on the tuning draw."""
-    grid = config.compare.learning_rates or (config.training.learning_rate,)
-    if len(grid) == 1:
-        return grid[0]
-    losses = {}
-    for rate in grid:
-        trial = variant(config, method, config.compare.tuning_seed, rate, tuning=True)
-        try:
-            losses[rate] = final_validation_loss(_run(trial, directory / "tuning", display))
-        except DivergedError as error:
-            losses[rate] = math.inf
-            display.message(f"{method} at learning rate {rate:g}: {error}")
-        known = losses[rate] if math.isfinite(losses[rate]) else None
-        study["tuning"].append({"method": method, "learning_rate": rate, "validation_loss": known})
-        _write(directory, study)
-    if not any(map(math.isfinite, losses.values())):
-        raise DivergedError(
-            f"{method} diverges at every learning rate of compare.learning_rates "
-            f"({', '.join(f'{rate:g}' for rate in grid)}); add lower ones"
-        )
-    return min(grid, key=lambda rate: losses[rate])
-
-
-def _run(config: RunConfig, directory: Path, display: Display) -> Path:
-    return carry_out(RunStore.open_or_create(config, resolved_yaml(config), directory), display)
-
-
 def final_validation_loss(path: Path) -> float:
     """Mean over clients of the last recorded validation loss per supervised token; infinite if it is not finite."""
     with RunStore.open(path) as store:
@@ -237,7 +314,3 @@ def final_validation_loss(path: Path) -> float:
         if client["tokens"]
     ]
     return sum(losses) / len(losses)
-
-
-def _write(directory: Path, study: dict[str, Any]) -> None:
-    write_bytes_atomically(directory / STUDY, (json.dumps(study, indent=1) + "\n").encode())
