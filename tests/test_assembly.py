@@ -14,11 +14,21 @@ import pytest
 
 import fedmira
 from fedmira import assembly, experiment
-from fedmira.assembly import Assembly, assemble, cached_federation, read_graph
+from fedmira.assembly import (
+    Assembly,
+    assemble,
+    cached_federation,
+    moved,
+    read_graph,
+    refuse_other_base,
+    refuse_other_dtype,
+    versions,
+)
 from fedmira.config.graph import GraphConfig
-from fedmira.config.run import RunConfig
-from fedmira.errors import ConfigError, DataError, SetupError
+from fedmira.config.run import ModelConfig, RunConfig
+from fedmira.errors import ConfigError, DataError, IntegrityError, SetupError
 from fedmira.experiment import run
+from fedmira.model.base import load_base
 
 NAMES = ("anna", "ben", "cleo")
 MATRIX = np.array([[0.0, 2.0, 0.5], [2.0, 0.0, 0.0], [0.5, 0.0, 0.0]])
@@ -139,11 +149,15 @@ def records(answer: str) -> str:
     return "".join(json.dumps({"instruction": f"say {n}", "output": answer}) + "\n" for n in range(12))
 
 
-@pytest.mark.parametrize("where", ["a.jsonl", ".", "*.jsonl"])
+@pytest.mark.parametrize("where", ["d[1]/a.jsonl", "d[1]", "d[[]1]/*.jsonl", "**/*.jsonl"])
 def test_a_data_file_that_was_written_is_read_again(tmp_path: Path, where: str) -> None:
     """A long-lived Python process must not go on with the data of this morning."""
-    file = tmp_path / "a.jsonl"
+    file = tmp_path / "d[1]" / "a.jsonl"
+    file.parent.mkdir()
     file.write_text(records("yes"))
+    (file.parent / "b.jsonl").symlink_to("/nowhere")
+    # what the folder's name would match as a pattern
+    (tmp_path / "d1").mkdir()
     config = RunConfig.model_validate(
         {"data": {"source": "jsonl", "path": str(tmp_path / where), "partition": {"by": "field"}}}
     )
@@ -220,6 +234,66 @@ def test_a_tokenizer_larger_than_the_model_is_refused_where_its_tokens_are_used(
 
 
 # -------------------------------------------------------------------------------------------------------- cohort size
+
+
+def test_another_config_of_the_base_model_is_another_base(tmp_path: Path) -> None:
+    folder = tmp_path / "base"
+    shutil.copytree(fedmira.embedded_base_path(), folder)
+    wanted = ModelConfig(path=str(folder), device="cpu", dtype="float32")
+    recorded = load_base(wanted).facts()
+    for dtype in ("float32", "float64"):
+        # adapters go over the base in any dtype
+        refuse_other_base(tmp_path, recorded, load_base(wanted.model_copy(update={"dtype": dtype})))
+    path = folder / "config.json"
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps({**content, "transformers_version": "4.0", "_name_or_path": "elsewhere"}))
+    refuse_other_base(tmp_path, recorded, load_base(wanted))
+    path.write_text(json.dumps({**content, "rms_norm_eps": 0.5}))
+    changed = load_base(wanted)
+    with pytest.raises(IntegrityError, match=r"\(config_sha256 differ\); adapters fit only the model"):
+        refuse_other_base(tmp_path, recorded, changed)
+    # as runs were recorded before
+    del recorded["config_sha256"]
+    refuse_other_base(tmp_path, recorded, changed)
+
+
+def test_a_run_does_not_go_on_in_another_dtype(tmp_path: Path) -> None:
+    base = load_base(ModelConfig(device="cpu", dtype="float64"))
+    refuse_other_dtype(tmp_path, base.facts(), base)
+    refuse_other_dtype(tmp_path, {}, base)
+    with pytest.raises(
+        IntegrityError, match=r"in bfloat16 on cuda, but .* gives float64 on cpu.*model\.dtype: bfloat16"
+    ):
+        refuse_other_dtype(tmp_path, {**base.facts(), "dtype": "bfloat16", "device": "cuda"}, base)
+
+
+def test_what_differs_of_the_machine_is_told_and_recorded() -> None:
+    base = load_base(ModelConfig(device="cpu"))
+    manifest = {"fedmira": fedmira.__version__, "versions": versions(), "model": base.facts(), "seed": 3}
+    assert moved(manifest, base) == ("", manifest)
+    before = {**manifest, "versions": {**versions(), "torch": "1.0"}, "model": {**base.facts(), "device": "cuda"}}
+    line, after = moved(before, base)
+    assert line.startswith(
+        f"it goes on with device cpu (was cuda), torch {versions()['torch']} (was 1.0): what follows"
+    )
+    was = {"fedmira": fedmira.__version__, "device": "cuda", **versions(), "torch": "1.0"}
+    assert after == {**manifest, "versions_before": [was]}
+    assert moved(after, base) == ("", after)
+
+
+def test_the_config_says_what_a_long_prompt_loses(tmp_path: Path) -> None:
+    lines = [json.dumps({"instruction": f"say {n}", "input": "very " * 50, "output": "yes"}) for n in range(12)]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    texts = {}
+    for cut in ("input", "beginning"):
+        data = {"source": "jsonl", "path": str(tmp_path), "template": "plain", "max_length": 40, "cut": cut}
+        partition = {"by": "field", "validation": 0, "test": 0}
+        parts = assemble(tiny(data={**data, "partition": partition}, evaluation={"test": False}))
+        examples = parts.tokenized[0].train
+        texts[cut] = {parts.base.tokenizer.decode(one.tokens[: one.prompt_length]) for one in examples}
+    assert len(texts["input"]) == 12
+    assert all("say " in text for text in texts["input"])
+    assert len(texts["beginning"]) == 1
 
 
 def test_an_automatic_cohort_fits_the_memory_there_is(monkeypatch: pytest.MonkeyPatch) -> None:

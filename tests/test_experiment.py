@@ -526,3 +526,26 @@ def test_the_true_graph_beats_none_and_a_permuted_one(tmp_path: Path) -> None:
     # measured: none 1.41, true 0.38, permuted 0.96
     assert losses["true"] < 0.7 * losses["none"], losses
     assert losses["true"] < 0.8 * losses["permuted"], losses
+
+
+# ------------------------------------------------------------------------------------------------- on another machine
+
+
+def test_a_run_goes_on_elsewhere_only_in_its_dtype_and_says_what_differs(tmp_path: Path) -> None:
+    path = run(tiny(federation={"rounds": 1}), directory=tmp_path)
+    store = RunStore.open(path)
+    before = store.manifest()
+    older = {**before["versions"], "torch": "1.0"}
+    with store:
+        store.write_manifest({**before, "versions": older, "model": {**before["model"], "dtype": "bfloat16"}})
+    # nothing is left to do, so nothing is asked
+    run(tiny(federation={"rounds": 1}), directory=tmp_path, resume=True)
+    with pytest.raises(IntegrityError, match=r"was trained in bfloat16 on cpu, but .* gives float32 on cpu"):
+        run(tiny(), directory=tmp_path, resume=True)
+    with store:
+        store.write_manifest({**before, "versions": older})
+    run(tiny(), directory=tmp_path, resume=True)
+    after = RunStore.open(path).manifest()
+    assert after["versions"] == before["versions"]
+    assert after["versions_before"] == [{"fedmira": before["fedmira"], "device": "cpu", **older}]
+    assert "warning: it goes on with torch" in (path / "run.log").read_text()

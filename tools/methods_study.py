@@ -43,7 +43,7 @@ RESULTS = STUDIES / "results"
 KEY = ("study", "method", "seed", "learning_rate", "tuning", "digest")
 _PATHLESS = {"name", "output", "compare"}
 _LATER: Mapping[str, Mapping[str, Any]] = {
-    "data": {"cut": "input"},
+    "data": {"cut": "beginning"},
     "training": {"keep_moments": False, "data_seed": None},
     "evaluation": {"examples_per_question": 16},
     "method": {"mixing": "auto", "robust": "none", "depth": 0.0, "client_strength": {}, "ema_decay": 0.0},

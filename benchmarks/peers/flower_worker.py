@@ -1,4 +1,4 @@
-"""Flower's simulation with Ray: one actor that has all threads; a server that keeps one adapter per client.
+"""Flower's simulation with Ray: an actor for each thread; a server that keeps one adapter per client.
 
 Needs flwr[simulation]; run by `worker`.
 """
@@ -18,6 +18,9 @@ from benchmarks.peers.flower_client import app as client_app
 from benchmarks.peers.serving import read_order, serve
 from benchmarks.workloads import build
 
+THREADS = 1
+"""Of one actor. Flower's default; one actor with both threads of a machine that has two takes ... times as long."""
+
 
 def main() -> None:
     """Start the simulation and serve rounds from its server app."""
@@ -27,7 +30,7 @@ def main() -> None:
 
     @server_app.main()  # type: ignore[untyped-decorator]
     def server(grid: Grid, _context: Context) -> None:
-        config = ConfigRecord({"workload": json.dumps(asdict(order.workload)), "threads": order.threads})
+        config = ConfigRecord({"workload": json.dumps(asdict(order.workload)), "threads": THREADS})
         nodes = _nodes_by_client(grid, len(start_SP), config)
         serve(lambda: _round(grid, nodes, start_SP, config), order.rows_file)
 
@@ -37,7 +40,7 @@ def main() -> None:
         num_supernodes=len(start_SP),
         backend_config={
             "init_args": {"num_cpus": order.threads},
-            "client_resources": {"num_cpus": order.threads, "num_gpus": 0.0},
+            "client_resources": {"num_cpus": THREADS, "num_gpus": 0.0},
         },
     )
 

@@ -9,6 +9,7 @@ import functools
 import glob
 import hashlib
 import json
+import os
 import platform
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
@@ -161,7 +162,9 @@ def assemble(
         check_growing(base)
     layout = adapter_layout(base, config.model.adapter, config.method.num_pairs)
     longest = min(config.data.max_length, base.max_length - layout.num_virtual_tokens)
-    tokenized, tokenization = tokenize_federation(federation, base.tokenizer, config.data.template, longest)
+    tokenized, tokenization = tokenize_federation(
+        federation, base.tokenizer, config.data.template, longest, config.data.cut
+    )
     for client in tokenized:
         refuse_tokens_without_embedding(base, (*client.train, *client.validation, *client.test))
     clients = Clients(
@@ -179,9 +182,8 @@ def assemble(
     if graph is not None and graph.kind == "embeddings":
         given = prompt_products(base, [client.train for client in tokenized], config.evaluation.batch_tokens)
     elif graph is not None and graph.kind == "probe":
-        texts = probe_texts(
-            graph.probe_path, graph.probe_examples, base.tokenizer, config.data.template, longest, config.seed
-        )
+        template, cut = config.data.template, config.data.cut
+        texts = probe_texts(graph.probe_path, graph.probe_examples, base.tokenizer, template, longest, cut, config.seed)
         refuse_tokens_without_embedding(base, texts)
     method = build_method(config.method, clients, given, config.federation)
     if cohort_size is None:
@@ -220,6 +222,7 @@ def _counts(report: TokenizationReport) -> dict[str, Any]:
         "num_supervised_tokens": sum(client.num_supervised_tokens for client in report.clients),
         "truncated_prompts": report.truncated_prompts,
         "dropped_examples": report.dropped_examples,
+        "repeated_prompts": report.repeated_prompts,
     }
 
 
@@ -297,7 +300,7 @@ def refuse_tokens_without_embedding(base: BaseModel, examples: Iterable[Tokenize
 
 
 def refuse_other_base(run: Path, recorded: Mapping[str, Any], base: BaseModel) -> None:
-    """Refuse adapters that were trained over other weights than those of `base`: they would be silently wrong.
+    """Refuse adapters that were trained over another model than `base`: they would be silently wrong.
 
     Args:
         run: the run directory, for the message.
@@ -305,15 +308,60 @@ def refuse_other_base(run: Path, recorded: Mapping[str, Any], base: BaseModel) -
         base: what the config of the run loads now.
 
     Raises:
-        IntegrityError: the weights differ.
+        IntegrityError: the weights differ, or what the model's config says about the computation.
     """
     now = base.facts()
     changed = [key for key in ("commit", "weights_sha256") if recorded.get(key) != now[key]]
+    # runs of earlier versions do not say
+    if recorded.get("config_sha256", now["config_sha256"]) != now["config_sha256"]:
+        changed.append("config_sha256")
     if changed:
         raise IntegrityError(
             f"the base model {base.name} is not the one that {run} was trained over ({' and '.join(changed)} differ); "
-            "adapters fit only the weights they were trained over. Restore those, or remove the run to start it again"
+            "adapters fit only the model they were trained over. Restore its files, or remove the run to start it again"
         )
+
+
+def refuse_other_dtype(run: Path, recorded: Mapping[str, Any], base: BaseModel) -> None:
+    """Refuse to go on with a base in another dtype than before: `auto` depends on the device.
+
+    Args:
+        run: the run directory, for the message.
+        recorded: what the manifest of the run says about its model.
+        base: what the config of the run loads now.
+
+    Raises:
+        IntegrityError: the dtype differs.
+    """
+    before, now = recorded.get("dtype"), base.facts()["dtype"]
+    if before not in (None, now):
+        raise IntegrityError(
+            f"{run} was trained in {before} on {recorded.get('device')}, but its model.dtype gives {now} on "
+            f"{base.device.type} and the run could not go on as it began. Resume it where model.dtype gives {before} "
+            f"(to leave out a GPU, set CUDA_VISIBLE_DEVICES to nothing), or start a new run with model.dtype: "
+            f"{before}, which is the same everywhere"
+        )
+
+
+def moved(manifest: Mapping[str, Any], base: BaseModel) -> tuple[str, dict[str, Any]]:
+    """Return in a line what of device and versions differs from the last time, and `manifest` with what is now.
+
+    The line is empty if nothing does. What there was before is kept, the oldest first, in `versions_before`.
+    """
+    model, before = manifest["model"], manifest.get("versions", {})
+    was = {"fedmira": manifest.get("fedmira"), "device": model.get("device"), **before}
+    now = {"fedmira": __version__, "device": base.device.type, **versions()}
+    changed = [f"{key} {now[key]} (was {was[key]})" for key in now if was.get(key) not in (None, now[key])]
+    if not changed:
+        return "", dict(manifest)
+    line = f"it goes on with {', '.join(changed)}: what follows may not be bit for bit what it would have been"
+    return line, {
+        **manifest,
+        "fedmira": __version__,
+        "versions": versions(),
+        "model": {**model, "device": base.device.type},
+        "versions_before": [*manifest.get("versions_before", []), was],
+    }
 
 
 def versions() -> dict[str, str]:
@@ -359,8 +407,15 @@ def _federation(data_json: str, seed: int, stamp: Stamp, known: tuple[str, ...])
 
 def _stamp(path: str) -> Stamp:
     """Another value once a file that `path` names, matches or holds was written: what was cached is stale then."""
-    found = [Path(match) for match in glob.glob(str(home_expanded(path)))] if path else []
-    with suppress(OSError):
-        files = sorted({file for place in found for file in (place.iterdir() if place.is_dir() else [place])})
-        return tuple((str(file), file.stat().st_mtime_ns, file.stat().st_size) for file in files)
-    return ()
+    if not path:
+        return ()
+    place = home_expanded(path)
+    # as data is looked for: what is there by that very name is no pattern
+    found = [place] if os.path.exists(place) else [Path(match) for match in glob.glob(str(place), recursive=True)]
+    stamps: set[tuple[str, int, int]] = set()
+    for one in found:
+        with suppress(OSError):
+            for file in one.iterdir() if one.is_dir() else [one]:
+                with suppress(OSError):
+                    stamps.add((str(file), file.stat().st_mtime_ns, file.stat().st_size))
+    return tuple(sorted(stamps))

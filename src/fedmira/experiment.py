@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 import torch
 
-from fedmira.assembly import Assembly, assemble, refuse_other_base
+from fedmira.assembly import Assembly, assemble, moved, refuse_other_base, refuse_other_dtype
 from fedmira.config.run import RunConfig
 from fedmira.errors import DivergedError, Interrupted, ParticipationError
 from fedmira.evaluation.judge import final_records, validation_losses
@@ -119,6 +119,8 @@ class _Run:
             if self.checkpoint:
                 refuse_other_data(manifest, self.parts)
                 refuse_other_base(store.path, manifest["model"], self.parts.base)
+                if int(self.checkpoint.facts["completed_rounds"]) < self.config.federation.rounds:
+                    refuse_other_dtype(store.path, manifest["model"], self.parts.base)
                 held = len(self.checkpoint.facts["last_round_K"])
                 if held < len(self.parts.clients.names):
                     self.larger = self.parts
@@ -141,6 +143,10 @@ class _Run:
             return self.store.path
         self.display.start(f"{config.method.name} seed {config.seed}", config.federation.rounds)
         for line in warnings(self.parts):
+            self._tell(f"warning: {line}")
+        line, manifest = moved(self.store.manifest(), self.parts.base)
+        if line:
+            self.store.write_manifest(manifest)
             self._tell(f"warning: {line}")
         if 0 < self.store.rounds_before < first_round and self.parts.method.trial is not None:
             self._tell(

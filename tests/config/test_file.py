@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,11 @@ def test_another_method_on_the_command_line_has_its_defaults() -> None:
     assert parse_config("method: {strength: 3}", ["method.name=fedit"]).method.name == "fedit"
 
 
+def test_blanks_around_the_key_and_the_value_of_an_override_do_not_count() -> None:
+    text = "method: {name: mira, strength: 2}"
+    assert parse_config(text, ["method.name = fedit"]) == parse_config(text, ["method.name=fedit"])
+
+
 def test_settings_without_their_switch_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"exchange\.privacy: noise_multiplier and budget have no effect"):
         parse_config("exchange: {privacy: {noise_multiplier: 2, budget: 3}}")
@@ -95,7 +101,47 @@ def test_settings_without_their_switch_are_refused() -> None:
     assert parse_config(resolved_yaml(quiet)) == quiet
 
 
-@pytest.mark.parametrize("path", ["/data/run #3/x", "*.jsonl", "!odd", "a/*.jsonl", "%here", "@there", "a#b"])
+def test_an_override_of_a_section_leaves_those_alone_that_an_alias_makes_of_it() -> None:
+    method = "method: &m {name: mira, strength: 1.0, graph: {kind: gram, neighbours: 5}}\n"
+    variants = "compare: {methods: [mira, same, near], variants: {same: *m, near: {<<: *m, strength: 2}}}\n"
+    config = parse_config(method + variants, ["method.strength=3", "method.graph.neighbours=9"])
+    assert isinstance(config.method, MiraConfig)
+    assert (config.method.strength, config.method.graph.neighbours) == (3.0, 9)
+    for name, strength in (("same", 1.0), ("near", 2.0)):
+        kept = config.compare.variants[name]
+        assert isinstance(kept, MiraConfig)
+        assert (kept.strength, kept.graph.neighbours) == (strength, 5)
+
+
+@pytest.mark.parametrize(
+    "text", ["ranks: {1: 2, 007: 4, true: 8, null: 16}", "<<: {ranks: {1: 2, 007: 4, true: 8, null: 16}}"]
+)
+def test_names_of_the_users_choice_are_taken_as_spelt(text: str) -> None:
+    config = parse_config(f"model: {{adapter: {{{text}}}}}".replace("ranks", "client_ranks"))
+    assert config.model.adapter.client_ranks == {"1": 2, "007": 4, "true": 8, "null": 16}
+    variants = "compare: {methods: [mira, '010'], variants: {010: {name: mira, strength: 2}}}"
+    assert list(parse_config(variants).compare.variants) == ["010"]
+
+
+def test_aliases_of_aliases_are_refused_before_they_take_for_ever() -> None:
+    def nine_levels(inside: Callable[[str], str]) -> str:
+        return "\n".join(["x-0: &a0 {a: 1, b: 2}", *(f"x-{n}: &a{n} {{{inside(f'*a{n - 1}')}}}" for n in range(1, 9))])
+
+    started = time.perf_counter()
+    with pytest.raises(ConfigError, match="config: it has more than 100000 keys, counting those that aliases repeat"):
+        parse_config(nine_levels(lambda alias: ", ".join(f"k{key}: {alias}" for key in range(9))))
+    # merged into one another they stay two keys
+    assert parse_config(nine_levels(lambda alias: f"<<: [{', '.join([alias] * 9)}]")) == RunConfig()
+    assert time.perf_counter() - started < 10
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        *("/data/run #3/x", "*.jsonl", "!odd", "a/*.jsonl", "%here", "@there", "a#b", "#x", "|", ">x", "-", "- a"),
+        *("a: b", "a:", "a\nb: c", ", a", "? a", "-a", "C:\\x"),
+    ],
+)
 def test_a_path_on_the_command_line_is_taken_as_it_is(path: str) -> None:
     config = parse_config("", ["data={source: jsonl, path: x}", f"data.path={path}"])
     assert config.data.path == path  # type: ignore[union-attr]
@@ -212,6 +258,25 @@ def test_resolved_yaml_names_every_field() -> None:
 # ----------------------------------------------------------------------------------------------------------- identity
 
 
+def test_runs_are_called_as_before_there_was_a_choice_of_what_is_cut() -> None:
+    default, beginning = RunConfig(), parse_config("data: {cut: beginning}")
+    assert config_difference(default, beginning) == ["data.cut: (absent) -> 'beginning'"]
+    assert config_hash(default) != config_hash(beginning)
+
+
+def test_the_order_of_a_rank_pattern_counts_where_a_layer_can_match_two_of_it() -> None:
+    def pattern(text: str) -> RunConfig:
+        return parse_config(f"model: {{adapter: {{rank_pattern: {{{text}}}}}}}")
+
+    one, other = pattern("attn.c_proj: 4, c_proj: 16"), pattern("c_proj: 16, attn.c_proj: 4")
+    assert config_hash(one) != config_hash(other)
+    assert config_difference(one, other) == [
+        "model.adapter.rank_pattern: [['attn.c_proj', 4], ['c_proj', 16]] -> [['c_proj', 16], ['attn.c_proj', 4]]"
+    ]
+    one, other = pattern("q_proj: 4, v_proj: 16"), pattern("v_proj: 16, q_proj: 4")
+    assert (config_hash(one), config_difference(one, other)) == (config_hash(other), [])
+
+
 def test_the_hash_sees_everything_but_name_output_and_compare() -> None:
     base = config_hash(RunConfig())
     assert len(base) == 8
@@ -228,8 +293,10 @@ def change(value: Any) -> Any:
         return not value
     if isinstance(value, int | float):
         return value / 2 if isinstance(value, float) and value else value + 1
-    if isinstance(value, tuple | dict):
-        return type(value)() if value else (1,)
+    if isinstance(value, dict):
+        return {} if value else {"one": 1}
+    if isinstance(value, tuple):
+        return () if value else (1,)
     return f"{value}x"
 
 
@@ -259,7 +326,7 @@ def test_a_change_of_any_field_is_seen(path: tuple[str, ...]) -> None:
         assert difference == []
         assert config_hash(new) == config_hash(old)
     else:
-        assert [line.partition(":")[0] for line in difference] == [".".join(path)]
+        assert [line.partition(":")[0].removesuffix(".one") for line in difference] == [".".join(path)]
         assert config_hash(new) != config_hash(old)
 
 

@@ -38,6 +38,12 @@ def test_messages_are_as_pinned(case: str) -> None:
     assert message == golden.read_text()
 
 
+@pytest.mark.parametrize("spelt", ["1e3", "010", "0x10"])
+def test_what_may_be_a_name_is_shown_as_it_was_written(spelt: str) -> None:
+    for text, overrides in ((f"output: {{directory: {spelt}}}", []), ("", [f"output.directory={spelt}"])):
+        assert f"put it in quotes: '{spelt}'" in message_of(text, overrides)
+
+
 # --------------------------------------------------------------------------------------------- a thousand typing errors
 
 

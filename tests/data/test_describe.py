@@ -80,7 +80,7 @@ def test_the_pieces_of_the_shipped_tokenizer_join_to_the_text() -> None:
     folder = Path(fedmira.__file__).parent / "assets" / "base"
     shipped = AutoTokenizer.from_pretrained(folder)
     train = (example("caf\u00e9 \U0001f600 \u6f22\u5b57\n\n  two", "na\u00efve \U0001f680\u00e9", "odd"),)
-    federation = Federation((Client("one", train, (), train),))
+    federation = Federation((Client("one", train, (), (example("else", "yes", "test"),)),))
     [client], _ = tokenize_federation(federation, shipped, "plain", 64)
     pieces = token_pieces(client.train[0], shipped)
     prompt = "".join(piece.text for piece in pieces if not piece.supervised)
@@ -106,6 +106,15 @@ def test_what_was_left_out_is_told_with_the_first_reasons(tokenizer: Any, tmp_pa
     assert "; 1.jsonl record 8: no known shape; its fields are text; 2.jsonl record 7: not JSON (" in unusable
     assert unusable.endswith("; ...)")
     assert "left out: 8 examples, which data.partition.examples_per_client leaves to no client" in lines
+
+
+def test_prompts_that_became_the_same_are_told(tokenizer: Any) -> None:
+    train, test = example("abcdefghij", "x", "a"), (example("bbcdefghij", "x", "b"), example("klm", "x", "c"))
+    federation = Federation((Client("one", (train,), (), test),))
+    tokenized, report = tokenize_federation(federation, tokenizer, "plain", 12)
+    description = describe(federation, tokenized, report, tokenizer, "plain")
+    assert description.total.repeated_prompts == 1
+    assert "left out: 1 examples whose prompt, as it is read, is both trained on and held out" in description.text()
 
 
 def test_nothing_is_told_where_nothing_was_left_out(tokenizer: Any) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from fedmira.data.prompts import TEMPLATES, Rendered, render
+from fedmira.data.prompts import TEMPLATES, Rendered, behind_answer, render
 from fedmira.errors import ConfigError, DataError
 from fedmira.types import Example
 
@@ -135,3 +135,21 @@ def test_what_a_chat_template_refuses_is_bad_data(make_tokenizer: Callable[..., 
         DataError, match=r"'ward\.jsonl:7' with turns of system, user: System role not supported\. .*data\.template"
     ):
         render(example, "chat", tokenizer)
+
+
+@pytest.mark.parametrize(
+    "template", ["{{ messages[0].content + 1 }}", "{{ 1 / 0 }}", "{{ '%d' % 'a' }}", "{{ 'a'.index('b') }}"]
+)
+def test_a_chat_template_that_fails_is_bad_data(make_tokenizer: Callable[..., Any], template: str) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = template
+    with pytest.raises(DataError, match=r"refuses the example 'unnamed' with turns of user: "):
+        render(WITHOUT_INPUT, "chat", tokenizer)
+    assert behind_answer(tokenizer) == ""
+
+
+def test_several_chat_templates_and_no_default_are_refused(make_tokenizer: Callable[..., Any]) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = {"rag": "x"}
+    with pytest.raises(ConfigError, match=r"cannot be used: .*Set data\.template to alpaca or plain"):
+        render(WITHOUT_INPUT, "chat", tokenizer)

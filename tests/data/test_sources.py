@@ -15,6 +15,7 @@ import pytest
 from fedmira.config.run import DollyConfig, HuggingFaceConfig, JsonlConfig, NaturalInstructionsConfig, PartitionConfig
 from fedmira.data.partition import build_federation
 from fedmira.data.sources import load_examples
+from fedmira.data.sources.files import unusable_line
 from fedmira.errors import DataError, SetupError
 from fedmira.types import Example
 
@@ -63,6 +64,10 @@ def load_one(tmp_path: Path, record: Any) -> Example:
                 "output": "a2",
                 "turns": (("system", "s"), ("user", "q0"), ("assistant", "a0"), ("user", "q1"), ("assistant", "a1")),
             },
+        ),
+        (
+            {"messages": [], "conversations": [], "instruction": "Name it.", "output": "it"},
+            {"instruction": "Name it.", "output": "it"},
         ),
         (
             {"system": "s", "conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
@@ -147,7 +152,7 @@ def test_known_shapes(tmp_path: Path, record: dict[str, Any], expected: dict[str
         ({"instruction": "q \ud83d", "output": "a"}, "half a character"),
         ({"prompt": ["x"], "completion": ["y"]}, r"prompt \+ completion must be a list of turns"),
         ({"messages": "hello"}, "messages must be a list of turns"),
-        ({"messages": []}, "no assistant turn that answers a user turn"),
+        ({"messages": []}, "no known shape; its fields are messages"),
         ({"messages": [{"role": "user", "content": "q"}]}, "no assistant turn that answers a user turn"),
         ({"messages": [{"role": "wizard", "content": "q"}]}, "unknown role 'wizard'"),
         ({"messages": [{"role": "user", "content": 5}]}, "content of a turn in messages is int, not text"),
@@ -254,6 +259,46 @@ def test_a_damaged_archive_is_refused(tmp_path: Path, damage: Callable[[bytes], 
         load_examples(jsonl(path), 0)
 
 
+def test_what_a_folder_holds_beside_data_files_is_told(tmp_path: Path) -> None:
+    (tmp_path / "more").mkdir()
+    for number, name in enumerate(["a.jsonl", "b.JSONL", "c.ndjson", "more/d.jsonl", "e.txt", ".hidden"]):
+        write_lines(tmp_path / name, *(alpaca(10 * number + one) for one in range(10)))
+    config = jsonl(tmp_path, partition=PartitionConfig(by="field"))
+    federation = build_federation(config, 0)
+    assert federation.names == ("a", "b", "c")
+    endings = ".jsonl, .jsonl.gz, .ndjson, .ndjson.gz, .json, .json.gz"
+    told = f"skipped: 2 names that are no files ending in {endings} (e.txt, more)"
+    assert unusable_line(federation.provenance) == told
+    # a pattern with ** says nothing of the folders it goes through
+    assert unusable_line(load_examples(jsonl(tmp_path / "**" / "[a-d]*"), 0).provenance) == ""
+    write_lines(tmp_path / "more" / "f.jsonl", alpaca(77), {"text": "x"})
+    both = load_examples(jsonl(tmp_path / "more" / "*"), 0).provenance
+    assert unusable_line(both).startswith("unusable: 1 of 12 records, in 1 of 2 files (f.jsonl record 2: no known")
+    assert "skipped" not in unusable_line(both)
+
+
+def test_a_capital_gz_is_an_archive_and_a_capital_json_may_hold_a_list(tmp_path: Path) -> None:
+    (tmp_path / "a.JSON.GZ").write_bytes(gzip.compress(json.dumps([alpaca(1), alpaca(2)]).encode()))
+    assert len(load_examples(jsonl(tmp_path), 0).examples) == 2
+
+
+def test_a_folder_that_may_not_be_read_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def locked(path: Path) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "iterdir", locked)
+    with pytest.raises(DataError, match=r"data\.path = .* cannot be read: Permission denied"):
+        load_examples(jsonl(tmp_path), 0)
+
+
+def test_a_name_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "caf\udce9.jsonl"
+    path.write_text(json.dumps(alpaca(1, client="bob")))
+    for given in (tmp_path, path):
+        with pytest.raises(DataError, match=r"caf\\udce9\.jsonl' is not UTF-8\. Rename it"):
+            load_examples(jsonl(given), 0)
+
+
 @pytest.mark.parametrize("path", ["~nobody-by-this-name/x.jsonl", "nul\0byte.jsonl", "[", "x" * 5000])
 def test_odd_paths_are_refused_in_words(path: str) -> None:
     with pytest.raises(DataError, match=r"Correct data\.path"):
@@ -317,6 +362,8 @@ def test_unusable_instances_are_counted(tmp_path: Path) -> None:
     [
         ({"Definition": []}, r"task1\.json.*schema: Definition is missing"),
         ({"Categories": None}, r"task1\.json.*schema: Categories is missing"),
+        ({"Definition": ["Do \ud83d it"]}, r"task1\.json.*schema: in Definition, a text has half a character"),
+        ({"Categories": ["\ud83d"]}, r"task1\.json.*schema: in Categories, a text has half a character"),
         ({"Instances": {"a": 1}}, r"task1\.json.*schema: Instances is missing or not a list"),
         ({"Instances": []}, r"task1\.json' holds no records"),
         ({"Instances": [{"input": "a"}]}, r"task1\.json' has 1 unusable and 0 usable"),
@@ -406,6 +453,19 @@ def test_a_saved_data_set(tmp_path: Path, datasets: Any, as_dictionary: bool) ->
     (datasets.DatasetDict({"train": made}) if as_dictionary else made).save_to_disk(str(tmp_path / "saved"))
     outputs = [e.output for e in load_examples(hub(tmp_path / "saved"), 0).examples]
     assert outputs == [f"answer {i}" for i in range(5)]
+
+
+@pytest.mark.parametrize("as_dictionary", [False, True])
+def test_a_saved_data_set_has_no_names_and_no_slices(tmp_path: Path, datasets: Any, as_dictionary: bool) -> None:
+    made = datasets.Dataset.from_list([alpaca(i) for i in range(5)])
+    both = datasets.DatasetDict({"train": made, "more": made})
+    (both if as_dictionary else made).save_to_disk(str(tmp_path / "saved"))
+    has = "has the splits train, more; slices" if as_dictionary else "has no splits and is read whole, as train; slices"
+    for split in ("test", "train[:10%]"):
+        with pytest.raises(DataError, match=has):
+            load_examples(hub(tmp_path / "saved", split=split), 0)
+    with pytest.raises(DataError, match=r"data\.name = 'large'.*no configurations"):
+        load_examples(hub(tmp_path / "saved", name="large"), 0)
 
 
 def test_what_cannot_be_loaded_is_named(tmp_path: Path, datasets: Any) -> None:

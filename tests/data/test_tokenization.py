@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedmira.data.prompts import render
-from fedmira.data.tokenization import TokenizedExample, end_token, prompt_tokens, tokenize_federation
+from fedmira.data.tokenization import TokenizedExample, digest, end_token, prompt_tokens, tokenize_federation
 from fedmira.errors import DataError, SetupError
 from fedmira.types import Client, Example, Federation
 
@@ -53,6 +53,75 @@ def test_a_long_prompt_loses_its_beginning_but_not_the_start_token(tokenizer: An
     assert sequence.prompt_length == 9
     # the two held-out prompts are one token too long as well
     assert (report.truncated_prompts, report.dropped_examples) == (3, 0)
+
+
+LONG = "abcdefghijklmnopqrstuvwxyz"
+
+
+def read(tokenizer: Any, one: Example, max_length: int, template: str = "plain", cut: Any = "input") -> str:
+    [client], _ = tokenize_federation(federation(one), tokenizer, template, max_length, cut)
+    sequence = client.train[0]
+    reserve = len(sequence.tokens) - sequence.prompt_length
+    prompt = prompt_tokens(one, tokenizer, template, max_length, reserve, cut)
+    assert np.array_equal(prompt, sequence.tokens[: sequence.prompt_length])
+    return spelt(tokenizer, prompt)
+
+
+def test_a_long_input_loses_its_beginning_and_the_instruction_stays(tokenizer: Any) -> None:
+    one = Example(instruction="Who?", input=LONG, output="me")
+    assert read(tokenizer, one, 16) == "<s>Who?\nuvwxyz\n"
+    assert read(tokenizer, one, 16, cut="beginning") == "<s>pqrstuvwxyz\n"
+    # more than the input would have to go
+    assert read(tokenizer, one, 10) == read(tokenizer, one, 10, cut="beginning") == "<s>vwxyz\n"
+    # what fits is left alone
+    assert read(tokenizer, one, 99) == read(tokenizer, one, 99, cut="beginning") == f"<s>Who?\n{LONG}\n"
+
+
+@pytest.mark.parametrize("template", ["alpaca", "chat"])
+def test_every_template_keeps_what_stands_around_the_input(tokenizer: Any, template: str) -> None:
+    turns = (("user", "Hello."), ("assistant", "Hi."))
+    one = Example(instruction="Who?", input=LONG, output="me", turns=turns)
+    whole = len(prompt_tokens(one, tokenizer, template, 999))
+    # beside the answer of two tokens and its end
+    for lost in (1, 20):
+        prompt = read(tokenizer, one, whole - lost + 3, template)
+        assert prompt == read(tokenizer, one, 999, template).replace(LONG, LONG[lost:])
+
+
+@given(
+    st.text("ab\n ", min_size=1, max_size=30),
+    st.text("ab\n ", max_size=60),
+    st.integers(12, 80),
+    st.sampled_from(["plain", "alpaca", "chat"]),
+)
+def test_a_cut_prompt_fills_its_room_with_its_own_tokens(
+    tokenizer: Any, question: str, text: str, room: int, template: str
+) -> None:
+    one = Example(instruction=question, input=text, output="")
+    whole = prompt_tokens(one, tokenizer, template, 9999).tolist()
+    kept = prompt_tokens(one, tokenizer, template, room).tolist()
+    assert len(kept) == min(room, len(whole))
+    behind = next(n for n in range(len(kept), -1, -1) if kept[len(kept) - n :] == whole[len(whole) - n :])
+    assert kept[: len(kept) - behind] == whole[: len(kept) - behind]
+
+
+def test_prompts_that_became_the_same_are_on_one_side_only(tokenizer: Any) -> None:
+    def client(name: str, train: str, test: str) -> Client:
+        return Client(name, *(tuple(example(q, "x", q) for q in side.split()) for side in (train, "", test)))
+
+    a = client("a", "1bcdefghij one", "2bcdefghij two 3lmnopqrst")
+    b = client("b", "4lmnopqrst four", "5bcdefghij five")
+    tokenized, report = tokenize_federation(Federation((a, b)), tokenizer, "plain", 12)
+    ids = [tuple([e.id for e in side] for side in (one.train, one.test)) for one in tokenized]
+    # a's own, then what b has that a decided: its training example is held out at a, its test example trained on
+    assert ids == [(["1bcdefghij", "one"], ["two", "3lmnopqrst"]), (["four"], ["five"])]
+    assert [e.id for e in tokenized[1].examples.train] == ["four"]
+    assert [count.repeated_prompts for count in report.clients] == [1, 2]
+    assert report.repeated_prompts == 3
+    [alone], _ = tokenize_federation(Federation((a,)), tokenizer, "plain", 12)
+    assert digest(alone) == digest(tokenized[0])
+    with pytest.raises(DataError, match="client 'c' has no usable test example: cut to max_length = 12 tokens, its"):
+        tokenize_federation(Federation((client("c", "1bcdefghij", "2bcdefghij"),)), tokenizer, "plain", 12)
 
 
 def test_without_a_start_token_the_whole_room_is_the_prompts(make_tokenizer: Callable[..., Any]) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -55,14 +57,25 @@ def test_what_rests_on_validation_examples_that_nobody_holds_is_named(
 
 def test_what_is_not_trained_on_for_its_length_is_told() -> None:
     data = {"source": "planted", "families": 2, "clients_per_family": 2, "examples": 12}
-    (told,) = warnings(assemble(tiny(data={**data, "max_length": 8})))
+    (told,) = warnings(assemble(tiny(data={**data, "max_length": 8, "cut": "beginning"})))
     counts = re.fullmatch(
         r"data\.max_length = 8: of 48 examples (?:(\d+) left out, as their answers do not fit and )?"
+        r"(?:(\d+) left out, as their prompts, once cut, are both trained on and held out and )?"
         r"(\d+) read without the beginning of their prompt; `fedmira data` says whose",
         told,
     )
     assert counts is not None
     assert sum(map(int, filter(None, counts.groups()))) <= 48
+
+
+def test_prompts_that_became_the_same_are_told(tmp_path: Path) -> None:
+    lines = [json.dumps({"instruction": f"say {n} {'very ' * 30 * (n > 5)}", "output": "yes"}) for n in range(12)]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    data = {"source": "jsonl", "path": str(tmp_path), "template": "plain", "max_length": 24}
+    halves = {"by": "field", "validation": 0, "test": 0.5}
+    told = warnings(assemble(tiny(data={**data, "partition": halves}, method={"name": "local_only"})))
+    assert "left out, as their prompts, once cut, are both trained on and held out" in told[0]
+    assert "read without the beginning of their input, or of their prompt where that is not enough" in told[0]
 
 
 def test_judging_that_takes_longer_than_training_is_told_with_what_to_set() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -88,10 +89,14 @@ def test_an_arena_may_be_mixed_onto_itself(tmp_path: Path) -> None:
     assert sorted(os.listdir(tmp_path)) == ["a", "b"]
 
 
-@pytest.mark.parametrize("change", ["cut", "longer", "header", "empty", "huge header", "other json", "deep json"])
+@pytest.mark.parametrize(
+    "change", ["cut", "longer", "header", "empty", "huge header", "other json", "deep json", "blocks"]
+)
 def test_a_damaged_file_is_refused(tmp_path: Path, change: str) -> None:
     arena, _ = filled(tmp_path / "a")
     data = arena.path.read_bytes()
+    facts = {"dtype": "F32", "num_clients": "1", "num_parameters": "1000000000000", "block_columns": "1"}
+    countless = json.dumps({"__metadata__": facts}).encode()
     damaged = {
         "cut": data[:-1],
         "longer": data + b"x",
@@ -99,6 +104,7 @@ def test_a_damaged_file_is_refused(tmp_path: Path, change: str) -> None:
         "empty": b"",
         "huge header": b"\xff" * 8 + data[8:],
         "other json": b"\x02" + b"\x00" * 7 + b"[]",
+        "blocks": len(countless).to_bytes(8, "little") + countless,
         "deep json": (100_000).to_bytes(8, "little") + b"[" * 100_000,
     }[change]
     arena.path.write_bytes(damaged)

@@ -217,6 +217,32 @@ def test_resume_under_a_changed_config_is_refused_with_the_difference(tmp_path: 
     assert not run_directory(changed, tmp_path).exists()
 
 
+def test_resume_does_not_mind_what_else_is_called_alike(tmp_path: Path) -> None:
+    (tmp_path / "trial-mira-seed3-0123abcd").symlink_to("/nowhere/archived")
+    (tmp_path / "trial-mira-seed3-1123abcd").mkdir()
+    nothing_came_of_it = tmp_path / "trial-mira-seed3-2123abcd"
+    nothing_came_of_it.mkdir()
+    (nothing_came_of_it / RESOLVED).write_text("federation: {a_key_of_another_version: 1}\n")
+    RunStore.resume(CONFIG, None, tmp_path).close()
+
+
+def test_a_run_of_another_version_ends_a_resume_only_where_it_may_be_meant(tmp_path: Path) -> None:
+    shorter = with_an_event(with_rounds(2), tmp_path)
+    (shorter / MANIFEST).write_text(json.dumps({"config_hash": config_hash(with_rounds(2))}))
+    other = tmp_path / "trial-mira-seed3-0123abcd"
+    other.mkdir()
+    (other / RESOLVED).write_text("federation: {a_key_of_another_version: 1}\n")
+    (other / METRICS).write_text('{"event":"round","round":1}\n')
+    with RunStore.resume(with_rounds(4), None, tmp_path) as store:
+        assert store.path == shorter
+    shutil.rmtree(shorter)
+    with pytest.raises(IntegrityError, match=r"(?s)0123abcd.*written by another version.*leave out --resume"):
+        RunStore.resume(with_rounds(4), None, tmp_path)
+    with RunStore.create(with_rounds(4), None, tmp_path) as store:
+        store.append({"round": 1})
+    RunStore.resume(with_rounds(4), None, tmp_path).close()
+
+
 def with_rounds(rounds: int) -> RunConfig:
     return CONFIG.model_copy(update={"federation": FederationConfig(rounds=rounds)})
 
@@ -496,6 +522,11 @@ def test_manifest_and_graph_come_back(store: RunStore) -> None:
     assert manifest["config_hash"] == config_hash(CONFIG)
     assert (manifest["versions"], manifest["weight"]) == ({"torch": "2"}, 2.0)
     assert store.graph() == {"adjacency": [[1.0, 0.0], [0.0, 1.0]]}
+
+
+def test_half_characters_come_back(store: RunStore) -> None:
+    store.write_manifest({"path": "caf\udce9"})
+    assert store.manifest()["path"] == "caf\udce9"
 
 
 @pytest.mark.parametrize("name", [MANIFEST, GRAPH])

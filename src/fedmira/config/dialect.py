@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 MAX_BYTES = 1 << 20
 """A config is written by hand; a larger file is something else."""
 MAX_DEPTH = 20
+MAX_KEYS = 100_000
+"""Keys that a config has at most, each alias counted as what it stands for."""
 
 _BOOL = re.compile(r"true|True|TRUE|false|False|FALSE")
 _INT = re.compile(r"[-+]?[0-9][0-9_]*|0o[0-7]+|0x[0-9a-fA-F]+")
@@ -34,9 +36,19 @@ Lines = dict[tuple[str, ...], int]
 
 
 class Loader(yaml.SafeLoader):
-    """PyYAML's safe loader with the scalars of YAML 1.2."""
+    """PyYAML's safe loader with the scalars of YAML 1.2; keys are text, as spelt (`007`, `true`)."""
 
     yaml_implicit_resolvers: dict[Any, Any] = {}  # noqa: RUF012 PyYAML's own attribute
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        """Merge what `<<` names into `node`, and keep one of each key, the last one, as construction would."""
+        super().flatten_mapping(node)
+        items = {}
+        for key, value in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                key.tag = "tag:yaml.org,2002:str"
+            items[key.value if isinstance(key, yaml.ScalarNode) else key] = (key, value)
+        node.value = list(items.values())
 
 
 class Dumper(yaml.SafeDumper):
@@ -145,7 +157,8 @@ def parse_yaml(text: str, source: str, mistakes: Mistakes) -> tuple[dict[str, An
 
 
 def _walk(node: yaml.MappingNode, path: tuple[str, ...], lines: Lines, mistakes: Mistakes) -> None:
-    """Note the line of every key below `node`, and every key given twice, which YAML forbids and PyYAML lets pass."""
+    """Note the line of every key below `node`, how a plain value is spelt, and every key given twice, which YAML
+    forbids and PyYAML lets pass."""
     if len(path) > MAX_DEPTH:
         raise RecursionError
     here: dict[str, int] = {}
@@ -160,6 +173,12 @@ def _walk(node: yaml.MappingNode, path: tuple[str, ...], lines: Lines, mistakes:
             mistakes.add((*path, key), f"given twice (lines {here[key]} and {line}); keep one")
         here.setdefault(key, line)
         lines.setdefault((*path, key), line)
+        if len(lines) > MAX_KEYS:
+            raise ConfigError(
+                f"{mistakes.source}: it has more than {MAX_KEYS} keys, counting those that aliases repeat; write less"
+            )
+        if isinstance(value_node, yaml.ScalarNode):
+            mistakes.spelt.setdefault((*path, key), value_node.value)
         if isinstance(value_node, yaml.MappingNode):
             _walk(value_node, (*path, key), lines, mistakes)
 

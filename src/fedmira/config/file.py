@@ -118,7 +118,15 @@ def _shown(leaves: Mapping[str, Any], key: str) -> str:
 
 
 def _identity(config: RunConfig) -> dict[str, Any]:
-    return {key: value for key, value in config.model_dump(mode="json").items() if key not in NOT_IDENTITY}
+    identity = {key: value for key, value in config.model_dump(mode="json").items() if key not in NOT_IDENTITY}
+    if config.data.cut == "input":
+        # so that runs keep the names they had before there was a choice
+        del identity["data"]["cut"]
+    pattern = config.model.adapter.rank_pattern
+    if any(one.endswith(f".{other}") for one in pattern for other in pattern):
+        # a layer can match both: the first counts, and the hash of a mapping is blind to order
+        identity["model"]["adapter"]["rank_pattern"] = list(pattern.items())
+    return identity
 
 
 def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
@@ -132,23 +140,36 @@ def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 # -------------------------------------------------------------------------------------------------------- command line
 
 
+def _split(override: str) -> tuple[tuple[str, ...], str]:
+    """The keys and the value of `key.path=value`; no keys if it is of another form."""
+    key_path, equals, text = override.partition("=")
+    keys = tuple(key.strip() for key in key_path.split("."))
+    return (keys if equals and all(keys) else ()), text.strip()
+
+
 def _forget_other_method(raw: dict[str, Any], overrides: Sequence[str]) -> None:
     """Drop what the file says about its method where the command line names another one."""
-    names = [text for key, _, text in (override.partition("=") for override in overrides) if key == "method.name"]
+    names = [text for keys, text in map(_split, overrides) if keys == ("method", "name")]
     section = raw.get("method")
     if names and isinstance(section, dict) and section.get("name", RunConfig().method.name) != names[-1]:
         raw["method"] = {}
 
 
 def _is_plain(text: str) -> bool:
-    """Whether a value is text although YAML would see a comment, an alias or a tag: `a #b`, `*.jsonl`."""
-    return text[:1] not in ("", "[", "{", "'", '"') and (" #" in text or text[0] in "*&!%@`")
+    """Whether a value is text although YAML would see a comment, an alias, a tag, a list or a mapping.
+
+    >>> [_is_plain(text) for text in ("a #b", "*.jsonl", "#x", "- a", "a: b", "[a, b]", "1e-3")]
+    [True, True, True, True, True, False, False]
+    """
+    if text[:1] in ("", "[", "{", "'", '"'):
+        return False
+    marked = any(mark in f"{text} " for mark in (" #", ": ", "\n"))
+    return marked or text[0] in "*&!%@`#|>,]}" or f"{text} "[:2] in ("- ", "? ")
 
 
 def _apply_override(raw: dict[str, Any], override: str, mistakes: Mistakes) -> None:
-    key_path, equals, text = override.partition("=")
-    keys = tuple(key.strip() for key in key_path.split("."))
-    if not equals or not all(keys):
+    keys, text = _split(override)
+    if not keys:
         mistakes.add_override(override, "must have the form key.path=value, for example training.learning_rate=1e-3")
         return
     inside = Mistakes("its value")
@@ -162,17 +183,18 @@ def _apply_override(raw: dict[str, Any], override: str, mistakes: Mistakes) -> N
     section = raw
     for depth, key in enumerate(keys[:-1]):
         inner = section.get(key)
-        if inner is None:
-            inner = section[key] = {}
-        elif not isinstance(inner, dict):
+        if inner is not None and not isinstance(inner, dict):
             section_path = ".".join(keys[: depth + 1])
             mistakes.add_override(
                 override, f"{section_path} is given as {given(inner)}, which has no keys; remove one of the two"
             )
             return
-        section = inner
+        # a copy: an alias may make another section of the same object
+        section[key] = dict(inner or {})
+        section = section[key]
     section[keys[-1]] = value
     mistakes.overridden.add(keys)
+    mistakes.spelt |= {(*keys, *path[1:]): spelt for path, spelt in inside.spelt.items()}
 
 
 # ----------------------------------------------------------------------------------------------------------- validation
@@ -312,9 +334,8 @@ def _note_detail(checked: dict[str, Any], detail: dict[str, Any], mistakes: Mist
     section = _section(checked, path)
     if key in section:
         value = section.pop(key)
-        mistakes.add(
-            (*path, key), f"given {given(value)}; allowed: {allowed_values(field)}{hint_for_value(value, field)}"
-        )
+        hint = hint_for_value(value, field, mistakes.spelt.get((*path, key)))
+        mistakes.add((*path, key), f"given {given(value)}; allowed: {allowed_values(field)}{hint}")
         if field.is_required():
             section[key] = "placeholder"
 

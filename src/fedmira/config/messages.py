@@ -31,6 +31,8 @@ class Mistakes:
     def __init__(self, source: str) -> None:
         self.source = source
         self.lines: Mapping[tuple[str, ...], int] = {}
+        self.spelt: dict[tuple[str, ...], str] = {}
+        """How plain values were written: `1e3` or `010`, of which the value no longer tells."""
         self.overridden: set[tuple[str, ...]] = set()
         self.found: list[Mistake] = []
 
@@ -260,8 +262,8 @@ def literal_values(field: FieldInfo) -> list[str]:
     ]
 
 
-def hint_for_value(value: Any, field: FieldInfo) -> str:
-    """Return what to do about a wrong value, where that can be guessed."""
+def hint_for_value(value: Any, field: FieldInfo, spelt: str | None = None) -> str:
+    """Return what to do about a wrong value, where that can be guessed; `spelt` is how it was written, if known."""
     words = literal_values(field)
     if isinstance(value, str) and words and (close := nearest_names(value, words)):
         return did_you_mean(close)
@@ -272,7 +274,7 @@ def hint_for_value(value: Any, field: FieldInfo) -> str:
     if accepts_list and isinstance(value, str | int | float) and not isinstance(value, bool):
         return f"; for a list{'' if ',' in str(value) else ' of one'} write [{value}]"
     if str in members and isinstance(value, int | float) and not isinstance(value, bool):
-        return f"; if it is a name, put it in quotes: {str(value)!r}"
+        return f"; if it is a name, put it in quotes: {spelt or str(value)!r}"
     return ""
 
 

@@ -14,8 +14,6 @@ from pydantic import Field, PositiveInt, field_validator, model_validator
 from fedmira.config.basics import (
     RUN_NAME,
     FinitePositiveFloat,
-    Fraction,
-    NonNegativeFloat,
     NonNegativeInt,
     Section,
     Share,
@@ -29,6 +27,7 @@ from fedmira.config.method import (
     method_with_defaults,
 )
 from fedmira.config.refusals import methods_for, refusal, refusal_beside, refusal_of_dtype
+from fedmira.config.training import FederationConfig, TrainingConfig
 from fedmira.errors import ConfigError, nearest
 
 # --------------------------------------------------------------------------------------------------------------- model
@@ -177,13 +176,18 @@ class PartitionConfig(Section):
         return tuple(in_turn[k % len(in_turn)] for k in range(num_clients))
 
 
+Cut = Literal["input", "beginning"]
+
+
 class _Source(Section):
     template: Literal["alpaca", "plain", "chat"] = "alpaca"
     """How an example becomes text: the paper's Alpaca template, bare text, or the tokenizer's chat template, in which
     today is always 26 July 2024."""
     max_length: Annotated[int, Field(ge=8)] = 512
-    """Tokens of prompt and answer together. A longer prompt loses its beginning; an example whose answer does not fit
-    is left out."""
+    """Tokens of prompt and answer together. A longer prompt is cut; an example with a longer answer is left out."""
+    cut: Cut = "input"
+    """What a prompt that is too long loses. `input`: the beginning of the example's input, so that the instruction
+    stays; where there is none or that is not enough, as `beginning`. `beginning`: that of the whole prompt."""
     partition: PartitionConfig = PartitionConfig()
     """How examples become clients, and which of them are held out."""
 
@@ -264,96 +268,7 @@ DataConfig = Annotated[
 ]
 
 
-# ------------------------------------------------------------------------------------------------------------ training
-
-
-class TrainingConfig(Section):
-    local_steps: PositiveInt | None = None
-    """Optimizer updates per client and round. Exactly one of local_steps and local_epochs; 10 steps if neither."""
-    local_epochs: PositiveInt | None = None
-    """Passes over a client's training examples per round. (The paper's code calls 5 epochs `local_step`.)"""
-    batch_size: PositiveInt = 4
-    """Examples per client and step. The paper: 8."""
-    optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
-    """`adam` couples weight decay with the gradient (L2), as the paper's code does."""
-    learning_rate: FinitePositiveFloat = 2e-3
-    """Of the optimizer at full height; `schedule` and `warmup_rounds` scale it. The paper's code: 3e-5 to 3e-4."""
-    weight_decay: NonNegativeFloat = 0.0
-    """Pull towards 0 per step. The paper's code: 0.01."""
-    beta1: Share = 0.9
-    """First-moment decay of adam and adamw."""
-    beta2: Share = 0.999
-    """Second-moment decay of adam and adamw."""
-    epsilon: FinitePositiveFloat = 1e-8
-    """Added to the denominator of adam and adamw."""
-    momentum: Share = 0.0
-    """Of sgd."""
-    keep_moments: bool = False
-    """Clients keep their optimizer's moments between rounds, turned as the server turned their factors; they never
-    cross. Otherwise each round begins with fresh ones, as in the paper's code."""
-    clip_norm: FinitePositiveFloat | None = 1.0
-    """Largest norm of one client's gradient; null switches clipping off. The paper's code: 5.0."""
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """Of the learning rate over all rounds."""
-    warmup_rounds: NonNegativeFloat = 0.0
-    """Rounds over which the learning rate rises linearly from 0; fractions are allowed."""
-    data_seed: NonNegativeInt | None = None
-    """Seed of the order of examples in batches alone; null takes the run's. Another one, with the same partition and
-    initial adapters, shows how much of a difference between two runs is that of the order."""
-    cohort_size: PositiveInt | Literal["auto"] = "auto"
-    """Clients trained together in one batched computation; `auto` takes as many as fit in memory."""
-
-    @model_validator(mode="after")
-    def _one_unit_of_work(self) -> TrainingConfig:
-        if self.local_steps is not None and self.local_epochs is not None:
-            raise ValueError(
-                f"local_steps = {self.local_steps} and local_epochs = {self.local_epochs} exclude each other; keep one"
-            )
-        if self.momentum and self.optimizer != "sgd":
-            raise ValueError(f"momentum has no effect with optimizer = {self.optimizer}; remove it, or use beta1")
-        if self.keep_moments and self.optimizer == "sgd" and not self.momentum:
-            raise ValueError("keep_moments has no effect with sgd without momentum; remove it, or use adamw")
-        return self
-
-    @property
-    def steps_or_default(self) -> int | None:
-        """Steps per round, or None where epochs count."""
-        return self.local_steps if self.local_steps is not None else (None if self.local_epochs is not None else 10)
-
-    def order_seed(self, seed: int) -> int:
-        """Of the batches of a run with `seed`."""
-        return seed if self.data_seed is None else self.data_seed
-
-    @property
-    def plain_sgd(self) -> TrainingConfig:
-        """The same work by steps of nothing but the learning rate: no moments, no weight decay, no clipping."""
-        return self.model_copy(
-            update={
-                "optimizer": "sgd",
-                "momentum": 0.0,
-                "weight_decay": 0.0,
-                "clip_norm": None,
-                "keep_moments": False,
-            }
-        )
-
-
 # ---------------------------------------------------------------------------------------------------------- everything
-
-
-class FederationConfig(Section):
-    rounds: PositiveInt = 8
-    """The paper: 60."""
-    participation: Fraction = 1.0
-    """Share of clients sampled uniformly per round. The paper: 0.1."""
-    clients_per_round: PositiveInt | None = None
-    """An absolute number instead of a share."""
-
-    @model_validator(mode="after")
-    def _one_way(self) -> FederationConfig:
-        if self.clients_per_round is not None and self.participation != 1.0:
-            raise ValueError("participation and clients_per_round exclude each other; keep one")
-        return self
 
 
 class GenerationConfig(Section):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from fedmira.config.run import JsonlConfig
+from fedmira.config.run import Cut, JsonlConfig
 from fedmira.data.sources import jsonl
 from fedmira.data.tokenization import TokenizedExample, tokenize_federation
 from fedmira.errors import DataError
@@ -22,7 +22,13 @@ _INSTRUCTION_TOKENS, _ANSWER_TOKENS = 16, 8
 
 
 def probe_texts(
-    path: str | None, count: int, tokenizer: PreTrainedTokenizerBase, template: str, max_length: int, seed: int
+    path: str | None,
+    count: int,
+    tokenizer: PreTrainedTokenizerBase,
+    template: str,
+    max_length: int,
+    cut: Cut,
+    seed: int,
 ) -> tuple[TokenizedExample, ...]:
     """Return at most `count` tokenized texts: the first of the file, or `count` made of random tokens.
 
@@ -32,6 +38,7 @@ def probe_texts(
         tokenizer: the base model's.
         template: how an example becomes text, that of the clients.
         max_length: tokens of a sequence at most.
+        cut: what a prompt that is too long loses.
         seed: of the draws.
 
     Raises:
@@ -44,7 +51,7 @@ def probe_texts(
         if not examples:
             raise DataError(f"method.graph.probe_path: {path} holds no example; give instructions with answers")
     probe = Federation((Client("probe", examples, (), ()),))
-    [client], _ = tokenize_federation(probe, tokenizer, template, max_length)
+    [client], _ = tokenize_federation(probe, tokenizer, template, max_length, cut)
     return client.train
 
 

@@ -35,6 +35,8 @@ ALPACA_WITHOUT_INPUT = (
 TEMPLATES = ("alpaca", "plain", "chat")
 TODAY = datetime(2024, 7, 26)
 """What chat templates are told is now: the date that Llama's fall back on where they cannot ask."""
+_REFUSALS = (TemplateError, TypeError, ValueError, ArithmeticError, LookupError)
+"""What a chat template raises, or the expressions in it, on turns that it was not written for."""
 _DIRECTIVES = [f"%{flag}{letter}" for flag in ("", "-") for letter in "aAwdbBmyYHIpMSfjUWGuVcxX"] + ["%%"]
 # transformers removes the line break after a block, and the template still begins at the beginning of a line
 _CLOCK = (
@@ -107,12 +109,20 @@ def _chat_prompt(example: Example, tokenizer: PreTrainedTokenizerBase | None) ->
     messages = [{"role": role, "content": text} for role, text in example.turns]
     messages.append({"role": "user", "content": _last_user_turn(example)})
     try:
+        tokenizer.get_chat_template()
+    except ValueError as error:
+        raise ConfigError(
+            f"the chat template of {tokenizer.name_or_path!r} cannot be used: {str(error).rstrip('.')}. Set "
+            "data.template to alpaca or plain, or give the tokenizer one template or one called default."
+        ) from error
+    try:
         prompt = _conversation(messages, tokenizer, add_generation_prompt=True)
-    except TemplateError as error:
+    except _REFUSALS as error:
+        why = (str(error) or type(error).__name__).rstrip(".")
         roles = ", ".join(message["role"] for message in messages)
         raise DataError(
             f"the chat template of {tokenizer.name_or_path!r} refuses the example {example.id or 'unnamed'!r} with "
-            f"turns of {roles}: {str(error).rstrip('.')}. Set data.template to alpaca or plain, or change the turns in "
+            f"turns of {roles}: {why}. Set data.template to alpaca or plain, or change the turns in "
             "the data: many templates refuse system turns (drop them), or want user and assistant to alternate."
         ) from error
     if not isinstance(prompt, str):
@@ -130,7 +140,7 @@ def behind_answer(tokenizer: PreTrainedTokenizerBase) -> str:
     question, answer = {"role": "user", "content": "question"}, {"role": "assistant", "content": "some-answer"}
     try:
         text = _conversation([question, answer], tokenizer)
-    except TemplateError:
+    except _REFUSALS:
         return ""
     return text.rpartition(answer["content"])[2] if isinstance(text, str) and answer["content"] in text else ""
 

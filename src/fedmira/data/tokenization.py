@@ -3,7 +3,8 @@
 Prompt and answer are tokenised separately, so that the prompt's tokens are exactly what generation sees: the beginning
 of an answer never merges into the end of the prompt. A sequence is [start token] prompt, answer, end token (in a chat
 what ends a turn there); the answer and the end token are supervised. A sequence that is too long loses the beginning of
-its prompt (after the start token), never a part of its answer; an answer that leaves no room for a prompt is dropped.
+its input, or of its prompt (after the start token), never a part of its answer; an answer that leaves no room for a
+prompt is dropped. Prompts that became the same by being cut are kept on one side only, trained on or held out.
 Special tokens that are spelt out in the data stay plain text, except within a chat template. Knows nothing about
 models, batches or devices.
 """
@@ -13,11 +14,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from itertools import takewhile
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from fedmira.config.run import Cut
 from fedmira.data.prompts import behind_answer, render
 from fedmira.data.splits import SPLITS
 from fedmira.errors import DataError, SetupError
@@ -27,6 +30,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 NUM_NAMED_DROPS = 3
+_STAND_IN = "x"
+"""Written instead of an input, to see which tokens of a prompt are not of it."""
 
 
 class TokenizedExample(NamedTuple):
@@ -73,6 +78,8 @@ class ClientTokens(NamedTuple):
     """Tokens of its longest sequence."""
     truncated_prompts: int
     dropped_examples: int
+    repeated_prompts: int
+    """Examples left out because their prompt, as it is read, is held out or trained on elsewhere."""
     first_dropped: tuple[str, ...]
     """Ids of the first dropped examples."""
 
@@ -86,7 +93,7 @@ class TokenizationReport(NamedTuple):
 
     @property
     def truncated_prompts(self) -> int:
-        """Prompts that lost their beginning, of all clients."""
+        """Prompts that were cut, of all clients."""
         return sum(client.truncated_prompts for client in self.clients)
 
     @property
@@ -94,17 +101,42 @@ class TokenizationReport(NamedTuple):
         """Examples whose answer leaves no room for a prompt, of all clients."""
         return sum(client.dropped_examples for client in self.clients)
 
+    @property
+    def repeated_prompts(self) -> int:
+        """Examples whose prompt, as it is read, is held out or trained on elsewhere, of all clients."""
+        return sum(client.repeated_prompts for client in self.clients)
+
+
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    """Hashes of the prompts, as they are read, of the clients so far."""
+
+    trained: set[bytes] = field(default_factory=set)
+    held_out: set[bytes] = field(default_factory=set)
+
+    def takes(self, prompt: np.ndarray, split: str) -> bool:
+        """Whether `prompt` may go into `split`, and if so note it there: the first client that has it decides."""
+        ours, others = (self.trained, self.held_out) if split == "train" else (self.held_out, self.trained)
+        key = hashlib.blake2b(prompt.tobytes(), digest_size=16).digest()
+        if key in others:
+            return False
+        ours.add(key)
+        return True
+
 
 def tokenize_federation(
-    federation: Federation, tokenizer: PreTrainedTokenizerBase, template: str, max_length: int
+    federation: Federation, tokenizer: PreTrainedTokenizerBase, template: str, max_length: int, cut: Cut = "input"
 ) -> tuple[tuple[TokenizedClient, ...], TokenizationReport]:
     """Tokenize every example of every client.
+
+    What is kept of a client does not depend on those who come after it.
 
     Args:
         federation: the clients.
         tokenizer: the base model's.
         template: how an example becomes text, see `prompts.TEMPLATES`.
         max_length: tokens of a sequence at most, start and end token included.
+        cut: what a prompt that is too long loses, see `data.cut`.
 
     Raises:
         SetupError: the tokenizer has no end token.
@@ -112,16 +144,21 @@ def tokenize_federation(
         ConfigError: the template is unknown or does not go with the tokenizer.
     """
     end = end_token(tokenizer, template)
-    clients, counts = [], []
+    clients, counts, seen = [], [], _Seen()
     for client in federation.clients:
-        tokenized, count = _tokenize_client(client, tokenizer, template, max_length, end)
+        tokenized, count = _tokenize_client(client, tokenizer, template, max_length, cut, end, seen)
         clients.append(tokenized)
         counts.append(count)
     return tuple(clients), TokenizationReport(template, max_length, tuple(counts))
 
 
 def prompt_tokens(
-    example: Example, tokenizer: PreTrainedTokenizerBase, template: str, max_length: int, reserve: int = 0
+    example: Example,
+    tokenizer: PreTrainedTokenizerBase,
+    template: str,
+    max_length: int,
+    reserve: int = 0,
+    cut: Cut = "input",
 ) -> np.ndarray:
     """Return the prompt of `example` as tokens (T,) int32, with at least `reserve` of `max_length` tokens left free.
 
@@ -132,7 +169,7 @@ def prompt_tokens(
         DataError: no prompt token fits, or the prompt has none.
     """
     [prompt] = _prompt_ids([example], tokenizer, template)
-    kept = _keep_end(prompt, max_length - reserve, tokenizer)
+    [kept] = _kept([example], [prompt], [max_length - reserve], tokenizer, template, cut)
     if not kept:
         raise DataError(
             f"the prompt of {example.id or 'the text'} has {len(prompt)} tokens, and max_length = {max_length} leaves "
@@ -179,32 +216,51 @@ def digest(client: TokenizedClient) -> str:
 
 
 def _tokenize_client(
-    client: Client, tokenizer: PreTrainedTokenizerBase, template: str, max_length: int, end: int
+    client: Client,
+    tokenizer: PreTrainedTokenizerBase,
+    template: str,
+    max_length: int,
+    cut: Cut,
+    end: int,
+    seen: _Seen,
 ) -> tuple[TokenizedClient, ClientTokens]:
     sequences: dict[str, tuple[TokenizedExample, ...]] = {}
     texts: dict[str, tuple[Example, ...]] = {}
-    truncated = 0
+    truncated = repeated = 0
     dropped: list[str] = []
     for split in SPLITS:
         examples: tuple[Example, ...] = getattr(client, split)
         kept: list[tuple[Example, TokenizedExample]] = []
         prompts = _prompt_ids(examples, tokenizer, template)
         answers = _encode([example.output for example in examples], tokenizer)
-        for example, prompt, answer in zip(examples, prompts, answers, strict=True):
-            supervised = [*answer, end]
-            visible = _keep_end(prompt, max_length - len(supervised), tokenizer)
-            if not visible:
+        rooms = [max_length - len(answer) - 1 for answer in answers]
+        visible = _kept(examples, prompts, rooms, tokenizer, template, cut)
+        repeated_before = repeated
+        for example, prompt, read, answer in zip(examples, prompts, visible, answers, strict=True):
+            if not read:
                 dropped.append(example.id)
                 continue
-            truncated += len(visible) < len(prompt)
-            tokens = np.array([*visible, *supervised], dtype=np.int32)
-            kept.append((example, TokenizedExample(tokens, len(visible), example.id)))
+            tokens = np.array([*read, *answer, end], dtype=np.int32)
+            if not seen.takes(tokens[: len(read)], split):
+                repeated += 1
+                continue
+            truncated += len(read) < len(prompt)
+            kept.append((example, TokenizedExample(tokens, len(read), example.id)))
         if examples and not kept:
             first = examples[0].id or "unnamed"
+            why = (
+                f"the answers of all {len(examples)} are so long that max_length = {max_length} tokens leave no room "
+                f"for a prompt (first: {first}, answer and end token {len(answers[0]) + 1} tokens)"
+            )
+            if repeated > repeated_before:
+                where = "held out elsewhere" if split == "train" else "trained on"
+                why = (
+                    f"cut to max_length = {max_length} tokens, its prompts are the same as some that are {where} "
+                    f"(first: {first})"
+                )
             raise DataError(
-                f"client {client.name!r} has no usable {split} example: the answers of all {len(examples)} are so long "
-                f"that max_length = {max_length} tokens leave no room for a prompt (first: {first}, "
-                f"answer and end token {len(answers[0]) + 1} tokens). Raise data.max_length or remove the client."
+                f"client {client.name!r} has no usable {split} example: {why}. Raise data.max_length or remove the "
+                "client."
             )
         texts[split] = tuple(example for example, _ in kept)
         sequences[split] = tuple(sequence for _, sequence in kept)
@@ -217,6 +273,7 @@ def _tokenize_client(
         longest=max((len(sequence.tokens) for sequence in everything), default=0),
         truncated_prompts=truncated,
         dropped_examples=len(dropped),
+        repeated_prompts=repeated,
         first_dropped=tuple(dropped[:NUM_NAMED_DROPS]),
     )
     remaining = replace(client, train=texts["train"], validation=texts["validation"], test=texts["test"])
@@ -253,6 +310,43 @@ def _encode(
         verbose=False,
     )
     return [list(ids) for ids in encoding["input_ids"]]
+
+
+def _kept(
+    examples: Sequence[Example],
+    prompts: Sequence[list[int]],
+    rooms: Sequence[int],
+    tokenizer: PreTrainedTokenizerBase,
+    template: str,
+    cut: Cut,
+) -> list[list[int]]:
+    """The tokens that are read of each prompt: as many as there is room for; none if no text fits."""
+    kept = [_keep_end(prompt, room, tokenizer) for prompt, room in zip(prompts, rooms, strict=True)]
+    if cut == "beginning":
+        return kept
+    long = [n for n, example in enumerate(examples) if example.input and 0 < len(kept[n]) < len(prompts[n])]
+    frames = _prompt_ids([replace(examples[n], input=_STAND_IN) for n in long], tokenizer, template)
+    for n, frame in zip(long, frames, strict=True):
+        kept[n] = _cut_within(prompts[n], frame, rooms[n]) or kept[n]
+    return kept
+
+
+def _cut_within(prompt: list[int], frame: list[int], room: int) -> list[int]:
+    """`prompt` without the first of the tokens between those that it begins and ends with as `frame` does, so that
+    `room` are left; nothing if leaving out all of them is not enough.
+
+    >>> _cut_within([1, 2, 10, 11, 12, 3], [1, 2, 9, 3], 5)
+    [1, 2, 11, 12, 3]
+    """
+    before = _num_alike(prompt, frame)
+    behind = _num_alike(prompt[before:][::-1], frame[before:][::-1])
+    spare = room - before - behind
+    return prompt[:before] + prompt[len(prompt) - behind - spare :] if spare > 0 else []
+
+
+def _num_alike(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many tokens two sequences begin with in common."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
 
 
 def _keep_end(prompt: Sequence[int], room: int, tokenizer: PreTrainedTokenizerBase) -> list[int]:

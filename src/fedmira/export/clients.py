@@ -234,14 +234,15 @@ def answer(
 
 
 def _question(trained: Trained, example: Example) -> tuple[np.ndarray, str]:
-    """The prompt (T,), and how many tokens of its beginning the model does not read, if any, and why."""
+    """The prompt (T,), and how many tokens of it the model does not read, if any, and why."""
     from fedmira.data.tokenization import prompt_tokens
     from fedmira.evaluation.generation import tokens_for
 
     config, base, layout = trained.config, trained.base, trained.adapters.layout
     longest = min(config.data.max_length, base.max_length - layout.num_virtual_tokens)
     whole, prompt = (
-        prompt_tokens(example, base.tokenizer, config.data.template, most) for most in (sys.maxsize, longest)
+        prompt_tokens(example, base.tokenizer, config.data.template, most, cut=config.data.cut)
+        for most in (sys.maxsize, longest)
     )
     new_tokens, room = tokens_for(base, layout, config.evaluation.generation.max_new_tokens)
     left_out = len(whole) - min(len(prompt), room)
@@ -250,6 +251,4 @@ def _question(trained: Trained, example: Example) -> tuple[np.ndarray, str]:
     why = f"the base model has room for {room:,} beside {new_tokens:,} new ones"
     if config.data.max_length <= room:
         why = f"data.max_length of this run is {config.data.max_length}"
-    return prompt, (
-        f"{left_out:,} tokens of the question's beginning were left out: as a prompt it has {len(whole):,}, and {why}"
-    )
+    return prompt, f"{left_out:,} tokens of the question were left out: as a prompt it has {len(whole):,}, and {why}"

@@ -18,6 +18,7 @@ from fedmira.exchange.privacy import max_uploads
 from fedmira.federation import participation
 from fedmira.federation.similarity import MINIMUM_CLIENTS
 
+_CUT = {"input": "input, or of their prompt where that is not enough", "beginning": "prompt"}
 _JUDGING_SHARE = 0.2
 """Of the time of training: what is advised where judging takes longer than training itself."""
 
@@ -43,7 +44,8 @@ def _shortened_training_line(parts: Assembly) -> str:
     held = sum(len(client.train) + len(client.validation) + len(client.test) for client in parts.federation.clients)
     counts = (
         (report.dropped_examples, "left out, as their answers do not fit"),
-        (report.truncated_prompts, "read without the beginning of their prompt"),
+        (report.repeated_prompts, "left out, as their prompts, once cut, are both trained on and held out"),
+        (report.truncated_prompts, f"read without the beginning of their {_CUT[parts.config.data.cut]}"),
     )
     found = [f"{count:,} {what}" for count, what in counts if count]
     if not found:

@@ -8,6 +8,7 @@ Axes: N packed rows, M selected rows, d hidden features, V vocabulary.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -117,6 +118,7 @@ class BaseModel:
             "dtype": str(self.dtype).removeprefix("torch."),
             "device": self.device.type,
             "commit": getattr(self.model.config, "_commit_hash", None),
+            "config_sha256": _config_sha256(self.model.config),
             "weights_sha256": {path.name: _sha256(path) for path in weights},
         }
 
@@ -186,7 +188,7 @@ class BaseModel:
         """
         head = self.model.get_output_embeddings()
         if torch.is_grad_enabled() and hidden_Md.requires_grad:
-            logits_MV = head(hidden_Md)
+            logits_MV: torch.Tensor = head(hidden_Md)
         else:
             logits_MV = product(hidden_Md, head.weight[tokens], None if head.bias is None else head.bias[tokens], room)
         if self.softcap is not None:
@@ -252,6 +254,19 @@ def freeze(model: Any, tokenizer: Any, name: str, source: str = "") -> BaseModel
     base = BaseModel(model, tokenizer, name, source, fused_body(model))
     _self_check(base)
     return base
+
+
+def _config_sha256(config: Any) -> str:
+    """Hash of what a model config says about the computation; not of where it lies, who wrote it and the dtype."""
+
+    def said(value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        aside = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
+        return {str(key): said(item) for key, item in value.items() if key not in aside}
+
+    text = json.dumps(said(config.to_diff_dict()), sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _sha256(path: Path) -> str:

@@ -17,7 +17,7 @@ import fcntl
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
@@ -40,6 +40,7 @@ from fedmira.runs.generations import FOLDER as CHECKPOINTS
 from fedmira.runs.generations import has_checkpoints
 from fedmira.runs.lines import add_line, cut_back, event_line, open_lines, plain, read_events, synced_size
 from fedmira.runs.naming import run_directory, run_stem
+from fedmira.runs.prolonging import refuse_to_prolong
 from fedmira.stages import stage
 
 CONFIG, RESOLVED, MANIFEST = "config.yaml", "config.resolved.yaml", "manifest.json"
@@ -162,11 +163,11 @@ class RunStore:
             UsageError, IntegrityError: as `open` and `create`.
         """
         if not _exists(run_directory(config, directory)):
-            others = list(cls._others(config, directory))
+            others, damaged = cls._others(config, directory)
             for other in others:
                 if other._leads_to(config):
                     if (before := other.config.federation.rounds) < config.federation.rounds:
-                        _refuse_to_prolong(config, before)
+                        refuse_to_prolong(config, before)
                     other._hold_lock()
                     if before < config.federation.rounds:
                         other.config = with_rounds(other.config, config.federation.rounds)
@@ -175,6 +176,12 @@ class RunStore:
                     return other
             for other in others:
                 other.refuse_other_config(config)
+            if damaged:
+                # it may be the run that is meant
+                raise IntegrityError(
+                    f"{damaged[0]}. If it is another run than the one to resume, move its folder away or give another "
+                    "name or output.directory; leave out --resume to start a new run"
+                )
         return cls.open_or_create(config, source_text, directory)
 
     def _leads_to(self, config: RunConfig) -> bool:
@@ -219,16 +226,21 @@ class RunStore:
         return lost
 
     @classmethod
-    def _others(cls, config: RunConfig, directory: Path | None) -> Iterator[RunStore]:
-        """Runs of the same name, method and seed that got somewhere, the latest first."""
+    def _others(cls, config: RunConfig, directory: Path | None) -> tuple[list[RunStore], list[IntegrityError]]:
+        """Runs of the same name, method and seed that got somewhere, the latest first, and what is wrong with the
+        others of them, such as those begun by another version."""
         parent = run_directory(config, directory).parent
         pattern = re.compile(re.escape(run_stem(config)) + r"-[0-9a-f]{8}")
         found = [parent / name for name in (_names(parent) if parent.is_dir() else []) if pattern.fullmatch(name)]
-        for path in sorted(found, key=lambda path: path.stat().st_mtime, reverse=True):
-            if not path.is_symlink() and (path / RESOLVED).is_file():
-                store = cls.open(path)
-                if store.has_progress():
-                    yield store
+        begun = [path for path in found if not path.is_symlink() and os.path.isfile(path / RESOLVED)]
+        others, damaged = list[RunStore](), list[IntegrityError]()
+        for path in sorted(begun, key=lambda path: path.lstat().st_mtime, reverse=True):
+            try:
+                if cls(path, config).has_progress():
+                    others.append(cls.open(path))
+            except IntegrityError as error:
+                damaged.append(error)
+        return others, damaged
 
     def refuse_other_config(self, config: RunConfig) -> None:
         """Raise an `IntegrityError` with the differences unless `config` computes the same as this run's config."""
@@ -308,7 +320,8 @@ class RunStore:
         self._hold_lock()
         with stage("disk"):
             text = json.dumps(plain(value)[0], indent=indent, ensure_ascii=False, allow_nan=False)
-            write_bytes_atomically(self.path / name, text.encode() + b"\n")
+            # half a character, as of a file name that is not UTF-8, becomes an escape that JSON reads back
+            write_bytes_atomically(self.path / name, text.encode(errors="backslashreplace") + b"\n")
 
     def _read_json(self, name: str) -> dict[str, Any]:
         path = self.path / name
@@ -462,25 +475,6 @@ def _how_to_go_on(path: Path, config: RunConfig) -> str:
 def _runs_inside(path: Path) -> str:
     runs = sorted(item.name for item in path.iterdir() if (item / RESOLVED).is_file())
     return f"; give one of the runs in it: {', '.join(runs[:5])}" if runs else ""
-
-
-def _refuse_to_prolong(config: RunConfig, before: int) -> None:
-    """Refuse more rounds where earlier ones would have been others if the run had been meant to be so long.
-
-    Raises:
-        UsageError: names the setting.
-    """
-    schedule, name = config.training.schedule, config.method.name
-    why = ""
-    if schedule != "constant":
-        why = f"training.schedule = {schedule} spreads over federation.rounds"
-    elif name == "fedit_finetuned":
-        why = "method.name = fedit_finetuned trains its last rounds alone"
-    if why:
-        raise UsageError(
-            f"a run of {before} rounds cannot go on to {config.federation.rounds}: {why}, so its first rounds would "
-            f"have been others; start a new run, or resume with federation.rounds={before}"
-        )
 
 
 def no_finished_round(path: Path) -> UsageError:

@@ -11,7 +11,7 @@ from typing import Any
 
 from fedmira.config.run import DollyConfig
 from fedmira.data.sources import huggingface
-from fedmira.data.sources.files import FILE_ENDINGS, file_provenance, read_records
+from fedmira.data.sources.files import file_provenance, has_data_ending, read_records
 from fedmira.data.sources.records import Fields, usable_examples
 from fedmira.data.sources.source import Source
 from fedmira.errors import DataError
@@ -37,7 +37,7 @@ def load(config: DollyConfig, seed: int) -> Source:
             "files": [file_provenance(path, read.sha256, len(examples), bad)],
         }
         return Source(_labelled(examples, config.path), provenance)
-    if os.path.isdir(path) or config.path.endswith(FILE_ENDINGS) or path.is_absolute() or config.path.startswith("."):
+    if os.path.isdir(path) or has_data_ending(config.path) or path.is_absolute() or config.path.startswith("."):
         raise DataError(
             f"data.path = {config.path!r} is not a file. Give a JSON Lines file with instruction, context, response "
             "and category, or a Hugging Face id such as databricks/databricks-dolly-15k."

@@ -8,14 +8,15 @@ import hashlib
 import json
 import os
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from fedmira.errors import DataError
 from fedmira.paths import home_expanded
 
-FILE_ENDINGS = (".jsonl", ".jsonl.gz", ".json", ".json.gz")
+FILE_ENDINGS = (".jsonl", ".jsonl.gz", ".ndjson", ".ndjson.gz", ".json", ".json.gz")
+"""Of data files, in small or capital letters."""
 NUM_NAMED_BAD = 3
 
 
@@ -25,6 +26,14 @@ class Bad(NamedTuple):
     line: int
     """Counted from 1."""
     reason: str
+
+
+class Found(NamedTuple):
+    """What a path names."""
+
+    files: list[Path]
+    skipped: list[Path]
+    """What lies beside them and is no data file, folders among them; nothing hidden."""
 
 
 class FileRecords(NamedTuple):
@@ -37,37 +46,58 @@ class FileRecords(NamedTuple):
     """Of the file's bytes as stored."""
 
 
-def find_files(path: str) -> list[Path]:
+def has_data_ending(name: str) -> bool:
+    """Whether a file of that name is taken for a data file.
+
+    >>> [has_data_ending(name) for name in ("a.jsonl", "a.NDJSON.gz", "a.txt")]
+    [True, True, False]
+    """
+    return name.lower().endswith(FILE_ENDINGS)
+
+
+def find_files(path: str) -> Found:
     """Return the data files that a path names: a file, all of a folder, or the matches of a glob, sorted.
 
     Raises:
-        DataError: there are none.
+        DataError: there are none, or a folder may not be read.
     """
     expanded = home_expanded(path)
     # os.path answers False where pathlib raises for paths the system cannot even look up
     if os.path.isfile(expanded):
-        return [expanded]
-    if os.path.isdir(expanded):
-        candidates = sorted(expanded.iterdir())
-        what = f"the folder {path!r} holds no file"
-    else:
-        candidates = sorted(Path(match) for match in glob.glob(str(expanded), recursive=True))
-        what = f"there is no file, folder or match for {path!r}; a file must exist, and a match must be a file"
-    files = [file for file in candidates if file.is_file() and file.name.endswith(FILE_ENDINGS)]
+        return Found([expanded], [])
+    try:
+        if os.path.isdir(expanded):
+            candidates = sorted(expanded.iterdir())
+            what = f"the folder {path!r} holds no file"
+        else:
+            candidates = sorted(Path(match) for match in glob.glob(str(expanded), recursive=True))
+            what = f"there is no file, folder or match for {path!r}; a file must exist, and a match must be a file"
+        files = [file for file in candidates if has_data_ending(file.name) and file.is_file()]
+    except OSError as error:
+        raise DataError(
+            f"data.path = {path!r} cannot be read: {error.strerror or error}. Check that the folder may be read."
+        ) from error
     if not files:
         raise DataError(f"{what} ending in {', '.join(FILE_ENDINGS)}. Correct data.path.")
-    return files
+    taken = set(files)
+    others = [place for place in candidates if place not in taken and not place.name.startswith(".")]
+    # `**` matches the folders on the way to the files as well
+    return Found(files, [place for place in others if "**" not in path or not os.path.isdir(place)])
 
 
 def read_bytes(path: Path) -> tuple[bytes, str]:
     """Return a file's content, decompressed if its name ends in .gz, and the sha256 of its bytes as stored.
 
     Raises:
-        DataError: it is missing, unreadable or damaged.
+        DataError: it is missing, unreadable or damaged, or its name is not UTF-8, which no manifest can hold.
     """
     try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise DataError(f"the name of the data file {str(path)!a} is not UTF-8. Rename it.") from None
+    try:
         stored = path.read_bytes()
-        content = gzip.decompress(stored) if path.name.endswith(".gz") else stored
+        content = gzip.decompress(stored) if path.name.lower().endswith(".gz") else stored
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(
             f"the data file {str(path)!r} cannot be read: {error}. Check that it exists, is whole and may be read."
@@ -98,7 +128,7 @@ def read_records(path: Path) -> FileRecords:
         DataError: the file is missing, unreadable, damaged, not UTF-8, or a .json file that is no list.
     """
     text, sha256 = read_text(path)
-    if path.name.endswith((".json", ".json.gz")):
+    if path.name.lower().endswith((".json", ".json.gz")):
         try:
             whole = json.loads(text)
         except (ValueError, RecursionError):
@@ -128,15 +158,37 @@ def file_provenance(path: Path, sha256: str, num_examples: int, bad: Iterable[Ba
     }
 
 
+def skipped_provenance(skipped: Sequence[Path]) -> dict[str, Any]:
+    """What the manifest of a run says about names in `data.path` that are no data files; empty if there are none."""
+    if not skipped:
+        return {}
+    first = [ascii(place.name)[1:-1] for place in skipped[:NUM_NAMED_BAD]]
+    return {"skipped_names": len(skipped), "first_skipped": first}
+
+
 def unusable_line(data: Mapping[str, Any]) -> str:
-    """One line about the records that cannot be used, over all files; empty if there are none.
+    """One line about the records that cannot be used, over all files, and the names skipped; empty if there are none.
 
     Args:
-        data: provenance of a federation: `files` as of `file_provenance`, or one `dataset` with the same counts.
+        data: provenance of a federation: `files` as of `file_provenance`, or one `dataset` with the same counts; what
+            `skipped_provenance` gives.
 
     >>> unusable_line({"files": [file_provenance(Path("d/a.jsonl"), "", 7, [Bad(3, "not JSON")])]})
     'unusable: 1 of 8 records, in 1 of 1 files (a.jsonl record 3: not JSON)'
     """
+    return "; ".join(line for line in (_unusable_records(data), _skipped_names(data)) if line)
+
+
+def _skipped_names(data: Mapping[str, Any]) -> str:
+    count = data.get("skipped_names", 0)
+    if not count:
+        return ""
+    more = ", ..." if count > NUM_NAMED_BAD else ""
+    names = f"{', '.join(data['first_skipped'])}{more}"
+    return f"skipped: {count:,} names that are no files ending in {', '.join(FILE_ENDINGS)} ({names})"
+
+
+def _unusable_records(data: Mapping[str, Any]) -> str:
     files = [*data.get("files", ()), *([data["dataset"]] if "dataset" in data else ())]
     bad = [file for file in files if file["unusable_records"]]
     if not bad:

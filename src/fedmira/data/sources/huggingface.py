@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -59,8 +59,9 @@ def rows(path: str, name: str | None, split: str) -> tuple[Iterator[Mapping[str,
     try:
         if saved:
             loaded = datasets.load_from_disk(str(folder))
-            if isinstance(loaded, datasets.DatasetDict):
-                loaded = loaded[split]
+            several = isinstance(loaded, datasets.DatasetDict)
+            _refuse_other_than_saved(path, name, split, list(loaded) if several else None)
+            loaded = loaded[split] if several else loaded
         else:
             loaded = datasets.load_dataset(str(folder) if local else path, name, split=split)
     except (OSError, ValueError, KeyError, RuntimeError, datasets.exceptions.DatasetsError) as error:
@@ -75,6 +76,24 @@ def rows(path: str, name: str | None, split: str) -> tuple[Iterator[Mapping[str,
         ) from error
     origin = {"path": path, "name": name, "split": split, "fingerprint": str(loaded._fingerprint)}
     return iter(loaded), origin
+
+
+def _refuse_other_than_saved(path: str, name: str | None, split: str, splits: Sequence[str] | None) -> None:
+    """Refuse what a saved data set does not have: configurations, slices, and splits other than its own.
+
+    Raises:
+        DataError: says what to write instead.
+    """
+    if name is not None:
+        raise DataError(
+            f"data.name = {name!r}, but {path!r} is a saved data set, which has no configurations. Leave data.name out."
+        )
+    if split not in (splits or ["train"]):
+        has = f"the splits {', '.join(splits)}" if splits else "no splits and is read whole, as train"
+        raise DataError(
+            f"data.split = {split!r}, but the saved data set {path!r} has {has}; slices such as train[:10%] are not "
+            f"possible. Set data.split to {splits[0] if splits else 'train'}, for example, or save the part you want."
+        )
 
 
 def dataset_provenance(origin: dict[str, Any], examples: Iterable[Example], bad: Iterable[Bad]) -> dict[str, Any]:

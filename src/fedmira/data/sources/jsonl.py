@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from fedmira.config.run import JsonlConfig
-from fedmira.data.sources.files import FILE_ENDINGS, file_provenance, find_files, read_records
+from fedmira.data.sources.files import FILE_ENDINGS, file_provenance, find_files, read_records, skipped_provenance
 from fedmira.data.sources.records import Fields, usable_examples
 from fedmira.data.sources.source import Source
 from fedmira.errors import DataError
@@ -28,7 +28,8 @@ def load(config: JsonlConfig, seed: int) -> Source:
     examples: list[Example] = []
     files = []
     owners: dict[str, Path] = {}
-    for path in find_files(config.path):
+    places = find_files(config.path)
+    for path in places.files:
         read = read_records(path)
         found, bad = usable_examples(path.name, read.records, read.bad, fields)
         files.append(file_provenance(path, read.sha256, len(found), bad))
@@ -46,7 +47,7 @@ def load(config: JsonlConfig, seed: int) -> Source:
             f"data.client_field = {config.client_field!r}, but no record in {config.path!r} has this field. "
             "Correct its name, or leave it out to take one client per file."
         )
-    return Source(tuple(examples), {"source": "jsonl", "files": files})
+    return Source(tuple(examples), {"source": "jsonl", "files": files, **skipped_provenance(places.skipped)})
 
 
 def client_of_file(path: Path) -> str:
@@ -56,6 +57,6 @@ def client_of_file(path: Path) -> str:
     'ward-7'
     """
     for ending in sorted(FILE_ENDINGS, key=len, reverse=True):
-        if path.name.endswith(ending):
-            return path.name.removesuffix(ending)
+        if path.name.lower().endswith(ending):
+            return path.name[: -len(ending)]
     return path.stem

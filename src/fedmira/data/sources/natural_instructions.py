@@ -105,7 +105,7 @@ def _instance_problem(instance: Any) -> str:
     if not isinstance(texts, list) or not texts or not all(isinstance(t, str) and t.strip() for t in texts):
         return "output is missing, empty or not a list of texts"
     try:
-        refuse_half_characters(instance["input"], *texts)
+        refuse_half_characters(instance["input"], *texts, str(instance.get("id")))
     except UnusableRecordError as error:
         return str(error)
     return ""
@@ -116,6 +116,10 @@ def _first_text(content: Mapping[str, Any], field: str, path: Path) -> str:
     first = value[0] if isinstance(value, list) and value else value
     if not isinstance(first, str) or not first.strip():
         raise _schema_error(path, f"{field} is missing or not a list of texts")
+    try:
+        refuse_half_characters(first)
+    except UnusableRecordError as error:
+        raise _schema_error(path, f"in {field}, {error}") from None
     return first
 
 

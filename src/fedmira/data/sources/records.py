@@ -127,9 +127,10 @@ _Parts = tuple[str, str, tuple[str, ...], tuple[tuple[str, str], ...]]
 
 def _parts(record: Mapping[str, Any]) -> _Parts:
     """Instruction, input, answers and earlier turns."""
-    if record.get("messages") is not None:
+    # some data sets give every record all fields, and leave a list empty where another shape is meant
+    if record.get("messages") not in (None, []):
         return _conversation(record["messages"], "messages", "role", "content")
-    if record.get("conversations") is not None:
+    if record.get("conversations") not in (None, []):
         return _conversation(record["conversations"], "conversations", "from", "value")
     if record.get("prompt") is not None and record.get("completion") is not None:
         prompt, completion = record["prompt"], record["completion"]
