@@ -19,7 +19,7 @@ from benchmarks.peers.serving import read_order, serve
 from benchmarks.workloads import build
 
 THREADS = 1
-"""Of one actor. Flower's default, and the fastest: one actor with two threads took 6.4 s a round where two actors took 5.8."""
+"""Of one actor. Flower's default, and faster: one actor with two threads took 6.4 s a round where two took 5.8."""
 
 
 def main() -> None:

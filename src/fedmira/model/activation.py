@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from fedmira.model.body import in_cache
+
 
 def activate(inner_NO: torch.Tensor, gated: bool) -> torch.Tensor:
     """The activated features, (N, F)."""
@@ -18,13 +20,14 @@ def activate(inner_NO: torch.Tensor, gated: bool) -> torch.Tensor:
 
 
 def activate_backward(grad_NF: torch.Tensor, inner_NO: torch.Tensor, gated: bool) -> torch.Tensor:
-    """Gradient of `inner_NO`; `grad_NF` is used up."""
+    """Gradient of `inner_NO`, which it may lie in; both arguments are used up."""
     if not gated:
         result: torch.Tensor = torch.ops.aten.gelu_backward(grad_NF, inner_NO, approximate="tanh")
         return result
-    gate_NF, up_NF = inner_NO.chunk(2, dim=1)
-    grad_inner_NO = torch.empty_like(inner_NO)
-    grad_gate_NF, grad_up_NF = grad_inner_NO.chunk(2, dim=1)
-    torch.mul(grad_NF, F.silu(gate_NF), out=grad_up_NF)
-    torch.ops.aten.silu_backward.grad_input(grad_NF.mul_(up_NF), gate_NF, grad_input=grad_gate_NF)
-    return grad_inner_NO
+    for grad, inner in in_cache(grad_NF, inner_NO):
+        gate, up = inner.chunk(2, dim=1)
+        silu = F.silu(gate)
+        grad_gate = torch.mul(grad, up)
+        torch.mul(grad, silu, out=up)
+        torch.ops.aten.silu_backward.grad_input(grad_gate, gate, grad_input=gate)
+    return inner_NO
