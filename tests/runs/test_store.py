@@ -23,8 +23,9 @@ from fedmira.config.method import FedITConfig
 from fedmira.config.run import FederationConfig, OutputConfig, RunConfig, TrainingConfig
 from fedmira.errors import IntegrityError, SetupError, UsageError
 from fedmira.runs.checkpoint import save
+from fedmira.runs.lock import LOCK
 from fedmira.runs.naming import run_directory
-from fedmira.runs.store import GRAPH, LOCK, LOG, MANIFEST, METRICS, RESOLVED, RunStore
+from fedmira.runs.store import GRAPH, LOG, MANIFEST, METRICS, RESOLVED, RunStore
 from fedmira.studies.compare import study_directory
 
 CONFIG = RunConfig(name="trial", seed=3)

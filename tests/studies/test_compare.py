@@ -22,6 +22,7 @@ from fedmira.exchange.in_process import InProcess
 from fedmira.experiment import SilentDisplay
 from fedmira.report.page import write_report
 from fedmira.report.reading import StudyRecord, read
+from fedmira.runs.lock import locked
 from fedmira.runs.store import RunStore
 from fedmira.studies import compare as compare_module
 from fedmira.studies.compare import compare, final_validation_loss, study_directory, variant
@@ -460,3 +461,12 @@ def test_nothing_is_compared_without_test_numbers(tmp_path: Path, trained: list[
     with pytest.raises(ConfigError, match=r"evaluation\.test = false leaves nothing to compare"):
         compare(untested, directory=tmp_path / "study")
     assert not trained
+
+
+def test_one_process_at_a_time_writes_a_study(tmp_path: Path) -> None:
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    with locked(folder), pytest.raises(UsageError, match=rf"another process \(number {os.getpid()}\) is writing"):
+        compare(config(methods=["local_only"]), directory=folder)
+    compare(config(methods=["local_only"]), directory=folder)
+    assert [one["method"] for one in told(folder)["runs"]] == ["local_only"]

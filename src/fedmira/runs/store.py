@@ -12,8 +12,6 @@ out; of what events say it reads how far a run has come.
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import json
 import os
 import re
@@ -39,12 +37,13 @@ from fedmira.runs.atomic import (
 from fedmira.runs.generations import FOLDER as CHECKPOINTS
 from fedmira.runs.generations import has_checkpoints
 from fedmira.runs.lines import add_line, cut_back, event_line, open_lines, plain, read_events, synced_size
+from fedmira.runs.lock import LOCK, lock_folder
 from fedmira.runs.naming import run_directory, run_stem
 from fedmira.runs.prolonging import refuse_to_prolong
 from fedmira.stages import stage
 
 CONFIG, RESOLVED, MANIFEST = "config.yaml", "config.resolved.yaml", "manifest.json"
-METRICS, GRAPH, PROFILE, LOG, LOCK = "metrics.jsonl", "graph.json", "profile.json", "run.log", ".lock"
+METRICS, GRAPH, PROFILE, LOG = "metrics.jsonl", "graph.json", "profile.json", "run.log"
 UPLOADS = "uploads.json"
 REPORT = "report"
 SCHEMA = 1
@@ -397,22 +396,7 @@ class RunStore:
         if line := unwritable_line(self.path):
             # a lock that can be taken says nothing about the files that come later
             raise SetupError(line)
-        path = self.path / LOCK
-        with disk_errors_named(path, "open"):
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
-        except OSError as error:
-            holder = os.pread(descriptor, 20, 0).decode(errors="replace").strip() or "unknown"
-            os.close(descriptor)
-            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-                raise UsageError(
-                    f"another process (number {holder}) is writing {self.path}; wait until it is done or stop it"
-                ) from None
-            raise disk_error(error, path, "lock") from error
-        self._lock = descriptor
+        self._lock = lock_folder(self.path)
         with disk_errors_named(self.path, "sync"):
             sync_folder(self.path)
 

@@ -28,6 +28,7 @@ from fedmira.errors import (
 from fedmira.experiment import Display, SilentDisplay, carry_out, signal_name
 from fedmira.paths import home_expanded
 from fedmira.runs.atomic import make_folder, write_bytes_atomically
+from fedmira.runs.lock import locked
 from fedmira.runs.naming import run_directory
 from fedmira.runs.signals import StopFlag, stop_on_signals
 from fedmira.runs.store import RunStore, has_run
@@ -54,7 +55,8 @@ def compare(config: RunConfig, *, directory: Path | None = None, display: Displa
     Raises:
         ConfigError: settings would be chosen on a draw that is reported, or on no validation data; a method cannot use
             the config's adapters; or nobody would be tested.
-        UsageError: the directory is one of a run, of a study of another config, or holds something else.
+        UsageError: the directory is one of a run, of a study of another config, or holds something else; or another
+            process writes it.
         DivergedError, ParticipationError: a method has no learning rate at which it trains, or a run failed; when
             everything else is done, with all that failed in the message and the kind of the first.
         Interrupted: SIGINT, SIGTERM or SIGHUP; everything is saved, the same call goes on.
@@ -66,7 +68,7 @@ def compare(config: RunConfig, *, directory: Path | None = None, display: Displa
     _refuse_what_is_no_study(directory)
     _refuse_other_study(config, directory)
     make_folder(directory)
-    with stop_on_signals() as stop:
+    with locked(directory), stop_on_signals() as stop:
         failures = _Comparison(config, directory, display, stop).carry_out()
     if failures:
         first = next(iter(failures.values()))
