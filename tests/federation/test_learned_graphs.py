@@ -515,6 +515,24 @@ def test_a_client_that_stops_moving_stays_what_it_was_to_the_others(kind: str) -
     assert graph.adjacency_KK[15] == pytest.approx(first.adjacency_KK[15], abs=0.2)
 
 
+@pytest.mark.parametrize("kind", ["gram", "gram_layers"])
+def test_a_client_that_stopped_moving_is_no_kin_of_one_that_comes_later(kind: str) -> None:
+    uploads, _ = families((4, 4, 4, 4), own=2.5, larger=12)
+    start, everybody = initial(16, torch.float64, of=uploads.layout), tuple(range(16))
+    learns = learner(graph_section(kind), clients(16))
+    early = everybody[1:]
+    memory, _ = learns.learn(learns.init(start), Seen(uploads, start, (0,) + (1,) * 15, early, 1))
+    starts, still = (uploads.replace(values.clone()) for values in (start.values_KP, uploads.values_KP))
+    starts.values_KP[15] = uploads.values_KP[15]
+    for part in uploads.layout.slices("lora_b"):
+        still.values_KP[15, part] /= 2
+    for round_ in (2, 3):
+        memory, graph = learns.learn(memory, Seen(still, starts, (round_,) * 16, everybody, round_))
+    assert np.max(graph.provenance["strangers"]) < 0
+    assert graph.adjacency_KK[0, 15] == 0
+    assert graph.adjacency_KK[0, :15].any()
+
+
 def test_layers_in_which_a_client_did_not_move_do_not_speak_for_it() -> None:
     one, other = np.full((3, 3), -0.5), np.full((3, 3), -0.1)
     for cosine in (one, other):

@@ -154,7 +154,9 @@ def _neighbours(similarity_CC: Matrix, ids: list[int], config: GraphConfig, clie
     clear = drawing.inside_clusters(similarity_CC, drawing.SUBSTANTIAL)
     # clear clusters stand far above 0; only kin that noise hides may lie below it
     least = 0.0 if clear.weights_CC.any() else strangers(similarity_CC)
-    weights_CC = mutual_neighbours(similarity_CC - least, config.neighbours, config.power)
+    # of pairs at 0 nothing is known: they were never compared
+    above_CC = np.where(similarity_CC != 0, similarity_CC - least, 0.0)
+    weights_CC = mutual_neighbours(above_CC, config.neighbours, config.power)
     facts = {"strangers": least}
     if not config.within_clusters:
         return Drawn(weights_CC, facts)

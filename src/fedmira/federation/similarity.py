@@ -268,7 +268,7 @@ def moved(previous_KK: Matrix, now_CC: Matrix, rows: Sequence[int], returned: Se
 
     A pair with a client that returned moves to `memory * previous + (1 - memory) * now`; a pair that was never
     compared, as there were fewer than three to compare, takes what is seen now; all others stay as they were, and so
-    do pairs of which 0 is seen now: one of the two did not move.
+    do pairs of which 0 is seen now: one of the two did not move, or all uploads are the same.
 
     Args:
         previous_KK: the similarities before.
@@ -297,9 +297,10 @@ def strangers(similarity_CC: Matrix) -> float:
     to the lower sixth, where no kin are. Where so many are kin that the middle is one of them it is large, and 0 stays.
 
     Args:
-        similarity_CC: cosines of C clients without what all have in common.
+        similarity_CC: cosines of C clients without what all have in common; pairs of exactly 0 were never compared.
     """
     off_N = similarity_CC[np.triu_indices(len(similarity_CC), 1)]
+    off_N = off_N[off_N != 0]
     if not len(off_N):
         return 0.0
     middle = float(np.median(off_N))

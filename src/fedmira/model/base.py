@@ -110,7 +110,8 @@ class BaseModel:
     def facts(self) -> dict[str, Any]:
         """What identifies the base in a manifest; JSON-able. Reads the weights' files of a local folder once."""
         folder = Path(self.source)
-        weights = sorted(folder.glob("*.safetensors")) if self.source and folder.is_dir() else []
+        local = bool(self.source) and folder.is_dir()
+        weights = sorted(folder.glob("*.safetensors")) if local else []
         return {
             "path": self.name,
             "family": self.model.config.model_type,
@@ -118,7 +119,7 @@ class BaseModel:
             "dtype": str(self.dtype).removeprefix("torch."),
             "device": self.device.type,
             "commit": getattr(self.model.config, "_commit_hash", None),
-            "config_sha256": _config_sha256(self.model.config),
+            "config_sha256": _config_sha256(folder) if local else None,
             "weights_sha256": {path.name: _sha256(path) for path in weights},
         }
 
@@ -184,11 +185,11 @@ class BaseModel:
         Args:
             hidden_Md: final hidden states.
             room: memory that the logits may lie in.
-            tokens: whose logits are returned; all of them where autograd is to see them.
+            tokens: whose logits are returned.
         """
         head = self.model.get_output_embeddings()
         if torch.is_grad_enabled() and hidden_Md.requires_grad:
-            logits_MV: torch.Tensor = head(hidden_Md)
+            logits_MV: torch.Tensor = head(hidden_Md)[:, tokens]
         else:
             logits_MV = product(hidden_Md, head.weight[tokens], None if head.bias is None else head.bias[tokens], room)
         if self.softcap is not None:
@@ -209,7 +210,7 @@ class BaseModel:
     def head_rows(self, tokens_M: torch.Tensor) -> torch.Tensor:
         """The output embeddings of tokens, (M, d): the gradients of their logits before a soft cap."""
         weight: torch.Tensor = self.model.get_output_embeddings().weight
-        return weight.detach().index_select(0, tokens_M)
+        return weight.index_select(0, tokens_M)
 
 
 def load_base(config: ModelConfig) -> BaseModel:
@@ -256,16 +257,19 @@ def freeze(model: Any, tokenizer: Any, name: str, source: str = "") -> BaseModel
     return base
 
 
-def _config_sha256(config: Any) -> str:
-    """Hash of what a model config says about the computation; not of where it lies, who wrote it and the dtype."""
+def _config_sha256(folder: Path) -> str | None:
+    """Hash of what a folder's config.json says, whoever wrote it and for which dtype; None where there is none."""
 
     def said(value: Any) -> Any:
         if not isinstance(value, dict):
             return value
         aside = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
-        return {str(key): said(item) for key, item in value.items() if key not in aside}
+        return {key: said(item) for key, item in value.items() if key not in aside}
 
-    text = json.dumps(said(config.to_diff_dict()), sort_keys=True, default=str)
+    path = folder / "config.json"
+    if not path.is_file():
+        return None
+    text = json.dumps(said(json.loads(path.read_bytes())), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 

@@ -21,7 +21,7 @@ from fedmira.types import Arena, Clients, Participants, Results
 
 
 def build(config: FedAdamConfig, clients: Clients) -> Method:
-    """Return the method; `rule: momentum` with beta1 0 and server_lr 1 is FedIT."""
+    """Return the method; `rule: momentum` with beta1 0 and server_lr 1 is FedIT for clients of one rank."""
 
     def init(initial: Arena, clients: Clients) -> State:
         state = one_start(initial, clients)
