@@ -223,7 +223,8 @@ def reported_tasks(study: Study, name: str, lines: dict[Any, dict[str, Any]]) ->
 
 def straight_through(config: Any, folder: Path) -> Path:
     """Carry out a run as `fedmira run` does, below `folder`, and return its directory."""
-    from fedmira.experiment import run
+    from fedmira.evaluation.meters import HARM_TOLERANCE
+from fedmira.experiment import run
 
     return run(config, directory=folder)
 
@@ -516,8 +517,8 @@ def interval(runs: Sequence[Judged], others: Sequence[Judged]) -> str:
 
 
 def harmed(loss: float, base: float) -> bool:
-    """More than 1 % above `base`; a loss that is not finite harms wherever `base` is finite, as in `share_harmed`."""
-    return math.isfinite(base) and not loss <= 1.01 * base
+    """Whether `loss` is more than 1 % above `base`; a loss that is not finite harms wherever `base` is finite, as in `share_harmed`."""
+    return math.isfinite(base) and not loss <= (1 + HARM_TOLERANCE) * base
 
 
 def harm(runs: Sequence[Judged], local: Sequence[Judged]) -> float:

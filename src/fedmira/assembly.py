@@ -222,7 +222,6 @@ def _counts(report: TokenizationReport) -> dict[str, Any]:
         "num_supervised_tokens": sum(client.num_supervised_tokens for client in report.clients),
         "truncated_prompts": report.truncated_prompts,
         "dropped_examples": report.dropped_examples,
-        "repeated_prompts": report.repeated_prompts,
     }
 
 
@@ -312,9 +311,9 @@ def refuse_other_base(run: Path, recorded: Mapping[str, Any], base: BaseModel) -
     """
     now = base.facts()
     changed = [key for key in ("commit", "weights_sha256") if recorded.get(key) != now[key]]
-    # runs of earlier versions do not say
-    if recorded.get("config_sha256", now["config_sha256"]) != now["config_sha256"]:
-        changed.append("config_sha256")
+    # a hub's commit covers it, and runs of earlier versions do not say
+    if None not in (recorded.get("config_sha256"), now["config_sha256"]):
+        changed += ["config_sha256"] if recorded["config_sha256"] != now["config_sha256"] else []
     if changed:
         raise IntegrityError(
             f"the base model {base.name} is not the one that {run} was trained over ({' and '.join(changed)} differ); "

@@ -21,6 +21,7 @@ from fedmira.config.file import (
     config_hash,
     load_config,
     parse_config,
+    parse_resolved,
     resolved_yaml,
 )
 from fedmira.config.method import DittoConfig, FedITConfig, MiraConfig
@@ -258,10 +259,15 @@ def test_resolved_yaml_names_every_field() -> None:
 # ----------------------------------------------------------------------------------------------------------- identity
 
 
-def test_runs_are_called_as_before_there_was_a_choice_of_what_is_cut() -> None:
+def test_what_runs_of_before_wrote_down_means_what_they_did() -> None:
     default, beginning = RunConfig(), parse_config("data: {cut: beginning}")
-    assert config_difference(default, beginning) == ["data.cut: (absent) -> 'beginning'"]
+    # the name that a run with all defaults had before there was a choice
+    assert config_hash(beginning) == "0fa832ac"
     assert config_hash(default) != config_hash(beginning)
+    assert config_difference(beginning, default) == ["data.cut: 'beginning' -> 'input'"]
+    of_before = resolved_yaml(default).replace("  cut: input\n", "")
+    assert parse_resolved(of_before) == beginning
+    assert parse_resolved(resolved_yaml(default)) == default
 
 
 def test_the_order_of_a_rank_pattern_counts_where_a_layer_can_match_two_of_it() -> None:

@@ -108,15 +108,6 @@ def test_what_was_left_out_is_told_with_the_first_reasons(tokenizer: Any, tmp_pa
     assert "left out: 8 examples, which data.partition.examples_per_client leaves to no client" in lines
 
 
-def test_prompts_that_became_the_same_are_told(tokenizer: Any) -> None:
-    train, test = example("abcdefghij", "x", "a"), (example("bbcdefghij", "x", "b"), example("klm", "x", "c"))
-    federation = Federation((Client("one", (train,), (), test),))
-    tokenized, report = tokenize_federation(federation, tokenizer, "plain", 12)
-    description = describe(federation, tokenized, report, tokenizer, "plain")
-    assert description.total.repeated_prompts == 1
-    assert "left out: 1 examples whose prompt, as it is read, is both trained on and held out" in description.text()
-
-
 def test_nothing_is_told_where_nothing_was_left_out(tokenizer: Any) -> None:
     federation = made_federation()
     tokenized, report = tokenize_federation(federation, tokenizer, "plain", 20)

@@ -15,7 +15,7 @@ import pytest
 from fedmira.config.run import DollyConfig, HuggingFaceConfig, JsonlConfig, NaturalInstructionsConfig, PartitionConfig
 from fedmira.data.partition import build_federation
 from fedmira.data.sources import load_examples
-from fedmira.data.sources.files import unusable_line
+from fedmira.data.sources.files import find_files, unusable_line
 from fedmira.errors import DataError, SetupError
 from fedmira.types import Example
 
@@ -466,6 +466,21 @@ def test_a_saved_data_set_has_no_names_and_no_slices(tmp_path: Path, datasets: A
             load_examples(hub(tmp_path / "saved", split=split), 0)
     with pytest.raises(DataError, match=r"data\.name = 'large'.*no configurations"):
         load_examples(hub(tmp_path / "saved", name="large"), 0)
+
+
+def test_a_saved_split_goes_by_its_own_name_too(tmp_path: Path, datasets: Any) -> None:
+    made = datasets.Dataset.from_list([alpaca(i) for i in range(5)], split="test")
+    made.save_to_disk(str(tmp_path / "saved"))
+    for split in ("train", "test"):
+        assert len(load_examples(hub(tmp_path / "saved", split=split), 0).examples) == 5
+
+
+@pytest.mark.parametrize("names", [("a.jsonl", "a.ndjson"), ("a.jsonl.gz", "a.JSONL")])
+def test_files_that_differ_in_their_ending_only_are_refused(tmp_path: Path, names: tuple[str, str]) -> None:
+    for name in ("b.jsonl", *names):
+        (tmp_path / name).write_bytes(b"")
+    with pytest.raises(DataError, match="differ in their ending only"):
+        find_files(str(tmp_path))
 
 
 def test_what_cannot_be_loaded_is_named(tmp_path: Path, datasets: Any) -> None:

@@ -89,7 +89,11 @@ def config_hash(config: RunConfig) -> str:
     >>> config_hash(RunConfig()) == config_hash(RunConfig(seed=1))
     False
     """
-    canonical = json.dumps(_identity(config), sort_keys=True, separators=(",", ":"), allow_nan=False)
+    identity = _identity(config)
+    if config.data.cut == "beginning":
+        # what runs did before there was a choice; they keep their names
+        del identity["data"]["cut"]
+    canonical = json.dumps(identity, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(canonical.encode()).hexdigest()[:8]
 
 
@@ -108,6 +112,18 @@ def config_difference(old: RunConfig, new: RunConfig) -> list[str]:
     ]
 
 
+def parse_resolved(text: str) -> RunConfig:
+    """Parse what a run or a study wrote down of its config: keys that it lacks mean what was done before they came.
+
+    Raises:
+        ConfigError: as `parse_config`.
+    """
+    config = parse_config(text, source="config.resolved.yaml")
+    if "cut" in config.data.model_fields_set:
+        return config
+    return config.model_copy(update={"data": config.data.model_copy(update={"cut": "beginning"})})
+
+
 def with_rounds(config: RunConfig, rounds: int) -> RunConfig:
     """Return `config` with another number of rounds."""
     return config.model_copy(update={"federation": config.federation.model_copy(update={"rounds": rounds})})
@@ -118,10 +134,8 @@ def _shown(leaves: Mapping[str, Any], key: str) -> str:
 
 
 def _identity(config: RunConfig) -> dict[str, Any]:
+    """What decides the computation."""
     identity = {key: value for key, value in config.model_dump(mode="json").items() if key not in NOT_IDENTITY}
-    if config.data.cut == "input":
-        # so that runs keep the names they had before there was a choice
-        del identity["data"]["cut"]
     pattern = config.model.adapter.rank_pattern
     if any(one.endswith(f".{other}") for one in pattern for other in pattern):
         # a layer can match both: the first counts, and the hash of a mapping is blind to order

@@ -187,7 +187,8 @@ class _Source(Section):
     """Tokens of prompt and answer together. A longer prompt is cut; an example with a longer answer is left out."""
     cut: Cut = "input"
     """What a prompt that is too long loses. `input`: the beginning of the example's input, so that the instruction
-    stays; where there is none or that is not enough, as `beginning`. `beginning`: that of the whole prompt."""
+    stays; where there is none or that is not enough, as `beginning`. `beginning`: that of the whole prompt. Where the
+    base's context leaves no room for an answer behind a prompt, it loses its beginning either way."""
     partition: PartitionConfig = PartitionConfig()
     """How examples become clients, and which of them are held out."""
 

@@ -36,7 +36,6 @@ class ClientRow(NamedTuple):
     """Supervised tokens over all tokens."""
     truncated_prompts: int
     dropped_examples: int
-    repeated_prompts: int
 
 
 class Piece(NamedTuple):
@@ -93,11 +92,6 @@ class Description(NamedTuple):
             f"template {self.template}, at most {self.max_length} tokens: {self.total.truncated_prompts} prompts were "
             f"cut, {self.total.dropped_examples} examples were dropped for answers that are too long"
         ]
-        if self.total.repeated_prompts:
-            lines.append(
-                f"left out: {self.total.repeated_prompts} examples whose prompt, as it is read, is both trained on and "
-                "held out; a larger data.max_length keeps them apart"
-            )
         lines += [line for line in (unusable_line(self.provenance), _left_out_line(self.provenance)) if line]
         lines += [f"dropped at {client}: {', '.join(ids)} ..." for client, ids in self.dropped]
         for sample in self.samples:
@@ -190,7 +184,6 @@ def _row(client: TokenizedClient, counts: ClientTokens) -> ClientRow:
         supervised_share=counts.num_supervised_tokens / max(counts.num_tokens, 1),
         truncated_prompts=counts.truncated_prompts,
         dropped_examples=counts.dropped_examples,
-        repeated_prompts=counts.repeated_prompts,
     )
 
 
@@ -208,7 +201,6 @@ def _total(rows: Sequence[ClientRow], counts: Sequence[ClientTokens]) -> ClientR
         supervised_share=sum(count.num_supervised_tokens for count in counts) / max(num_tokens, 1),
         truncated_prompts=sum(row.truncated_prompts for row in rows),
         dropped_examples=sum(row.dropped_examples for row in rows),
-        repeated_prompts=sum(row.repeated_prompts for row in rows),
     )
 
 

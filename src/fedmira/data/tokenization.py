@@ -4,7 +4,7 @@ Prompt and answer are tokenised separately, so that the prompt's tokens are exac
 of an answer never merges into the end of the prompt. A sequence is [start token] prompt, answer, end token (in a chat
 what ends a turn there); the answer and the end token are supervised. A sequence that is too long loses the beginning of
 its input, or of its prompt (after the start token), never a part of its answer; an answer that leaves no room for a
-prompt is dropped. Prompts that became the same by being cut are kept on one side only, trained on or held out.
+prompt is dropped.
 Special tokens that are spelt out in the data stay plain text, except within a chat template. Knows nothing about
 models, batches or devices.
 """
@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import takewhile
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 NUM_NAMED_DROPS = 3
-_STAND_IN = "x"
-"""Written instead of an input, to see which tokens of a prompt are not of it."""
+_STAND_INS = ("x", "0")
+"""Written instead of an input, to see which tokens of a prompt are not of it, whatever it begins and ends with."""
 
 
 class TokenizedExample(NamedTuple):
@@ -78,8 +78,6 @@ class ClientTokens(NamedTuple):
     """Tokens of its longest sequence."""
     truncated_prompts: int
     dropped_examples: int
-    repeated_prompts: int
-    """Examples left out because their prompt, as it is read, is held out or trained on elsewhere."""
     first_dropped: tuple[str, ...]
     """Ids of the first dropped examples."""
 
@@ -101,35 +99,11 @@ class TokenizationReport(NamedTuple):
         """Examples whose answer leaves no room for a prompt, of all clients."""
         return sum(client.dropped_examples for client in self.clients)
 
-    @property
-    def repeated_prompts(self) -> int:
-        """Examples whose prompt, as it is read, is held out or trained on elsewhere, of all clients."""
-        return sum(client.repeated_prompts for client in self.clients)
-
-
-@dataclass(frozen=True, slots=True)
-class _Seen:
-    """Hashes of the prompts, as they are read, of the clients so far."""
-
-    trained: set[bytes] = field(default_factory=set)
-    held_out: set[bytes] = field(default_factory=set)
-
-    def takes(self, prompt: np.ndarray, split: str) -> bool:
-        """Whether `prompt` may go into `split`, and if so note it there: the first client that has it decides."""
-        ours, others = (self.trained, self.held_out) if split == "train" else (self.held_out, self.trained)
-        key = hashlib.blake2b(prompt.tobytes(), digest_size=16).digest()
-        if key in others:
-            return False
-        ours.add(key)
-        return True
-
 
 def tokenize_federation(
     federation: Federation, tokenizer: PreTrainedTokenizerBase, template: str, max_length: int, cut: Cut = "input"
 ) -> tuple[tuple[TokenizedClient, ...], TokenizationReport]:
     """Tokenize every example of every client.
-
-    What is kept of a client does not depend on those who come after it.
 
     Args:
         federation: the clients.
@@ -144,9 +118,9 @@ def tokenize_federation(
         ConfigError: the template is unknown or does not go with the tokenizer.
     """
     end = end_token(tokenizer, template)
-    clients, counts, seen = [], [], _Seen()
+    clients, counts = [], []
     for client in federation.clients:
-        tokenized, count = _tokenize_client(client, tokenizer, template, max_length, cut, end, seen)
+        tokenized, count = _tokenize_client(client, tokenizer, template, max_length, cut, end)
         clients.append(tokenized)
         counts.append(count)
     return tuple(clients), TokenizationReport(template, max_length, tuple(counts))
@@ -222,11 +196,10 @@ def _tokenize_client(
     max_length: int,
     cut: Cut,
     end: int,
-    seen: _Seen,
 ) -> tuple[TokenizedClient, ClientTokens]:
     sequences: dict[str, tuple[TokenizedExample, ...]] = {}
     texts: dict[str, tuple[Example, ...]] = {}
-    truncated = repeated = 0
+    truncated = 0
     dropped: list[str] = []
     for split in SPLITS:
         examples: tuple[Example, ...] = getattr(client, split)
@@ -235,32 +208,19 @@ def _tokenize_client(
         answers = _encode([example.output for example in examples], tokenizer)
         rooms = [max_length - len(answer) - 1 for answer in answers]
         visible = _kept(examples, prompts, rooms, tokenizer, template, cut)
-        repeated_before = repeated
         for example, prompt, read, answer in zip(examples, prompts, visible, answers, strict=True):
             if not read:
                 dropped.append(example.id)
                 continue
             tokens = np.array([*read, *answer, end], dtype=np.int32)
-            if not seen.takes(tokens[: len(read)], split):
-                repeated += 1
-                continue
             truncated += len(read) < len(prompt)
             kept.append((example, TokenizedExample(tokens, len(read), example.id)))
         if examples and not kept:
             first = examples[0].id or "unnamed"
-            why = (
-                f"the answers of all {len(examples)} are so long that max_length = {max_length} tokens leave no room "
-                f"for a prompt (first: {first}, answer and end token {len(answers[0]) + 1} tokens)"
-            )
-            if repeated > repeated_before:
-                where = "held out elsewhere" if split == "train" else "trained on"
-                why = (
-                    f"cut to max_length = {max_length} tokens, its prompts are the same as some that are {where} "
-                    f"(first: {first})"
-                )
             raise DataError(
-                f"client {client.name!r} has no usable {split} example: {why}. Raise data.max_length or remove the "
-                "client."
+                f"client {client.name!r} has no usable {split} example: the answers of all {len(examples)} are so long "
+                f"that max_length = {max_length} tokens leave no room for a prompt (first: {first}, "
+                f"answer and end token {len(answers[0]) + 1} tokens). Raise data.max_length or remove the client."
             )
         texts[split] = tuple(example for example, _ in kept)
         sequences[split] = tuple(sequence for _, sequence in kept)
@@ -273,7 +233,6 @@ def _tokenize_client(
         longest=max((len(sequence.tokens) for sequence in everything), default=0),
         truncated_prompts=truncated,
         dropped_examples=len(dropped),
-        repeated_prompts=repeated,
         first_dropped=tuple(dropped[:NUM_NAMED_DROPS]),
     )
     remaining = replace(client, train=texts["train"], validation=texts["validation"], test=texts["test"])
@@ -325,21 +284,24 @@ def _kept(
     if cut == "beginning":
         return kept
     long = [n for n, example in enumerate(examples) if example.input and 0 < len(kept[n]) < len(prompts[n])]
-    frames = _prompt_ids([replace(examples[n], input=_STAND_IN) for n in long], tokenizer, template)
-    for n, frame in zip(long, frames, strict=True):
-        kept[n] = _cut_within(prompts[n], frame, rooms[n]) or kept[n]
+    frames = [
+        _prompt_ids([replace(examples[n], input=stand_in) for n in long], tokenizer, template)
+        for stand_in in _STAND_INS
+    ]
+    for n, *frames_of_n in zip(long, *frames, strict=True):
+        kept[n] = _cut_within(prompts[n], frames_of_n, rooms[n]) or kept[n]
     return kept
 
 
-def _cut_within(prompt: list[int], frame: list[int], room: int) -> list[int]:
-    """`prompt` without the first of the tokens between those that it begins and ends with as `frame` does, so that
+def _cut_within(prompt: list[int], frames: Sequence[list[int]], room: int) -> list[int]:
+    """`prompt` without the first of the tokens between those that it begins and ends with as all `frames` do, so that
     `room` are left; nothing if leaving out all of them is not enough.
 
-    >>> _cut_within([1, 2, 10, 11, 12, 3], [1, 2, 9, 3], 5)
+    >>> _cut_within([1, 2, 10, 11, 12, 3], [[1, 2, 10, 3], [1, 2, 9, 3]], 5)
     [1, 2, 11, 12, 3]
     """
-    before = _num_alike(prompt, frame)
-    behind = _num_alike(prompt[before:][::-1], frame[before:][::-1])
+    before = min(_num_alike(prompt, frame) for frame in frames)
+    behind = min(_num_alike(prompt[before:][::-1], frame[before:][::-1]) for frame in frames)
     spare = room - before - behind
     return prompt[:before] + prompt[len(prompt) - behind - spare :] if spare > 0 else []
 

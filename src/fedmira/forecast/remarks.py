@@ -44,7 +44,6 @@ def _shortened_training_line(parts: Assembly) -> str:
     held = sum(len(client.train) + len(client.validation) + len(client.test) for client in parts.federation.clients)
     counts = (
         (report.dropped_examples, "left out, as their answers do not fit"),
-        (report.repeated_prompts, "left out, as their prompts, once cut, are both trained on and held out"),
         (report.truncated_prompts, f"read without the beginning of their {_CUT[parts.config.data.cut]}"),
     )
     found = [f"{count:,} {what}" for count, what in counts if count]

@@ -257,14 +257,28 @@ def freeze(model: Any, tokenizer: Any, name: str, source: str = "") -> BaseModel
     return base
 
 
+_BESIDE_THE_COMPUTATION = frozenset(
+    (
+        "_name_or_path",
+        "architectures",
+        "dtype",
+        "id2label",
+        "label2id",
+        "torch_dtype",
+        "transformers_version",
+        "use_cache",
+    )
+)
+"""Keys of a config that may differ between copies of one model."""
+
+
 def _config_sha256(folder: Path) -> str | None:
-    """Hash of what a folder's config.json says, whoever wrote it and for which dtype; None where there is none."""
+    """Hash of what a folder's config.json says about the computation; None where there is none."""
 
     def said(value: Any) -> Any:
         if not isinstance(value, dict):
             return value
-        aside = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
-        return {key: said(item) for key, item in value.items() if key not in aside}
+        return {key: said(item) for key, item in value.items() if key not in _BESIDE_THE_COMPUTATION}
 
     path = folder / "config.json"
     if not path.is_file():

@@ -21,7 +21,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from fedmira.config.file import config_difference, config_hash, parse_config, resolved_yaml, with_rounds
+from fedmira.config.file import config_difference, config_hash, parse_resolved, resolved_yaml, with_rounds
 from fedmira.config.run import RunConfig
 from fedmira.errors import ConfigError, IntegrityError, SetupError, UsageError
 from fedmira.runs.atomic import (
@@ -134,7 +134,7 @@ class RunStore:
         with disk_errors_named(path / RESOLVED, "read"):
             data = read_bytes(path / RESOLVED)
         try:
-            config = parse_config(data.decode(), source=RESOLVED)
+            config = parse_resolved(data.decode())
         except (ConfigError, UnicodeDecodeError) as error:
             raise IntegrityError(
                 f"{path / RESOLVED} is damaged or was written by another version of fedmira: {error}"

@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from fedmira.config.file import config_difference, parse_config, resolved_yaml
+from fedmira.config.file import config_difference, parse_resolved, resolved_yaml
 from fedmira.config.refusals import refusal, refusal_beside, refusal_of_dtype
 from fedmira.config.run import RunConfig
 from fedmira.errors import (
@@ -213,7 +213,7 @@ def _refuse_other_study(config: RunConfig, directory: Path) -> None:
     if not (directory / STUDY).exists() or not path.exists():
         return
     try:
-        before = parse_config(path.read_text(encoding="utf-8"), source=RESOLVED)
+        before = parse_resolved(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, ConfigError) as error:
         raise IntegrityError(f"{path} is damaged or was written by another version of fedmira: {error}") from error
     differences = [line for line in config_difference(before, config) if not line.startswith("seed: ")]

@@ -9,6 +9,7 @@ import json
 import os
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -79,10 +80,22 @@ def find_files(path: str) -> Found:
         ) from error
     if not files:
         raise DataError(f"{what} ending in {', '.join(FILE_ENDINGS)}. Correct data.path.")
+    for one, other in pairwise(sorted(files, key=_without_ending)):
+        if _without_ending(one) == _without_ending(other):
+            raise DataError(
+                f"{str(one)!r} and {str(other)!r} differ in their ending only, and whether they hold the same is not "
+                "known. Remove one of them, or rename it."
+            )
     taken = set(files)
     others = [place for place in candidates if place not in taken and not place.name.startswith(".")]
     # `**` matches the folders on the way to the files as well
     return Found(files, [place for place in others if "**" not in path or not os.path.isdir(place)])
+
+
+def _without_ending(path: Path) -> str:
+    name = path.name.lower()
+    ending = max((ending for ending in FILE_ENDINGS if name.endswith(ending)), key=len)
+    return str(path)[: -len(ending)]
 
 
 def read_bytes(path: Path) -> tuple[bytes, str]:

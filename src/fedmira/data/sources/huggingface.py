@@ -60,7 +60,8 @@ def rows(path: str, name: str | None, split: str) -> tuple[Iterator[Mapping[str,
         if saved:
             loaded = datasets.load_from_disk(str(folder))
             several = isinstance(loaded, datasets.DatasetDict)
-            _refuse_other_than_saved(path, name, split, list(loaded) if several else None)
+            of_its_own = () if several else ("train", str(loaded.split))
+            _refuse_other_than_saved(path, name, split, list(loaded) if several else None, of_its_own)
             loaded = loaded[split] if several else loaded
         else:
             loaded = datasets.load_dataset(str(folder) if local else path, name, split=split)
@@ -78,7 +79,9 @@ def rows(path: str, name: str | None, split: str) -> tuple[Iterator[Mapping[str,
     return iter(loaded), origin
 
 
-def _refuse_other_than_saved(path: str, name: str | None, split: str, splits: Sequence[str] | None) -> None:
+def _refuse_other_than_saved(
+    path: str, name: str | None, split: str, splits: Sequence[str] | None, of_its_own: Sequence[str]
+) -> None:
     """Refuse what a saved data set does not have: configurations, slices, and splits other than its own.
 
     Raises:
@@ -88,7 +91,7 @@ def _refuse_other_than_saved(path: str, name: str | None, split: str, splits: Se
         raise DataError(
             f"data.name = {name!r}, but {path!r} is a saved data set, which has no configurations. Leave data.name out."
         )
-    if split not in (splits or ["train"]):
+    if split not in (splits or of_its_own):
         has = f"the splits {', '.join(splits)}" if splits else "no splits and is read whole, as train"
         raise DataError(
             f"data.split = {split!r}, but the saved data set {path!r} has {has}; slices such as train[:10%] are not "
