@@ -35,7 +35,7 @@ import numpy as np
 import yaml
 from scipy.stats import t as student
 
-from fedmira.evaluation.meters import worst_tenth
+from fedmira.evaluation.meters import HARM_TOLERANCE, worst_tenth
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 STUDIES = REPOSITORY / "studies"
@@ -223,8 +223,7 @@ def reported_tasks(study: Study, name: str, lines: dict[Any, dict[str, Any]]) ->
 
 def straight_through(config: Any, folder: Path) -> Path:
     """Carry out a run as `fedmira run` does, below `folder`, and return its directory."""
-    from fedmira.evaluation.meters import HARM_TOLERANCE
-from fedmira.experiment import run
+    from fedmira.experiment import run
 
     return run(config, directory=folder)
 
