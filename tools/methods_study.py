@@ -516,7 +516,7 @@ def interval(runs: Sequence[Judged], others: Sequence[Judged]) -> str:
 
 
 def harmed(loss: float, base: float) -> bool:
-    """Whether `loss` is more than 1 % above `base`; a loss that is not finite harms wherever `base` is finite, as in `share_harmed`."""
+    """Whether `loss` is more than 1 % above `base`, or not finite where `base` is; as `meters.share_harmed`."""
     return math.isfinite(base) and not loss <= (1 + HARM_TOLERANCE) * base
 
 
