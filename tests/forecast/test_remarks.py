@@ -68,16 +68,6 @@ def test_what_is_not_trained_on_for_its_length_is_told() -> None:
     assert sum(map(int, filter(None, counts.groups()))) <= 48
 
 
-def test_prompts_that_became_the_same_are_told(tmp_path: Path) -> None:
-    lines = [json.dumps({"instruction": f"say {n} {'very ' * 30 * (n > 5)}", "output": "yes"}) for n in range(12)]
-    (tmp_path / "a.jsonl").write_text("\n".join(lines))
-    data = {"source": "jsonl", "path": str(tmp_path), "template": "plain", "max_length": 24}
-    halves = {"by": "field", "validation": 0, "test": 0.5}
-    told = warnings(assemble(tiny(data={**data, "partition": halves}, method={"name": "local_only"})))
-    assert "left out, as their prompts, once cut, are both trained on and held out" in told[0]
-    assert "read without the beginning of their input, or of their prompt where that is not enough" in told[0]
-
-
 def test_judging_that_takes_longer_than_training_is_told_with_what_to_set() -> None:
     # 8 validation examples of each client after every round, for 2 trained on
     data = {"source": "planted", "families": 2, "clients_per_family": 2, "examples": 12}
