@@ -80,8 +80,8 @@ def find_files(path: str) -> Found:
         ) from error
     if not files:
         raise DataError(f"{what} ending in {', '.join(FILE_ENDINGS)}. Correct data.path.")
-    for one, other in pairwise(sorted(files, key=_without_ending)):
-        if _without_ending(one) == _without_ending(other):
+    for one, other in pairwise(sorted(files, key=_named)):
+        if _named(one) == _named(other):
             raise DataError(
                 f"{str(one)!r} and {str(other)!r} differ in their ending only, and whether they hold the same is not "
                 "known. Remove one of them, or rename it."
@@ -92,10 +92,18 @@ def find_files(path: str) -> Found:
     return Found(files, [place for place in others if "**" not in path or not os.path.isdir(place)])
 
 
-def _without_ending(path: Path) -> str:
-    name = path.name.lower()
-    ending = max((ending for ending in FILE_ENDINGS if name.endswith(ending)), key=len)
-    return str(path)[: -len(ending)]
+def client_of_file(path: Path) -> str:
+    """Return the name of the client that a file stands for: the file name without its ending.
+
+    >>> client_of_file(Path("data/ward-7.jsonl.gz"))
+    'ward-7'
+    """
+    endings = [ending for ending in FILE_ENDINGS if path.name.lower().endswith(ending)]
+    return path.name[: -len(max(endings, key=len))] if endings else path.stem
+
+
+def _named(path: Path) -> tuple[str, str]:
+    return str(path.parent), client_of_file(path)
 
 
 def read_bytes(path: Path) -> tuple[bytes, str]:

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from fedmira.config.run import JsonlConfig
-from fedmira.data.sources.files import FILE_ENDINGS, file_provenance, find_files, read_records, skipped_provenance
+from fedmira.data.sources.files import client_of_file, file_provenance, find_files, read_records, skipped_provenance
 from fedmira.data.sources.records import Fields, usable_examples
 from fedmira.data.sources.source import Source
 from fedmira.errors import DataError
@@ -48,15 +48,3 @@ def load(config: JsonlConfig, seed: int) -> Source:
             "Correct its name, or leave it out to take one client per file."
         )
     return Source(tuple(examples), {"source": "jsonl", "files": files, **skipped_provenance(places.skipped)})
-
-
-def client_of_file(path: Path) -> str:
-    """Return the name of the client that a file stands for: the file name without its ending.
-
-    >>> client_of_file(Path("data/ward-7.jsonl.gz"))
-    'ward-7'
-    """
-    for ending in sorted(FILE_ENDINGS, key=len, reverse=True):
-        if path.name.lower().endswith(ending):
-            return path.name[: -len(ending)]
-    return path.stem
