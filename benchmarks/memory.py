@@ -25,9 +25,9 @@ _SECONDS_BETWEEN_LOOKS = 0.01
 def with_peak(call: Callable[[], T], device: str) -> tuple[T, int]:
     """Call, and return what it returned and the bytes of its peak above the state before it."""
     before = held_bytes(device)
-    with PeakMemory(device) as peak:
-        result = call()
-    return result, max(0, peak.peak_bytes - before)
+    memory = PeakMemory(device)
+    result = call()
+    return result, max(0, memory.lap() - before)
 
 
 def with_peak_of(process: int, call: Callable[[], T]) -> tuple[T, int]:
@@ -73,9 +73,7 @@ def held_bytes(device: str) -> int:
         torch.cuda.empty_cache()
         return int(torch.cuda.memory_allocated(device))
     _give_back()
-    with PeakMemory() as peak:
-        pass
-    return peak.peak_bytes
+    return PeakMemory().lap()
 
 
 def _give_back() -> None:

@@ -20,6 +20,7 @@ import torch
 from fedmira.assembly import Assembly, assemble, moved, refuse_other_base, refuse_other_dtype
 from fedmira.config.run import RunConfig
 from fedmira.errors import DivergedError, Interrupted, ParticipationError
+from fedmira.evaluation.costs import PeakMemory
 from fedmira.evaluation.judge import final_records, validation_losses
 from fedmira.exchange.privacy import advice
 from fedmira.exchange.seam import Kept
@@ -131,6 +132,7 @@ class _Run:
             store.write_rounds()
         if self.parts.base.device.type == "cuda":
             settle_with(partial(torch.cuda.synchronize, self.parts.base.device))
+        self.peak = PeakMemory(self.parts.base.device)
 
     def carry_out(self) -> Path:
         config = self.config
@@ -309,7 +311,7 @@ class _Run:
                     "train_seconds": results.train_seconds,
                     "merge_seconds": merge_seconds,
                     "evaluate_seconds": trial_seconds,
-                    "peak_memory_bytes": results.peak_memory_bytes,
+                    "peak_memory_bytes": self.peak.lap(),
                 },
             }
         )
@@ -341,7 +343,7 @@ class _Run:
                     name: {"loss_sum": loss_sum, "tokens": tokens}
                     for name, (loss_sum, tokens) in zip(self.parts.clients.names, losses, strict=True)
                 },
-                "timing": {"evaluate_seconds": time.perf_counter() - started},
+                "timing": {"evaluate_seconds": time.perf_counter() - started, "peak_memory_bytes": self.peak.lap()},
             }
         )
         per_client = [loss_sum / tokens for loss_sum, tokens in losses if tokens]
@@ -359,7 +361,7 @@ class _Run:
                 "round": round_,
                 "split": "test",
                 "clients": clients,
-                "timing": {"evaluate_seconds": time.perf_counter() - started},
+                "timing": {"evaluate_seconds": time.perf_counter() - started, "peak_memory_bytes": self.peak.lap()},
             }
         )
         return sum(record.loss_sum / record.tokens for record in records) / len(records)

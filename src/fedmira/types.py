@@ -348,7 +348,6 @@ class Results(NamedTuple):
     upload_bytes: int
     download_bytes: int
     train_seconds: float
-    peak_memory_bytes: int
     uncompressed_bytes: int = 0
     """Upload and download together, had the tensors crossed as they are; 0 where nothing is compressed."""
     epsilon: tuple[tuple[int, float], ...] = ()

@@ -67,19 +67,18 @@ def test_peak_memory_sees_a_block_that_is_gone_before_the_end() -> None:
     size = 64 * MEBIBYTE
 
     def rise() -> int:
-        with PeakMemory() as idle:
-            pass
+        memory = PeakMemory()
+        idle = memory.lap()
         # from the system itself: what earlier tests made the allocator keep could hold it without a new page
-        with PeakMemory() as busy, mmap.mmap(-1, size) as block:
+        with mmap.mmap(-1, size) as block:
             block[:: mmap.PAGESIZE] = b"x" * (size // mmap.PAGESIZE)
-        with PeakMemory() as again:
-            pass
-        assert idle.peak_bytes > MEBIBYTE
-        assert busy.source.startswith("resident set")
-        if busy.source != "resident set":
-            assert busy.peak_bytes >= size
-            return busy.peak_bytes
-        return busy.peak_bytes - max(idle.peak_bytes, again.peak_bytes)
+        busy, again = memory.lap(), memory.lap()
+        assert idle > MEBIBYTE
+        assert memory.source.startswith("resident set")
+        if memory.source != "resident set":
+            assert busy >= size
+            return busy
+        return busy - max(idle, again)
 
     # what earlier tests left may be given back to the system while one measures
     assert max(rise() for _ in range(3)) > 0.9 * size
@@ -87,19 +86,16 @@ def test_peak_memory_sees_a_block_that_is_gone_before_the_end() -> None:
 
 def test_peak_memory_falls_back_to_the_life_of_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fedmira.evaluation.costs._reset_high_water_mark", lambda: False)
-    with PeakMemory() as memory:
-        pass
+    memory = PeakMemory()
     assert memory.source == "resident set since start of process"
-    assert memory.peak_bytes > MEBIBYTE
+    assert memory.lap() > MEBIBYTE
 
 
-def test_the_highest_memory_survives_blocks_that_begin_anew() -> None:
-    before = highest_memory_bytes()
-    with PeakMemory():
-        block = b"x" * (64 * MEBIBYTE)
-        del block
+def test_the_highest_memory_survives_laps_that_begin_anew() -> None:
+    before, memory = highest_memory_bytes(), PeakMemory()
+    block = b"x" * (64 * MEBIBYTE)
+    del block
+    memory.lap()
     reached = highest_memory_bytes()
-    with PeakMemory() as later:
-        pass
     assert reached >= before
-    assert highest_memory_bytes() >= reached > later.peak_bytes
+    assert highest_memory_bytes() >= reached > memory.lap()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
+import mmap
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -581,3 +583,42 @@ def test_uploads_that_failed_or_were_refused_are_not_counted(tmp_path: Path, mon
             run(config, directory=tmp_path / "limited", resume=resume)
         [path] = (tmp_path / "limited").iterdir()
         assert RunStore.open(path).uploads() == [2, 2, 2, 2]
+
+
+def test_a_round_that_was_stopped_counts_the_seconds_before_and_after(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny({}, method={"name": "fedit"}, federation={"rounds": 1})
+    clock = itertools.count(0.0, 1.0)
+
+    class Clock:
+        perf_counter = staticmethod(lambda: next(clock))
+
+    monkeypatch.setattr(in_process, "time", Clock)
+    asked = iter([False] + [True] * 100)
+    with monkeypatch.context() as patch:
+        patch.setattr(experiment.StopFlag, "__call__", lambda self: next(asked))
+        with pytest.raises(Interrupted):
+            run(config, directory=tmp_path)
+    # one second until it was stopped, one from there on
+    path = run(config, directory=tmp_path, resume=True)
+    [event] = events(path)
+    assert event["timing"]["train_seconds"] == 2.0
+
+
+@pytest.mark.parametrize("place", ["validation_losses", "final_records"])
+def test_the_peak_of_a_run_is_that_of_evaluating_where_it_is_higher(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    original, size = getattr(experiment, place), 2**29
+
+    def hungry(*arguments: Any) -> Any:
+        with mmap.mmap(-1, size) as block:
+            block[:: mmap.PAGESIZE] = b"x" * (size // mmap.PAGESIZE)
+        return original(*arguments)
+
+    monkeypatch.setattr(experiment, place, hungry)
+    config = tiny({}, method={"name": "fedit"}, federation={"rounds": 1}, evaluation={})
+    path = run(config, directory=tmp_path)
+    peak = max(event["timing"]["peak_memory_bytes"] for event in events(path))
+    assert read(path).peak_memory_bytes > peak + size // 2

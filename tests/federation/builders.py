@@ -221,7 +221,6 @@ def trained(job: Job, names: tuple[str, ...], failed: Collection[int] = ()) -> R
         upload_bytes=0,
         download_bytes=0,
         train_seconds=0.0,
-        peak_memory_bytes=0,
     )
 
 

@@ -19,7 +19,7 @@ OWN, MIXED = (Arena(LAYOUT, torch.tensor(values)) for values in ([[0.0, 4.0]] * 
 
 
 def returned(*ids: int) -> Results:
-    return Results(ids, OWN.values_KP[list(ids)], (), 0, 0, 0.0, 0)
+    return Results(ids, OWN.values_KP[list(ids)], (), 0, 0, 0.0)
 
 
 def state() -> State:

@@ -204,9 +204,9 @@ def test_who_was_seen_long_ago_is_not_a_stranger() -> None:
     state = method.init(initial(4, torch.float64), who)
     sent_SP = initial(4, torch.float64).values_KP + torch.tensor([[10.0], [0.0], [0.0], [10.0]])
     everybody = Participants(1, (0, 1, 2, 3))
-    state, _ = method.merge(state, everybody, Results(everybody.ids, sent_SP, (), 0, 0, 0.0, 0))
+    state, _ = method.merge(state, everybody, Results(everybody.ids, sent_SP, (), 0, 0, 0.0))
     later = Participants(400, (1, 2))
-    state, _ = method.merge(state, later, Results(later.ids, sent_SP[1:3], (), 0, 0, 0.0, 0))
+    state, _ = method.merge(state, later, Results(later.ids, sent_SP[1:3], (), 0, 0, 0.0))
     assert torch.allclose(state.adapters.values_KP[[0, 3]], sent_SP[[0, 3]])
 
 

@@ -238,7 +238,7 @@ def test_krum_does_not_take_a_larger_rank_for_hostile() -> None:
         who = clients(9)._replace(num_examples_K=(20,) * 9, ranks_K=hears)
         method = build_method(mira_with("uniform", robust="krum", mixing="factors"), who)
         uploads_SP = trimmed(of, start + moved, ranks)
-        results = Results(tuple(range(9)), uploads_SP, (), 0, 0, 0.0, 0)
+        results = Results(tuple(range(9)), uploads_SP, (), 0, 0, 0.0)
         _, info = method.merge(method.init(initial(9, torch.float64, of), who), Participants(1, results.ids), results)
         told[hears] = info.numbers["unheard"]
     # somebody who has 16 components without being known for it is another matter

@@ -131,7 +131,7 @@ def outcome(strength: float | str, deviation: float, noise: float) -> tuple[floa
     for round_ in range(1, ROUNDS + 1):
         everybody = Participants(round_, tuple(range(num_clients)))
         start_KP = method.plan(state, everybody).start_SP
-        results = Results(everybody.ids, empirical_KP + 0.9**10 * (start_KP - empirical_KP), (), 0, 0, 0.0, 0)
+        results = Results(everybody.ids, empirical_KP + 0.9**10 * (start_KP - empirical_KP), (), 0, 0, 0.0)
         state, info = method.merge(state, everybody, results)
         last = info.numbers.get("strength", 0.0)
         trial = method.trial(state, everybody, results) if method.trial else None

@@ -127,7 +127,7 @@ def test_the_merged_adapter_is_rebuilt_from_the_sums_of_what_was_uploaded() -> N
             for number, scalar in pairs:
                 sums[number] += counts[id_] / sum(counts[k] for k in ids) * scalar
         rows_SP, reports = setup.train(job)
-        state, _ = method.merge(state, Participants(round_, ids), Results(ids, rows_SP, reports, 0, 0, 0.0, 0))
+        state, _ = method.merge(state, Participants(round_, ids), Results(ids, rows_SP, reports, 0, 0, 0.0))
     rebuilt_P = theta_0_P.clone()
     for number, scalar in sums.items():
         rebuilt_P -= scalar * direction(SEED, number, setup.layout.num_parameters).double()

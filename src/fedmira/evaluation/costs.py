@@ -10,8 +10,6 @@ c_attn and c_proj have 8,110,080 parameters, so float32 U + D is 61.9 MiB; 7.73 
 
 from __future__ import annotations
 
-from types import TracebackType
-
 import torch
 
 from fedmira.config.run import TrainingConfig
@@ -35,11 +33,11 @@ def optimizer_bytes(layout: Layout, training: TrainingConfig, dtype: torch.dtype
 
 
 _HIGHEST_BEFORE = {"cpu": 0, "cuda": 0}
-"""What the high-water marks had reached before the last `PeakMemory` block began them anew."""
+"""What the high-water marks had reached before the last lap of a `PeakMemory` began them anew."""
 
 
 def highest_memory_bytes() -> int:
-    """Highest memory use since this process started, whatever `PeakMemory` blocks were inside it.
+    """Highest memory use since this process started, whatever laps of `PeakMemory` were in it.
 
     The bytes torch allocated on the fullest CUDA device if there were any, else the resident set.
     """
@@ -56,26 +54,32 @@ def memory_bytes(device: str | torch.device) -> int:
 
 
 class PeakMemory:
-    """Measures the highest memory use between `with` and its end. Blocks must not overlap.
+    """Measures the highest memory use from its making, or from its last lap, to the next one. One at a time.
 
     On CUDA: the bytes torch allocated on the device. Elsewhere: the resident set of this process, all of it, with the
     interpreter and the base model.
 
-    >>> with PeakMemory() as memory:
-    ...     block = b"x" * 10_000_000
-    >>> memory.peak_bytes > len(block)
+    >>> memory = PeakMemory()
+    >>> block = b"x" * 10_000_000
+    >>> memory.lap() > len(block)
     True
     """
 
     def __init__(self, device: str | torch.device = "cpu") -> None:
         self._device = str(device)
-        self.peak_bytes = 0
-        """Set when the block ends."""
         self.source = ""
-        """`cuda`; `resident set` of this block; or `resident set since start of process` where the system keeps only
-        one high-water mark for the life of a process."""
+        """`cuda`; `resident set` of a lap; or `resident set since start of process` where the system keeps only one
+        high-water mark for the life of a process."""
+        self._begin()
 
-    def __enter__(self) -> PeakMemory:
+    def lap(self) -> int:
+        """Bytes that were in use at most since the last lap began; the next one begins."""
+        on_cuda = self.source == "cuda"
+        peak = int(torch.cuda.max_memory_allocated(self._device)) if on_cuda else _high_water_mark_bytes()
+        self._begin()
+        return peak
+
+    def _begin(self) -> None:
         if self._device.startswith("cuda"):
             reached = int(torch.cuda.max_memory_allocated(self._device))
             _HIGHEST_BEFORE["cuda"] = max(_HIGHEST_BEFORE["cuda"], reached)
@@ -83,18 +87,6 @@ class PeakMemory:
             self.source = "cuda"
         else:
             self.source = "resident set" if _reset_high_water_mark() else "resident set since start of process"
-        return self
-
-    def __exit__(
-        self,
-        exception_type: type[BaseException] | None,
-        exception: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        if self.source == "cuda":
-            self.peak_bytes = int(torch.cuda.max_memory_allocated(self._device))
-        else:
-            self.peak_bytes = _high_water_mark_bytes()
 
 
 def _reset_high_water_mark() -> bool:

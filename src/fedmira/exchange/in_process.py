@@ -14,12 +14,11 @@ from typing import TYPE_CHECKING
 import torch
 
 from fedmira.config.exchange import ExchangeConfig
-from fedmira.evaluation.costs import PeakMemory
 from fedmira.evaluation.loss import example_losses, scatter
 from fedmira.evaluation.predictions import agreement
 from fedmira.exchange.messages import crossing_bytes
 from fedmira.exchange.seam import Kept, Seam, uncompressed_bytes
-from fedmira.training.cohort import Progress, train
+from fedmira.training.cohort import Progress, StopRequested, train
 from fedmira.training.continuity import Continuity, Place
 from fedmira.types import Arena, Job, Layout, Losses, Results, Trial
 
@@ -75,10 +74,11 @@ class InProcess:
         on_step: Callable[[int, int], None] = _ignore,
     ) -> Results:
         """See `fedmira.exchange.Exchange.run`."""
-        started = time.perf_counter()
+        # a round that goes on where it was stopped took the time before that too
+        started = time.perf_counter() - (0.0 if progress is None else float(progress.facts.get("seconds", 0.0)))
         self._seam.refuse(job)
-        with PeakMemory(self._base.device) as peak:
-            sent = self._seam.send(job)
+        sent = self._seam.send(job)
+        try:
             values_SP, reports = train(
                 self._base,
                 self._layout,
@@ -94,12 +94,15 @@ class InProcess:
                 should_stop=should_stop,
                 on_step=on_step,
             )
-            num_returned = len(values_SP)
-            received = self._seam.receive(sent.job, values_SP, reports, planned=job)
-            judged = zip(job.ids, job.blocks, reports, received.reports, strict=True)
-            self._continuity.forget(
-                [Place(id_, block) for id_, block, sent_, got in judged if got.failure and not sent_.failure]
-            )
+        except StopRequested as stopped:
+            stopped.progress.facts["seconds"] = time.perf_counter() - started
+            raise
+        num_returned = len(values_SP)
+        received = self._seam.receive(sent.job, values_SP, reports, planned=job)
+        judged = zip(job.ids, job.blocks, reports, received.reports, strict=True)
+        self._continuity.forget(
+            [Place(id_, block) for id_, block, sent_, got in judged if got.failure and not sent_.failure]
+        )
         return Results(
             ids=received.ids,
             values_SP=received.values_SP,
@@ -107,7 +110,6 @@ class InProcess:
             upload_bytes=received.upload_bytes,
             download_bytes=sent.download_bytes,
             train_seconds=time.perf_counter() - started,
-            peak_memory_bytes=peak.peak_bytes,
             uncompressed_bytes=uncompressed_bytes(self._layout, job, num_returned) if self._compresses else 0,
             epsilon=received.epsilon,
         )

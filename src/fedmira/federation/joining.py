@@ -36,7 +36,7 @@ def joined(method: Method, state: State, first: State, round_: int) -> State:
     )
     if method.join is not None:
         return method.join(grown, num_before)
-    nobody = Results((), grown.adapters.values_KP[:0], (), 0, 0, 0.0, 0)
+    nobody = Results((), grown.adapters.values_KP[:0], (), 0, 0, 0.0)
     merged, _ = method.merge(grown, Participants(round_, ()), nobody)
     return with_rows(grown, num_before, merged.adapters.values_KP[num_before:])
 

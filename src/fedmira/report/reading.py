@@ -136,7 +136,8 @@ class RunRecord:
 
     @property
     def peak_memory_bytes(self) -> int:
-        return max((int(event.get("timing", {}).get("peak_memory_bytes") or 0) for event in self.rounds), default=0)
+        """Of training, mixing, evaluating and saving, without loading."""
+        return max((int(event.get("timing", {}).get("peak_memory_bytes") or 0) for event in self.events), default=0)
 
     def validation_losses(self) -> dict[str, list[tuple[int, float]]]:
         """Per client, in the run's order: (round, validation loss per supervised token, nats)."""
