@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from tests.reference.tiny_models import FAMILIES, random_examples, tiny_base
 
 from fedmira.data.packing import PackedBatch, pack
 from fedmira.model import attention
-from fedmira.model.attention import PACKED, Alone, asking_for, plan_packing
+from fedmira.model.attention import PACKED, Alone, Settings, asking_for, attend, plan_packing
 from fedmira.model.base import BaseModel
 
 # longer than the sliding windows, and ragged enough for several buckets
@@ -130,3 +132,23 @@ def test_only_rows_from_the_first_wanted_one_on_ask(monkeypatch: pytest.MonkeyPa
     assert [one._replace(asking=one.rows) for one in asked.alone] == list(plan.alone)
     together = plan_packing((5, 2), torch.device("cpu"))
     assert asking_for(together, torch.tensor([3])) is together
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "in_groups"),
+    [("cpu", torch.float32, True), ("meta", torch.bfloat16, True), ("meta", torch.float32, False)],
+)
+def test_a_gpu_shares_keys_in_16_bits_only(
+    device: str, dtype: torch.dtype, in_groups: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its kernel for float32 that does not keep (T, T) weights knows no groups."""
+    seen = []
+
+    def spy(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **settings: Any) -> torch.Tensor:
+        seen.append((settings["enable_gqa"], key.shape[1]))
+        return query
+
+    monkeypatch.setattr(attention.F, "scaled_dot_product_attention", spy)
+    query, key = (torch.empty(1, heads, 5, 4, device=device, dtype=dtype) for heads in (6, 2))
+    attend(query, key, key, Settings(None, None, None))
+    assert seen == [(in_groups, 2 if in_groups else 6)]

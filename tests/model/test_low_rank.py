@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from fedmira.model import low_rank
 from fedmira.model.low_rank import Branch, Target, Way, add_low_rank_, assign_rows, low_rank_backward_
 
 COUNTS = (3, 0, 5, 1)
@@ -53,10 +54,14 @@ def by_the_book(branch: Branch, x_NI: torch.Tensor, grad_NO: torch.Tensor) -> tu
     return (out.detach(), *gradients)
 
 
-@pytest.mark.parametrize("way", [None, "segments", "masked", "grouped"])
-def test_every_way_computes_the_same(way: Way | None) -> None:
+@pytest.mark.parametrize(
+    ("way", "together"),
+    [(None, 9), ("segments", 9), ("masked", 9), ("masked", 2), ("masked", 1), ("masked", 0), ("grouped", 9)],
+)
+def test_every_way_computes_the_same(way: Way | None, together: int, monkeypatch: pytest.MonkeyPatch) -> None:
     if way == "grouped" and not hasattr(torch.nn.functional, "grouped_mm"):
         pytest.skip("this PyTorch has no grouped_mm")
+    monkeypatch.setattr(low_rank, "_MOST_MASKED_RANKS", together * 2 * RANK)
     branch = make_branch()
     x_NI, grad_NO = draw(sum(COUNTS), INPUTS, seed=30), draw(sum(COUNTS), 32, seed=31)
     out, grad_x, grad_a, *grad_bs = by_the_book(branch, x_NI, grad_NO)
@@ -98,10 +103,29 @@ def test_rows_are_masked_with_what_was_made_once() -> None:
     masks = []
     for _ in range(2):
         add_low_rank_(branch, rows, x_NI, torch.zeros(sum(COUNTS), 32))
-        masks.append(rows.foreign[len(COUNTS) * 2 * RANK])
+        masks.append(rows.foreign[len(COUNTS), 2 * RANK])
     assert masks[0] is masks[1]
     assert (~masks[0]).sum(dim=1).tolist() == [2 * RANK] * sum(COUNTS)
     assert not assign_rows(COUNTS, torch.device("cpu"), "masked").foreign
+
+
+def test_what_is_masked_together_stays_few_however_many_clients_there_are() -> None:
+    counts, branch = (1,) * 1000, make_branch()
+    many = branch._replace(
+        a_CRI=draw(1000, 2 * RANK, INPUTS, seed=1),
+        grad_a_CRI=None,
+        targets=tuple(
+            target._replace(b_COr=draw(1000, *target.b_COr.shape[1:], seed=2), grad_b_COr=None)
+            for target in branch.targets
+        ),
+    )
+    outputs = []
+    for way in ("masked", "segments"):
+        out_NO = torch.zeros(1000, 32)
+        low = add_low_rank_(many, assign_rows(counts, torch.device("cpu"), way), draw(1000, INPUTS, seed=3), out_NO)
+        outputs.append(out_NO)
+        assert low.numel() <= 1000 * 256
+    torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-4)
 
 
 def test_only_one_after_the_other_keeps_trouble_to_itself() -> None:

@@ -20,6 +20,7 @@ from fedmira.errors import IntegrityError
 from fedmira.model import fused, low_rank
 from fedmira.model.arena import lora_layout
 from fedmira.model.base import BaseModel
+from fedmira.training import cohort
 from fedmira.training.cohort import Progress, StopRequested, train
 from fedmira.types import ClientReport, Job, Layout
 
@@ -252,9 +253,19 @@ def test_on_a_path_that_spreads_trouble_only_the_culprit_is_left_out(monkeypatch
     healthy_ids = tuple(k for k in range(8) if k != 3)
     expected_SP, _ = setup.train(setup.job(ids=healthy_ids), 8)
     setup.start_SP[3] = float("nan")
+    tried: list[bool] = []
+    attempt = cohort._try_step
+
+    def spy(*arguments: Any, isolate: bool = False) -> Any:
+        tried.append(isolate)
+        return attempt(*arguments, isolate=isolate)
+
+    monkeypatch.setattr(cohort, "_try_step", spy)
     rows_SP, reports = setup.train(setup.job(), 8)
     assert [report.id for report in reports if report.failure] == [3]
     torch.testing.assert_close(rows_SP, expected_SP, rtol=0, atol=1e-9)
+    assert tried[:2] == [False, True]
+    assert not any(tried[2:]), "only the step in which it failed is done again"
 
 
 def test_a_client_that_fails_later_leaves_the_others_where_they_were() -> None:

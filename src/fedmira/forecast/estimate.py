@@ -234,6 +234,4 @@ def _made_up_results(job: Job, seed: int) -> Results:
     for row_P in moved_SP:
         row_P += 1e-3 * torch.randn(row_P.shape, generator=noise).to(row_P)
     reports = tuple(ClientReport(id_, 0, 0, 0.0, 0, 0) for id_ in job.ids)
-    return Results(
-        job.ids, moved_SP, reports=reports, upload_bytes=0, download_bytes=0, train_seconds=0
-    )
+    return Results(job.ids, moved_SP, reports=reports, upload_bytes=0, download_bytes=0, train_seconds=0)

@@ -273,7 +273,9 @@ def attend(
         if window is not None:
             allowed_QK &= position_K[None, :] > position_Q[:, None] - window
     repeats = query_BHQD.shape[1] // key_BGKD.shape[1]
-    native_groups = allowed_QK is None and query_BHQD.shape[-1] <= 256
+    # on a GPU only the kernel for 16 bits knows groups; the one that would be taken instead keeps (T, T) weights
+    knows_groups = query_BHQD.device.type == "cpu" or query_BHQD.dtype.itemsize == 2
+    native_groups = knows_groups and allowed_QK is None and query_BHQD.shape[-1] <= 256
     if repeats > 1 and not native_groups:
         key_BGKD = key_BGKD.repeat_interleave(repeats, dim=1)
         value_BGKD = value_BGKD.repeat_interleave(repeats, dim=1)

@@ -8,19 +8,20 @@ y[:, start:stop] += scaling * B_kj (A_kj x). Layers that share an input lie in o
 
 There are three ways to the same numbers. `segments` multiplies one client after the other: best on a CPU, and the only
 way on which a client that is not finite reaches nobody else and nothing is written for one without rows. `masked`
-multiplies the rows of all clients with the pairs of all and masks what does not belong together: few calls, for a GPU
-and few clients. `grouped` lets one kernel do it client by client: for a GPU and many clients.
+multiplies the rows of some clients with the pairs of all of them and masks what does not belong together: few calls,
+for a GPU and few clients. `grouped` lets one kernel do it client by client: for a GPU and many clients, where the
+kernel takes the sizes.
 
 On the way of `segments` what has as few columns as an adapter has ranks is kept as rows: such matrices are multiplied
 at two to four times the rate.
 
-Axes: C clients, N rows, n rows of one client, R rank (of all layers of a branch together), r rank of one layer, I/O in
-and out features.
+Axes: C clients, G clients that are masked together, N rows, n rows of one client, R rank (of all layers of a branch
+together), r rank of one layer, I/O in and out features.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -28,7 +29,7 @@ import torch
 Way = Literal["segments", "masked", "grouped"]
 
 _MOST_MASKED_RANKS = 256
-"""Ranks of all clients together beyond which masking would multiply mostly zeros."""
+"""Ranks of clients together beyond which masking would multiply mostly zeros."""
 
 
 class Segment(NamedTuple):
@@ -49,8 +50,9 @@ class Rows(NamedTuple):
     """int64; row of the arena."""
     ends_C: torch.Tensor
     """int32; where the rows of each client end."""
-    foreign: dict[int, torch.Tensor]
-    """By the ranks of all clients, where a row meets those of another client; filled where rows are masked."""
+    foreign: dict[tuple[int, int], torch.Tensor]
+    """By how many clients are masked together and their ranks, where a row meets those of another client, (N, G * R);
+    filled where rows are masked."""
     way: Way | None = None
     """How to multiply; None chooses by device and size."""
 
@@ -101,7 +103,7 @@ def add_low_rank_(branch: Branch, rows: Rows, x_NI: torch.Tensor, out_NO: torch.
     """Add the low-rank products of `x_NI` to `out_NO` in place.
 
     Returns:
-        What `low_rank_backward_` needs: the low-rank activations, (R, N), or (N, C * R) and (N, R) on the other ways.
+        What `low_rank_backward_` needs: the low-rank activations, (R, N), or (N, G * R) and (N, R) on the other ways.
     """
     way = _way(branch, rows, x_NI)
     if way == "masked":
@@ -207,27 +209,48 @@ def _add_product_(sum_: torch.Tensor, left: torch.Tensor, right: torch.Tensor, f
 # --------------------------------------------------------------------------------------------------------------- masked
 
 
-def _foreign(rows: Rows, low_NR: torch.Tensor, num_clients: int) -> torch.Tensor:
-    """Where a row meets ranks of another client, for columns that are client after client; made once for all layers."""
-    ranks = low_NR.shape[1]
-    if ranks not in rows.foreign:
-        owner_R = torch.arange(num_clients, device=low_NR.device).repeat_interleave(ranks // num_clients)
-        rows.foreign[ranks] = rows.owner_N[:, None] != owner_R
-    return rows.foreign[ranks]
+def _masked_together(branch: Branch) -> int:
+    """G: work and memory grow with the clients of a group times their ranks."""
+    num_clients, ranks, _ = branch.a_CRI.shape
+    return max(1, min(num_clients, _MOST_MASKED_RANKS // ranks))
 
 
-def _ranks_of(target: Target, low: torch.Tensor, num_clients: int) -> torch.Tensor:
-    """The columns of one layer, (N, C * r), among those of all layers of a branch, (N, C * R)."""
-    return low.view(len(low), num_clients, -1)[:, :, target.ranks].flatten(1)
+def _groups(branch: Branch, rows: Rows) -> Iterator[tuple[slice, slice, slice]]:
+    """Clients that are masked together, their rows, and their columns of the low-rank activations."""
+    (num_clients, ranks, _), together = branch.a_CRI.shape, _masked_together(branch)
+    for first in range(0, num_clients, together):
+        last = min(first + together, num_clients)
+        members = [part for part in rows.parts if first <= part.client < last]
+        if members:
+            yield slice(first, last), slice(members[0].start, members[-1].stop), slice(0, (last - first) * ranks)
+
+
+def _foreign(rows: Rows, branch: Branch) -> torch.Tensor:
+    """Where a row meets ranks of another client of its group, for columns that are client after client; made once for
+    all layers."""
+    together, ranks = _masked_together(branch), branch.a_CRI.shape[1]
+    if (together, ranks) not in rows.foreign:
+        owner_R = torch.arange(together, device=rows.owner_N.device).repeat_interleave(ranks)
+        rows.foreign[together, ranks] = (rows.owner_N % together)[:, None] != owner_R
+    return rows.foreign[together, ranks]
+
+
+def _by_client(low: torch.Tensor, branch: Branch) -> torch.Tensor:
+    """(n, G * R) -> (n, G, R)."""
+    return low.view(len(low), -1, branch.a_CRI.shape[1])
 
 
 def _add_masked_(branch: Branch, rows: Rows, x_NI: torch.Tensor, out_NO: torch.Tensor) -> torch.Tensor:
-    num_clients = len(branch.a_CRI)
-    low = x_NI @ branch.a_CRI.flatten(0, 1).T
-    low.masked_fill_(_foreign(rows, low, num_clients), 0.0)
-    for target in branch.targets:
-        b_OR = target.b_COr.transpose(0, 1).flatten(1)
-        out_NO[:, target.columns].addmm_(_ranks_of(target, low, num_clients), b_OR.T, alpha=branch.scaling)
+    low = x_NI.new_empty((len(x_NI), _masked_together(branch) * branch.a_CRI.shape[1]))
+    foreign = _foreign(rows, branch)
+    for clients, own, columns in _groups(branch, rows):
+        part = low[own, columns]
+        torch.mm(x_NI[own], branch.a_CRI[clients].flatten(0, 1).T, out=part)
+        part.masked_fill_(foreign[own, columns], 0.0)
+        for target in branch.targets:
+            b_OR = target.b_COr[clients].transpose(0, 1).flatten(1)
+            low_of_target = _by_client(part, branch)[:, :, target.ranks].flatten(1)
+            out_NO[own, target.columns].addmm_(low_of_target, b_OR.T, alpha=branch.scaling)
     return low
 
 
@@ -239,23 +262,24 @@ def _masked_backward_(
     grad_NO: torch.Tensor,
     grad_x_NI: torch.Tensor | None,
 ) -> None:
-    num_clients = len(branch.a_CRI)
-    grad_low = torch.empty_like(low)
-    for target in branch.targets:
-        grad_target_NO = grad_NO[:, target.columns]
-        if target.grad_b_COr is not None:
-            grad_b_OR = grad_target_NO.T @ _ranks_of(target, low, num_clients)
-            grad_b_OCr = grad_b_OR.view(len(grad_b_OR), num_clients, -1)
-            target.grad_b_COr.add_(grad_b_OCr.transpose(0, 1), alpha=branch.scaling)
-        b_OR = target.b_COr.transpose(0, 1).flatten(1)
-        grad_low.view(len(low), num_clients, -1)[:, :, target.ranks] = (grad_target_NO @ b_OR).view(
-            len(low), num_clients, -1
-        )
-    grad_low.masked_fill_(_foreign(rows, low, num_clients), 0.0)
-    if branch.grad_a_CRI is not None:
-        branch.grad_a_CRI.add_((grad_low.T @ x_NI).view(branch.a_CRI.shape), alpha=branch.scaling)
-    if grad_x_NI is not None:
-        grad_x_NI.addmm_(grad_low, branch.a_CRI.flatten(0, 1), alpha=branch.scaling)
+    foreign = _foreign(rows, branch)
+    for clients, own, columns in _groups(branch, rows):
+        a_CRI, part = branch.a_CRI[clients], low[own, columns]
+        grad_low = torch.empty_like(part, memory_format=torch.contiguous_format)
+        for target in branch.targets:
+            grad_target_nO = grad_NO[own, target.columns]
+            if target.grad_b_COr is not None:
+                grad_b_OR = grad_target_nO.T @ _by_client(part, branch)[:, :, target.ranks].flatten(1)
+                grad_b_OCr = grad_b_OR.view(len(grad_b_OR), len(a_CRI), -1)
+                target.grad_b_COr[clients].add_(grad_b_OCr.transpose(0, 1), alpha=branch.scaling)
+            b_OR = target.b_COr[clients].transpose(0, 1).flatten(1)
+            grad_of_target = (grad_target_nO @ b_OR).view(len(part), len(a_CRI), -1)
+            _by_client(grad_low, branch)[:, :, target.ranks] = grad_of_target
+        grad_low.masked_fill_(foreign[own, columns], 0.0)
+        if branch.grad_a_CRI is not None:
+            branch.grad_a_CRI[clients].add_((grad_low.T @ x_NI[own]).view(a_CRI.shape), alpha=branch.scaling)
+        if grad_x_NI is not None:
+            grad_x_NI[own].addmm_(grad_low, a_CRI.flatten(0, 1), alpha=branch.scaling)
 
 
 # -------------------------------------------------------------------------------------------------------------- grouped

@@ -268,6 +268,8 @@ def _step(work: _Work, cohort: Cohort, adapted: AdaptedModel) -> None:
         for row in failed:
             what = "loss" if not math.isfinite(losses[row]) else "gradient norm"
             cohort.tallies[row].failure = _describe_failure(work, cohort, row, what)
+            # nobody looks at it any more, and on a GPU 0 * nan would reach the others in every step from here on
+            cohort.values_CP[row] = 0.0
         if not failed:
             with stage("optimizer"):
                 _apply(work, cohort, active, norms)

@@ -139,12 +139,15 @@ def estimate(
     of_clients = [batch_tokens + layout.num_virtual_tokens for batch_tokens, _ in heaviest]
     tokens = _at_once(of_clients) if computes_in_parts(base, layout, dropout) else sum(of_clients)
     supervised = sum(batch_supervised for _, batch_supervised in heaviest)
-    element_bytes = base.adapter_dtype.itemsize
+    of_client = bytes_per_client(layout, training, base.adapter_dtype.itemsize)
+    if base.dtype != base.adapter_dtype and not is_full(layout):
+        # what the base reads it as
+        of_client += layout.num_parameters * base.dtype.itemsize
     base_bytes = sum(p.numel() * p.element_size() for p in base.model.parameters())
     return MemoryEstimate(
         # where a client has weights of its own, those of the base are kept beside them
         base_bytes=2 * base_bytes if is_full(layout) else base_bytes,
-        clients_bytes=cohort_size * bytes_per_client(layout, training, element_bytes),
+        clients_bytes=cohort_size * of_client,
         activation_bytes=math.ceil(_HEADROOM * tokens * token_bytes) + head_bytes(base, layout, supervised),
     )
 

@@ -58,8 +58,9 @@ class _CrossEntropy(torch.autograd.Function):
     def forward(ctx: Any, hidden_Md: torch.Tensor, base: BaseModel, labels_M: torch.Tensor) -> torch.Tensor:
         losses, gradients = [], []
         rows, columns = logits_at_once(base)
-        # a soft cap needs the logits beside what becomes of them
-        room = None if base.softcap is not None else hidden_Md.new_empty(min(len(hidden_Md), rows) * columns)
+        # a soft cap needs the logits beside what becomes of them; a GPU lends freed memory again at once
+        is_free = base.softcap is None and hidden_Md.device.type == "cpu"
+        room = hidden_Md.new_empty(min(len(hidden_Md), rows) * columns) if is_free else None
         for hidden_md, labels_m in zip(torch.split(hidden_Md, rows), torch.split(labels_M, rows), strict=True):
             losses_m, grad_md = _losses_of_rows(base, hidden_md, labels_m, columns, room, ctx.needs_input_grad[0])
             losses.append(losses_m)
