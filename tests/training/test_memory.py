@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from dataclasses import replace
 from pathlib import Path
 
@@ -143,3 +144,16 @@ def test_where_a_step_is_computed_in_parts_two_of_them_are_in_memory(
     clients = [client_of(f"client-{k}", random_examples(1, seed=k)) for k in range(4)]
     found = memory.estimate(base, tiny_layout(base, "llama"), clients, TrainingConfig(), 4, 10, dropout)
     assert found.activation_bytes == int(1.3 * tokens * 10)
+
+
+def test_measuring_activations_leaves_none_behind() -> None:
+    """A graph that its own hooks hold is freed by nobody, with all clients that its run had."""
+    base = tiny_base("llama", torch.float32)
+
+    def graphs() -> int:
+        gc.collect()
+        return sum(type(thing).__name__ == "_AttentionBackward" for thing in gc.get_objects())
+
+    before = graphs()
+    memory.activation_bytes_per_token(base, tiny_layout(base, "llama"))
+    assert graphs() == before

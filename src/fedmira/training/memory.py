@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -88,15 +87,15 @@ def activation_bytes_per_token(
     weights |= {buffer.untyped_storage().data_ptr() for buffer in base.model.buffers()}
     weights.add(values_CP.untyped_storage().data_ptr())
     saved: dict[int, int] = {}
-    kept: list[Any] = []
+    kept: list[torch.UntypedStorage] = []
 
     def count(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in weights:
             saved[storage.data_ptr()] = storage.nbytes()
-            # a storage that is freed could lend its address to the next one
-            kept.append(tensor)
-        return tensor
+            # a freed storage could lend its address to the next one; a tensor would keep the graph that keeps it
+            kept.append(storage)
+        return tensor.detach()
 
     with (
         torch.enable_grad(),
