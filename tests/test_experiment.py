@@ -22,7 +22,7 @@ from fedmira.assembly import Assembly, assemble
 from fedmira.config.file import config_hash
 from fedmira.config.run import RunConfig
 from fedmira.data.tokenization import TokenizedClient
-from fedmira.errors import DivergedError, IntegrityError, UsageError
+from fedmira.errors import DivergedError, IntegrityError, Interrupted, UsageError
 from fedmira.evaluation.judge import final_records, validation_losses
 from fedmira.exchange.in_process import InProcess
 from fedmira.experiment import run
@@ -30,6 +30,7 @@ from fedmira.export.clients import load_trained
 from fedmira.report.reading import read_run
 from fedmira.report.words import headline
 from fedmira.runs.checkpoint import FOLDER, TENSORS, load_latest
+from fedmira.runs.signals import StopFlag
 from fedmira.runs.store import RunStore
 from fedmira.types import Arena, Job, Losses, Results, Trial
 
@@ -483,6 +484,35 @@ def test_what_a_method_keeps_apart_is_saved_and_given(tmp_path: Path, monkeypatc
     assert torch.equal(arena.values_KP, checkpoint.tensors["state.adapters"] / 2)
     [record, *_] = final_records(parts.base, arena, parts.tokenized, parts.config.evaluation)
     assert events(path, "final")[0]["clients"][CLIENTS[0]]["loss_sum"] == pytest.approx(record.loss_sum, rel=1e-5)
+
+
+def test_a_signal_at_the_end_of_a_round_finds_that_round_saved_whenever_it_comes(tmp_path: Path) -> None:
+    """Between the questions whether to save and whether to end, a signal once ended a run that had not been saved."""
+    config = tiny("fedit", federation={"rounds": 2}, evaluation={"test": False}, output={"checkpoint_every": 5})
+
+    class Late(StopFlag):
+        """Raised after it was asked once since the first round ended."""
+
+        asked: int | None = None
+
+        def __call__(self) -> bool:
+            if self.asked is not None:
+                self.asked += 1
+                self.signal_number = 15 if self.asked > 1 else 0
+            return super().__call__()
+
+    flag = Late()
+
+    class Display(experiment.SilentDisplay):
+        def round(self, round_: int, line: str) -> None:
+            flag.asked = 0
+
+    with pytest.raises(Interrupted, match="everything is saved"):
+        experiment.carry_out(RunStore.create(config, None, tmp_path), Display(), stop=flag)
+    [path] = tmp_path.iterdir()
+    checkpoint = load_latest(path, config_hash=config_hash(config))
+    assert checkpoint is not None
+    assert [event["round"] for event in events(path, "round")] == [checkpoint.facts["completed_rounds"]] == [1]
 
 
 # ------------------------------------------------------------------------------------------------ claims about graphs

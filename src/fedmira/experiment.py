@@ -17,12 +17,20 @@ from typing import Any, Protocol
 
 import torch
 
-from fedmira.assembly import Assembly, assemble, moved, refuse_other_base, refuse_other_dtype
+from fedmira.assembly import (
+    Assembly,
+    assemble,
+    moved,
+    recorded_commit,
+    refuse_other_base,
+    refuse_other_dtype,
+)
 from fedmira.config.run import RunConfig
 from fedmira.errors import DivergedError, Interrupted, ParticipationError
 from fedmira.evaluation.costs import PeakMemory
 from fedmira.evaluation.judge import final_records, validation_losses
-from fedmira.exchange.privacy import advice
+from fedmira.exchange.admission import was_rejected
+from fedmira.exchange.privacy import advice, epsilon
 from fedmira.exchange.seam import Kept
 from fedmira.federation import participation
 from fedmira.federation.graph import Graph
@@ -110,13 +118,16 @@ class _Run:
 
     def __init__(self, store: RunStore, display: Display, stop: StopFlag) -> None:
         self.config, self.store, self.display, self.stop = store.config, store, display, stop
+        self.told_epsilon: dict[str, float] = {}
+        """Of each client, as metrics.jsonl has it."""
         self.larger: Assembly | None = None
         """With the clients that joined, until they are taken in."""
         with stage("start"):
             self.checkpoint = self._open_checkpoint()
             manifest = store.manifest() if self.checkpoint else {}
             known, size = known_clients(manifest), manifest.get("cohort_size")
-            self.parts: Assembly = assemble(self.config, cohort_size=size, known=known)
+            took = partial(assemble, self.config, cohort_size=size, known=known, commit=recorded_commit(manifest))
+            self.parts: Assembly = took()
             if self.checkpoint:
                 refuse_other_data(manifest, self.parts)
                 refuse_other_base(store.path, manifest["model"], self.parts.base)
@@ -125,7 +136,7 @@ class _Run:
                 held = len(self.checkpoint.facts["last_round_K"])
                 if held < len(self.parts.clients.names):
                     self.larger = self.parts
-                    self.parts = assemble(self.config, cohort_size=size, known=known, first=held)
+                    self.parts = took(first=held)
             else:
                 created = datetime.now(UTC).isoformat(timespec="seconds")
                 store.write_manifest({**self.parts.manifest(), "created": created})
@@ -184,9 +195,11 @@ class _Run:
                 del kept
             self.display.round(round_, line)
             self.store.log(f"round {round_}: {line}")
-            if last or round_ % config.output.checkpoint_every == 0 or self.stop():
+            # asked once: what is told to be saved is
+            stopped = self.stop()
+            if last or stopped or round_ % config.output.checkpoint_every == 0:
                 self._save(round_, state)
-            if self.stop() and not last:
+            if stopped and not last:
                 self._interrupted(round_)
         self.display.finish(f"{self.store.path}")
         return self.store.path
@@ -239,10 +252,7 @@ class _Run:
             if report.failure:
                 self._tell(left_out_line(round_, self.parts.clients.names[report.id], report.failure))
         if not results.ids:
-            raise DivergedError(
-                f"round {round_}: no client returned a result. First failure: {results.reports[0].failure}. "
-                "Lower training.learning_rate or set training.clip_norm"
-            )
+            raise DivergedError(f"round {round_}: no client returned a result{_why_nobody(results, self.config)}")
         return results
 
     def _announce(self, job: Job | None) -> None:
@@ -292,8 +302,7 @@ class _Run:
         if results.uncompressed_bytes:
             extra["uncompressed_bytes"] = results.uncompressed_bytes
         if config.privacy.enabled:
-            spent = {names[id_]: value for id_, value in results.epsilon}
-            extra["privacy"] = {"delta": config.privacy.delta, "epsilon": spent}
+            extra["privacy"] = {"delta": config.privacy.delta, "epsilon": self._spent(results)}
         self.store.append(
             {
                 "event": "round",
@@ -328,6 +337,20 @@ class _Run:
                     "true_adjacency": None if true is None else true.tolist(),
                 }
             )
+
+    def _spent(self, results: Results) -> dict[str, float]:
+        """Epsilon by client: of those who took part, and of whoever gave more away than is recorded, as happens where a
+        round is repeated after a crash and draws others."""
+        privacy, names = self.config.exchange.privacy, self.parts.clients.names
+        took_part = {id_ for id_, _ in results.epsilon}
+        spent = dict[str, float]()
+        # clients that have yet to join again have uploads too
+        for id_, (name, uploads) in enumerate(zip(names, self.parts.exchange.state().facts["uploads"], strict=False)):
+            value = epsilon(uploads, privacy.noise_multiplier, privacy.delta)
+            if id_ in took_part or value > self.told_epsilon.get(name, 0.0):
+                spent[name] = value
+        self.told_epsilon |= spent
+        return spent
 
     def _evaluate(self, round_: int, adapters: Arena) -> str:
         """Record the validation loss of every client; say the unweighted mean over those that hold such examples."""
@@ -373,6 +396,9 @@ class _Run:
         if checkpoint is None:
             self.store.refuse_lost_checkpoints()
         self.store.truncate_metrics(0 if checkpoint is None else int(checkpoint.facts["metrics_position"]))
+        if self.config.exchange.privacy.enabled:
+            for event in self.store.events():
+                self.told_epsilon |= event.get("privacy", {}).get("epsilon", {})
         for reason in () if checkpoint is None else checkpoint.skipped:
             self._tell(f"skipped a damaged checkpoint: {reason}")
         return checkpoint
@@ -438,6 +464,23 @@ class _Run:
 def signal_name(stop: StopFlag) -> str:
     """What the signal that raised the flag is called."""
     return {1: "SIGHUP", 2: "SIGINT", 15: "SIGTERM"}.get(stop.signal_number, "a signal")
+
+
+def _why_nobody(results: Results, config: RunConfig) -> str:
+    """What to say of a round from which nobody returned, and what to do."""
+    tamer = "lower training.learning_rate or set training.clip_norm"
+    first = results.reports[0].failure
+    if not all(was_rejected(report.failure) for report in results.reports):
+        return f". First failure: {first}. {tamer.capitalize()}"
+    # losses were finite, or they would have been left out for that
+    reason, noise = f": all uploads were rejected. The first: {first}. ", config.exchange.privacy
+    if noise.enabled:
+        size = noise.noise_multiplier * noise.clip_norm
+        return (
+            f"{reason}Every number got noise of standard deviation {size:g}, exchange.privacy.noise_multiplier times "
+            f"clip_norm: lower them, or where that is small, {tamer}"
+        )
+    return f"{reason}All losses were finite until the last step: if that step is to blame, {tamer}"
 
 
 def _shown_blocks(graph: Graph) -> dict[str, Any]:

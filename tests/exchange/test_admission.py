@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -40,6 +41,20 @@ def poisoned(value: float) -> Callable[[Upload], Any]:
     return poison
 
 
+class Refusing(torch.Tensor):
+    """Anything that is asked of it raises."""
+
+    @classmethod
+    def __torch_function__(cls, *arguments: Any, **named: Any) -> Any:
+        raise RuntimeError("no")
+
+
+def nested() -> torch.Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.nested.nested_tensor([torch.ones(5), torch.ones(5)])
+
+
 DAMAGE: dict[str, tuple[Callable[[Upload], Any], str]] = {
     "no names": (lambda upload: list(upload.values()), "named tensors were expected, given list"),
     "nothing": (lambda upload: None, "given NoneType"),
@@ -58,6 +73,8 @@ DAMAGE: dict[str, tuple[Callable[[Upload], Any], str]] = {
     "another dtype": (changed(a__lora_a=torch.zeros(2, 5).double()), "dtype torch.float64, expected torch.float32"),
     "whole numbers": (changed(a__lora_a=torch.zeros(2, 5).long()), "dtype torch.int64"),
     "sparse": (changed(a__lora_a=torch.zeros(2, 5).to_sparse()), "a.lora_a holds no dense numbers"),
+    "nested": (changed(a__lora_a=nested()), "a.lora_a holds no dense numbers"),
+    "a tensor that refuses": (changed(a__lora_a=torch.zeros(2, 5).as_subclass(Refusing)), "is no tensor but Refusing"),
     "on no device": (changed(a__lora_a=torch.zeros(2, 5, device="meta")), "a.lora_a holds no dense numbers"),
     "nan": (poisoned(math.nan), "values that are not finite in b.lora_b"),
     "inf": (poisoned(-math.inf), "values that are not finite in b.lora_b"),

@@ -7,7 +7,8 @@ import torch
 from tests.exchange.builders import GROUPS, LAYOUT, rows
 
 from fedmira.config.exchange import Compression
-from fedmira.exchange.messages import PLACES, crossing_bytes, decode, encode, encoded_bytes, message_bytes
+from fedmira.exchange.messages import PLACES, carried, crossing_bytes, decode, encode, encoded_bytes, message_bytes
+from fedmira.federation.ranks import trimmed
 
 
 def back(
@@ -109,3 +110,40 @@ def test_components_beyond_the_rank_of_a_client_do_not_cross() -> None:
     # a component that does nothing yet, B = 0, crosses
     values_SP[0, 11:18:2] = 0.0
     assert crossing_bytes(LAYOUT, {"lora_a"}, values_SP) == (2 * 16 - 5) * 4
+
+
+@pytest.mark.parametrize(
+    ("compression", "whole", "half"),
+    [("bf16", 36 * 2, 18 * 2), ("int8", 36 + 8 * 4, 18 + 4 * 4), ("topk", 9 * 8, 5 * 8)],
+)
+def test_a_client_of_half_the_rank_sends_half_in_every_form(compression: Compression, whole: int, half: int) -> None:
+    values_SP = trimmed(LAYOUT, rows(6), (2, 1, 2, 1))
+    got_SP, num_bytes = carried(LAYOUT, GROUPS, values_SP, values_SP, compression, 0.25)
+    assert num_bytes == 2 * (whole + half)
+    assert encoded_bytes(LAYOUT, GROUPS, values_SP, compression, 0.25) == num_bytes
+    # rows of full rank are as they would be among their like, and zeros stay zeros
+    assert torch.equal(got_SP[[0, 2]], back(values_SP[[0, 2]], compression, 0.25))
+    assert torch.equal(got_SP, trimmed(LAYOUT, got_SP, (2, 1, 2, 1)))
+    if compression == "topk":
+        # ceil(0.25 x 18) of its own numbers, the largest
+        assert (got_SP != 0).sum(dim=1).tolist() == [9, 5, 9, 5]
+        assert got_SP[1].abs().max() == values_SP[1].abs().max()
+    else:
+        assert torch.equal(got_SP, back(values_SP, compression))
+
+
+@pytest.mark.parametrize("compression", ["none", "bf16", "int8", "topk"])
+def test_rows_of_one_rank_are_carried_as_one_message(compression: Compression) -> None:
+    values_SP = rows(7)
+    got_SP, num_bytes = carried(LAYOUT, GROUPS, values_SP, values_SP, compression, 0.3)
+    message = encode(LAYOUT, GROUPS, values_SP, compression, 0.3)
+    assert torch.equal(got_SP, decode(LAYOUT, GROUPS, message, values_SP))
+    assert num_bytes == message_bytes(message)
+
+
+def test_what_is_there_crosses_even_where_nothing_of_it_moved() -> None:
+    known_SP, still_SP = rows(8), torch.zeros(4, LAYOUT.num_parameters)
+    assert carried(LAYOUT, GROUPS, still_SP, known_SP, "bf16")[1] == 4 * 36 * 2
+    assert carried(LAYOUT, GROUPS, known_SP, still_SP, "bf16")[1] == 4 * 36 * 2
+    assert carried(LAYOUT, GROUPS, still_SP, still_SP, "bf16")[1] == 0
+    assert carried(LAYOUT, GROUPS, still_SP, still_SP, "topk")[1] == 0

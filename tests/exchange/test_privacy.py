@@ -101,6 +101,12 @@ def test_epsilon_grows_with_uploads_and_falls_with_noise() -> None:
     assert epsilon(1, 2.0, 1e-5) < epsilon(2, 2.0, 1e-5) < epsilon(2, 1.0, 1e-5)
 
 
+def test_epsilon_is_never_below_nothing() -> None:
+    assert epsilon(1, 5.0, 0.5) == epsilon(1, 1e12, 0.9) == 0.0
+    assert epsilon(1000, 5.0, 0.5) > 0
+    assert epsilon(1, 1e-12, 1e-5) < math.inf
+
+
 def test_a_budget_is_spent_client_by_client_and_then_refused_before_anything_crosses() -> None:
     budget = epsilon(2, 4.0, 1e-5) + 1e-9
     privacy = PrivacyConfig(enabled=True, noise_multiplier=4.0, budget=budget)

@@ -213,8 +213,19 @@ def test_a_round_in_which_all_are_rejected_stops_the_run_and_names_the_first(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     damaged(monkeypatch, lambda values_SP, ids: values_SP.fill_(math.inf).sum() and None)
-    with pytest.raises(DivergedError, match=rf"round 1: no client .* the upload of client {CLIENTS[0]} was rejected"):
+    words = (
+        rf"round 1: no client .*: all uploads were rejected\. The first: the upload of client {CLIENTS[0]} was "
+        "rejected: values that are not finite in .* All losses were finite until the last step: if .* lower training"
+    )
+    with pytest.raises(DivergedError, match=words):
         run(tiny({}, federation={"rounds": 2}), directory=tmp_path)
+
+
+def test_a_round_that_drowns_in_noise_says_so(tmp_path: Path) -> None:
+    loud = {"privacy": {"enabled": True, "clip_norm": 1e30, "noise_multiplier": 1e12}}
+    words = r"all uploads were rejected.* noise of standard deviation 1e\+42, .*noise_multiplier times clip_norm: lower"
+    with pytest.raises(DivergedError, match=words):
+        run(tiny(loud, method={"name": "fedit"}, federation={"rounds": 1}), directory=tmp_path)
 
 
 # ------------------------------------------------------------------------------------------------------------- privacy
@@ -400,6 +411,9 @@ def test_the_section_survives_the_resolved_file() -> None:
         ("exchange: {max_norm_ratio: 1}", "exchange.max_norm_ratio"),
         ("exchange: {privacy: {enabled: true, delta: 1}}", "exchange.privacy.delta"),
         ("exchange: {privacy: {enabled: true, noise_multiplier: 0}}", "exchange.privacy.noise_multiplier"),
+        ("exchange: {privacy: {enabled: true, noise_multiplier: 1.0e-200}}", r"noise_multiplier.*1e-12"),
+        ("exchange: {privacy: {enabled: true, noise_multiplier: 1.0e+200}}", r"noise_multiplier.*1e\+?12"),
+        ("exchange: {privacy: {enabled: true, noise_multiplier: .nan}}", "exchange.privacy.noise_multiplier"),
         ("exchange: {privacy: {enable: true}}", "enabled"),
     ],
 )
@@ -544,6 +558,43 @@ def test_noise_that_cannot_be_drawn_again_counts_also_where_its_round_is_repeate
     # what follows from the seed is the same noise again
     repeated = tiny({"privacy": NOISY["privacy"]}, method={"name": "fedit"}, federation={"rounds": 3})
     assert not (run(repeated, directory=tmp_path / "seeded") / "uploads.json").exists()
+
+
+def test_who_gave_away_more_than_is_recorded_is_recorded_with_the_next_round(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a round is repeated others may take part, as when clients joined in between."""
+    private = {"privacy": {**NOISY["privacy"], "noise_seed": "system"}}
+    config = tiny(private, method={"name": "fedit"}, federation={"rounds": 3, "participation": 0.5})
+    original = experiment._Run._record_round
+
+    def killed_in(number: int) -> None:
+        def killed(self: Any, participants: Participants, *others: Any) -> None:
+            if participants.round == number:
+                raise Killed
+            original(self, participants, *others)
+
+        monkeypatch.setattr(experiment._Run, "_record_round", killed)
+        with pytest.raises(Killed):
+            run(config, directory=tmp_path, resume=True)
+        monkeypatch.undo()
+
+    killed_in(1)
+    [path] = tmp_path.iterdir()
+    with RunStore.open(path) as store:
+        store.write_uploads([4, 4, 4, 4])
+    killed_in(2)
+    [first] = events(path)
+    spent = {name: epsilon(4 + (name in first["participants"]), 2.0, 1e-5) for name in CLIENTS}
+    assert first["privacy"]["epsilon"] == spent
+    run(config, directory=tmp_path, resume=True)
+    told: dict[str, float] = {}
+    for event in events(path):
+        assert event["round"] == 1 or list(event["privacy"]["epsilon"]) == event["participants"]
+        told |= event["privacy"]["epsilon"]
+    assert told == {
+        name: epsilon(uploads, 2.0, 1e-5) for name, uploads in zip(CLIENTS, RunStore.open(path).uploads(), strict=True)
+    }
 
 
 def test_a_round_that_was_stopped_before_anybody_sent_anything_costs_nothing(

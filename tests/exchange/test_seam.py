@@ -12,7 +12,8 @@ from tests.exchange.builders import GROUPS, LAYOUT, NAMES, job, reports, rows
 
 from fedmira.config.exchange import Compression, ExchangeConfig
 from fedmira.exchange.messages import decode, encode
-from fedmira.exchange.seam import Kept, Seam, planned_bytes
+from fedmira.exchange.seam import Kept, Seam, planned_bytes, uncompressed_bytes
+from fedmira.federation.ranks import trimmed
 from fedmira.types import ClientReport, Job, Pull, SeedPool
 
 FORMS: tuple[Compression, ...] = ("bf16", "int8", "topk")
@@ -333,3 +334,60 @@ def test_a_row_that_stays_does_not_cost_its_client_the_one_that_crosses() -> Non
     told = tuple(ClientReport(id_, 1, 1, 0.0, 1, 1) for id_ in two.ids)
     assert seam(max_norm_ratio=10).receive(two, trained.clone(), told).ids == two.ids
     assert seam(max_norm_ratio=10).receive(two._replace(local_rows=0), trained.clone(), told).ids == (0, 1, 2, 0, 1)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_clients_of_smaller_rank_send_and_get_what_they_have(form: Compression) -> None:
+    """Three of four clients have half of the numbers: both ways, planned and counted, as without compression."""
+    ranks = (2, 1, 1, 1)
+    down: Compression = "int8" if form == "topk" else form
+    config = ExchangeConfig(compression=form, download_compression=down)
+    one, start = Seam(config, LAYOUT, NAMES, 0), trimmed(LAYOUT, rows(0), ranks)
+    for round_ in (1, 2):
+        sent = one.send(job(start, round_))
+        trained = sent.job.start_SP + 0.1 * trimmed(LAYOUT, rows(10 + round_), ranks)
+        got = one.receive(sent.job, trained, reports())
+        start = start + 0.01 * trimmed(LAYOUT, rows(20 + round_), ranks)
+    numbers, scales = 36 + 3 * 18, 8 + 3 * 4
+    expected = {"bf16": 2 * numbers, "int8": numbers + 4 * scales, "topk": 8 * (4 + 3 * 2)}
+    assert got.upload_bytes == expected[form]
+    assert sent.download_bytes == expected[down]
+    assert planned_bytes(config, LAYOUT, job(start), 0) == (got.upload_bytes, sent.download_bytes)
+    assert uncompressed_bytes(LAYOUT, job(start), reports()) == 2 * 4 * numbers
+    assert torch.equal(got.values_SP, trimmed(LAYOUT, got.values_SP, ranks))
+
+
+def test_what_would_cross_uncompressed_is_of_those_who_came_back() -> None:
+    def lost(*places: int, ids: tuple[int, ...] = (0, 1, 2, 3)) -> tuple[ClientReport, ...]:
+        told = reports(ids)
+        return tuple(r._replace(failure="gone") if row in places else r for row, r in enumerate(told))
+
+    def up(asked: Job, told: tuple[ClientReport, ...]) -> int:
+        return uncompressed_bytes(LAYOUT, asked._replace(download=frozenset()), told)
+
+    ranked = job(trimmed(LAYOUT, rows(0), (2, 1, 1, 1)))
+    assert up(ranked, lost(0)) == 3 * 18 * 4
+    assert up(ranked, lost(3)) == (36 + 2 * 18) * 4
+    ids = (0, 1, 2, 3) * 2
+    two = job(torch.cat([rows(0), rows(1)]), ids=ids, local_rows=4)
+    assert up(two, lost(1, ids=ids)) == 3 * 36 * 4
+    assert up(two, lost(6, ids=ids)) == 4 * 36 * 4, "what stays does not count"
+
+
+def test_a_client_that_lost_the_row_that_stays_sends_again_what_it_sent_for_nothing() -> None:
+    """A method with two rows of each client leaves out whoever lost one, so the accepted row brought nothing."""
+    one, start = seam(compression="int8"), torch.zeros(6, LAYOUT.num_parameters)
+    two = Job(1, (0, 1, 2, 0, 1, 2), start, GROUPS, GROUPS, GROUPS, local_rows=3)
+    told = reports(two.ids)
+    one.receive(two, torch.cat([rows(1)[:3], rows(2)[:3]]), told)
+    before = one.state().tensors["error.0"].clone()
+    trained = torch.cat([rows(3)[:3], rows(4)[:3]])
+    trained[4, 0] = math.nan
+    got = one.receive(two._replace(round=2), trained.clone(), told)
+    assert got.ids == (0, 1, 2, 0, 2)
+    after = one.state().tensors["error.0"].clone()
+    assert [torch.equal(after[k], before[k]) for k in range(3)] == [False, True, False]
+    # and whoever lost it in training
+    failed = (*told[:3], told[3]._replace(failure="diverged"), *told[4:])
+    one.receive(two._replace(round=3), torch.cat([rows(5)[:3], rows(6)[:2]]), failed)
+    assert [torch.equal(one.state().tensors["error.0"][k], after[k]) for k in range(3)] == [True, False, False]

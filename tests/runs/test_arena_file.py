@@ -90,7 +90,7 @@ def test_an_arena_may_be_mixed_onto_itself(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "change", ["cut", "longer", "header", "empty", "huge header", "other json", "deep json", "blocks"]
+    "change", ["cut", "longer", "header", "empty", "huge header", "other json", "deep json", "blocks", "no number"]
 )
 def test_a_damaged_file_is_refused(tmp_path: Path, change: str) -> None:
     arena, _ = filled(tmp_path / "a")
@@ -105,6 +105,7 @@ def test_a_damaged_file_is_refused(tmp_path: Path, change: str) -> None:
         "huge header": b"\xff" * 8 + data[8:],
         "other json": b"\x02" + b"\x00" * 7 + b"[]",
         "blocks": len(countless).to_bytes(8, "little") + countless,
+        "no number": data.replace(b'"num_clients": "12"', b'"num_clients":1e999'),
         "deep json": (100_000).to_bytes(8, "little") + b"[" * 100_000,
     }[change]
     arena.path.write_bytes(damaged)

@@ -390,6 +390,16 @@ def test_swapped_folders_are_noticed(tmp_path: Path) -> None:
         get(tmp_path)
 
 
+@pytest.mark.parametrize("number", ["NaN", "-Infinity", "1e999"])
+def test_a_manifest_with_a_number_that_is_none_costs_its_checkpoint_only(number: str, tmp_path: Path) -> None:
+    put(tmp_path, 1)
+    manifest = put(tmp_path, 2) / MANIFEST
+    manifest.write_text(manifest.read_text().replace('"round": 2', f'"round": {number}'))
+    found = get(tmp_path)
+    assert same(found, 1)
+    assert found.skipped == ("round-00002: MANIFEST.json is damaged (its own sha256 differs)",)
+
+
 def test_if_none_is_whole_all_are_named(tmp_path: Path) -> None:
     put(tmp_path, 1)
     put(tmp_path, 2)

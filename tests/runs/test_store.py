@@ -25,7 +25,7 @@ from fedmira.errors import IntegrityError, SetupError, UsageError
 from fedmira.runs.checkpoint import save
 from fedmira.runs.lock import LOCK
 from fedmira.runs.naming import run_directory
-from fedmira.runs.store import GRAPH, LOG, MANIFEST, METRICS, RESOLVED, RunStore
+from fedmira.runs.store import GRAPH, LOG, MANIFEST, METRICS, RESOLVED, UPLOADS, RunStore
 from fedmira.studies.compare import study_directory
 
 CONFIG = RunConfig(name="trial", seed=3)
@@ -391,6 +391,31 @@ time.sleep(60)
         assert store.events() == [{"round": 1}]
 
 
+def full(*_: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_lock_that_could_not_be_made_durable_is_given_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("fedmira.runs.store.sync_folder", full)
+        for make in (RunStore.create, RunStore.resume, RunStore.open_or_create):
+            with pytest.raises(SetupError, match=r"could not sync .*the disk is full"):
+                make(CONFIG, None, tmp_path)
+            assert os.listdir(tmp_path) == [], "what was made for it goes too"
+    path = with_an_event(CONFIG, tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr("fedmira.runs.store.sync_folder", full)
+        with pytest.raises(SetupError, match="could not sync"):
+            RunStore.resume(CONFIG, None, tmp_path)
+    (path / RESOLVED).unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr("fedmira.runs.atomic.os.replace", full)
+        with pytest.raises(SetupError, match="could not write"):
+            RunStore.open_or_create(CONFIG, None, tmp_path)
+    with RunStore.open_or_create(CONFIG, None, tmp_path) as store:
+        assert store.events()
+
+
 def test_closing_twice_is_harmless(store: RunStore) -> None:
     store.close()
     store.close()
@@ -537,6 +562,19 @@ def test_a_damaged_small_file_is_an_error(name: str, store: RunStore) -> None:
         (store.path / name).write_bytes(damage)
         with pytest.raises(IntegrityError, match=f"{name} is damaged"):
             read()
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["{}", '{"uploads": {"anna": 1}}', '{"uploads": 3}', '{"uploads": [1, null]}', '{"uploads": [1, -1]}', "[1]"],
+)
+def test_a_damaged_count_of_uploads_is_an_error(text: str, store: RunStore) -> None:
+    assert store.uploads() == []
+    store.write_uploads([2, 0])
+    assert store.uploads() == [2, 0]
+    (store.path / UPLOADS).write_text(text)
+    with pytest.raises(IntegrityError, match=r"uploads\.json is damaged: it must hold"):
+        store.uploads()
 
 
 def test_a_disk_that_fails_keeps_the_old_manifest(store: RunStore) -> None:

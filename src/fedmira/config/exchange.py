@@ -19,8 +19,9 @@ class PrivacyConfig(Section):
     that asks clients for losses is refused."""
     clip_norm: FinitePositiveFloat = 1.0
     """C: largest Euclidean norm of an upload's difference to its start, over all uploaded tensors of one row."""
-    noise_multiplier: FinitePositiveFloat = 1.0
-    """sigma: every uploaded number gets Gaussian noise of standard deviation sigma * C."""
+    noise_multiplier: Annotated[float, Field(ge=1e-12, le=1e12)] = 1.0
+    """sigma: every uploaded number gets Gaussian noise of standard deviation sigma * C. Below the least value noise is
+    lost in rounding, above the largest the adapter is lost in noise."""
     delta: Annotated[float, Field(gt=0, lt=1)] = 1e-5
     """The delta of (epsilon, delta)-differential privacy; well below 1 / number of clients."""
     budget: FinitePositiveFloat | None = None

@@ -18,6 +18,9 @@ from fedmira.types import Layout
 
 _SHOWN = 3
 """Names of tensors that a reason lists."""
+_TENSORS = (torch.Tensor, torch.nn.Parameter)
+"""What answers as a tensor does; what is derived from them may do anything."""
+_BEGINS, _REJECTED = "the upload of client", " was rejected: "
 
 
 class Admitted(NamedTuple):
@@ -57,7 +60,7 @@ def admit(
     for place, upload in enumerate(uploads):
         reason = _misfit(layout, groups, upload, start_SP)
         if reason:
-            wrong[place] = f"the upload of client {names[place]} was rejected: {reason}"
+            wrong[place] = f"{_BEGINS} {names[place]}{_REJECTED}{reason}"
             continue
         assert isinstance(upload, Mapping)
         for spec in crossing(layout, groups):
@@ -108,9 +111,14 @@ def sound(
                 f"round, allowed is exchange.max_norm_ratio = {max_norm_ratio:g}"
             )
         if reason:
-            rejected[place] = f"the upload of client {name} was rejected: {reason}"
+            rejected[place] = f"{_BEGINS} {name}{_REJECTED}{reason}"
     accepted = tuple(place for place in range(len(names)) if place not in rejected)
     return Admitted(values_SP[list(accepted)] if rejected else values_SP, accepted, rejected)
+
+
+def was_rejected(failure: str) -> bool:
+    """Whether what is told of a client's failure is that its upload came and was rejected."""
+    return failure.startswith(_BEGINS) and _REJECTED in failure
 
 
 def _columns(layout: Layout, groups: Collection[str], device: torch.device) -> torch.Tensor | slice:
@@ -132,9 +140,9 @@ def _misfit(layout: Layout, groups: Collection[str], upload: object, start_SP: t
         return f"it holds {_listed(strange)}, which nobody asked for{nearest(strange[0], expected)}"
     for name, spec in expected.items():
         sent = upload[name]
-        if not isinstance(sent, torch.Tensor):
+        if type(sent) not in _TENSORS:
             return f"{name} is no tensor but {type(sent).__name__}"
-        if sent.layout != torch.strided or sent.device.type == "meta":
+        if sent.layout != torch.strided or sent.is_nested or sent.device.type == "meta":
             return f"{name} holds no dense numbers"
         if tuple(sent.shape) != spec.shape:
             return f"{name} has shape {tuple(sent.shape)}, expected {spec.shape}{_rank_hint(spec.shape, sent.shape)}"

@@ -97,7 +97,6 @@ class InProcess:
         except StopRequested as stopped:
             stopped.progress.facts["seconds"] = time.perf_counter() - started
             raise
-        num_returned = len(values_SP)
         received = self._seam.receive(sent.job, values_SP, reports, planned=job)
         judged = zip(job.ids, job.blocks, reports, received.reports, strict=True)
         self._continuity.forget(
@@ -110,7 +109,7 @@ class InProcess:
             upload_bytes=received.upload_bytes,
             download_bytes=sent.download_bytes,
             train_seconds=time.perf_counter() - started,
-            uncompressed_bytes=uncompressed_bytes(self._layout, job, num_returned) if self._compresses else 0,
+            uncompressed_bytes=uncompressed_bytes(self._layout, job, reports) if self._compresses else 0,
             epsilon=received.epsilon,
         )
 

@@ -1,15 +1,18 @@
 """What crosses the seam, as named tensors: differences of adapters, whole or in fewer bytes, and back.
 
 A message is for S rows at once, each as if encoded alone; its bytes are those of its tensors, scales and places of
-numbers included. Both sides know the layout, so no names cross. Knows nothing about clients, rounds or memory.
+numbers included. Both sides know the layout, so no names cross. Components that are 0 in both factors of a pair are
+beyond a client's rank and do not cross: rows of unequal rank go in messages of their own, in the layout of their rank.
+Knows nothing about clients, rounds or memory.
 
-Axes: S rows, P parameters of one adapter, U of them that cross.
+Axes: S rows, P parameters of one adapter, U of them that cross or that a client has, R rank.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from math import ceil
+from typing import NamedTuple
 
 import torch
 
@@ -23,6 +26,21 @@ _INT8 = 127.0
 PLACES, NUMBERS = "places", "numbers"
 
 
+class Held(NamedTuple):
+    """Rows that hold the same components of every pair."""
+
+    rows: list[int]
+    """Their places."""
+    layout: Layout
+    """Of what they hold: of an adapter of their own rank."""
+    columns_U: torch.Tensor | None
+    """Where that lies in a whole row; None: it is the whole row."""
+
+    def part(self, rows_SP: torch.Tensor) -> torch.Tensor:
+        """What these rows hold of all rows (S, P): `rows_SP` itself where that is everything."""
+        return rows_SP if self.columns_U is None else rows_SP[self.rows][:, self.columns_U]
+
+
 def crossing_bytes(layout: Layout, groups: Iterable[str], values_SP: torch.Tensor) -> int:
     """Bytes of the tensors of `groups` in the rows `values_SP` if they cross as they are.
 
@@ -30,19 +48,86 @@ def crossing_bytes(layout: Layout, groups: Iterable[str], values_SP: torch.Tenso
     """
     wanted = frozenset(groups)
     whole = sum(values_SP[:, part].nbytes for group in sorted(wanted) for part in layout.slices(group))
-    return whole - values_SP.element_size() * sum(_absent(layout, values_SP, wanted))
+    absent = _absent(layout, values_SP)
+    beyond = [(spec, absent[spec.name]) for spec in crossing(layout, wanted) if spec.name in absent]
+    return whole - values_SP.element_size() * sum(
+        int(gone_SR.sum()) * (spec.size // gone_SR.shape[1]) for spec, gone_SR in beyond
+    )
 
 
-def _absent(layout: Layout, values_SP: torch.Tensor, groups: frozenset[str]) -> Iterator[int]:
-    """Numbers of each pair that `groups` would send although their component is 0 in A and B."""
+def by_components(layout: Layout, *alike_SP: torch.Tensor) -> list[Held]:
+    """Return the rows by what they hold: the components that are not 0 in both factors in all of `alike_SP`, (S, P)."""
+    num_rows, absent = len(alike_SP[0]), _absent(layout, *alike_SP)
+    if not absent:
+        return [Held(list(range(num_rows)), layout, None)] if num_rows else []
+    gone_SC = torch.cat([absent[spec_a.name] for spec_a, _ in layout.pairs if spec_a.name in absent], dim=1)
+    kind_S = torch.unique(gone_SC.cpu(), dim=0, return_inverse=True)[1].tolist()
+    alike: dict[int, list[int]] = {}
+    for row, kind in enumerate(kind_S):
+        alike.setdefault(kind, []).append(row)
+    return [Held(rows, *_without(layout, {n: gone[rows[0]] for n, gone in absent.items()})) for rows in alike.values()]
+
+
+def _absent(layout: Layout, *alike_SP: torch.Tensor) -> dict[str, torch.Tensor]:
+    """By the name of both factors of a pair, (S, R): which components are 0 in A and B in all of `alike_SP`. Pairs of
+    which all is there are left out."""
+    found: dict[str, torch.Tensor] = {}
     for spec_a, spec_b in layout.pairs:
-        a_SRI, b_SOR = _view(values_SP, spec_a), _view(values_SP, spec_b)
+        views = [(_view(values_SP, spec_a), _view(values_SP, spec_b)) for values_SP in alike_SP]
         # one number of each tells of almost all components that they are there
-        doubtful_SR = (a_SRI[:, :, 0] == 0) & (b_SOR[:, 0, :] == 0)
-        if not doubtful_SR.any():
+        doubtful = ((a_SRI[:, :, 0] == 0) & (b_SOR[:, 0, :] == 0) for a_SRI, b_SOR in views)
+        if not all(bool(doubtful_SR.any()) for doubtful_SR in doubtful):
             continue
-        absent = int(((a_SRI == 0).all(dim=2) & (b_SOR == 0).all(dim=1)).sum())
-        yield absent * ((spec_a.group in groups) * a_SRI.shape[2] + (spec_b.group in groups) * b_SOR.shape[1])
+        gone = [(a_SRI == 0).all(dim=2) & (b_SOR == 0).all(dim=1) for a_SRI, b_SOR in views]
+        gone_SR = torch.stack(gone).all(dim=0)
+        if gone_SR.any():
+            found[spec_a.name] = found[spec_b.name] = gone_SR
+    return found
+
+
+def _without(layout: Layout, gone: Mapping[str, torch.Tensor]) -> tuple[Layout, torch.Tensor]:
+    """The layout of a row without the components `gone`, (R,) by the names of their tensors, and its columns in it."""
+    axes = {spec.name: axis for pair in layout.pairs for axis, spec in enumerate(pair)}
+    kept, columns = [], [torch.zeros(0, dtype=torch.long)]
+    for spec in layout.specs:
+        places = torch.arange(spec.offset, spec.offset + spec.size).view(spec.shape)
+        if spec.name in gone:
+            here_R = (~gone[spec.name]).nonzero().flatten().cpu()
+            places = places.index_select(axes[spec.name], here_R)
+        if places.numel():
+            kept.append((spec.name, spec.group, spec.layer, tuple(places.shape)))
+            columns.append(places.flatten())
+    return Layout.of(kept, layout.scaling), torch.cat(columns)
+
+
+def carried(
+    layout: Layout,
+    groups: Collection[str],
+    rows_SP: torch.Tensor,
+    known_SP: torch.Tensor,
+    compression: Compression,
+    top_k: float = 1.0,
+) -> tuple[torch.Tensor, int]:
+    """Encode and decode rows: what arrives of them, 0 where nothing crossed, and the bytes of their messages.
+
+    Args:
+        layout: of the rows.
+        groups: what crosses.
+        rows_SP: differences, as `encode` takes them.
+        known_SP: what they are differences to, or make together with it. A component crosses if it is there or here.
+        compression: how.
+        top_k: as in `encode`; of the numbers that a row holds.
+    """
+    got_SP, total_bytes = torch.zeros_like(rows_SP), 0
+    for held in by_components(layout, known_SP, rows_SP):
+        own_SU = held.part(rows_SP)
+        message = encode(held.layout, groups, own_SU, compression, top_k)
+        total_bytes += message_bytes(message)
+        decoded_SU = decode(held.layout, groups, message, own_SU)
+        if held.columns_U is None:
+            return decoded_SU, total_bytes
+        got_SP[torch.tensor(held.rows)[:, None], held.columns_U] = decoded_SU
+    return got_SP, total_bytes
 
 
 def encode(
@@ -104,11 +189,16 @@ def message_bytes(message: Message) -> int:
 def encoded_bytes(
     layout: Layout, groups: Collection[str], values_SP: torch.Tensor, compression: Compression, top_k: float
 ) -> int:
-    """Bytes of the rows `values_SP` in the form `compression`; they depend on sizes alone."""
-    if compression == "none" or not len(values_SP):
+    """Bytes of the rows `values_SP` in the form `compression`; they depend on sizes and ranks alone."""
+    if compression == "none":
         return crossing_bytes(layout, groups, values_SP)
-    wide_SP = values_SP[:1].to(torch.promote_types(values_SP.dtype, torch.float32))
-    return len(values_SP) * message_bytes(encode(layout, groups, wide_SP, compression, top_k))
+    total_bytes = 0
+    for held in by_components(layout, values_SP):
+        first_SP = values_SP[held.rows[:1]]
+        one_SU = first_SP if held.columns_U is None else first_SP[:, held.columns_U]
+        wide_SU = one_SU.to(torch.promote_types(values_SP.dtype, torch.float32))
+        total_bytes += len(held.rows) * message_bytes(encode(held.layout, groups, wide_SU, compression, top_k))
+    return total_bytes
 
 
 def crossing(layout: Layout, groups: Collection[str]) -> tuple[TensorSpec, ...]:

@@ -95,7 +95,7 @@ def epsilon(num_uploads: int, noise_multiplier: float, delta: float) -> float:
     """Return the epsilon of `num_uploads` uploads of one client, by Opacus' Renyi accountant; 0 for none.
 
     The Gaussian mechanism has Renyi divergence alpha / (2 sigma^2) of order alpha, uploads add (Mironov 2017), and the
-    best order is turned into (epsilon, delta).
+    best order is turned into (epsilon, delta). With a large delta that bound can be below 0, which is 0.
 
     Raises:
         SetupError: the package opacus is missing.
@@ -110,7 +110,7 @@ def _epsilon(num_uploads: int, noise_multiplier: float, delta: float) -> float:
     with warnings.catch_warnings():
         # a bound at the first or last order is a bound
         warnings.filterwarnings("ignore", message="Optimal order")
-        return float(accountant.get_epsilon(delta, alphas=list(_ORDERS)))
+        return max(0.0, float(accountant.get_epsilon(delta, alphas=list(_ORDERS))))
 
 
 def require_accountant() -> type:

@@ -26,7 +26,7 @@ import torch
 from fedmira.config.exchange import ExchangeConfig
 from fedmira.errors import ConfigError
 from fedmira.exchange.admission import sound
-from fedmira.exchange.messages import crossing, crossing_bytes, decode, encode, encoded_bytes, message_bytes
+from fedmira.exchange.messages import carried, crossing, crossing_bytes, encoded_bytes
 from fedmira.exchange.privacy import NO_LOSSES, epsilon, privatise_, refuse_overspending, require_accountant
 from fedmira.types import ClientReport, Job, Layout, SeedPool
 
@@ -137,12 +137,10 @@ class Seam:
                 total_bytes += crossing_bytes(self._layout, {group}, crossed_SP[full])
                 if told:
                     copy_KP = self._remembered(f"copy.{block}", job, self._layout.num_parameters, crossed_SP.dtype)
-                    copy_SP = copy_KP[[job.ids[row] for row in told]]
-                    wanted_SP = _wide(crossed_SP[told])
-                    message = encode(self._layout, {group}, wanted_SP - _wide(copy_SP), form)
-                    total_bytes += message_bytes(message)
-                    decoded_SP = _wide(copy_SP) + decode(self._layout, {group}, message, wanted_SP)
-                    self._put(got_SP, told, decoded_SP, {group})
+                    copy_SP, wanted_SP = _wide(copy_KP[[job.ids[row] for row in told]]), _wide(crossed_SP[told])
+                    moved_SP, num_bytes = carried(self._layout, {group}, wanted_SP - copy_SP, wanted_SP, form)
+                    total_bytes += num_bytes
+                    self._put(got_SP, told, copy_SP + moved_SP, {group})
         return Sent(_arrived(job, crossed_SP, got_SP), total_bytes)
 
     def receive(
@@ -176,10 +174,13 @@ class Seam:
         if groups and self._config.compression != "none":
             upload_bytes, errors = self._compressed(job, sent, sent_SP, sent_start_SP)
         admitted = sound(self._layout, groups, values_SP, names, start_SP, self._config.max_norm_ratio, len(sent))
-        self._remember(job, came, set(admitted.accepted), errors)
         told = list(reports)
         for place, reason in admitted.rejected.items():
             told[came[place]] = told[came[place]]._replace(failure=reason)
+        # a client that lost one of its rows is missing in all
+        lost = {job.ids[row] for row, report in enumerate(told) if report.failure}
+        used = {place for place in admitted.accepted if job.ids[came[place]] not in lost}
+        self._remember(job, came, used, errors)
         rows = [came[place] for place in admitted.accepted]
         if planned is not None and (resting := set(self._layout.groups) - job.trainable - groups):
             self._put(admitted.values_SP, list(range(len(rows))), planned.start_SP[rows], resting)
@@ -205,20 +206,19 @@ class Seam:
             if config.error_feedback:
                 error_KP = self._remembered(f"error.{block}", job, self._layout.num_parameters, wanted_SP.dtype)
                 wanted_SP += error_KP[ids]
-            message = encode(self._layout, groups, wanted_SP, config.compression, config.top_k)
-            total_bytes += message_bytes(message)
-            got_SP = decode(self._layout, groups, message, wanted_SP)
+            got_SP, num_bytes = carried(self._layout, groups, wanted_SP, wide_SP, config.compression, config.top_k)
+            total_bytes += num_bytes
             self._put(values_SP, places, wide_SP + got_SP, groups)
             if config.error_feedback:
                 errors.append((places, block, wanted_SP - got_SP))
         return total_bytes, errors
 
     def _remember(
-        self, job: Job, came: list[int], accepted: set[int], errors: list[tuple[list[int], int, torch.Tensor]]
+        self, job: Job, came: list[int], used: set[int], errors: list[tuple[list[int], int, torch.Tensor]]
     ) -> None:
-        """Keep what the round leaves behind; a client whose upload was rejected forgets that it sent it."""
+        """Keep what the round leaves behind; a client whose upload is not used forgets that it sent it."""
         for places, block, error_SP in errors:
-            kept = [number for number, place in enumerate(places) if place in accepted]
+            kept = [number for number, place in enumerate(places) if place in used]
             rows = [came[places[number]] for number in kept]
             memory_KP = self._tensors[f"error.{block}"]
             for spec in crossing(self._layout, job.upload):
@@ -304,10 +304,11 @@ def _arrived(job: Job, crossed_SP: torch.Tensor, got_SP: torch.Tensor) -> Job:
     return job._replace(pull=job.pull._replace(target_SP=at_clients(job.pull.target_SP, crossing + staying, sent)))
 
 
-def uncompressed_bytes(layout: Layout, job: Job, num_returned: int) -> int:
-    """What upload and download of `job` would take if the tensors crossed as they are."""
+def uncompressed_bytes(layout: Layout, job: Job, reports: Sequence[ClientReport]) -> int:
+    """What upload and download of `job` would take if the tensors crossed as they are; who failed uploads nothing."""
     crossing_SP = job.start_SP[: job.num_crossing]
-    up = crossing_bytes(layout, job.upload, crossing_SP[:num_returned])
+    came = [row for row, report in enumerate(reports[: job.num_crossing]) if not report.failure]
+    up = crossing_bytes(layout, job.upload, crossing_SP if len(came) == len(crossing_SP) else crossing_SP[came])
     return up + crossing_bytes(layout, job.download, crossing_SP) + len(set(job.ids)) * job.shift_bytes
 
 

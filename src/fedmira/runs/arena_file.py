@@ -124,7 +124,7 @@ def open_arena(path: Path) -> ArenaFile:
         room = arena.num_parameters <= arena.block_columns * (len(header) // 64)
         # the header follows from these facts, so whatever else is damaged in it shows
         believed = min(sizes) >= 1 and room and header == _header(arena)
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         believed = False
     if not believed:
         raise IntegrityError(f"{path} is no arena of adapters, or its header is damaged; use a copy or create it anew")

@@ -221,7 +221,11 @@ class RunStore:
             return cls.create(config, source_text, directory)
         # the file was lost, but the folder's name is the hash of this config, and every checkpoint repeats it
         lost._hold_lock()
-        write_bytes_atomically(path / RESOLVED, resolved_yaml(config).encode())
+        try:
+            write_bytes_atomically(path / RESOLVED, resolved_yaml(config).encode())
+        except BaseException:
+            lost.close()
+            raise
         return lost
 
     @classmethod
@@ -304,8 +308,18 @@ class RunStore:
         self._write_json(UPLOADS, {"uploads": list(uploads_K)}, indent=None)
 
     def uploads(self) -> list[int]:
-        """Return what `write_uploads` wrote; [] if it never did."""
-        return [int(count) for count in self._read_json(UPLOADS).get("uploads", [])]
+        """Return what `write_uploads` wrote; [] if it never did.
+
+        Raises:
+            IntegrityError: it is damaged; to go on without it would forget uploads.
+        """
+        uploads = self._read_json(UPLOADS).get("uploads") if _exists(self.path / UPLOADS) else []
+        if not isinstance(uploads, list) or any(type(count) is not int or count < 0 for count in uploads):
+            raise IntegrityError(
+                f"{self.path / UPLOADS} is damaged: it must hold how many uploads each client has made; restore it "
+                "from a copy"
+            )
+        return uploads
 
     def write_profile(self, profile: Mapping[str, Any]) -> None:
         """Replace profile.json."""
@@ -397,8 +411,16 @@ class RunStore:
             # a lock that can be taken says nothing about the files that come later
             raise SetupError(line)
         self._lock = lock_folder(self.path)
-        with disk_errors_named(self.path, "sync"):
-            sync_folder(self.path)
+        try:
+            with disk_errors_named(self.path, "sync"):
+                sync_folder(self.path)
+        except BaseException:
+            # nobody would close it: whoever comes next would be told that another process is writing
+            try:
+                self._withdraw()
+            finally:
+                self.close()
+            raise
 
     def keep(self) -> None:
         """Leave the directory where it is from now on, even if the run fails before its first event."""
