@@ -45,6 +45,7 @@ from fedmira.federation.registry import build_method
 from fedmira.model.base import BaseModel, load_base
 from fedmira.model.cache import check_growing
 from fedmira.model.kinds import adapter_layout, initial_adapters
+from fedmira.model.source import refuse_idle_revision
 from fedmira.paths import home_expanded
 from fedmira.training.memory import available_bytes, choose_cohort_size
 from fedmira.types import Arena, Clients, Federation, Layout
@@ -136,7 +137,12 @@ class Assembly(NamedTuple):
 
 
 def assemble(
-    config: RunConfig, *, cohort_size: int | None = None, known: tuple[str, ...] = (), first: int | None = None
+    config: RunConfig,
+    *,
+    cohort_size: int | None = None,
+    known: tuple[str, ...] = (),
+    first: int | None = None,
+    commit: str | None = None,
 ) -> Assembly:
     """Build every part of the run `config` describes.
 
@@ -145,6 +151,7 @@ def assemble(
         cohort_size: overrides the config's; for a run that goes on.
         known: its clients, which come first in this order; others of the data follow.
         first: leave out all clients but so many of the first; None: nobody.
+        commit: of the base, for a run that goes on, see `load_base`.
 
     Raises:
         DataError: a file, a client or a graph is unusable.
@@ -157,7 +164,9 @@ def assemble(
         clients=everybody.clients[:first],
         true_adjacency_KK=None if (true := everybody.true_adjacency_KK) is None else true[:first, :first],
     )
-    base = cached_base(config.base_model)
+    if not known:
+        refuse_idle_revision(config.model)
+    base = cached_base(config.base_model, commit)
     if config.evaluation.generation.enabled and base.body is None:
         check_growing(base)
     layout = adapter_layout(base, config.model.adapter, config.method.num_pairs)
@@ -310,15 +319,27 @@ def refuse_other_base(run: Path, recorded: Mapping[str, Any], base: BaseModel) -
         IntegrityError: the weights differ, or what the model's config says about the computation.
     """
     now = base.facts()
-    changed = [key for key in ("commit", "weights_sha256") if recorded.get(key) != now[key]]
-    # a hub's commit covers it, and runs of earlier versions do not say
+    # a hub id's commit changes with every file beside the weights; earlier versions recorded nothing else, if that
+    keys = ["weights_sha256"] if recorded.get("weights_sha256") else ["commit"]
+    changed = [key for key in keys if recorded.get(key) != now[key] and recorded.get(key) is not None]
     if None not in (recorded.get("config_sha256"), now["config_sha256"]):
         changed += ["config_sha256"] if recorded["config_sha256"] != now["config_sha256"] else []
     if changed:
+        commit, restore = recorded.get("commit"), "Restore its files"
+        if commit not in (None, now["commit"]):
+            restore = f"Make commit {commit} of it available again (it is at {now['commit']} now)"
         raise IntegrityError(
             f"the base model {base.name} is not the one that {run} was trained over ({' and '.join(changed)} differ); "
-            "adapters fit only the model they were trained over. Restore its files, or remove the run to start it again"
+            f"adapters fit only the model they were trained over. {restore}, or remove the run to start it again"
         )
+
+
+def recorded_commit(manifest: Mapping[str, Any]) -> str | None:
+    """The commit of a Hugging Face id that a run was trained over; None for others, or where nothing is recorded."""
+    model = manifest.get("model", {})
+    # without weights of its own a commit may have been loaded from those that the hub converted
+    commit: str | None = model.get("commit") if model.get("weights_sha256") else None
+    return commit
 
 
 def refuse_other_dtype(run: Path, recorded: Mapping[str, Any], base: BaseModel) -> None:
@@ -332,7 +353,7 @@ def refuse_other_dtype(run: Path, recorded: Mapping[str, Any], base: BaseModel) 
     Raises:
         IntegrityError: the dtype differs.
     """
-    before, now = recorded.get("dtype"), base.facts()["dtype"]
+    before, now = recorded.get("dtype"), str(base.dtype).removeprefix("torch.")
     if before not in (None, now):
         raise IntegrityError(
             f"{run} was trained in {before} on {recorded.get('device')}, but its model.dtype gives {now} on "
@@ -379,10 +400,10 @@ def versions() -> dict[str, str]:
     }
 
 
-def cached_base(config: ModelConfig) -> BaseModel:
-    """The frozen base model; a comparison's runs share it."""
+def cached_base(config: ModelConfig, commit: str | None = None) -> BaseModel:
+    """The frozen base model, see `load_base`; a comparison's runs share it."""
     # adapters are no part of it
-    return _base(config.model_dump_json(exclude={"adapter"}), _stamp(config.path))
+    return _base(config.model_dump_json(exclude={"adapter"}), commit, _stamp(config.path))
 
 
 def cached_federation(config: RunConfig, known: tuple[str, ...] = ()) -> Federation:
@@ -395,8 +416,8 @@ _DATA: TypeAdapter[DataConfig] = TypeAdapter(DataConfig)
 
 
 @functools.lru_cache(maxsize=1)
-def _base(model_json: str, stamp: Stamp) -> BaseModel:
-    return load_base(ModelConfig.model_validate_json(model_json))
+def _base(model_json: str, commit: str | None, stamp: Stamp) -> BaseModel:
+    return load_base(ModelConfig.model_validate_json(model_json), commit)
 
 
 @functools.lru_cache(maxsize=4)

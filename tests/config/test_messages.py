@@ -185,7 +185,8 @@ def test_a_folder_is_not_a_config(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        ("model: {device: gpu}", "device = gpu is unknown; allowed: auto, cpu, cuda, cuda:1 and so on, mps"),
+        ("model: {device: gpu}", "device = gpu is unknown; allowed: auto, cpu, cuda, cuda:1 and so on"),
+        ("model: {device: mps}", "device = mps has no float64, in which adapters are compared and mixed; use cpu"),
         ("data: {partition: {test: 0}}", "data.partition.test = 0 leaves nothing to judge clients by in the end"),
         ("federation: {clients_per_round: 17}", "data.families * data.clients_per_family = 16; lower it to at most 16"),
         ("compare: {methods: 'fedit,mira'}", "for a list write [fedit,mira]"),

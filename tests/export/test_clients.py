@@ -1,4 +1,5 @@
-"""What a run's exported folders say about themselves: a base that can be found, the rank they have."""
+"""What a run's exported folders say about themselves: a base that can be found, the rank they have; and what is read of
+a question."""
 
 from __future__ import annotations
 
@@ -11,8 +12,12 @@ import pytest
 
 from fedmira import embedded_base_path
 from fedmira.config.run import RunConfig
+from fedmira.evaluation import generation
 from fedmira.experiment import run
-from fedmira.export.clients import export_clients
+from fedmira.export import clients
+from fedmira.export.clients import Trained, answer, export_clients
+from fedmira.model.arena import initial_arena, lora_layout
+from fedmira.model.base import load_base
 
 
 def exported(tmp_path: Path, path: str, method: dict[str, Any], **adapter: Any) -> tuple[dict[str, Any], str]:
@@ -58,3 +63,34 @@ def test_the_card_states_the_rank_that_the_files_have(
     config, card = exported(tmp_path, "embedded", method, **adapter)
     assert config["r"] == rank
     assert f"- rank: {rank}" in card
+
+
+@pytest.mark.parametrize("cut", ["input", "beginning"])
+def test_a_question_that_makes_room_for_its_answer_loses_what_prompts_lose_in_training(
+    cut: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = load_base(RunConfig().base_model)
+    room, length = 24, base.max_length
+    config = RunConfig.model_validate(
+        {
+            "data": {"source": "planted", "max_length": length, "cut": cut},
+            "evaluation": {"generation": {"max_new_tokens": length - room}},
+        }
+    )
+    arena = initial_arena(lora_layout(base, config.model.adapter), 1, 0)
+    monkeypatch.setattr(clients, "load_trained", lambda path: Trained(config, ("a",), arena, base, 10**6))
+    asked: list[Any] = []
+
+    def generate(base: Any, arena: Any, prompts: Any, *rest: Any, **ends: Any) -> list[list[str]]:
+        asked.append(prompts[0][0])
+        return [["blue"]]
+
+    monkeypatch.setattr(generation, "generate", generate)
+    told: list[str] = []
+    assert answer(Path("run"), "a", "Which colour?", "red and then " * 20 + "blue", warn=told.append) == "blue"
+    [prompt], [line] = asked, told
+    assert len(prompt) == room
+    text = base.tokenizer.decode(prompt)
+    assert text.endswith("and then blue\n")
+    assert ("Which colour?" in text) == (cut == "input")
+    assert f"room for {room} beside {length - room:,} new ones" in line

@@ -5,11 +5,15 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import transformers
+from safetensors.torch import load_file
 from tests.export.test_peft import SETTINGS, peft_logits, tiny_model, write
-from tests.reference.tiny_models import layout_of_kind
+from tests.reference.tiny_models import COMMON, LLAMA_LIKE, layout_of_kind
+from transformers import AutoModelForCausalLM
 
 from fedmira.data.packing import pack
 from fedmira.data.tokenization import TokenizedExample
@@ -58,7 +62,6 @@ def test_peft_loads_a_soft_prompt_and_gives_the_engines_logits(family: str, kind
 def test_the_folder_states_what_peft_states(kind: str, tmp_path: Path) -> None:
     """What PEFT itself saves of the loaded adapter agrees with what was written."""
     from peft import PeftModel
-    from safetensors.torch import load_file
 
     base = freeze(tiny_model("llama"), None, "llama")
     arena = trained_arena(base, kind)
@@ -77,8 +80,6 @@ def test_the_folder_states_what_peft_states(kind: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "qwen3"])
 def test_a_whole_model_loads_and_gives_the_engines_logits(family: str, tmp_path: Path) -> None:
-    from transformers import AutoModelForCausalLM
-
     base = freeze(tiny_model(family), None, family)
     arena = trained_arena(base, "full")
     for number, _ in enumerate(one_by_one(base, arena)):
@@ -91,6 +92,37 @@ def test_a_whole_model_loads_and_gives_the_engines_logits(family: str, tmp_path:
             logits_TV = loaded(input_ids=TOKENS_T[None], use_cache=False).logits[0, :-1]
         torch.testing.assert_close(logits_TV, engine_logits(base, arena, number), rtol=1e-5, atol=1e-5)
     assert "PeftModel" not in (tmp_path / "0" / "README.md").read_text()
+
+
+FEW = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+TEXT = {**LLAMA_LIKE, "head_dim": 8, "sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"]}
+VISION = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+SEES = {
+    "text_config": TEXT,
+    "vision_config": {**VISION, "image_size": 28, "patch_size": 14},
+    "mm_tokens_per_image": 4,
+    "image_token_index": 92,
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [("Qwen3MoeConfig", {**LLAMA_LIKE, **FEW, "head_dim": 8}), ("Gemma3Config", SEES), ("GPT2Config", COMMON)],
+)
+def test_a_whole_model_has_the_tensors_that_its_family_is_published_with(
+    name: str, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    """transformers 5 stacks experts and renames modules while it loads; other tools know the published names."""
+    if name == "GPT2Config":
+        settings = {**settings, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128}
+    made = AutoModelForCausalLM.from_config(getattr(transformers, name)(**settings)).float()
+    made.save_pretrained(tmp_path / "published")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "published").float()
+    (tmp_path / "ours").mkdir()
+    write_model(tmp_path / "ours", freeze(model, None, name), model_card("some/base", kind="full"))
+    published, ours = (load_file(tmp_path / of / "model.safetensors") for of in ("published", "ours"))
+    assert list(ours) == list(published)
+    assert all(torch.equal(ours[key], published[key]) for key in ours)
 
 
 def test_a_whole_model_is_no_peft_folder() -> None:

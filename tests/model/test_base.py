@@ -23,7 +23,7 @@ from fedmira.model.arena import adaptable_layers, initial_arena, lora_layout
 from fedmira.model.base import freeze, load_base
 from fedmira.model.full import full_layout
 from fedmira.model.kinds import adapter_layout
-from fedmira.model.source import resolve_device
+from fedmira.model.source import resolve_device, resolve_dtype
 
 
 @pytest.fixture
@@ -260,3 +260,18 @@ def test_of_a_model_that_sees_only_the_language_model_is_adapted() -> None:
     assert names
     assert not any("vision" in name for name in names)
     assert any("embed_tokens" in name for name in names)
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype"), [((7, 5), torch.float32), ((8, 0), torch.bfloat16), ((9, 0), torch.bfloat16)]
+)
+def test_auto_is_bfloat16_where_a_gpu_computes_in_it(
+    capability: tuple[int, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Emulated it is slower than float32; and the GPU that is asked is the one that will be used."""
+    asked = []
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: asked.append(device) or capability)
+    device = torch.device("cuda:1")
+    assert resolve_dtype("auto", device) is dtype
+    assert asked == [device]
+    assert resolve_dtype("auto", torch.device("cpu")) is torch.float32

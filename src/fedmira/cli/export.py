@@ -2,12 +2,47 @@
 
 from __future__ import annotations
 
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 
 import click
 
 from fedmira.cli.session import Session, standard_options
-from fedmira.errors import UsageError
+from fedmira.errors import Interrupted, UsageError
+
+
+class _Ended(BaseException):
+    """A signal has come; no handler of exceptions on the way may take it for one of its own."""
+
+
+@contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """Within the block SIGTERM and SIGHUP end it as Ctrl-C does: what was begun is removed.
+
+    SIGHUP stays ignored where it is, as under `nohup`.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(number: int, frame: FrameType | None) -> None:
+        raise _Ended(number)
+
+    numbers = [one for one in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(one) != signal.SIG_IGN]
+    previous = {number: signal.signal(number, end) for number in numbers}
+    try:
+        yield
+    except _Ended as ended:
+        number = signal.Signals(ended.args[0])
+        raise Interrupted(f"interrupted by {number.name}", number) from None
+    finally:
+        for one, handler in previous.items():
+            # None: installed by something other than Python, which cannot be put back
+            signal.signal(one, handler if handler is not None else signal.SIG_DFL)
 
 
 @click.command(short_help="Write a client's adapter as a PEFT folder.")
@@ -19,12 +54,17 @@ from fedmira.errors import UsageError
 @standard_options
 @click.pass_obj
 def export(session: Session, run: Path, client: str | None, all_clients: bool, out: Path, with_base: bool) -> None:
-    """Write what a client of RUN gets to keep as a folder that peft and vLLM load."""
+    """Write what a client of RUN gets to keep as a folder that peft loads.
+
+    vLLM serves it if it is a LoRA adapter of rank 512 or less whose base is of a family with LoRA there: not GPT-2.
+    Where every weight was tuned the folder is a whole model, for transformers.
+    """
     if (client is None) != all_clients:
         raise UsageError("give either --client NAME or --all")
     from fedmira.export.clients import export_clients
 
-    folders = export_clients(run, client, out, with_base=with_base, warn=session.warn)
+    with _ended_by_signals():
+        folders = export_clients(run, client, out, with_base=with_base, warn=session.warn)
     session.result(
         {"folders": {name: str(folder) for name, folder in folders.items()}, "warnings": session.warnings},
         "\n".join(f"{name}: {folder}" for name, folder in folders.items()),

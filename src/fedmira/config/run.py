@@ -117,15 +117,17 @@ class ModelConfig(Section):
     Mistral and Qwen2 keep all else in float32. It pays where the processor multiplies bfloat16 in tiles (`amx_bf16`
     in /proc/cpuinfo: Intel from 2023 on); elsewhere it can be slower than float32."""
     device: str = "auto"
-    """`auto`, `cpu`, `cuda`, `cuda:1`, `mps`."""
+    """`auto`, `cpu`, `cuda`, `cuda:1`. Not `mps`: the server compares and mixes adapters in float64."""
     adapter: AdapterConfig = AdapterConfig()
     """What is trained on top of the base."""
 
     @field_validator("device")
     @classmethod
     def _device_that_could_be(cls, device: str) -> str:
-        if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", device):
-            raise ValueError(f"device = {device} is unknown; allowed: auto, cpu, cuda, cuda:1 and so on, mps")
+        if device == "mps":
+            raise ValueError("device = mps has no float64, in which adapters are compared and mixed; use cpu")
+        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
+            raise ValueError(f"device = {device} is unknown; allowed: auto, cpu, cuda, cuda:1 and so on")
         return device
 
 
@@ -187,8 +189,8 @@ class _Source(Section):
     """Tokens of prompt and answer together. A longer prompt is cut; an example with a longer answer is left out."""
     cut: Cut = "input"
     """What a prompt that is too long loses. `input`: the beginning of the example's input, so that the instruction
-    stays; where there is none or that is not enough, as `beginning`. `beginning`: that of the whole prompt. Where the
-    base's context leaves no room for an answer behind a prompt, it loses its beginning either way."""
+    stays; where there is none or that is not enough, as `beginning`. `beginning`: that of the whole prompt. A prompt
+    whose answer would not fit into the base's context loses the same."""
     partition: PartitionConfig = PartitionConfig()
     """How examples become clients, and which of them are held out."""
 
@@ -237,7 +239,8 @@ class JsonlConfig(_Source):
     source: Literal["jsonl"]
     """Which source this section describes; the other keys follow from it."""
     path: str
-    """A JSON Lines file (may end in .gz), or a folder or glob of such files."""
+    """A JSON Lines file, or a .json file with one list (may end in .gz), or a folder or glob of such files; a folder's
+    hidden files are left out."""
     client_field: str | None = None
     """Field that names the client (`partition.by: field`); by default `client`, else one client per file."""
     task_field: str = "task"
@@ -310,11 +313,13 @@ class CompareConfig(Section):
     methods: tuple[str, ...] = ("local_only", "fedit", "mira_published", "mira")
     """Names of methods with their defaults, or of `variants`. The config's own method keeps its settings."""
     variants: dict[str, MethodConfig] = Field(default={})
-    """More methods by a name of your choice, such as `mira-true: {name: mira, graph: {kind: true}}`."""
+    """More methods by a name of your choice, such as `mira-true: {name: mira, graph: {kind: true}}`; the name of a
+    method is for other settings of that method."""
     seeds: PositiveInt = 1
     """Paired draws of partition, initial adapters and batches: seed, seed + 1, ..."""
     learning_rates: tuple[FinitePositiveFloat, ...] = ()
-    """Grid tried for every method; the best on validation data is used. Empty: training.learning_rate for all."""
+    """Grid tried for every method; the best on validation data is used. Empty: training.learning_rate for all. A study
+    keeps its grid and tuning_seed until all of its methods are asked for with others."""
     tuning_seed: NonNegativeInt = 1000
     """The draw on which the grid is tried; never one of the seeds that are reported. It splits the same files anew."""
 
@@ -330,6 +335,13 @@ class CompareConfig(Section):
                 raise ValueError(
                     f"variants has the name {name!r}, which becomes part of a folder's name; use letters, digits, dot, "
                     "dash and underscore, 64 at most, beginning with a letter or digit"
+                )
+        for name, method in self.variants.items():
+            # tables and reports take what is called local_only for training alone
+            if name in METHOD_NAMES and method.name != name:
+                raise ValueError(
+                    f"variants.{name} is called like a method, but has name = {method.name}; call it something else, "
+                    f"such as {method.name}-2, or use name: {name}"
                 )
         return self
 

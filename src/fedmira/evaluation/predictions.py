@@ -40,7 +40,6 @@ def agreement(base: BaseModel, arena: Arena, texts: Sequence[TokenizedExample], 
     if not texts:
         raise ValueError("predictions can only be compared on texts; none were given")
     total_SS = torch.zeros(arena.num_clients, arena.num_clients, dtype=torch.float64)
-    wide = torch.float32 if base.device.type == "mps" else torch.float64
     num_tokens = 0
     with torch.inference_mode():
         for text in texts:
@@ -48,7 +47,7 @@ def agreement(base: BaseModel, arena: Arena, texts: Sequence[TokenizedExample], 
             num_tokens += logits_SmV.shape[1]
             for logits_SV in logits_SmV.unbind(1):
                 # the root of a softmax is the softmax of half the logits, up to its scale
-                root_SV = torch.nn.functional.normalize(torch.softmax(logits_SV.to(wide) / 2, dim=1), dim=1)
+                root_SV = torch.nn.functional.normalize(torch.softmax(logits_SV.double() / 2, dim=1), dim=1)
                 total_SS += (root_SV @ root_SV.T).cpu()
     return total_SS / num_tokens
 

@@ -6,7 +6,6 @@ Needs the run directory and the base model; the clients' data is never read.
 from __future__ import annotations
 
 import json
-import shutil
 import sys
 import warnings
 from collections.abc import Callable
@@ -17,17 +16,29 @@ import numpy as np
 
 from fedmira import embedded_base_path
 from fedmira.data.partition import check_names
-from fedmira.errors import UsageError, nearest
-from fedmira.export.peft import EMBEDDED_NAME, Settings, adapter_files, model_card, new_folder, write_files
+from fedmira.errors import SetupError, UsageError, nearest
+from fedmira.export.peft import (
+    EMBEDDED_NAME,
+    Settings,
+    adapter_files,
+    card_bytes,
+    model_card,
+    new_folder,
+    write_files,
+)
 from fedmira.export.whole_model import write_model
 from fedmira.paths import home_expanded
 from fedmira.types import Arena, Example, Layout
 
 if TYPE_CHECKING:
-    from fedmira.config.run import RunConfig
+    from collections.abc import Mapping
+
+    from fedmira.config.run import ModelConfig, RunConfig
     from fedmira.model.base import BaseModel
 
 BASE_FOLDER = "base"
+VLLM_MAX_RANK = 512
+"""The largest that `vllm serve --max-lora-rank` takes."""
 
 
 class Trained(NamedTuple):
@@ -40,14 +51,32 @@ class Trained(NamedTuple):
     base: BaseModel
     rounds: int
     """Rounds that are behind these adapters."""
+    skipped: tuple[str, ...] = ()
+    """Newer checkpoints that are damaged, each with the reason."""
+    moved: str = ""
+    """What had to be loaded otherwise than the config says; empty if nothing."""
 
     @property
-    def unfinished_line(self) -> str:
-        """How far a run has come that goes on or was interrupted; empty if it is finished."""
+    def warnings(self) -> tuple[str, ...]:
+        """What a person may not expect of these adapters."""
+        lines = [*filter(None, [self.moved]), *(f"skipped a damaged checkpoint: {reason}" for reason in self.skipped)]
         rounds = self.config.federation.rounds
-        if self.rounds >= rounds:
-            return ""
-        return f"this run has finished {self.rounds} of {rounds} rounds; the adapter is that of round {self.rounds}"
+        if self.rounds < rounds and self.skipped:
+            lines.append(f"the adapter is that of round {self.rounds} of {rounds}")
+        elif self.rounds < rounds:
+            lines.append(
+                f"this run has finished {self.rounds} of {rounds} rounds; the adapter is that of round {self.rounds}"
+            )
+        return tuple(lines)
+
+    @property
+    def revision(self) -> str | None:
+        """Which commit of the hub the base is, or what the config calls it; None where it is no id of the hub."""
+        model = self.config.model
+        if model.path == "embedded" or home_expanded(model.path).is_dir():
+            return None
+        # a branch moves, and adapters fit only the weights they were trained over
+        return self.base.commit or model.revision
 
     def row(self, client: str) -> int:
         """The row of `client`; raises UsageError with the nearest right names if there is no such client."""
@@ -65,7 +94,7 @@ def load_trained(run: Path) -> Trained:
         IntegrityError: its files are damaged, or the base model is not the one it was trained over.
         SetupError: the base model cannot be loaded.
     """
-    from fedmira.assembly import refuse_other_base
+    from fedmira.assembly import recorded_commit, refuse_other_base
     from fedmira.model.base import load_base
     from fedmira.model.kinds import adapter_layout
     from fedmira.runs.checkpoint import load_latest
@@ -79,7 +108,8 @@ def load_trained(run: Path) -> Trained:
     if checkpoint is None or checkpoint.facts["completed_rounds"] == 0:
         raise no_finished_round(run)
     manifest = store.manifest()
-    base = load_base(store.config.base_model)
+    model, moved = _loadable(store.config, manifest["model"])
+    base = load_base(model, recorded_commit(manifest))
     refuse_other_base(run, manifest["model"], base)
     layout = adapter_layout(base, store.config.model.adapter, store.config.method.num_pairs)
     values_KP = checkpoint.tensors.get("personalised", checkpoint.tensors["state.adapters"])
@@ -87,7 +117,26 @@ def load_trained(run: Path) -> Trained:
     names = tuple(client["name"] for client in manifest["clients"])[: len(values_KP)]
     shift_W = checkpoint.tensors.get("state.memory.shift")
     adapters = Arena(layout, values_KP.to(base.device), None if shift_W is None else shift_W.to(base.device))
-    return Trained(store.config, names, adapters, base, int(checkpoint.facts["completed_rounds"]))
+    rounds = int(checkpoint.facts["completed_rounds"])
+    return Trained(store.config, names, adapters, base, rounds, checkpoint.skipped, moved)
+
+
+def _loadable(config: RunConfig, recorded: Mapping[str, object]) -> tuple[ModelConfig, str]:
+    """The base to load for what was trained by `config`, perhaps on another machine, and what is said about it.
+
+    Adapters mean the same on every device and over a base in any dtype; whole models are weights in one dtype.
+    """
+    from fedmira.model.source import resolve_device
+
+    model, line = config.base_model, ""
+    try:
+        resolve_device(model.device)
+    except SetupError:
+        line = f"this run was trained with model.device = {model.device}, which is not there; auto is used instead"
+        model = model.model_copy(update={"device": "auto"})
+    if model.adapter.kind == "full" and "dtype" in recorded:
+        model = model.model_copy(update={"dtype": recorded["dtype"]})
+    return model, line
 
 
 def export_clients(
@@ -107,7 +156,7 @@ def export_clients(
         client: One name, whose folder is `out`; or None for every client, each in `out`/NAME.
         out: New or empty folder.
         with_base: Put a copy of the embedded base model beside the adapters, as `out`/base.
-        warn: Told if the run is not finished.
+        warn: Told what of the run or of the adapters may be unexpected, such as a run that is not finished.
 
     Raises:
         UsageError: an unknown client, a folder that is not empty, or `with_base` without the embedded model.
@@ -140,11 +189,13 @@ def export_clients(
         base_path = str(local.resolve())
     if embedded:
         base_path = (f"../{BASE_FOLDER}" if everyone else BASE_FOLDER) if with_base else EMBEDDED_NAME
-    if line := trained.unfinished_line:
+    for line in trained.warnings:
         warn(line)
+    ranks: dict[str, int] = {}
     with new_folder(out) as folder:
         if with_base:
-            shutil.copytree(embedded_base_path(), folder / BASE_FOLDER, copy_function=shutil.copyfile)
+            (folder / BASE_FOLDER).mkdir()
+            write_files(folder / BASE_FOLDER, {path.name: path.read_bytes() for path in embedded_base_path().iterdir()})
         targets = [folder / name if everyone else folder for name in chosen]
         for target in targets:
             target.mkdir(exist_ok=True)
@@ -154,7 +205,12 @@ def export_clients(
                 write_model(target, trained.base, _card(trained, row, base_path, run.resolve().name))
         else:
             for target, row in zip(targets, rows, strict=True):
-                write_files(target, _files(trained, row, base_path, run.resolve().name))
+                files = _files(trained, row, base_path, run.resolve().name)
+                write_files(target, files)
+                ranks[trained.names[row]] = _rank(files) or 0
+    if (most := max(ranks.values(), default=0)) > VLLM_MAX_RANK:
+        largest = next(name for name, rank in ranks.items() if rank == most)
+        warn(f"the adapter of {largest} has rank {most:,}; peft loads it, vLLM serves at most {VLLM_MAX_RANK}")
     return {name: out / name if everyone else out for name in chosen}
 
 
@@ -167,18 +223,23 @@ def _files(trained: Trained, row: int, base_path: str, run_name: str) -> dict[st
         alpha=adapter.alpha,
         dropout=adapter.dropout,
         base_path=base_path,
-        revision=config.model.revision,
+        revision=trained.revision,
         fan_in_fan_out=_stores_transposed(trained.base, layout),
     )
     files = adapter_files(layout, trained.adapters.values_KP[row], settings, shift_W=trained.adapters.shift_W)
     # the rank is known once the files are: of the client, of several pairs together, of what was merged into the base
-    rank = json.loads(files["adapter_config.json"]).get("r")
-    return {**files, "README.md": _card(trained, row, base_path, run_name, rank).encode()}
+    return {**files, "README.md": card_bytes(_card(trained, row, base_path, run_name, _rank(files)))}
+
+
+def _rank(files: Mapping[str, bytes]) -> int | None:
+    """The rank that the files of a PEFT folder state; None for soft prompts."""
+    rank: int | None = json.loads(files["adapter_config.json"]).get("r")
+    return rank
 
 
 def _card(trained: Trained, row: int, base_path: str, run_name: str, rank: int | None = None) -> str:
     config = trained.config
-    adapter = config.model.adapter
+    adapter, rounds = config.model.adapter, config.federation.rounds
     sizes: dict[str, dict[str, object]] = {
         "lora": {"rank": rank},
         "prompt": {"virtual tokens": adapter.num_virtual_tokens},
@@ -189,12 +250,12 @@ def _card(trained: Trained, row: int, base_path: str, run_name: str, rank: int |
         "client": trained.names[row],
         "run": run_name,
         "method": config.method.name,
-        "rounds": f"{trained.rounds} of {config.federation.rounds}" if trained.unfinished_line else trained.rounds,
+        "rounds": str(trained.rounds) + (f" of {rounds}" if trained.rounds < rounds else ""),
         "seed": config.seed,
         **sizes[adapter.kind],
         "template of the prompts": config.data.template,
     }
-    return model_card(base_path, facts, adapter.kind, config.model.revision)
+    return model_card(base_path, facts, adapter.kind, trained.revision)
 
 
 def _stores_transposed(base: BaseModel, layout: Layout) -> bool:
@@ -207,7 +268,7 @@ def answer(
 ) -> str:
     """Return what the run's model writes after `instruction` (and `context`) with the adapter of `client`, greedily.
 
-    `warn` is told if the run is not finished, and if the question is too long to be read whole.
+    `warn` is told what of the run may be unexpected, and if the question is too long to be read whole.
 
     Raises:
         UsageError: an unknown client, a run without a finished round, or a question that is no text.
@@ -223,7 +284,7 @@ def answer(
     trained = load_trained(run)
     row = trained.row(client)
     config, base = trained.config, trained.base
-    if line := trained.unfinished_line:
+    for line in trained.warnings:
         warn(line)
     prompt, line = _question(trained, Example(instruction=instruction, output="", input=context))
     if line:
@@ -239,12 +300,13 @@ def _question(trained: Trained, example: Example) -> tuple[np.ndarray, str]:
     from fedmira.evaluation.generation import tokens_for
 
     config, base, layout = trained.config, trained.base, trained.adapters.layout
-    longest = min(config.data.max_length, base.max_length - layout.num_virtual_tokens)
+    new_tokens, room = tokens_for(base, layout, config.evaluation.generation.max_new_tokens)
+    # of a prompt that has room for one token only, which may be the start token's, generation chooses
+    longest = min(config.data.max_length, max(room, 2))
     whole, prompt = (
         prompt_tokens(example, base.tokenizer, config.data.template, most, cut=config.data.cut)
         for most in (sys.maxsize, longest)
     )
-    new_tokens, room = tokens_for(base, layout, config.evaluation.generation.max_new_tokens)
     left_out = len(whole) - min(len(prompt), room)
     if not left_out:
         return prompt, ""

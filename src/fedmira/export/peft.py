@@ -6,10 +6,13 @@ about runs, clients or how an adapter was trained; `clients` does.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import re
+import stat
 from collections.abc import Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -87,7 +90,7 @@ def adapter_files(
     return {
         "adapter_config.json": (json.dumps(config, indent=2, sort_keys=True) + "\n").encode(),
         "adapter_model.safetensors": save(tensors, metadata={"format": "pt"}),
-        "README.md": model_card(settings.base_path).encode(),
+        "README.md": card_bytes(model_card(settings.base_path)),
     }
 
 
@@ -208,6 +211,11 @@ def model_card(
     return "\n".join(header + body + usage)
 
 
+def card_bytes(card: str) -> bytes:
+    """A model card as a file; bytes of a path that are no UTF-8 are written out."""
+    return card.encode(errors="backslashreplace")
+
+
 def _where_base_is(base_path: str) -> str:
     if base_path == EMBEDDED_NAME:
         return "the small model that ships with fedmira: `fedmira.embedded_base_path()`."
@@ -228,20 +236,35 @@ def new_folder(out: Path) -> Iterator[Path]:
     """Yield a temporary folder that becomes `out` at the end, or vanishes if anything fails.
 
     It lies beside `out`, or inside if that is there already: whoever stands in it, as with ".", must not lose it.
+    What a process that was killed left of `out` is removed.
 
     Raises:
         UsageError: `out` exists and is not an empty folder.
         SetupError, IntegrityError: the disk refuses; the message names the reason.
     """
-    if out.is_symlink() or (out.exists() and not out.is_dir()) or (out.is_dir() and any(out.iterdir())):
-        raise UsageError(f"{out} exists and is not an empty folder; give a new folder, or remove this one")
-    out = Path(os.path.abspath(out))  # the name of "."
+    with disk_errors_named(out, "write"):
+        try:
+            there = stat.S_ISDIR(os.lstat(out).st_mode)
+        except (FileNotFoundError, NotADirectoryError):
+            there = False
+        else:
+            if not there or not all(map(_left_behind, os.listdir(out))):
+                raise UsageError(f"{out} exists and is not an empty folder; give a new folder, or remove this one")
+    # a link on the way there is followed, and "." has a name
+    out = Path(os.path.realpath(out))
     make_folder(out.parent)
-    there = out.is_dir()
-    temporary = (out if there else out.parent) / f".{out.name}.tmp-{nonce()}"
+    place = out if there else out.parent
+    # short, whatever the name of `out` is
+    prefix = f".export-{hashlib.sha256(os.fsencode(out.name)).hexdigest()[:8]}-"
+    temporary = place / f"{prefix}{nonce()}"
     try:
         with disk_errors_named(out, "write"):
             temporary.mkdir()
+            # a folder that may be written in need not be one that may be listed
+            with suppress(PermissionError):
+                for name in os.listdir(place):
+                    if _left_behind(name) and (there or name.startswith(prefix)):
+                        remove_tree(place / name)
             yield temporary
             if there:
                 for part in sorted(temporary.iterdir()):
@@ -251,5 +274,23 @@ def new_folder(out: Path) -> Iterator[Path]:
                 temporary.rename(out)
                 sync_folder(out.parent)
     finally:
-        if temporary.exists():
+        if os.path.lexists(temporary):
             remove_tree(temporary)
+
+
+_TEMPORARY = re.compile(r"\.export-[0-9a-f]{8}-(\d{1,9})-[0-9a-f]{8}")
+
+
+def _left_behind(name: str) -> bool:
+    """Whether this is the name of a temporary folder whose process is gone."""
+    match = _TEMPORARY.fullmatch(name)
+    if match is None:
+        return False
+    try:
+        os.kill(int(match[1]), 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        # it runs for somebody else
+        pass
+    return False

@@ -6,10 +6,12 @@ Knows nothing about runs, clients or whose weights they are; `clients` does.
 from __future__ import annotations
 
 import copy
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fedmira.export.peft import write_files
+from fedmira.export.peft import card_bytes, write_files
+from fedmira.runs.atomic import write_new_file
 
 if TYPE_CHECKING:
     from fedmira.model.base import BaseModel
@@ -18,7 +20,8 @@ if TYPE_CHECKING:
 def write_model(folder: Path, base: BaseModel, card: str) -> None:
     """Write config, weights (safetensors), tokenizer and model card into `folder`, which holds none of them.
 
-    Tied weights are written once; transformers ties them again.
+    Tied weights are written once; transformers ties them again. Tensors have the names and shapes that the family is
+    published with, which its modules may lack: other tools know no others.
 
     Args:
         folder: Exists and is empty.
@@ -26,6 +29,7 @@ def write_model(folder: Path, base: BaseModel, card: str) -> None:
         card: README.md.
     """
     from safetensors.torch import save
+    from transformers.core_model_loading import revert_weight_conversion
 
     model = base.model
     config = copy.deepcopy(model.config)
@@ -33,18 +37,24 @@ def write_model(folder: Path, base: BaseModel, card: str) -> None:
     config.architectures = [type(model).__name__]
     parameters = dict(model.named_parameters())
     doubles = {name for name, _ in model.named_parameters(remove_duplicate=False)} - set(parameters)
+    state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items() if name not in doubles}
+    published = revert_weight_conversion(model, state)
     # stacked layers share their memory: each is written as a tensor of its own
-    tensors = {
-        name: tensor.detach().cpu().clone().contiguous()
-        for name, tensor in sorted(model.state_dict().items())
-        if name not in doubles
-    }
+    tensors = {name: published[name].clone().contiguous() for name in sorted(published)}
     if base.tokenizer is not None:
-        base.tokenizer.save_pretrained(str(folder))
+        # tokenizers write to no path whose bytes are not UTF-8
+        with tempfile.TemporaryDirectory() as elsewhere:
+            base.tokenizer.save_pretrained(elsewhere)
+            for path in sorted(Path(elsewhere).rglob("*")):
+                target = folder / path.relative_to(elsewhere)
+                if path.is_dir():
+                    target.mkdir()
+                else:
+                    write_new_file(target, [path.read_bytes()])
     files = {
         "config.json": config.to_json_string().encode(),
         "model.safetensors": save(tensors, metadata={"format": "pt"}),
-        "README.md": card.encode(),
+        "README.md": card_bytes(card),
     }
     if model.generation_config is not None:
         files["generation_config.json"] = model.generation_config.to_json_string().encode()

@@ -7,8 +7,7 @@ Axes: N packed rows, M selected rows, d hidden features, V vocabulary.
 
 from __future__ import annotations
 
-import hashlib
-import json
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,12 +23,16 @@ from fedmira.model.families import fused_body
 from fedmira.model.fused import NO_ADAPTERS, hidden
 from fedmira.model.products import product
 from fedmira.model.source import (
+    commit_of,
+    config_sha256,
     locate,
     no_progress_bars,
     refuse_unusable,
     resolve_device,
     resolve_dtype,
+    snapshot,
     translated_errors,
+    weights_sha256,
 )
 from fedmira.randomness import torch_generator
 
@@ -60,9 +63,11 @@ class BaseModel:
     name: str
     """What the config called it: `embedded`, a folder or a Hugging Face id."""
     source: str = ""
-    """The folder or Hugging Face id it was loaded from; empty if it was made in memory."""
+    """The folder it was loaded from, in the cache for a Hugging Face id; empty if it was made in memory."""
     body: Body | None = None
     """The same model written out, for families that are known."""
+    commit: str | None = None
+    """Of a Hugging Face id; None for others."""
 
     @property
     def device(self) -> torch.device:
@@ -109,18 +114,16 @@ class BaseModel:
 
     def facts(self) -> dict[str, Any]:
         """What identifies the base in a manifest; JSON-able. Reads the weights' files of a local folder once."""
-        folder = Path(self.source)
-        local = bool(self.source) and folder.is_dir()
-        weights = sorted(folder.glob("*.safetensors")) if local else []
+        folder = Path(self.source) if self.source else None
         return {
             "path": self.name,
             "family": self.model.config.model_type,
             "parameters": self.num_parameters,
             "dtype": str(self.dtype).removeprefix("torch."),
             "device": self.device.type,
-            "commit": getattr(self.model.config, "_commit_hash", None),
-            "config_sha256": _config_sha256(folder) if local else None,
-            "weights_sha256": {path.name: _sha256(path) for path in weights},
+            "commit": self.commit,
+            "config_sha256": None if folder is None else config_sha256(folder),
+            "weights_sha256": {} if folder is None else weights_sha256(folder, hub=self.commit is not None),
         }
 
     def plan(self, batch: PackedTokens, stand_alone: bool = False) -> Packing:
@@ -213,8 +216,12 @@ class BaseModel:
         return weight.index_select(0, tokens_M)
 
 
-def load_base(config: ModelConfig) -> BaseModel:
+def load_base(config: ModelConfig, commit: str | None = None) -> BaseModel:
     """Load the base model that a config names, frozen and in eval mode.
+
+    Args:
+        config: what to load.
+        commit: of a Hugging Face id: loaded if it can be had, in place of what `config.revision` means today.
 
     Raises:
         SetupError: the folder, the Hugging Face id, the architecture, the device or the weights cannot be used.
@@ -222,10 +229,15 @@ def load_base(config: ModelConfig) -> BaseModel:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     source, revision = locate(config)
+    hub = not Path(source).is_dir()
+    if hub and commit is not None:
+        with contextlib.suppress(OSError, ValueError):
+            revision = commit_of(snapshot(source, commit)) or revision
     refuse_unusable(source, revision, config.path)
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, device)
     with translated_errors(config.path), no_progress_bars():
+        folder = snapshot(source, revision)
         model, loading = AutoModelForCausalLM.from_pretrained(
             source,
             revision=revision,
@@ -241,10 +253,10 @@ def load_base(config: ModelConfig) -> BaseModel:
             f"the weights of {config.path} lack {len(missing)} tensors of its architecture, such as {missing[0]}; "
             "the download is incomplete or the folder is not a causal language model"
         )
-    return freeze(model.to(device), tokenizer, config.path, source)
+    return freeze(model.to(device), tokenizer, config.path, str(folder), commit_of(folder) if hub else None)
 
 
-def freeze(model: Any, tokenizer: Any, name: str, source: str = "") -> BaseModel:
+def freeze(model: Any, tokenizer: Any, name: str, source: str = "", commit: str | None = None) -> BaseModel:
     """Freeze a transformers model and check that the packed forward agrees with its own.
 
     Raises:
@@ -252,44 +264,9 @@ def freeze(model: Any, tokenizer: Any, name: str, source: str = "") -> BaseModel
     """
     model.requires_grad_(False)
     model.eval()
-    base = BaseModel(model, tokenizer, name, source, fused_body(model))
+    base = BaseModel(model, tokenizer, name, source, fused_body(model), commit)
     _self_check(base)
     return base
-
-
-_BESIDE_THE_COMPUTATION = frozenset(
-    (
-        "_name_or_path",
-        "architectures",
-        "dtype",
-        "id2label",
-        "label2id",
-        "torch_dtype",
-        "transformers_version",
-        "use_cache",
-    )
-)
-"""Keys of a config that may differ between copies of one model."""
-
-
-def _config_sha256(folder: Path) -> str | None:
-    """Hash of what a folder's config.json says about the computation; None where there is none."""
-
-    def said(value: Any) -> Any:
-        if not isinstance(value, dict):
-            return value
-        return {key: said(item) for key, item in value.items() if key not in _BESIDE_THE_COMPUTATION}
-
-    path = folder / "config.json"
-    if not path.is_file():
-        return None
-    text = json.dumps(said(json.loads(path.read_bytes())), sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @dataclass(frozen=True, slots=True)

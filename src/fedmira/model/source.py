@@ -1,4 +1,5 @@
-"""Where a base model comes from: folders, Hugging Face ids, devices and dtypes, and what is refused before loading.
+"""Where a base model comes from and what identifies it: folders, Hugging Face ids, devices and dtypes, and what is
+refused before loading.
 
 Knows nothing about what a loaded model computes.
 """
@@ -6,6 +7,9 @@ Knows nothing about what a loaded model computes.
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,7 +24,7 @@ EMBEDDED = "embedded"
 
 
 def resolve_device(name: str) -> torch.device:
-    """Turn `auto`, `cpu`, `cuda`, `cuda:1` or `mps` into a device that is there.
+    """Turn `auto`, `cpu`, `cuda` or `cuda:1` into a device that is there.
 
     Raises:
         SetupError: the name is unknown or this machine has no such device.
@@ -33,16 +37,18 @@ def resolve_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise SetupError(
-            f"model.device = {name} cannot be used here ({reason}); allowed: auto, cpu, cuda, cuda:N, mps. "
+            f"model.device = {name} cannot be used here ({reason}); allowed: auto, cpu, cuda, cuda:N. "
             "Use auto to take a GPU where there is one"
         ) from error
     return device
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    """Turn a config's dtype into torch's; `auto` is bfloat16 on a GPU that supports it and float32 elsewhere."""
+    """Turn a config's dtype into torch's; `auto` is bfloat16 on a GPU that computes in it and float32 elsewhere."""
     if name == "auto":
-        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+        # torch.cuda.is_bf16_supported also counts GPUs that emulate it, and looks at the current one only
+        at_once = device.type == "cuda" and (torch.version.hip or torch.cuda.get_device_capability(device) >= (8, 0))
+        return torch.bfloat16 if at_once else torch.float32
     dtype: torch.dtype = getattr(torch, name)
     return dtype
 
@@ -67,6 +73,93 @@ def locate(config: ModelConfig) -> tuple[str, str | None]:
             "*.safetensors and a tokenizer, or a Hugging Face id such as openai-community/gpt2"
         )
     return config.path, config.revision
+
+
+def refuse_idle_revision(config: ModelConfig) -> None:
+    """Refuse `model.revision` beside something that has none; runs begun before this was refused go on.
+
+    Raises:
+        SetupError: the model is the embedded one or a folder.
+    """
+    if config.revision is not None and (config.path == EMBEDDED or home_expanded(config.path).is_dir()):
+        kind = "the embedded model" if config.path == EMBEDDED else "a local folder"
+        raise SetupError(
+            f"model.revision = {config.revision} has no effect: model.path = {config.path} is {kind}, which has no "
+            "revisions; remove model.revision, or give a Hugging Face id"
+        )
+
+
+def snapshot(source: str, revision: str | None) -> Path:
+    """The folder that transformers reads `source` from: a folder itself, or an id's in the cache of the hub.
+
+    Raises:
+        OSError: there is no such id or revision, or it can neither be reached nor is it in the cache.
+    """
+    from transformers.utils import cached_file
+
+    if Path(source).is_dir():
+        return Path(source)
+    return Path(cached_file(source, "config.json", revision=revision)).parent
+
+
+def commit_of(folder: Path) -> str | None:
+    """The commit whose files a folder in the cache of the hub holds; None for other folders."""
+    return folder.name if folder.parent.name == "snapshots" else None
+
+
+def weights_sha256(folder: Path, hub: bool) -> dict[str, str]:
+    """Hash of each file of weights in a folder; in the cache of the hub, of each that is loaded.
+
+    The cache may hold more or less than that, as downloads come and go. It names large files by their hash: those are
+    not read.
+    """
+    if not hub:
+        return {path.name: _sha256(path) for path in sorted(folder.glob("*.safetensors"))}
+    names = sorted(path.name for path in folder.glob("*.safetensors"))
+    index = folder / "model.safetensors.index.json"
+    if "model.safetensors" in names:
+        names = ["model.safetensors"]
+    elif index.is_file():
+        names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+    blobs = {name: (folder / name).resolve() for name in names}
+    return {name: blob.name if _HASH.fullmatch(blob.name) else _sha256(blob) for name, blob in blobs.items()}
+
+
+_HASH = re.compile("[0-9a-f]{64}")
+
+_BESIDE_THE_COMPUTATION = frozenset(
+    (
+        "_name_or_path",
+        "architectures",
+        "dtype",
+        "id2label",
+        "label2id",
+        "torch_dtype",
+        "transformers_version",
+        "use_cache",
+    )
+)
+"""Keys of a config that may differ between copies of one model."""
+
+
+def config_sha256(folder: Path) -> str | None:
+    """Hash of what a folder's config.json says about the computation; None where there is none."""
+
+    def said(value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        return {key: said(item) for key, item in value.items() if key not in _BESIDE_THE_COMPUTATION}
+
+    path = folder / "config.json"
+    if not path.is_file():
+        return None
+    text = json.dumps(said(json.loads(path.read_bytes())), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def refuse_unusable(source: str, revision: str | None, name: str) -> None:

@@ -133,12 +133,11 @@ def sum_of_client_means(losses_M: torch.Tensor, supervised_per_client: Sequence[
 
 
 def sums_of_parts(losses_M: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
-    """Sum of the losses of each part, of a client or an example, float64 where the device has it.
+    """Sum of the losses of each part, of a client or an example, in float64.
 
     Each sum sees only its own values.
     """
-    dtype = torch.float32 if losses_M.device.type == "mps" else torch.float64
-    return torch.stack([part.sum(dtype=dtype) for part in torch.split(losses_M.detach(), list(lengths))])
+    return torch.stack([part.sum(dtype=torch.float64) for part in torch.split(losses_M.detach(), list(lengths))])
 
 
 def pull_gradient(
