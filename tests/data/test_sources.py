@@ -277,6 +277,60 @@ def test_what_a_folder_holds_beside_data_files_is_told(tmp_path: Path) -> None:
     assert "skipped" not in unusable_line(both)
 
 
+def test_hidden_files_are_no_data_unless_they_are_named(tmp_path: Path) -> None:
+    write_lines(tmp_path / "anna.jsonl", *(alpaca(one) for one in range(3)))
+    # what macOS leaves on disks that are not its own
+    for name in ("._anna.jsonl", ".DS_Store.json"):
+        (tmp_path / name).write_bytes(b"\0\x05\x16\x07\xff")
+    assert [file.name for file in find_files(str(tmp_path)).files] == ["anna.jsonl"]
+    source = load_examples(jsonl(tmp_path), 0)
+    assert len(source.examples) == 3
+    assert unusable_line(source.provenance) == ""
+    for named in (tmp_path / "._anna.jsonl", tmp_path / "._*"):
+        with pytest.raises(DataError, match="not UTF-8 text"):
+            load_examples(jsonl(named), 0)
+    (tmp_path / "anna.jsonl").unlink()
+    with pytest.raises(DataError, match="holds no file ending in"):
+        load_examples(jsonl(tmp_path), 0)
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"version": 2, "tags": ["a"], "data": [alpaca(1)]}, "Keep only the list in its field 'data'; allowed are"),
+        ({"train": [alpaca(1)], "test": [alpaca(2)]}, "Keep only the list in its field 'train' or 'test'; allowed are"),
+        ({"q1": alpaca(1), "q2": alpaca(2)}, "Its fields are q1, q2. Put the examples into a list, or write one in"),
+    ],
+)
+def test_a_file_that_is_one_object_is_said_to_be_one(
+    tmp_path: Path, content: dict[str, Any], message: str, indent: int | None
+) -> None:
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps(content, indent=indent))
+    for config in (jsonl(path), dolly(path)):
+        with pytest.raises(DataError, match=rf"'a\.json' is one object, not a list of examples\. {message}"):
+            load_examples(config, 0)
+
+
+def test_a_record_alone_in_a_file_may_be_laid_out_over_lines(tmp_path: Path) -> None:
+    for name, record in (("a", alpaca(1)), ("b", {"messages": [{"role": "wizard", "content": "q"}]})):
+        (tmp_path / f"{name}.json").write_text(json.dumps(record, indent=2))
+    [example] = load_examples(jsonl(tmp_path / "a.json"), 0).examples
+    assert (example.output, example.id) == ("answer 1", "a.json:1")
+    with pytest.raises(DataError, match=r"has 1 unusable and 0 usable records \(record 1: unknown role 'wizard'"):
+        load_examples(jsonl(tmp_path / "b.json"), 0)
+
+
+def test_a_damaged_list_is_one_mistake_not_one_in_each_line(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps([alpaca(1), alpaca(2)], indent=2)[:-1])
+    with pytest.raises(DataError, match=r"a\.json' is not JSON: .* line 10 column 1 .*nor does any line"):
+        load_examples(jsonl(path), 0)
+    path.write_text("\n".join([json.dumps(alpaca(1)), json.dumps(alpaca(2)), "{"]))
+    assert len(load_examples(jsonl(path), 0).examples) == 2
+
+
 def test_a_capital_gz_is_an_archive_and_a_capital_json_may_hold_a_list(tmp_path: Path) -> None:
     (tmp_path / "a.JSON.GZ").write_bytes(gzip.compress(json.dumps([alpaca(1), alpaca(2)]).encode()))
     assert len(load_examples(jsonl(tmp_path), 0).examples) == 2
@@ -339,6 +393,12 @@ def test_the_official_schema(tmp_path: Path) -> None:
     )
     assert source.examples[0].instruction == "As text."
     assert [len(file["sha256"]) for file in source.provenance["files"]] == [64, 64]
+
+
+def test_hidden_files_are_no_tasks(tmp_path: Path) -> None:
+    write_task(tmp_path, "task1")
+    (tmp_path / "._task1.json").write_bytes(b"\0\x05\x16\x07\xff")
+    assert {example.task for example in load_examples(natural(tmp_path), 0).examples} == {"task1"}
 
 
 def test_chosen_tasks_in_the_given_order(tmp_path: Path) -> None:

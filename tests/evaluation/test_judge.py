@@ -8,13 +8,13 @@ import pytest
 import torch
 from tests.reference.tiny_models import random_arena, random_examples, tiny_layout, tiny_model
 
-from fedmira.config.run import EvaluationConfig
-from fedmira.data.tokenization import TokenizedClient
+from fedmira.config.run import EvaluationConfig, ModelConfig
+from fedmira.data.tokenization import TokenizedClient, prompt_tokens, tokenize_federation
 from fedmira.evaluation import judge
 from fedmira.evaluation.judge import final_records, shortened_line, validation_losses
 from fedmira.evaluation.loss import evaluate_loss
-from fedmira.model.base import BaseModel, freeze
-from fedmira.types import Arena, Client, Example
+from fedmira.model.base import BaseModel, freeze, load_base
+from fedmira.types import Arena, Client, Example, Federation
 
 COUNTS = (3, 2, 4)
 
@@ -167,3 +167,57 @@ def test_prompts_that_nobody_answers_are_not_counted(clients: list[TokenizedClie
     assert shortened_line(model, layout, clients, few.model_copy(update={"test": False})) == ""
     off = settings(max_new_tokens=model.max_length, enabled=False)
     assert shortened_line(model, layout, clients, off) == ""
+
+
+LONG = Example("Name the last colour.", "blue", input=f"red green {'and then yellow ' * 60}blue")
+BARE = Example(f"Say yes {'again and ' * 60}again.", "yes")
+SHORT = Example("Say yes.", "yes", input="now")
+
+
+@pytest.mark.parametrize("template", ["plain", "alpaca"])
+@pytest.mark.parametrize("cut", ["input", "beginning"])
+def test_a_prompt_that_makes_room_for_its_answer_loses_what_it_loses_in_training(
+    template: str, cut: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load_base(ModelConfig(device="cpu"))
+    federation = Federation((Client("a", (LONG,), (), (LONG, BARE, SHORT)), Client("b", (SHORT,), (), (SHORT, LONG))))
+    # the long ones have lost something already
+    clients, _ = tokenize_federation(federation, model.tokenizer, template, 130, cut)
+    arena, room = random_arena(tiny_layout(model, "llama"), 2, torch.float32), 80
+    generating = settings(max_new_tokens=model.max_length - room)
+    asked = answering(monkeypatch, [["x"] * 3, ["x"] * 2])
+    final_records(model, arena, clients, generating)
+    [(_, prompts, _)] = asked
+    whole = [[one.tokens[: one.prompt_length].tolist() for one in client.test] for client in clients]
+    assert [[len(one) > room for one in own] for own in whole] == [[True, True, False], [False, True]]
+    read = prompt_tokens(LONG, model.tokenizer, template, room, cut=cut).tolist()
+    if cut == "beginning":
+        # which generation does, of all its prompts
+        assert [[prompt.tolist() for prompt in own] for own in prompts] == whole
+        assert read[1:] == whole[0][0][1 - room :]
+    else:
+        (long, bare, short), (short_too, long_too) = [[prompt.tolist() for prompt in own] for own in prompts]
+        assert long == long_too == read
+        assert (short, short_too) == (whole[0][2], whole[1][0])
+        assert len(long) == len(bare) == room
+        assert bare[1:] == whole[0][1][1 - room :]
+        text = model.tokenizer.decode(long)
+        assert "Name the last colour." in text
+        assert "red green" not in text
+        assert "yellow blue" in text
+    lost = {
+        "beginning": "their beginning",
+        "input": "the beginning of their input, or their own where that is not enough",
+    }
+    line = shortened_line(model, arena.layout, clients, generating)
+    assert line.startswith(f"3 of 5 test prompts are answered without {lost[cut]}: ")
+
+
+def test_a_single_token_of_a_prompt_is_generations_to_choose(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = load_base(ModelConfig(device="cpu"))
+    clients, _ = tokenize_federation(Federation((Client("a", (LONG,), (), (LONG,)),)), model.tokenizer, "plain", 64)
+    asked = answering(monkeypatch, [["x"]])
+    generating = settings(max_new_tokens=model.max_length)
+    final_records(model, random_arena(tiny_layout(model, "llama"), 1, torch.float32), clients, generating)
+    [example] = clients[0].test
+    assert asked[0][1][0][0].tolist() == example.tokens[: example.prompt_length].tolist()

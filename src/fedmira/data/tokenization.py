@@ -64,6 +64,10 @@ class TokenizedClient:
     test: tuple[TokenizedExample, ...]
     examples: Client
     """The client without the dropped examples: `examples.test[i]` is the text of `test[i]`, in every split."""
+    template: str = "plain"
+    """How its examples became text."""
+    cut: Cut = "beginning"
+    """What its prompts lose that are too long."""
 
 
 class ClientTokens(NamedTuple):
@@ -236,8 +240,8 @@ def _tokenize_client(
         first_dropped=tuple(dropped[:NUM_NAMED_DROPS]),
     )
     remaining = replace(client, train=texts["train"], validation=texts["validation"], test=texts["test"])
-    tokenized = TokenizedClient(client.name, sequences["train"], sequences["validation"], sequences["test"], remaining)
-    return tokenized, count
+    train, validation, test = (sequences[split] for split in SPLITS)
+    return TokenizedClient(client.name, train, validation, test, remaining, template, cut), count
 
 
 def _prompt_ids(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, template: str) -> list[list[int]]:

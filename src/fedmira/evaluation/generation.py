@@ -72,7 +72,8 @@ def generate(
         base: the frozen model with its tokenizer.
         arena: (K, P); row k answers for client k.
         prompts_per_client: K lists of token ids, (T,) each, of at least one token. A prompt that leaves no room for
-            `max_new_tokens` in the model's context loses its beginning, but for the tokenizer's start token.
+            `max_new_tokens` in the model's context loses its beginning, but for the tokenizer's start token; who knows
+            of what else it can do without cuts it before, see `tokens_for`.
         max_new_tokens: at most this many tokens per answer, at least 1.
         ends: tokens that end an answer besides.
         batch_sequences: answers written at the same time, at most.

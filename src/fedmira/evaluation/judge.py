@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from fedmira.data.tokenization import prompt_tokens
 from fedmira.evaluation.generation import generate, tokens_for
 from fedmira.evaluation.loss import evaluate_loss
 from fedmira.evaluation.meters import ClientRecord
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from fedmira.config.run import EvaluationConfig
     from fedmira.data.tokenization import TokenizedClient
     from fedmira.model.base import BaseModel
+
+_LOST = {"beginning": "their beginning", "input": "the beginning of their input, or their own where that is not enough"}
 
 
 def validation_losses(
@@ -39,7 +42,11 @@ def final_records(
         # what all clients are taught to end an answer with
         taught = {int(example.tokens[-1]) for client in clients for example in client.test}
         ends = taught if len(taught) == 1 else ()
-        answers = generate(base, arena, _prompts(clients, evaluation), evaluation.generation.max_new_tokens, ends=ends)
+        most = evaluation.generation.max_new_tokens
+        _, room = tokens_for(base, arena.layout, most)
+        prompts = _prompts(clients, evaluation)
+        asked = [_shortened(base, client, own, room) for client, own in zip(clients, prompts, strict=True)]
+        answers = generate(base, arena, asked, most, ends=ends)
     records = []
     for client, (loss_sum, tokens), client_answers in zip(clients, losses, answers, strict=True):
         wanted = [example.references or (example.output,) for example in client.examples.test[: len(client_answers)]]
@@ -62,7 +69,7 @@ def final_records(
 def shortened_line(
     base: BaseModel, layout: Layout, clients: Sequence[TokenizedClient], evaluation: EvaluationConfig
 ) -> str:
-    """How many test prompts lose their beginning so that an answer fits behind them; empty if none does."""
+    """How many test prompts lose what so that an answer fits behind them; empty if none does."""
     if not (evaluation.test and evaluation.generation.enabled):
         return ""
     new_tokens, room = tokens_for(base, layout, evaluation.generation.max_new_tokens)
@@ -71,8 +78,8 @@ def shortened_line(
     if not shortened:
         return ""
     return (
-        f"{shortened} of {len(lengths)} test prompts are answered without their beginning: {new_tokens} new tokens "
-        f"leave {room} of the model's {base.max_length} for them; lower evaluation.generation.max_new_tokens or "
+        f"{shortened} of {len(lengths)} test prompts are answered without {_LOST[clients[0].cut]}: {new_tokens} new "
+        f"tokens leave {room} of the model's {base.max_length} for them; lower evaluation.generation.max_new_tokens or "
         "data.max_length to keep prompts whole"
     )
 
@@ -81,3 +88,16 @@ def _prompts(clients: Sequence[TokenizedClient], evaluation: EvaluationConfig) -
     """The test prompts that each client answers."""
     limit = evaluation.generation.examples_per_client
     return [[example.tokens[: example.prompt_length] for example in client.test[:limit]] for client in clients]
+
+
+def _shortened(base: BaseModel, client: TokenizedClient, prompts: Sequence[np.ndarray], room: int) -> list[np.ndarray]:
+    """The first test prompts of `client`; one of more than `room` tokens loses what it would have lost in training.
+
+    Generation cuts beginnings itself, and prompts of which a single token has room, which may be the start token's.
+    """
+    if client.cut == "beginning" or room == 1:
+        return list(prompts)
+    return [
+        prompt if len(prompt) <= room else prompt_tokens(example, base.tokenizer, client.template, room, cut=client.cut)
+        for prompt, example in zip(prompts, client.examples.test, strict=False)
+    ]

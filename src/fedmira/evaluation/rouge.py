@@ -1,9 +1,10 @@
 """Compares a generated answer with the acceptable ones: Rouge-L and exact match.
 
 Rouge-L equals that of the rouge-score package without stemming, at the speed of a bit-parallel longest common
-subsequence. That package sees ASCII letters and digits only: of a reference in another script (Chinese, Russian) it
-sees nothing, or nothing but numbers. Here such a reference is compared by its Unicode words instead. Knows nothing
-about models or about how answers were generated.
+subsequence. It differs in one thing. That package sees ASCII letters and digits only: of a reference in another script
+(Chinese, Russian) it sees nothing, or nothing but numbers, so that any answer with the same numbers would be right.
+Here such a reference is compared by its Unicode words, or by characters where a script puts no spaces between words.
+Knows nothing about models or about how answers were generated.
 
 Source: C.-Y. Lin, ROUGE: A Package for Automatic Evaluation of Summaries, 2004, section 3.
 """
@@ -20,9 +21,10 @@ from fedmira.errors import DataError
 
 _SEPARATORS = re.compile(r"[^a-z0-9]+")
 # Han, Hiragana and Katakana, which put no spaces between words
-_CJK = re.compile(
-    "[\u3005-\u3007\u3040-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"
-)
+_CJK = "[\u3005-\u3007\u3040-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"
+# nor do Thai, Lao, Burmese and Khmer, whose letters carry marks and whose digits make numbers
+_SOUTH_EAST_ASIAN = "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\ua9e0-\ua9ff\uaa60-\uaa7f]"
+_UNSPACED = re.compile(rf"(?=[^\W\d])(?:{_CJK}|{_SOUTH_EAST_ASIAN}(?:(?!\w){_SOUTH_EAST_ASIAN})*)")
 
 
 def rouge_tokens(text: str) -> list[str]:
@@ -35,20 +37,19 @@ def rouge_tokens(text: str) -> list[str]:
 
 
 def unicode_tokens(text: str) -> list[str]:
-    """Case-folded runs of letters, digits and the marks on them, of any script; each CJK character is one of its own.
+    """Case-folded runs of letters, digits and the marks on them, of any script; where a script puts no spaces between
+    words (Chinese, Japanese, Thai, Lao, Burmese, Khmer), each letter with the marks on it.
 
-    >>> unicode_tokens("\u0414\u0430, 2!"), unicode_tokens("\u4e16\u754c")
-    (['\u0434\u0430', '2'], ['\u4e16', '\u754c'])
+    >>> unicode_tokens("\u0414\u0430, 2!"), unicode_tokens("\u4e16\u754c"), unicode_tokens("\u0e01\u0e31\u0e19")
+    (['\u0434\u0430', '2'], ['\u4e16', '\u754c'], ['\u0e01\u0e31', '\u0e19'])
     """
-    spaced = "".join(map(_spaced, unicodedata.normalize("NFKC", text.casefold())))
-    return [token for token in spaced.split() if any(map(str.isalnum, token))]
+    kept = "".join(map(_kept, unicodedata.normalize("NFKC", text.casefold())))
+    return [token for token in _UNSPACED.sub(r" \g<0> ", kept).split() if any(map(str.isalnum, token))]
 
 
-def _spaced(character: str) -> str:
-    if character.isalnum():
-        return f" {character} " if _CJK.match(character) else character
+def _kept(character: str) -> str:
     # vowel signs of Indic scripts are marks, and make another word
-    return character if unicodedata.category(character).startswith("M") else " "
+    return character if character.isalnum() or unicodedata.category(character).startswith("M") else " "
 
 
 def rouge_l(prediction: str, references: Sequence[str]) -> float:
@@ -57,9 +58,11 @@ def rouge_l(prediction: str, references: Sequence[str]) -> float:
     With LCS of length l, P = l / |prediction| and R = l / |reference|: F = 2 P R / (P + R), and 0 where either side
     has no token.
 
-    Tokens are `unicode_tokens` where most letters and digits of the reference are not ASCII, otherwise `rouge_tokens`,
-    on both sides. A reference without any, such as "+", gives 1 to the same text, apart from white space at both ends,
-    else 0.
+    Tokens are, on both sides, `unicode_tokens` where most letters of the reference are not ASCII, or where it has no
+    letter and rouge-score would overlook digits; otherwise `rouge_tokens`, as in rouge-score. Digits do not count
+    beside letters, as most scripts use the ASCII ones: where rouge-score sees "5" alone of a sentence with a number,
+    "5" is as good as the sentence. A reference without any token, such as "+", gives 1 to the same text, apart from
+    white space at both ends, else 0.
 
     Raises:
         DataError: there is no reference.
@@ -85,16 +88,20 @@ def exact_match(prediction: str, references: Sequence[str]) -> bool:
 
 
 def _one_rouge_l(prediction: str, reference: str) -> float:
-    tokens = unicode_tokens if _is_mostly_not_ascii(reference) else rouge_tokens
+    tokens = unicode_tokens if _is_overlooked(reference) else rouge_tokens
     if wanted := tokens(reference):
         return _f_measure(tokens(prediction), wanted)
     return float(bool(reference.strip()) and prediction.strip() == reference.strip())
 
 
-def _is_mostly_not_ascii(text: str) -> bool:
-    """Whether that holds for its letters and digits."""
-    ascii_ones = [character.isascii() for character in text if character.isalnum()]
-    return 2 * sum(ascii_ones) < len(ascii_ones)
+def _is_overlooked(text: str) -> bool:
+    """Whether most of its letters are not ASCII; where it has none, whether a decimal digit or all of it is not."""
+    letters = [character.isascii() for character in text if character.isalpha()]
+    if letters:
+        return 2 * sum(letters) < len(letters)
+    digits = [character for character in text if character.isalnum()]
+    others = [digit for digit in digits if not digit.isascii()]
+    return any(map(str.isdecimal, others)) or len(others) == len(digits)
 
 
 def _f_measure(predicted: list[str], wanted: list[str]) -> float:

@@ -31,7 +31,7 @@ def load(config: DollyConfig, seed: int) -> Source:
     path = home_expanded(config.path)
     if os.path.isfile(path):
         read = read_records(path)
-        examples, bad = usable_examples(path.name, read.records, read.bad, FIELDS)
+        examples, bad = usable_examples(path.name, read.records, read.bad, FIELDS, read.is_object)
         provenance: dict[str, Any] = {
             "source": "dolly",
             "files": [file_provenance(path, read.sha256, len(examples), bad)],

@@ -45,6 +45,8 @@ class FileRecords(NamedTuple):
     bad: tuple[Bad, ...]
     sha256: str
     """Of the file's bytes as stored."""
+    is_object: bool = False
+    """Whether the file is one JSON object, over any number of lines, and this the only record."""
 
 
 def has_data_ending(name: str) -> bool:
@@ -57,7 +59,7 @@ def has_data_ending(name: str) -> bool:
 
 
 def find_files(path: str) -> Found:
-    """Return the data files that a path names: a file, all of a folder, or the matches of a glob, sorted.
+    """Return the data files that a path names, sorted: a file, all of a folder but hidden ones, or a glob's matches.
 
     Raises:
         DataError: there are none, or a folder may not be read.
@@ -68,7 +70,7 @@ def find_files(path: str) -> Found:
         return Found([expanded], [])
     try:
         if os.path.isdir(expanded):
-            candidates = sorted(expanded.iterdir())
+            candidates = visible(expanded.iterdir())
             what = f"the folder {path!r} holds no file"
         else:
             candidates = sorted(Path(match) for match in glob.glob(str(expanded), recursive=True))
@@ -90,6 +92,15 @@ def find_files(path: str) -> Found:
     others = [place for place in candidates if place not in taken and not place.name.startswith(".")]
     # `**` matches the folders on the way to the files as well
     return Found(files, [place for place in others if "**" not in path or not os.path.isdir(place)])
+
+
+def visible(places: Iterable[Path]) -> list[Path]:
+    """Return those that are not hidden, sorted: a system puts files of its own, such as `._a.jsonl`, beside a user's.
+
+    >>> [place.name for place in visible([Path("b.jsonl"), Path("._a.jsonl"), Path("a.jsonl")])]
+    ['a.jsonl', 'b.jsonl']
+    """
+    return sorted(place for place in places if not place.name.startswith("."))
 
 
 def client_of_file(path: Path) -> str:
@@ -143,19 +154,24 @@ def read_text(path: Path) -> tuple[str, str]:
 
 
 def read_records(path: Path) -> FileRecords:
-    """Read a JSON Lines file, or a JSON file that holds one list of records.
+    """Read a JSON Lines file, or a JSON file that holds one list of records or one record.
 
     Raises:
-        DataError: the file is missing, unreadable, damaged, not UTF-8, or a .json file that is no list.
+        DataError: the file is missing, unreadable, damaged, not UTF-8, or a .json file without an object in any line
+            that is not JSON as a whole either.
     """
     text, sha256 = read_text(path)
+    problem = None
     if path.name.lower().endswith((".json", ".json.gz")):
         try:
             whole = json.loads(text)
-        except (ValueError, RecursionError):
-            whole = None  # a .json file may hold JSON lines all the same
-        if isinstance(whole, list):
-            return FileRecords(tuple(enumerate(whole, start=1)), (), sha256)
+        except (ValueError, RecursionError) as error:
+            problem = error  # a .json file may hold JSON lines all the same
+        else:
+            if isinstance(whole, list):
+                return FileRecords(tuple(enumerate(whole, start=1)), (), sha256)
+            if isinstance(whole, dict):
+                return FileRecords(((1, whole),), (), sha256, is_object=True)
     records, bad = [], []
     for line, content in enumerate(text.split("\n"), start=1):
         if not content.strip():
@@ -164,6 +180,10 @@ def read_records(path: Path) -> FileRecords:
             records.append((line, json.loads(content)))
         except (ValueError, RecursionError) as error:
             bad.append(Bad(line, f"not JSON ({error})"))
+    if problem and bad and not any(isinstance(record, dict) for _, record in records):
+        raise DataError(
+            f"the data file {str(path)!r} is not JSON: {problem}; nor does any line of it hold a record. Correct it."
+        )
     return FileRecords(tuple(records), tuple(bad), sha256)
 
 

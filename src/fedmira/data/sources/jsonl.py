@@ -1,4 +1,4 @@
-"""Local JSON Lines files (also .gz, also .json files with one list), in any shape that `records` knows.
+"""Local JSON Lines files (also .gz, also .json files with one list or record), in any shape that `records` knows.
 
 Knows nothing about how examples become clients, except that a file is a client where nothing else says so.
 """
@@ -31,7 +31,7 @@ def load(config: JsonlConfig, seed: int) -> Source:
     places = find_files(config.path)
     for path in places.files:
         read = read_records(path)
-        found, bad = usable_examples(path.name, read.records, read.bad, fields)
+        found, bad = usable_examples(path.name, read.records, read.bad, fields, read.is_object)
         files.append(file_provenance(path, read.sha256, len(found), bad))
         if config.partition.by == "field" and config.client_field is None:
             client = client_of_file(path)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fedmira.config.run import NaturalInstructionsConfig
-from fedmira.data.sources.files import Bad, file_provenance, read_text
+from fedmira.data.sources.files import Bad, file_provenance, read_text, visible
 from fedmira.data.sources.records import UnusableRecordError, refuse_half_characters, refuse_mostly_bad
 from fedmira.data.sources.source import Source
 from fedmira.errors import DataError, nearest
@@ -21,7 +21,8 @@ from fedmira.types import Example
 
 
 def load(config: NaturalInstructionsConfig, seed: int) -> Source:
-    """Read the task files of `config.path`, in the order of their names or of `config.tasks`. The seed is not used.
+    """Read the task files of `config.path`, in the order of their names or of `config.tasks`, without hidden ones. The
+    seed is not used.
 
     The instruction is the (first) Definition, task is the file name without `.json`, category the first of Categories,
     and an instance's outputs are its references, the first of them the answer.
@@ -45,7 +46,7 @@ def _task_files(config: NaturalInstructionsConfig) -> list[Path]:
         raise DataError(
             f"data.path = {config.path!r} is not a folder. Give the folder that holds the task files (task*.json)."
         )
-    available = {path.name.removesuffix(".json"): path for path in sorted(folder.glob("*.json"))}
+    available = {path.name.removesuffix(".json"): path for path in visible(folder.glob("*.json"))}
     if not available:
         raise DataError(f"the folder {config.path!r} holds no .json file. Give the folder that holds the task files.")
     if config.tasks is None:

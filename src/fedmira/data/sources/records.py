@@ -41,8 +41,12 @@ class UnusableRecordError(Exception):
     """One record cannot become an example; the message says why. Never leaves the sources."""
 
 
+class _UnknownShapeError(UnusableRecordError):
+    """Nothing in the record is known to be a question with its answer."""
+
+
 def usable_examples(
-    name: str, records: Iterable[tuple[int, Any]], bad: Iterable[Bad], fields: Fields
+    name: str, records: Iterable[tuple[int, Any]], bad: Iterable[Bad], fields: Fields, is_object: bool = False
 ) -> tuple[list[Example], list[Bad]]:
     """Turn records into examples and collect what cannot be one.
 
@@ -51,6 +55,7 @@ def usable_examples(
         records: (line, record).
         bad: what is unusable already.
         fields: where client, task and category stand.
+        is_object: whether the one record is all that is in the file.
 
     Raises:
         DataError: no record is usable, or more are unusable than usable.
@@ -60,9 +65,29 @@ def usable_examples(
         try:
             examples.append(example_from_record(record, fields, f"{name}:{line}"))
         except UnusableRecordError as error:
+            if is_object and isinstance(error, _UnknownShapeError):
+                raise _no_list(name, record) from error
             unusable.append(Bad(line, str(error)))
     refuse_mostly_bad(name, len(examples), unusable)
     return examples, unusable
+
+
+def _no_list(name: str, content: Mapping[str, Any]) -> DataError:
+    """What to say of a file that is one object and no record."""
+    lists = [
+        repr(field)
+        for field, value in content.items()
+        if isinstance(value, list) and value and all(isinstance(one, Mapping) for one in value)
+    ]
+    if lists:
+        advice = f"Keep only the list in its field {' or '.join(lists)}"
+    else:
+        advice = f"Its fields are {_names(content)}. Put the examples into a list, or write one in each line"
+    return DataError(f"{name!r} is one object, not a list of examples. {advice}; allowed are the shapes {SHAPES}.")
+
+
+def _names(record: Mapping[str, Any]) -> str:
+    return ", ".join(sorted(map(str, record)))[:200] or "none"
 
 
 def refuse_mostly_bad(name: str, num_usable: int, bad: Iterable[Bad]) -> None:
@@ -142,7 +167,7 @@ def _parts(record: Mapping[str, Any]) -> _Parts:
         context = "input" if record.get("input") is not None else "context"
         references = _texts(record, answer)
         return _text(record, "instruction"), _text(record, context, required=False), references, _earlier_turns(record)
-    raise UnusableRecordError(f"no known shape; its fields are {', '.join(sorted(map(str, record)))[:200] or 'none'}")
+    raise _UnknownShapeError(f"no known shape; its fields are {_names(record)}")
 
 
 def _earlier_turns(record: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
