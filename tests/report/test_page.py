@@ -184,6 +184,99 @@ def test_a_seed_whose_loss_is_not_finite_is_told_beside_the_chart(make_study: Ma
     assert figure.count("<circle") == whole.count("<circle") - 1
 
 
+def test_the_table_explains_the_columns_that_it_has(make_study: Make) -> None:
+    note = render(read(make_study())).split("Test data, every client")[1].split("</p>")[0]
+    assert "<b>vs local</b>" in note
+    assert "<b>harmed</b>" in note
+    without = render(read(make_study(methods=("fedit", "mira"))))
+    assert "vs local" not in without
+    assert "<b>harmed</b>" not in without
+    assert "The best of a column is marked" in without
+
+
+def test_one_grid_for_every_method_is_claimed_only_where_it_is_so(make_study: Make) -> None:
+    study = make_study(methods=("local_only", "fedit", "mira"))
+    same, unlike = "The same grid for every method", "<b>Not every method was given the same rates</b> (others: {}),"
+    assert same in render(read(study))
+    content = json.loads((study / "study.json").read_text())
+
+    def page(kept: Callable[[dict[str, Any]], bool], ran: float = 2e-3) -> str:
+        for entry in content["runs"]:
+            entry["learning_rate"] = ran if entry["method"] == "mira" else 2e-3
+        changed = {**content, "tuning": [entry for entry in content["tuning"] if kept(entry)]}
+        (study / "study.json").write_text(json.dumps(changed))
+        return render(read(study))
+
+    pages = [
+        page(lambda entry: entry["method"] != "mira" or entry["learning_rate"] != 5e-3),
+        page(lambda entry: entry["method"] != "mira"),
+        page(lambda entry: True, ran=1e-2),
+    ]
+    for one in pages:
+        assert unlike.format("mira") in one
+        assert same not in one
+    # what is tuned and has no runs yet is not compared
+    content["runs"] = [entry for entry in content["runs"] if entry["method"] != "mira"]
+    assert same in page(lambda entry: entry["method"] != "mira" or entry["learning_rate"] == 1e-3)
+
+
+def cut_short(study: Path, method: str, seed: int) -> None:
+    """Leave one round of a run, and its graph as it is."""
+    [entry] = [
+        entry
+        for entry in json.loads((study / "study.json").read_text())["runs"]
+        if (entry["method"], entry["seed"]) == (method, seed)
+    ]
+    metrics = study / entry["path"] / "metrics.jsonl"
+    events = [json.loads(line) for line in metrics.read_text().splitlines()]
+    first = [event for event in events if event["event"] != "final" and event["round"] == 1]
+    metrics.write_text("".join(json.dumps(event) + "\n" for event in first))
+
+
+def section_of(page: str, heading: str) -> str:
+    return page.split(f"<h2>{heading}</h2>")[1].split("</section>")[0]
+
+
+def test_a_run_that_is_not_finished_is_not_averaged_into_what_a_whole_run_costs(make_study: Make) -> None:
+    study = make_study(methods=("local_only", "fedit"), seeds=(0, 1))
+    whole = section_of(render(read(study)), "What it costs")
+    assert whole.count("mean over seeds") == 2
+    assert "fedit, upload: 96.0 MiB" in whole
+    cut_short(study, "fedit", 1)
+    costs = section_of(render(read(study)), "What it costs")
+    assert "fedit, upload: 96.0 MiB" in costs
+    assert "mean over seeds" not in costs
+    assert "Not finished" not in costs
+    cut_short(study, "fedit", 0)
+    costs = section_of(render(read(study)), "What it costs")
+    assert "fedit, upload: 12.0 MiB" in costs
+    assert costs.count("Not finished, so what was spent so far: fedit.") == 2
+
+
+def test_graphs_are_those_of_finished_runs_and_their_own_seed_is_named(make_study: Make) -> None:
+    study = make_study(methods=("local_only", "mira"), seeds=(0, 1))
+
+    def introduction() -> str:
+        return section_of(render(read(study)), "Who learns from whom").split("</p>")[0]
+
+    assert "Graphs after the last round, seed 0; clients are ordered by label." in introduction()
+    cut_short(study, "mira", 0)
+    assert "Graphs after the last round, seed 1; clients are ordered by label." in introduction()
+    assert "Not finished" not in introduction()
+    cut_short(study, "mira", 1)
+    assert "seed 0; clients are ordered by label. Not finished, so after the last round so far: mira." in introduction()
+
+
+def test_graphs_of_different_seeds_are_told_apart(make_study: Make) -> None:
+    study = make_study(methods=("mira_published", "mira"), seeds=(0, 1))
+    content = json.loads((study / "study.json").read_text())
+    kept = [("mira_published", 0), ("mira", 1)]
+    content["runs"] = [entry for entry in content["runs"] if (entry["method"], entry["seed"]) in kept]
+    (study / "study.json").write_text(json.dumps(content))
+    section = section_of(render(read(study)), "Who learns from whom")
+    assert "Graphs after the last round, mira on seed 1, mira_published on seed 0; clients" in section
+
+
 def test_a_mean_over_tasks_is_named_only_where_there_are_tasks(make_run: Make) -> None:
     assert "over tasks" in render(read(make_run()))
     unlabelled = render(read(make_run(task_of=lambda family: "")))

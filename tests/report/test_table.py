@@ -289,3 +289,44 @@ def test_summary_of_a_run_for_the_command_line(make_run: Make) -> None:
     assert unjudged.numbers is None
     assert "mean_loss" not in unjudged.facts()
     assert not any("test loss" in line for line in unjudged.lines())
+
+
+def test_what_was_sent_is_told_where_nobody_was_judged(make_run: Make) -> None:
+    summary = summarise_run(make_run(rounds=2, finished=False))
+    sent = 2 * 16 * 786_432
+    assert (summary.facts()["upload_bytes"], summary.facts()["download_bytes"]) == (sent, sent)
+    assert "sent             24.0 MiB up, 24.0 MiB down" in summary.lines()
+
+
+def test_a_seed_on_which_training_alone_has_no_finite_loss_costs_the_others_nothing(make_study: Make) -> None:
+    nan = float("nan")
+    losses = {
+        ("local_only", 0): (3.0, 3.0),
+        ("mira", 0): (2.0, 2.0),
+        ("local_only", 1): (nan, 3.0),
+        ("mira", 1): (1.0, 2.0),
+    }
+    local, mira = rows = study_rows(two_client_study(make_study, losses))
+    assert (mira.difference, mira.difference_seeds) == ((pytest.approx(-1.0), None), (0,))
+    assert local.difference_seeds is None
+    note = "vs local: only seeds on which training alone has a finite test loss (1 of 2 seeds)."
+    assert note in render_table(rows)
+    assert mira.facts()["difference_seeds"] == (0,)
+    # a loss of its own that is not finite is the method's fault
+    losses |= {("local_only", 1): (3.0, 3.0), ("mira", 1): (nan, 2.0)}
+    [_, mira] = rows = study_rows(two_client_study(make_study, losses))
+    assert mira.difference is not None
+    assert math.isnan(mira.difference.mean)
+    assert "vs local: only" not in render_table(rows)
+    [_, mira] = rows = study_rows(two_client_study(make_study, dict.fromkeys(losses, (nan, nan))))
+    assert (mira.difference, mira.difference_seeds) == (None, ())
+    assert "(0 of 2 seeds)" in render_table(rows)
+
+
+def test_rows_with_different_seeds_beside_training_alone_are_counted_by_name(make_study: Make) -> None:
+    wild = "a\x1b[31m"
+    study = make_study(methods=("local_only", "mira", wild), seeds=(0, 1, 2))
+    rows = study_rows(without(study, ("local_only", 1), ("local_only", 2), ("mira", 0), (wild, 2)))
+    text = render_table(rows)
+    assert "(mira 0 of 2 seeds, a\\x1b[31m 1 of 2 seeds)" in text
+    assert "\x1b" not in text

@@ -106,6 +106,14 @@ def test_a_loss_that_is_not_finite_is_counted_and_not_called_unfinished(say) -> 
     assert "training alone" not in say({"local_only": [float("nan")], "mira": [2.0], "fedit": [3.0]}).split("harmed")[0]
 
 
+def test_only_seeds_with_a_finite_loss_of_training_alone_are_averaged(say) -> None:
+    nan = float("nan")
+    words = say({"local_only": [2.5, nan], "mira": [2.0, 2.0], "fedit": [3.0, 3.0]})
+    assert "On the one seed on which training alone has a finite loss, mira lies 0.500 below it. Under mira" in words
+    words = say({"local_only": [2.5, 2.5, nan], "mira": [2.0, 2.0, 2.0], "fedit": [3.0, 3.0, 3.0]})
+    assert "On average over the 2 seeds on which training alone has a finite loss, mira lies 0.500 below it." in words
+
+
 def test_no_shared_seed_compares_nothing(say) -> None:
     words = say({"local_only": [2.5, 2.5], "mira": [None, 2.0], "fedit": [2.4]})
     assert words.startswith("No seed has been finished by all methods, so the methods cannot be compared yet.")

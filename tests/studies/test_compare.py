@@ -152,6 +152,101 @@ def test_validation_loss_is_the_mean_over_clients_of_their_own_ratio(study: Path
     assert final_validation_loss(path) == pytest.approx(sum(ratios) / 4)
 
 
+# ------------------------------------------------------------------------------------------ one grid for all of a study
+
+
+@pytest.mark.parametrize(
+    ("section", "here"),
+    [
+        ({"learning_rates": (1e-4, 2e-4)}, "compare.learning_rates = [0.0001, 0.0002], compare.tuning_seed = 1000"),
+        (
+            {"learning_rates": RATES, "tuning_seed": 77},
+            "compare.learning_rates = [0.001, 0.02], compare.tuning_seed = 77",
+        ),
+        ({"learning_rates": RATES[:1]}, "compare.learning_rates = 0.001 for every method"),
+        ({}, "training.learning_rate = 0.01 for every method"),
+    ],
+)
+def test_other_learning_rates_are_refused_beside_runs_that_stay(
+    study: Path, trained: list[Job], section: dict[str, Any], here: str
+) -> None:
+    before = snapshot(study)
+    with pytest.raises(UsageError, match=r"holds runs of local_only, fedit, for which other") as raised:
+        compare(config(methods=["mira", "ffa_lora"], **section), directory=study)
+    lines = raised.value.args[0].splitlines()
+    assert lines[1:3] == [
+        "  there: compare.learning_rates = [0.001, 0.02], compare.tuning_seed = 1000",
+        f"  here: {here}",
+    ]
+    assert "name these methods in compare.methods too" in lines[3]
+    assert trained == []
+    assert snapshot(study) == before
+
+
+def test_the_order_of_the_grid_makes_no_other_study(study: Path, tmp_path: Path, trained: list[Job]) -> None:
+    again = shutil.copytree(study, tmp_path / "again")
+    compare(config(methods=["mira"], seeds=2, learning_rates=RATES[::-1]), directory=again)
+    assert trained == []
+    assert len(told(again)["runs"]) == 6
+
+
+def test_a_study_whose_methods_are_all_asked_for_can_be_tuned_anew(tmp_path: Path) -> None:
+    compare(config(methods=["local_only"], seeds=2, learning_rates=RATES), directory=tmp_path)
+    wider = (*RATES, 0.005)
+    compare(config(methods=["local_only", "fedit"], learning_rates=wider), directory=tmp_path)
+    assert [(entry["method"], entry["learning_rate"]) for entry in told(tmp_path)["tuning"]] == [
+        (method, rate) for method in ("local_only", "fedit") for rate in wider
+    ]
+    # seed 1 was tuned otherwise
+    assert [(entry["method"], entry["seed"]) for entry in told(tmp_path)["runs"]] == [("local_only", 0), ("fedit", 0)]
+    compare(config(methods=["local_only", "fedit"]), directory=tmp_path)
+    assert told(tmp_path)["tuning"] == []
+    assert {entry["learning_rate"] for entry in told(tmp_path)["runs"]} == {0.01}
+
+
+def test_a_study_that_is_stopped_while_it_is_tuned_anew_mixes_nothing(
+    tmp_path: Path, trained: list[Job], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = config(methods=["local_only"], learning_rates=RATES)
+    before = told(compare(wanted, directory=tmp_path))
+
+    def stop(self: Any, *arguments: Any) -> Results:
+        raise Interrupted("stopped by a test", 15)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(experiment._Run, "_exchange", stop)
+        with pytest.raises(Interrupted):
+            compare(config(methods=["local_only"], learning_rates=(1e-4, 2e-4)), directory=tmp_path)
+    assert (told(tmp_path)["runs"], told(tmp_path)["tuning"]) == ([], [])
+    trained.clear()
+    assert {**told(compare(wanted, directory=tmp_path)), "created": None} == {**before, "created": None}
+    assert trained == [], "the runs are still on disk"
+
+
+def test_what_was_tried_stays_written_down_while_tuning_is_repeated(
+    study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    again = shutil.copytree(study, tmp_path / "again")
+    losses = iter([5.0])
+    monkeypatch.setattr(compare_module, "final_validation_loss", lambda path: next(losses))
+    with pytest.raises(StopIteration):
+        compare(config(seeds=2, learning_rates=RATES), directory=again)
+    tried = [entry["learning_rate"] for entry in told(again)["tuning"] if entry["method"] == "local_only"]
+    assert tuple(tried) == RATES
+
+
+def test_what_an_earlier_version_left_of_a_grid_does_not_stay_beside_an_untuned_run(
+    tmp_path: Path, trained: list[Job]
+) -> None:
+    compare(config(methods=["local_only"]), directory=tmp_path)
+    facts = told(tmp_path)
+    facts["tuning"] = [{"method": "local_only", "learning_rate": rate, "validation_loss": 2.0} for rate in RATES]
+    (tmp_path / "study.json").write_text(json.dumps(facts))
+    trained.clear()
+    assert told(compare(config(methods=["local_only"]), directory=tmp_path))["tuning"] == []
+    assert trained == []
+
+
 NO_VALIDATION = {"source": "planted", "partition": {"by": "field", "validation": 0}}
 
 
@@ -161,6 +256,10 @@ NO_VALIDATION = {"source": "planted", "partition": {"by": "field", "validation":
         ({"compare": {"methods": []}}, "nothing to compare"),
         ({"compare": {"methods": ["mira", "fedit", "mira"]}}, "names 'mira' more than once"),
         ({"compare": {"variants": {"../escaped": {"name": "mira"}}}}, r"the name '\.\./escaped', which becomes part"),
+        (
+            {"compare": {"variants": {"local_only": {"name": "mira"}}}},
+            r"variants\.local_only is called like a method, but has name = mira; call it something else",
+        ),
     ],
 )
 def test_comparisons_that_make_no_sense_are_config_mistakes(
@@ -210,6 +309,11 @@ def test_methods_differ_in_nothing_but_the_method(study: Path) -> None:
         json.dumps(store.manifest()["data"], sort_keys=True) for store in stores if store.config.method.name == "mira"
     ]
     assert data[0] != data[1], "another seed makes other clients"
+
+
+def test_a_method_may_have_other_settings_under_its_own_name() -> None:
+    own = config(variants={"mira": {"name": "mira", "strength": 0.1}})
+    assert variant(own, "mira", 0, 0.01).method.strength == 0.1  # type: ignore[union-attr]
 
 
 def test_the_own_method_keeps_its_settings_and_others_have_their_defaults() -> None:

@@ -31,7 +31,7 @@ from fedmira.report.formats import (
 )
 from fedmira.report.reading import RunRecord, StudyRecord, read
 from fedmira.report.run_sections import left_out, privacy, run_sections
-from fedmira.report.study_sections import study_sections
+from fedmira.report.study_sections import study_sections, tuned_unlike
 from fedmira.report.table import Row, Spread, answer_notes, comparable, rows_of, seed_notes, total_bytes
 from fedmira.report.words import headline
 from fedmira.runs.atomic import make_folder, write_bytes_atomically
@@ -76,6 +76,7 @@ def render(record: RunRecord | StudyRecord) -> str:
             compared=isinstance(record, StudyRecord),
             sections=[section for section in sections if section.figures],
             tuning=_tuning(record),
+            tuned_unlike=tuned_unlike(record) if isinstance(record, StudyRecord) else [],
             tasks=_tasks(record),
             clients=_clients(record),
             left_out=left_out(record) if isinstance(record, RunRecord) else [],

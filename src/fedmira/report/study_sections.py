@@ -34,10 +34,11 @@ from fedmira.report.reading import REFERENCE_METHOD, RunRecord, StudyRecord
 def study_sections(study: StudyRecord) -> list[Section]:
     """What the page shows of a study; sections can be empty."""
     colours = colours_of(study.methods)
-    first = [runs[0] for method in study.methods if (runs := study.of(method))]
-    order = "; clients are ordered by label" if any(label for run in first for label in group_labels(run)) else ""
-    graphs = [figure for run in _with_graph(first) for figure in graph_figures(run, truth=False)]
-    truth = next((figure for run in first for figure in truth_figures(run)), None)
+    # on one seed wherever the methods share one
+    first = [runs[0] for method in study.methods if (runs := _shown(study, method))]
+    drawn = _with_graph(first)
+    graphs = [figure for run in drawn for figure in graph_figures(run, truth=False)]
+    truth = next((figure for run in drawn for figure in truth_figures(run)), None)
     if graphs and truth:
         # beside the first graph, which takes two places
         graphs.insert(2, truth)
@@ -48,14 +49,33 @@ def study_sections(study: StudyRecord) -> list[Section]:
             "Every client is compared with itself: the same examples and the same seed, trained alone.",
         ),
         Section("Losses", (*_method_curves(study, colours), *_study_test(study, colours)), ragged=True),
-        Section(
-            "Who learns from whom",
-            tuple(graphs),
-            f"Graphs after the last round, seed {first[0].seed}{order}." if first else "",
-        ),
+        Section("Who learns from whom", tuple(graphs), _graphs_in_words(drawn)),
         Section("What merging does", tuple(disagreement_figures(first, colours))),
         Section("What it costs", tuple(_study_costs(study))),
     ]
+
+
+def _shown(study: StudyRecord, method: str) -> tuple[RunRecord, ...]:
+    """The runs of a method that charts stand on: those that are compared, or what there is of unfinished ones."""
+    return study.compared(method) or study.of(method)
+
+
+def _over_seeds(groups: Iterable[Sequence[RunRecord]]) -> str:
+    return ", mean over seeds" if any(len(runs) > 1 for runs in groups) else ""
+
+
+def _graphs_in_words(drawn: Sequence[RunRecord]) -> str:
+    """Whose graphs these are, of which draw and round."""
+    if not drawn:
+        return ""
+    seeds = list(dict.fromkeys(run.seed for run in drawn))
+    which = f"seed {seeds[0]}"
+    if len(seeds) > 1:
+        which = ", ".join(f"{run.method} on seed {run.seed}" for run in drawn)
+    order = "; clients are ordered by label" if any(label for run in drawn for label in group_labels(run)) else ""
+    begun = ", ".join(run.method for run in drawn if not run.records)
+    so_far = f" Not finished, so after the last round so far: {begun}." if begun else ""
+    return f"Graphs after the last round, {which}{order}.{so_far}"
 
 
 def _with_graph(runs: Sequence[RunRecord]) -> list[RunRecord]:
@@ -66,9 +86,7 @@ def _with_graph(runs: Sequence[RunRecord]) -> list[RunRecord]:
 def _method_curves(study: StudyRecord, colours: Mapping[str, str]) -> Iterable[Figure]:
     faint, bold = [], []
     for method in study.methods:
-        curves = [
-            curve for run in study.compared(method) or study.of(method) if (curve := run.mean_validation_losses())
-        ]
+        curves = [curve for run in _shown(study, method) if (curve := run.mean_validation_losses())]
         if not curves:
             continue
         faint += [charts.Line(method, curve, colours[method], bold=False) for curve in curves if len(curves) > 1]
@@ -160,7 +178,8 @@ def _changes(study: StudyRecord) -> Iterable[Figure]:
 
 def _study_test(study: StudyRecord, colours: Mapping[str, str]) -> Iterable[Figure]:
     losses: dict[str, dict[str, list[float]]] = {}
-    runs = [run for method in study.methods for run in study.compared(method)]
+    compared = [study.compared(method) for method in study.methods]
+    runs = [run for of_method in compared for run in of_method]
     of_clients = by_client(runs)
     for run in runs:
         for name, loss in judged_losses(run, of_clients=of_clients).items():
@@ -178,15 +197,18 @@ def _study_test(study: StudyRecord, colours: Mapping[str, str]) -> Iterable[Figu
     ]
     if groups:
         legend = tuple((method, colours[method]) for method in study.methods if study.of(method))
-        over = ", mean over seeds" if len(study.seeds) > 1 else ""
-        yield loss_figure(groups, over, legend, of_clients=of_clients)
+        yield loss_figure(groups, _over_seeds(compared), legend, of_clients=of_clients)
 
 
 def _study_costs(study: StudyRecord) -> Iterable[Figure]:
-    runs = {method: found for method in study.methods if (found := [run for run in study.of(method) if run.rounds])}
+    runs = {
+        method: found for method in study.methods if (found := [run for run in _shown(study, method) if run.rounds])
+    }
     if not runs:
         return
-    over = ", mean over seeds" if len(study.seeds) > 1 else ""
+    over = _over_seeds(runs.values())
+    begun = ", ".join(method for method, found in runs.items() if not study.compared(method))
+    so_far = f" Not finished, so what was spent so far: {begun}." if begun else ""
     sent = [
         (
             method,
@@ -200,7 +222,7 @@ def _study_costs(study: StudyRecord) -> Iterable[Figure]:
     yield Figure(
         heading="Bytes of a whole run",
         drawing=Markup(charts.stacked_bars(sent, "Bytes sent by each method", format_bytes)),
-        caption=f"Counted where they cross between server and clients, all clients and rounds{over}.",
+        caption=f"Counted where they cross between server and clients, all clients and rounds{over}.{so_far}",
         legend=BYTE_PARTS,
     )
     spent = [
@@ -213,6 +235,21 @@ def _study_costs(study: StudyRecord) -> Iterable[Figure]:
     yield Figure(
         heading="Seconds of a whole run",
         drawing=Markup(charts.stacked_bars(spent, "Seconds of each method", format_seconds)),
-        caption=f"All clients trained on one machine{over}; loading is not counted.",
+        caption=f"All clients trained on one machine{over}; loading is not counted.{so_far}",
         legend=TIME_PARTS,
     )
+
+
+def tuned_unlike(study: StudyRecord) -> list[str]:
+    """The methods whose rate was chosen from others than most were given; empty where all are alike.
+
+    No study is made like this any more; one that an earlier version wrote can be.
+    """
+    tried: dict[str, set[float]] = {method: set() for method in study.learning_rates}
+    for entry in study.tuning:
+        if str(entry["method"]) in tried:
+            tried[str(entry["method"])].add(float(entry["learning_rate"]))
+    # tried and not taken: it ran without a grid later
+    given = {method: rates if study.learning_rates[method] in rates else set() for method, rates in tried.items()}
+    usual = max(given.values(), key=list(given.values()).count, default=set())
+    return [method for method, rates in given.items() if rates != usual]

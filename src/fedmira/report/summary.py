@@ -32,6 +32,9 @@ class RunSummary(NamedTuple):
     """Answers per client that Rouge-L and exact match cover, at most; None where all test examples were answered."""
     max_answer_tokens: int | None
     """Where an answer was cut, tokens; None where the config does not say."""
+    upload_bytes: int
+    """Counted at the seam, over all rounds."""
+    download_bytes: int
     seconds: float
     peak_memory_bytes: int
     tokens_per_second: float | None
@@ -50,6 +53,8 @@ class RunSummary(NamedTuple):
             "lowest_validation_round": self.lowest_validation[0] if self.lowest_validation else None,
             "max_answers": self.max_answers,
             "max_answer_tokens": self.max_answer_tokens,
+            "upload_bytes": self.upload_bytes,
+            "download_bytes": self.download_bytes,
             "seconds": self.seconds,
             "peak_memory_bytes": self.peak_memory_bytes,
             "tokens_per_second": self.tokens_per_second,
@@ -75,8 +80,7 @@ class RunSummary(NamedTuple):
                 note = f" ({covered})" if covered else ""
                 found.append(("Rouge-L", format_loss(self.numbers.rouge_l) + note))
                 found.append(("exact match", format_share(self.numbers.exact_match) + note))
-            sent = f"{format_bytes(self.numbers.upload_bytes)} up, {format_bytes(self.numbers.download_bytes)} down"
-            found.append(("sent", sent))
+        found.append(("sent", f"{format_bytes(self.upload_bytes)} up, {format_bytes(self.download_bytes)} down"))
         found.append(("time", f"{format_seconds(self.seconds)} for {counted(self.num_rounds, 'round')}"))
         if self.tokens_per_second:
             found.append(("training reads", f"{self.tokens_per_second:,.0f} tokens per second"))
@@ -119,6 +123,8 @@ def summary_of_run(run: RunRecord) -> RunSummary:
         lowest_validation=run.lowest_validation_loss(),
         max_answers=run.max_answers,
         max_answer_tokens=run.max_answer_tokens,
+        upload_bytes=run.upload_bytes,
+        download_bytes=run.download_bytes,
         seconds=run.seconds,
         peak_memory_bytes=run.peak_memory_bytes,
         tokens_per_second=run.tokens_per_second,

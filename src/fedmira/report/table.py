@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from fedmira.evaluation.meters import ClientRecord, Summary, mean, summarise
 from fedmira.report.formats import (
     NOTHING,
+    counted,
     format_answers,
     format_bytes,
     format_change,
@@ -50,6 +51,9 @@ class Row(NamedTuple):
     """Share of clients with a test loss more than 1 % above `local_only` of the same seed. None for `local_only`."""
     difference: Spread | None
     """mean_loss minus that of `local_only`, paired by seed; below 0 is better. None for `local_only`."""
+    difference_seeds: tuple[int, ...] | None
+    """Those of `seeds` that `difference` stands on: where `local_only` has a finite loss. None where `difference` is
+    about nothing: for `local_only`, and in a study without it."""
     perplexity: Spread | None
     rouge_l: Spread | None
     exact_match: Spread | None
@@ -131,14 +135,16 @@ def _row(
     num_unfinished: int,
 ) -> Row:
     summaries = [summary_of(run, references.get(run.seed)) for run in judged]
-    differences = [
-        summary.mean_loss - local
+    differences = {
+        run.seed: summary.mean_loss - local
         for run, summary in zip(judged, summaries, strict=True)
         if run.seed in references
         and summary.mean_loss is not None
         and (local := summarise(references[run.seed]).mean_loss) is not None
-    ]
-    counted = judged or runs
+        # nothing can be compared with a loss that is not finite, and other seeds still say something
+        and math.isfinite(local)
+    }
+    spent = judged or runs
     return Row(
         method=method,
         seeds=tuple(run.seed for run in judged),
@@ -147,15 +153,16 @@ def _row(
         task_mean_loss=spread(summary.task_mean_loss for summary in summaries),
         worst_tenth_loss=spread(summary.worst_tenth_loss for summary in summaries),
         share_harmed=spread(summary.share_harmed for summary in summaries),
-        difference=spread(differences),
+        difference=spread(differences.values()),
+        difference_seeds=tuple(differences) if references else None,
         perplexity=spread(summary.perplexity for summary in summaries),
         rouge_l=spread(summary.rouge_l for summary in summaries),
         exact_match=spread(summary.exact_match for summary in summaries),
         max_answers=runs[0].max_answers if runs else None,
         max_answer_tokens=runs[0].max_answer_tokens if runs else None,
-        upload_bytes=spread(run.upload_bytes for run in counted),
-        download_bytes=spread(run.download_bytes for run in counted),
-        seconds=spread(run.seconds for run in counted),
+        upload_bytes=spread(run.upload_bytes for run in spent),
+        download_bytes=spread(run.download_bytes for run in spent),
+        seconds=spread(run.seconds for run in spent),
         peak_memory_bytes=max((run.peak_memory_bytes for run in runs), default=0),
     )
 
@@ -223,10 +230,25 @@ def seed_notes(rows: Sequence[Row], place: str) -> list[str]:
         parts.append(f"Mean over {over}, {place} the standard deviation over seeds.")
     elif seeds and shared:
         parts.append("Numbers of the one seed that all methods with test numbers finished.")
+    parts += _difference_notes(rows)
     if unfinished:
         missing = f"{unfinished} run{'s' if unfinished > 1 else ''} without test numbers left out."
         parts.append(f"The comparison is not complete: {missing}" if len(rows) > 1 else missing)
     return parts
+
+
+def _difference_notes(rows: Sequence[Row]) -> list[str]:
+    """How many seeds the differences to training alone stand on, where these are not all of the row."""
+    found = {
+        _printable(row.method): f"{len(row.difference_seeds)} of {counted(len(row.seeds), 'seed')}"
+        for row in rows
+        if row.difference_seeds is not None and len(row.difference_seeds) < len(row.seeds)
+    }
+    if not found:
+        return []
+    alike = len(set(found.values())) == 1
+    counts = next(iter(found.values())) if alike else ", ".join(f"{name} {count}" for name, count in found.items())
+    return [f"vs local: only seeds on which training alone has a finite test loss ({counts})."]
 
 
 def comparable(rows: Sequence[Row]) -> bool:

@@ -121,13 +121,18 @@ def _against_local(row: Row) -> str:
     share = "no client is" if harmed == 0 else f"{format_share(harmed)} of the clients are"
     sentence = f"Under {row.method} {share} harmed (more than 1 % worse than training alone)"
     if row.difference is not None and math.isfinite(row.difference.mean):
-        change = row.difference.mean
+        change, alone = row.difference.mean, "training alone"
+        average = "On average"
+        if (count := len(row.difference_seeds or ())) < len(row.seeds):
+            seeds = "On the one seed" if count == 1 else f"On average over the {count} seeds"
+            average = f"{seeds} on which {alone} has a finite loss,"
+            alone = "it"
         if abs(change) < TIE:
-            sentence = f"On average {row.method} equals training alone. {sentence}"
+            sentence = f"{average} {row.method} equals {alone}. {sentence}"
         else:
             side = "below" if change < 0 else "above"
             gap = format_loss(abs(change))
-            sentence = f"On average {row.method} lies {gap} {side} training alone. {sentence}"
+            sentence = f"{average} {row.method} lies {gap} {side} {alone}. {sentence}"
     return sentence + "."
 
 

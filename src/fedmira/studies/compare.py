@@ -1,7 +1,8 @@
 """Many methods on the same draws: every method meets the same clients, initial adapters and batches, seed by seed.
 
-Learning rates are tried for every method alike, on a draw of their own and on validation data only. A comparison can be
-stopped and started again: finished runs are kept, an unfinished one continues. Knows nothing about how a run works.
+Learning rates are tried for every method alike, on a draw of their own and on validation data only; all runs of a study
+were tuned by the rates and the draw that its `config.resolved.yaml` names. A comparison can be stopped and started
+again: finished runs are kept, an unfinished one continues. Knows nothing about how a run works.
 """
 
 from __future__ import annotations
@@ -45,7 +46,8 @@ def compare(config: RunConfig, *, directory: Path | None = None, display: Displa
 
     Writes `study.json` (which runs there are, what was tuned, what failed) and one run directory per method and seed
     below `runs/`. A run that diverges, or that has too few clients, is told to `display` and left out; the others go
-    on. Methods and seeds of earlier calls in the same directory stay in the study.
+    on. Methods and seeds of earlier calls in the same directory stay in the study; where other learning rates are
+    tried than before, it begins anew.
 
     Args:
         config: The run; `compare` says which methods, seeds and learning rates.
@@ -55,8 +57,8 @@ def compare(config: RunConfig, *, directory: Path | None = None, display: Displa
     Raises:
         ConfigError: settings would be chosen on a draw that is reported, or on no validation data; a method cannot use
             the config's adapters; or nobody would be tested.
-        UsageError: the directory is one of a run, of a study of another config, or holds something else; or another
-            process writes it.
+        UsageError: the directory is one of a run, of a study of another config, or of one that tried other learning
+            rates for methods that would stay, or holds something else; or another process writes it.
         DivergedError, ParticipationError: a method has no learning rate at which it trains, or a run failed; when
             everything else is done, with all that failed in the message and the kind of the first.
         Interrupted: SIGINT, SIGTERM or SIGHUP; everything is saved, the same call goes on.
@@ -83,7 +85,10 @@ class _Comparison:
         self.config, self.directory, self.display, self.stop = config, directory, display, stop
         self.failures: dict[str, FedmiraError] = {}
         """What failed, by the method, or the method and the seed."""
-        runs, tuning = _earlier(directory)
+        before = _config_of_study(directory)
+        self.anew = before is not None and _tuned_by(before) != _tuned_by(config)
+        """Whether other rates are tried than before, so that nothing of earlier calls can stand beside these runs."""
+        runs, tuning = ([], []) if self.anew else _earlier(directory)
         self.study: dict[str, Any] = {
             "name": config.name,
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -96,8 +101,13 @@ class _Comparison:
 
     def carry_out(self) -> dict[str, FedmiraError]:
         """Tune and run every method, and return what failed."""
-        write_bytes_atomically(self.directory / RESOLVED, resolved_yaml(self.config).encode())
+        if self.anew:
+            self.display.message(
+                "other learning rates are tried than before, so the study begins anew; earlier runs stay on disk"
+            )
+        # in this order: stopped in between, no runs stand beside rates that did not tune them
         self._write()
+        write_bytes_atomically(self.directory / RESOLVED, resolved_yaml(self.config).encode())
         rates: dict[str, float] = {}
         for name in self.study["methods"]:
             try:
@@ -147,11 +157,13 @@ class _Comparison:
     def _choose_learning_rate(self, method: str) -> float:
         """The rate of the grid with the lowest mean validation loss after the last round, on the tuning draw."""
         config = self.config
-        grid = config.compare.learning_rates or (config.training.learning_rate,)
+        grid = _grid(config)
+        others = [entry for entry in self.study["tuning"] if entry["method"] != method]
+        tried = {entry["learning_rate"]: entry for entry in self.study["tuning"] if entry["method"] == method}
         if len(grid) == 1:
+            self.study["tuning"] = others
             return grid[0]
         losses: dict[float, float] = {}
-        others = [entry for entry in self.study["tuning"] if entry["method"] != method]
         for rate in grid:
             trial = variant(config, method, config.compare.tuning_seed, rate, tuning=True)
             try:
@@ -159,10 +171,9 @@ class _Comparison:
             except DivergedError as error:
                 losses[rate] = math.inf
                 self.display.message(f"{method} at learning rate {rate:g}: {error}")
-            self.study["tuning"] = others + [
-                {"method": method, "learning_rate": tried, "validation_loss": loss if math.isfinite(loss) else None}
-                for tried, loss in losses.items()
-            ]
+            loss = losses[rate] if math.isfinite(losses[rate]) else None
+            tried[rate] = {"method": method, "learning_rate": rate, "validation_loss": loss}
+            self.study["tuning"] = others + [tried[one] for one in grid if one in tried]
             self._write()
         if not any(map(math.isfinite, losses.values())):
             raise DivergedError(
@@ -207,15 +218,12 @@ def _refuse_what_is_no_study(directory: Path) -> None:
 def _refuse_other_study(config: RunConfig, directory: Path) -> None:
     """Refuse a folder whose study would be overwritten by runs that cannot be compared with those in it.
 
-    Other methods, variants, seeds and rates of `compare` are the same study going on.
+    Other methods, variants and seeds of `compare` are the same study going on. So are other learning rates if every
+    method of the study is asked for, as all are tuned anew then.
     """
-    path = directory / RESOLVED
-    if not (directory / STUDY).exists() or not path.exists():
+    before = _config_of_study(directory)
+    if before is None:
         return
-    try:
-        before = parse_resolved(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, ConfigError) as error:
-        raise IntegrityError(f"{path} is damaged or was written by another version of fedmira: {error}") from error
     differences = [line for line in config_difference(before, config) if not line.startswith("seed: ")]
     if differences:
         shown = "".join(f"\n  {line}" for line in differences[:SHOWN])
@@ -224,6 +232,46 @@ def _refuse_other_study(config: RunConfig, directory: Path) -> None:
             f"{directory} holds a study of another config, which this one would overwrite:{shown}{more}\n"
             "Give another --out for a new study, or put these values back to go on with that one."
         )
+    runs, _ = _earlier(directory)
+    staying = dict.fromkeys(entry["method"] for entry in runs if entry["method"] not in config.compare.methods)
+    if staying and _tuned_by(before) != _tuned_by(config):
+        raise UsageError(
+            f"{directory} holds runs of {', '.join(staying)}, for which other learning rates were tried; a "
+            "comparison is fair only if every method is given the same:\n"
+            f"  there: {_rates_in_words(before)}\n  here: {_rates_in_words(config)}\n"
+            "Put these values back to go on with that study, give another --out for a new one, or name these methods "
+            "in compare.methods too, so that all are tuned anew."
+        )
+
+
+def _config_of_study(directory: Path) -> RunConfig | None:
+    """The config that the study in `directory` was last carried out with; None where there is none."""
+    path = directory / RESOLVED
+    if not (directory / STUDY).exists() or not path.exists():
+        return None
+    try:
+        return parse_resolved(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, ConfigError) as error:
+        raise IntegrityError(f"{path} is damaged or was written by another version of fedmira: {error}") from error
+
+
+def _grid(config: RunConfig) -> tuple[float, ...]:
+    """The learning rates that every method is tried at; one alone is used untried."""
+    return tuple(dict.fromkeys(config.compare.learning_rates)) or (config.training.learning_rate,)
+
+
+def _tuned_by(config: RunConfig) -> tuple[list[float], int | None]:
+    """All that must be the same for methods of one study: the rates, and the draw they are tried on if there is one."""
+    grid = sorted(_grid(config))
+    return grid, config.compare.tuning_seed if len(grid) > 1 else None
+
+
+def _rates_in_words(config: RunConfig) -> str:
+    grid, draw = _tuned_by(config)
+    if draw is None:
+        key = "compare.learning_rates" if config.compare.learning_rates else "training.learning_rate"
+        return f"{key} = {grid[0]:g} for every method"
+    return f"compare.learning_rates = [{', '.join(f'{rate:g}' for rate in grid)}], compare.tuning_seed = {draw}"
 
 
 def _earlier(directory: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -292,7 +340,7 @@ def _refuse_unusable(config: RunConfig) -> None:
 def _refuse_biased_tuning(config: RunConfig) -> None:
     """Not a rule of the config: every run of a study, the tuning runs among them, carries the study's section."""
     section = config.compare
-    if len(section.learning_rates) < 2:
+    if len(_grid(config)) < 2:
         return
     if config.seed <= section.tuning_seed < config.seed + section.seeds:
         raise ConfigError(
