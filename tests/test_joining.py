@@ -23,6 +23,7 @@ from fedmira.experiment import SilentDisplay, run
 from fedmira.export.clients import load_trained
 from fedmira.federation.known_graphs import labels
 from fedmira.federation.mixing import implicit_matrix
+from fedmira.recording import Recorder
 from fedmira.report.page import write_report
 from fedmira.report.reading import RunRecord, read
 from fedmira.report.summary import summarise_run
@@ -426,7 +427,7 @@ def test_nobody_joins_a_run_whose_last_round_was_stopped(data: Path) -> None:
         run(config(data, 2), resume=True)
 
 
-@pytest.mark.parametrize("moment", ["take_in", "grown_manifest", "_tell", "_save", "_record_round"])
+@pytest.mark.parametrize("moment", ["take_in", "grown_manifest", "_tell", "_save", "splits", "round"])
 def test_a_run_killed_while_clients_join_is_resumed_bit_for_bit(
     data: Path, monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:
@@ -441,7 +442,8 @@ def test_a_run_killed_while_clients_join_is_resumed_bit_for_bit(
     def kill(*arguments: Any, **named: Any) -> Any:
         raise Killed
 
-    where = experiment if moment in ("take_in", "grown_manifest") else experiment._Run
+    where: Any = experiment if moment in ("take_in", "grown_manifest") else experiment._Run
+    where = Recorder if moment in ("splits", "round") else where
     with monkeypatch.context() as patch:
         patch.setattr(where, moment, kill)
         with pytest.raises(Killed):

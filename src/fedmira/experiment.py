@@ -8,12 +8,11 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import asdict
 from datetime import UTC, datetime
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
@@ -27,19 +26,16 @@ from fedmira.assembly import (
 )
 from fedmira.config.run import RunConfig
 from fedmira.errors import DivergedError, Interrupted, ParticipationError
-from fedmira.evaluation.costs import PeakMemory
-from fedmira.evaluation.judge import final_records, validation_losses
 from fedmira.exchange.admission import was_rejected
-from fedmira.exchange.privacy import advice, epsilon
+from fedmira.exchange.privacy import advice
 from fedmira.exchange.seam import Kept
 from fedmira.federation import participation
-from fedmira.federation.graph import Graph
-from fedmira.federation.graph import parts as graph_parts
 from fedmira.federation.method import Info, State
 from fedmira.federation.questions import bounded
 from fedmira.forecast.remarks import warnings
 from fedmira.joining import grown_manifest, known_clients, refuse_other_data, refuse_to_end, take_in
 from fedmira.profile import profiled
+from fedmira.recording import Recorder
 from fedmira.runs.checkpoint import Checkpoint, load_latest, save
 from fedmira.runs.signals import StopFlag, stop_on_signals
 from fedmira.runs.store import RunStore
@@ -118,8 +114,6 @@ class _Run:
 
     def __init__(self, store: RunStore, display: Display, stop: StopFlag) -> None:
         self.config, self.store, self.display, self.stop = store.config, store, display, stop
-        self.told_epsilon: dict[str, float] = {}
-        """Of each client, as metrics.jsonl has it."""
         self.larger: Assembly | None = None
         """With the clients that joined, until they are taken in."""
         with stage("start"):
@@ -143,7 +137,7 @@ class _Run:
             store.write_rounds()
         if self.parts.base.device.type == "cuda":
             settle_with(partial(torch.cuda.synchronize, self.parts.base.device))
-        self.peak = PeakMemory(self.parts.base.device)
+        self.recorder = Recorder(store, self.config, str(self.parts.base.device))
 
     def carry_out(self) -> Path:
         config = self.config
@@ -161,6 +155,7 @@ class _Run:
         if line:
             self.store.write_manifest(manifest)
             self._tell(f"warning: {line}")
+        self.recorder.splits(self.parts)
         if 0 < self.store.rounds_before < first_round and self.parts.method.trial is not None:
             self._tell(
                 f"round {self.store.rounds_before} was the last one and asked clients accordingly, so what follows may "
@@ -182,16 +177,16 @@ class _Run:
             trial_started = time.perf_counter()
             state, info, results = self._hold_trial(state, participants, results, info)
             trial_seconds = time.perf_counter() - trial_started
-            self._record_round(participants, results, info, merge_seconds, trial_seconds)
+            self.recorder.round(self.parts, participants, results, info, merge_seconds, trial_seconds)
             last = round_ == config.federation.rounds
             line = f"train loss {_train_loss(results):.4f}"
             # the rows of this round would otherwise lie beside those of the next one
             del results
             if last or round_ % config.evaluation.every == 0:
                 kept = method.personalise(state)
-                line += self._evaluate(round_, kept)
+                line += self.recorder.evaluation(self.parts, round_, kept)
                 if last and config.evaluation.test:
-                    line += f", test loss {self._judge(round_, kept):.4f}"
+                    line += f", test loss {self.recorder.final(self.parts, round_, kept):.4f}"
                 del kept
             self.display.round(round_, line)
             self.store.log(f"round {round_}: {line}")
@@ -217,6 +212,7 @@ class _Run:
         self.parts, self.larger = larger, None
         # the manifest first: a checkpoint that knows fewer clients is met by taking them in again
         self.store.write_manifest(grown_manifest(self.store.manifest(), larger, num_before, round_))
+        self.recorder.splits(self.parts)
         self.store.append({"event": "joined", "round": round_, "clients": list(names)})
         self._tell(f"joined after round {round_}: {', '.join(names)}")
         self._save(round_, state)
@@ -294,101 +290,6 @@ class _Run:
             crossed = crossed._replace(uncompressed_bytes=plain)
         return state, Info({**info.numbers, **more.numbers}, more.graph or info.graph), crossed
 
-    def _record_round(
-        self, participants: Participants, results: Results, info: Info, merge_seconds: float, trial_seconds: float
-    ) -> None:
-        names = self.parts.clients.names
-        config, extra = self.config.exchange, dict[str, Any]()
-        if results.uncompressed_bytes:
-            extra["uncompressed_bytes"] = results.uncompressed_bytes
-        if config.privacy.enabled:
-            extra["privacy"] = {"delta": config.privacy.delta, "epsilon": self._spent(results)}
-        self.store.append(
-            {
-                "event": "round",
-                "round": participants.round,
-                "participants": [names[id_] for id_ in participants.ids],
-                "failures": [{"client": names[r.id], "reason": r.failure} for r in results.reports if r.failure],
-                "train_loss_sum": sum(r.loss_sum for r in results.reports if not r.failure),
-                "train_tokens": sum(r.num_supervised_tokens for r in results.reports if not r.failure),
-                "tokens": sum(r.num_tokens for r in results.reports if not r.failure),
-                "upload_bytes": results.upload_bytes,
-                "download_bytes": results.download_bytes,
-                **extra,
-                "numbers": dict(info.numbers),
-                "timing": {
-                    "train_seconds": results.train_seconds,
-                    "merge_seconds": merge_seconds,
-                    "evaluate_seconds": trial_seconds,
-                    "peak_memory_bytes": self.peak.lap(),
-                },
-            }
-        )
-        if info.graph is not None:
-            true = self.parts.clients.true_adjacency_KK
-            self.store.write_graph(
-                {
-                    "names": list(names),
-                    "adjacency": info.graph.adjacency_KK.tolist(),
-                    "name": info.graph.name,
-                    "round": participants.round,
-                    "provenance": dict(info.graph.provenance),
-                    "blocks": _shown_blocks(info.graph),
-                    "true_adjacency": None if true is None else true.tolist(),
-                }
-            )
-
-    def _spent(self, results: Results) -> dict[str, float]:
-        """Epsilon by client: of those who took part, and of whoever gave more away than is recorded, as happens where a
-        round is repeated after a crash and draws others."""
-        privacy, names = self.config.exchange.privacy, self.parts.clients.names
-        took_part = {id_ for id_, _ in results.epsilon}
-        spent = dict[str, float]()
-        # clients that have yet to join again have uploads too
-        for id_, (name, uploads) in enumerate(zip(names, self.parts.exchange.state().facts["uploads"], strict=False)):
-            value = epsilon(uploads, privacy.noise_multiplier, privacy.delta)
-            if id_ in took_part or value > self.told_epsilon.get(name, 0.0):
-                spent[name] = value
-        self.told_epsilon |= spent
-        return spent
-
-    def _evaluate(self, round_: int, adapters: Arena) -> str:
-        """Record the validation loss of every client; say the unweighted mean over those that hold such examples."""
-        started = time.perf_counter()
-        with stage("evaluation"):
-            losses = validation_losses(self.parts.base, adapters, self.parts.tokenized, self.config.evaluation)
-        self.store.append(
-            {
-                "event": "evaluation",
-                "round": round_,
-                "split": "validation",
-                "clients": {
-                    name: {"loss_sum": loss_sum, "tokens": tokens}
-                    for name, (loss_sum, tokens) in zip(self.parts.clients.names, losses, strict=True)
-                },
-                "timing": {"evaluate_seconds": time.perf_counter() - started, "peak_memory_bytes": self.peak.lap()},
-            }
-        )
-        per_client = [loss_sum / tokens for loss_sum, tokens in losses if tokens]
-        return f", validation loss {sum(per_client) / len(per_client):.4f}" if per_client else ""
-
-    def _judge(self, round_: int, adapters: Arena) -> float:
-        """Record the final numbers of every client on its test split; return the unweighted mean loss."""
-        started = time.perf_counter()
-        with stage("evaluation"):
-            records = final_records(self.parts.base, adapters, self.parts.tokenized, self.config.evaluation)
-        clients = {record.name: {k: v for k, v in asdict(record).items() if k != "name"} for record in records}
-        self.store.append(
-            {
-                "event": "final",
-                "round": round_,
-                "split": "test",
-                "clients": clients,
-                "timing": {"evaluate_seconds": time.perf_counter() - started, "peak_memory_bytes": self.peak.lap()},
-            }
-        )
-        return sum(record.loss_sum / record.tokens for record in records) / len(records)
-
     # -------------------------------------------------------------------------------------------------------- disk
 
     def _open_checkpoint(self) -> Checkpoint | None:
@@ -396,9 +297,6 @@ class _Run:
         if checkpoint is None:
             self.store.refuse_lost_checkpoints()
         self.store.truncate_metrics(0 if checkpoint is None else int(checkpoint.facts["metrics_position"]))
-        if self.config.exchange.privacy.enabled:
-            for event in self.store.events():
-                self.told_epsilon |= event.get("privacy", {}).get("epsilon", {})
         for reason in () if checkpoint is None else checkpoint.skipped:
             self._tell(f"skipped a damaged checkpoint: {reason}")
         return checkpoint
@@ -481,13 +379,6 @@ def _why_nobody(results: Results, config: RunConfig) -> str:
             f"clip_norm: lower them, or where that is small, {tamer}"
         )
     return f"{reason}All losses were finite until the last step: if that step is to blame, {tamer}"
-
-
-def _shown_blocks(graph: Graph) -> dict[str, Any]:
-    """Of a graph by layer, those of the first and the last layers that share one, by the first of these layers."""
-    distinct = graph_parts(graph)
-    shown = distinct if len(distinct) < 3 else (distinct[0], distinct[-1])
-    return {layers[0]: part.adjacency_KK.tolist() for part, layers in shown if layers}
 
 
 def _under(prefix: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -17,7 +17,7 @@ import torch
 from pydantic import ValidationError
 from tests.exchange.builders import LAYOUT
 
-from fedmira import experiment
+from fedmira import experiment, recording
 from fedmira.assembly import assemble
 from fedmira.config.file import config_hash, parse_config, resolved_yaml
 from fedmira.config.run import RunConfig
@@ -31,6 +31,7 @@ from fedmira.export.clients import load_trained
 from fedmira.federation.questions import bounded
 from fedmira.federation.ranks import trimmed
 from fedmira.forecast.estimate import dry_run
+from fedmira.recording import Recorder
 from fedmira.report.page import render
 from fedmira.report.reading import read
 from fedmira.runs.checkpoint import load_latest
@@ -542,14 +543,14 @@ def test_noise_that_cannot_be_drawn_again_counts_also_where_its_round_is_repeate
 ) -> None:
     private = {"privacy": {**NOISY["privacy"], "noise_seed": "system"}}
     config = tiny(private, method={"name": "fedit"}, federation={"rounds": 3})
-    original = experiment._Run._record_round
+    original = Recorder.round
 
-    def killed(self: Any, participants: Participants, *others: Any) -> None:
+    def killed(self: Any, parts: Any, participants: Participants, *others: Any) -> None:
         if participants.round == 2:
             raise KeyboardInterrupt
-        original(self, participants, *others)
+        original(self, parts, participants, *others)
 
-    monkeypatch.setattr(experiment._Run, "_record_round", killed)
+    monkeypatch.setattr(Recorder, "round", killed)
     with pytest.raises(KeyboardInterrupt):
         run(config, directory=tmp_path)
     monkeypatch.undo()
@@ -566,15 +567,15 @@ def test_who_gave_away_more_than_is_recorded_is_recorded_with_the_next_round(
     """Where a round is repeated others may take part, as when clients joined in between."""
     private = {"privacy": {**NOISY["privacy"], "noise_seed": "system"}}
     config = tiny(private, method={"name": "fedit"}, federation={"rounds": 3, "participation": 0.5})
-    original = experiment._Run._record_round
+    original = Recorder.round
 
     def killed_in(number: int) -> None:
-        def killed(self: Any, participants: Participants, *others: Any) -> None:
+        def killed(self: Any, parts: Any, participants: Participants, *others: Any) -> None:
             if participants.round == number:
                 raise Killed
-            original(self, participants, *others)
+            original(self, parts, participants, *others)
 
-        monkeypatch.setattr(experiment._Run, "_record_round", killed)
+        monkeypatch.setattr(Recorder, "round", killed)
         with pytest.raises(Killed):
             run(config, directory=tmp_path, resume=True)
         monkeypatch.undo()
@@ -661,14 +662,14 @@ def test_a_round_that_was_stopped_counts_the_seconds_before_and_after(
 def test_the_peak_of_a_run_is_that_of_evaluating_where_it_is_higher(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:
-    original, size = getattr(experiment, place), 2**29
+    original, size = getattr(recording, place), 2**29
 
-    def hungry(*arguments: Any) -> Any:
+    def hungry(*arguments: Any, **named: Any) -> Any:
         with mmap.mmap(-1, size) as block:
             block[:: mmap.PAGESIZE] = b"x" * (size // mmap.PAGESIZE)
-        return original(*arguments)
+        return original(*arguments, **named)
 
-    monkeypatch.setattr(experiment, place, hungry)
+    monkeypatch.setattr(recording, place, hungry)
     config = tiny({}, method={"name": "fedit"}, federation={"rounds": 1}, evaluation={})
     path = run(config, directory=tmp_path)
     peak = max(event["timing"]["peak_memory_bytes"] for event in events(path))

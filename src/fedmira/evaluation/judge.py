@@ -5,8 +5,8 @@ Knows nothing about how the adapters came to be.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -32,10 +32,31 @@ def validation_losses(
     return evaluate_loss(base, arena, [client.validation for client in clients], evaluation.batch_tokens)
 
 
+class Answer(NamedTuple):
+    """What a client's adapter answered to one of its test examples."""
+
+    client: str
+    example: str
+    """Its id."""
+    answer: str
+    rouge_l: float
+    """0 to 1, the best over its references."""
+
+
+def _ignore(answer: Answer) -> None: ...
+
+
 def final_records(
-    base: BaseModel, arena: Arena, clients: Sequence[TokenizedClient], evaluation: EvaluationConfig
+    base: BaseModel,
+    arena: Arena,
+    clients: Sequence[TokenizedClient],
+    evaluation: EvaluationConfig,
+    on_answer: Callable[[Answer], None] = _ignore,
 ) -> list[ClientRecord]:
-    """The record of each client on its test split; row k of `arena` (K, P) judges client k."""
+    """The record of each client on its test split; row k of `arena` (K, P) judges client k.
+
+    `on_answer` is told every answer that was generated.
+    """
     losses = evaluate_loss(base, arena, [client.test for client in clients], evaluation.batch_tokens)
     answers: list[list[str]] = [[] for _ in clients]
     if evaluation.generation.enabled:
@@ -49,8 +70,12 @@ def final_records(
         answers = generate(base, arena, asked, most, ends=ends)
     records = []
     for client, (loss_sum, tokens), client_answers in zip(clients, losses, answers, strict=True):
-        wanted = [example.references or (example.output,) for example in client.examples.test[: len(client_answers)]]
+        asked_of = client.examples.test[: len(client_answers)]
+        wanted = [example.references or (example.output,) for example in asked_of]
         pairs = list(zip(client_answers, wanted, strict=True))
+        scores = [rouge_l(answer, references) for answer, references in pairs]
+        for example, answer, score in zip(asked_of, client_answers, scores, strict=True):
+            on_answer(Answer(client.name, example.id, answer, score))
         records.append(
             ClientRecord(
                 name=client.name,
@@ -58,7 +83,7 @@ def final_records(
                 category=client.examples.category,
                 loss_sum=loss_sum,
                 tokens=tokens,
-                rouge_l_sum=sum(rouge_l(answer, references) for answer, references in pairs),
+                rouge_l_sum=sum(scores),
                 exact_match_sum=float(sum(exact_match(answer, references) for answer, references in pairs)),
                 generated=len(pairs),
             )

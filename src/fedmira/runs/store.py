@@ -44,11 +44,13 @@ from fedmira.stages import stage
 
 CONFIG, RESOLVED, MANIFEST = "config.yaml", "config.resolved.yaml", "manifest.json"
 METRICS, GRAPH, PROFILE, LOG = "metrics.jsonl", "graph.json", "profile.json", "run.log"
+SPLITS, ANSWERS = "splits.json", "answers.jsonl"
 UPLOADS = "uploads.json"
 REPORT = "report"
 SCHEMA = 1
 
-_OWN_NAMES = {CONFIG, RESOLVED, MANIFEST, METRICS, GRAPH, PROFILE, UPLOADS, LOG, LOCK, CHECKPOINTS, REPORT}
+_OWN_NAMES = {CONFIG, RESOLVED, MANIFEST, METRICS, GRAPH, PROFILE, UPLOADS, SPLITS, ANSWERS}
+_OWN_NAMES |= {LOG, LOCK, CHECKPOINTS, REPORT}
 _HALF_WRITTEN = re.compile(r"\..+\.tmp-")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 

@@ -1,0 +1,180 @@
+"""What a run writes down of itself besides its state: events of metrics.jsonl, graph.json, splits.json, answers.jsonl.
+
+Whatever is judged is judged here, so that what was recorded and what was measured cannot part. Nothing of it is read
+when a run goes on. Knows nothing about how clients train or how a method merges.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+from fedmira.assembly import Assembly
+from fedmira.config.run import RunConfig
+from fedmira.evaluation.costs import PeakMemory
+from fedmira.evaluation.judge import Answer, final_records, validation_losses
+from fedmira.exchange.privacy import epsilon
+from fedmira.federation.graph import Graph
+from fedmira.federation.graph import parts as graph_parts
+from fedmira.federation.method import Info
+from fedmira.runs.atomic import write_bytes_atomically
+from fedmira.runs.store import ANSWERS, SPLITS, RunStore
+from fedmira.stages import stage
+from fedmira.types import Arena, Participants, Results
+
+
+class Recorder:
+    """Of one run, whose clients may become more."""
+
+    def __init__(self, store: RunStore, config: RunConfig, device: str) -> None:
+        self._store, self._config = store, config
+        self._peak = PeakMemory(device)
+        self._told_epsilon: dict[str, float] = {}
+        """Of each client, as metrics.jsonl has it."""
+        if config.exchange.privacy.enabled:
+            for event in store.events():
+                self._told_epsilon |= event.get("privacy", {}).get("epsilon", {})
+
+    def splits(self, parts: Assembly) -> None:
+        """Which examples each client trains on, is asked by and is judged by, as their ids."""
+        by_client = {
+            client.name: {
+                split: [example.id for example in getattr(client.examples, split)]
+                for split in ("train", "validation", "test")
+            }
+            for client in parts.tokenized
+        }
+        self._write(SPLITS, _lines_of(by_client))
+
+    def round(
+        self,
+        parts: Assembly,
+        participants: Participants,
+        results: Results,
+        info: Info,
+        merge_seconds: float,
+        trial_seconds: float,
+    ) -> None:
+        """What a round took, sent and found."""
+        names = parts.clients.names
+        config, extra = self._config.exchange, dict[str, Any]()
+        if results.uncompressed_bytes:
+            extra["uncompressed_bytes"] = results.uncompressed_bytes
+        if config.privacy.enabled:
+            extra["privacy"] = {"delta": config.privacy.delta, "epsilon": self._spent(parts, results)}
+        self._store.append(
+            {
+                "event": "round",
+                "round": participants.round,
+                "participants": [names[id_] for id_ in participants.ids],
+                "failures": [{"client": names[r.id], "reason": r.failure} for r in results.reports if r.failure],
+                "train_loss_sum": sum(r.loss_sum for r in results.reports if not r.failure),
+                "train_tokens": sum(r.num_supervised_tokens for r in results.reports if not r.failure),
+                "tokens": sum(r.num_tokens for r in results.reports if not r.failure),
+                "upload_bytes": results.upload_bytes,
+                "download_bytes": results.download_bytes,
+                **extra,
+                "numbers": dict(info.numbers),
+                "timing": {
+                    "train_seconds": results.train_seconds,
+                    "merge_seconds": merge_seconds,
+                    "evaluate_seconds": trial_seconds,
+                    "peak_memory_bytes": self._peak.lap(),
+                },
+            }
+        )
+        if info.graph is not None:
+            true = parts.clients.true_adjacency_KK
+            self._store.write_graph(
+                {
+                    "names": list(names),
+                    "adjacency": info.graph.adjacency_KK.tolist(),
+                    "name": info.graph.name,
+                    "round": participants.round,
+                    "provenance": dict(info.graph.provenance),
+                    "blocks": _shown_blocks(info.graph),
+                    "true_adjacency": None if true is None else true.tolist(),
+                }
+            )
+
+    def evaluation(self, parts: Assembly, round_: int, adapters: Arena) -> str:
+        """Record the validation loss of every client; say the unweighted mean over those that hold such examples."""
+        started = time.perf_counter()
+        with stage("evaluation"):
+            losses = validation_losses(parts.base, adapters, parts.tokenized, self._config.evaluation)
+        self._store.append(
+            {
+                "event": "evaluation",
+                "round": round_,
+                "split": "validation",
+                "clients": {
+                    name: {"loss_sum": loss_sum, "tokens": tokens}
+                    for name, (loss_sum, tokens) in zip(parts.clients.names, losses, strict=True)
+                },
+                "timing": {"evaluate_seconds": time.perf_counter() - started, "peak_memory_bytes": self._peak.lap()},
+            }
+        )
+        per_client = [loss_sum / tokens for loss_sum, tokens in losses if tokens]
+        return f", validation loss {sum(per_client) / len(per_client):.4f}" if per_client else ""
+
+    def final(self, parts: Assembly, round_: int, adapters: Arena) -> float:
+        """Record the final numbers of every client on its test split, and what it answered; return the unweighted mean
+        loss."""
+        started, answers = time.perf_counter(), list[Answer]()
+        with stage("evaluation"):
+            records = final_records(
+                parts.base, adapters, parts.tokenized, self._config.evaluation, on_answer=answers.append
+            )
+        if answers:
+            self._write(ANSWERS, "".join(_line(answer._asdict()) for answer in answers))
+        clients = {record.name: {k: v for k, v in asdict(record).items() if k != "name"} for record in records}
+        self._store.append(
+            {
+                "event": "final",
+                "round": round_,
+                "split": "test",
+                "clients": clients,
+                "timing": {"evaluate_seconds": time.perf_counter() - started, "peak_memory_bytes": self._peak.lap()},
+            }
+        )
+        return sum(record.loss_sum / record.tokens for record in records) / len(records)
+
+    def _spent(self, parts: Assembly, results: Results) -> dict[str, float]:
+        """Epsilon by client: of those who took part, and of whoever gave more away than is recorded, as happens where a
+        round is repeated after a crash and draws others."""
+        privacy, names = self._config.exchange.privacy, parts.clients.names
+        took_part = {id_ for id_, _ in results.epsilon}
+        spent = dict[str, float]()
+        # clients that have yet to join again have uploads too
+        for id_, (name, uploads) in enumerate(zip(names, parts.exchange.state().facts["uploads"], strict=False)):
+            value = epsilon(uploads, privacy.noise_multiplier, privacy.delta)
+            if id_ in took_part or value > self._told_epsilon.get(name, 0.0):
+                spent[name] = value
+        self._told_epsilon |= spent
+        return spent
+
+    def _write(self, name: str, text: str) -> None:
+        with stage("disk"):
+            write_bytes_atomically(self._store.path / name, text.encode(errors="backslashreplace"))
+
+
+def _line(facts: Mapping[str, Any]) -> str:
+    return json.dumps(facts, ensure_ascii=False) + "\n"
+
+
+def _lines_of(by_client: Mapping[str, Any]) -> str:
+    """A JSON object with a line for each client."""
+    lines = ",\n".join(
+        f"{json.dumps(name, ensure_ascii=False)}: {_line(facts)[:-1]}" for name, facts in by_client.items()
+    )
+    return f"{{\n{lines}\n}}\n"
+
+
+def _shown_blocks(graph: Graph) -> dict[str, Any]:
+    """Of a graph by layer, those of the first and the last layers that share one, by the first of these layers."""
+    distinct = graph_parts(graph)
+    shown = distinct if len(distinct) < 3 else (distinct[0], distinct[-1])
+    return {layers[0]: part.adjacency_KK.tolist() for part, layers in shown if layers}
