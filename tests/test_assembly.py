@@ -72,6 +72,23 @@ def test_names_say_whose_row_is_which(tmp_path: Path) -> None:
     assert np.array_equal(read, MATRIX)
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        ",cleo,anna,ben\ncleo,0,0.5,0\nanna,0.5,0,2\nben,0,2,0\n",
+        "cleo,anna,ben\n0,0.5,0\n0.5,0,2\n0,2,0\n",
+        "client;anna;ben;cleo\nanna;0;2;0,5\nben;2;0;0\n\ncleo;0,5;0;0\n",
+        "0\t2\t0.5\n2\t0\t0\n0.5\t0\t0\n",
+    ],
+)
+def test_spreadsheets_name_clients_above_and_beside(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "g.csv"
+    path.write_text(text)
+    read = read_graph(given(path), NAMES)
+    assert read is not None
+    assert np.array_equal(read, MATRIX)
+
+
 def test_the_home_folder_may_be_a_tilde(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "g.csv").write_text(CSV)
@@ -102,7 +119,14 @@ UNUSABLE: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "names that are one word": ("g.json", content(as_json(names="abc", adjacency=[])), "`names` is not a list"),
     "a wrong size": ("g.csv", content(b"0,1\n1,0\n"), r"shape is \(2, 2\); expected 3 x 3"),
     "an empty file": ("g.csv", content(b"\n"), "it is empty"),
-    "words": ("g.csv", content(b"anna,ben\n0,1\n1,0\n"), "is no graph"),
+    "words": ("g.csv", content(b"anna,ben\n0,x\n1,0\n"), "is no graph"),
+    "other names": ("g.csv", content(b"anna,ben,cleopatra\n" + CSV.encode()), "unknown.*cleopatra.*missing.*cleo"),
+    "another order beside": (
+        "g.csv",
+        content(b",anna,ben,cleo\nanna,0,2,1\ncleo,2,0,0\nben,1,0,0\n"),
+        "columns are named .*rows",
+    ),
+    "ragged rows": ("g.csv", content(b"0,1,0\n1,0\n0,0,0\n"), "rows of 2 and of 3 cells"),
     "bytes that are no text": ("g.csv", content(b"\xff\xfe\x00"), "is no graph"),
     "NaN": ("g.csv", content(b"0,nan,0\nnan,0,0\n0,0,0\n"), "is nan: not finite"),
     "infinite": ("g.csv", content(b"0,inf,0\ninf,0,0\n0,0,0\n"), "is inf: not finite"),

@@ -5,6 +5,7 @@ Knows nothing about rounds: `experiment` turns what is assembled here into a run
 
 from __future__ import annotations
 
+import csv
 import functools
 import glob
 import hashlib
@@ -251,8 +252,9 @@ def read_graph(config: GraphConfig, names: tuple[str, ...]) -> np.ndarray | None
     # damaged files: zipfile, EOF and overflow errors come from inside numpy
     except (ValueError, KeyError, TypeError, EOFError, OverflowError, RecursionError, BadZipFile) as error:
         raise DataError(
-            f"method.graph.path: {path} is no graph: {error}. Allowed: JSON with `adjacency` (a square list of "
-            "lists) and optionally `names`, a .npy matrix, or a .csv matrix in client order"
+            f"method.graph.path: {path} is no graph: {str(error).rstrip('.')}. Allowed: JSON with `adjacency` (a "
+            "square list of lists) and optionally `names`, a .npy matrix in client order, or a .csv matrix in that "
+            "order or with the clients' names above and beside it"
         ) from error
 
 
@@ -264,11 +266,33 @@ def _npy_graph(path: Path) -> tuple[np.ndarray, None]:
     return matrix, None
 
 
-def _csv_graph(path: Path) -> tuple[np.ndarray, None]:
+def _csv_graph(path: Path) -> tuple[np.ndarray, list[str] | None]:
+    """A matrix, with or without the clients' names above it and beside it, as spreadsheets and pandas write it."""
     text = path.read_text(encoding="utf-8-sig")
-    if not text.strip():
+    delimiter = next((mark for mark in ";\t" if mark in text), ",")
+    rows = [row for row in csv.reader(text.splitlines(), delimiter=delimiter) if any(cell.strip() for cell in row)]
+    if not rows:
         raise ValueError("it is empty")
-    return np.loadtxt(text.splitlines(), delimiter=",", ndmin=2), None
+    names = None
+    if not all(map(_is_number, rows[0])):
+        names, *rows = rows
+        if len(names) == len(rows) + 1:
+            names, beside = names[1:], [row[0] for row in rows]
+            if names != beside:
+                raise ValueError(f"its columns are named {names[:5]} and its rows {beside[:5]}")
+            rows = [row[1:] for row in rows]
+    if len(sizes := sorted({len(row) for row in rows})) > 1:
+        raise ValueError(f"it has rows of {sizes[0]} and of {sizes[-1]} cells")
+    # where cells are parted by a semicolon, a comma is the decimal point
+    return np.array([[float(cell.replace(",", ".")) for cell in row] for row in rows], ndmin=2), names
+
+
+def _is_number(cell: str) -> bool:
+    try:
+        float(cell.replace(",", "."))
+    except ValueError:
+        return False
+    return True
 
 
 def _json_graph(path: Path) -> tuple[np.ndarray, list[str] | None]:

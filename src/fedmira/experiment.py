@@ -149,6 +149,8 @@ class _Run:
             self.display.finish(f"{self.store.path}: finished before, nothing to do")
             return self.store.path
         self.display.start(f"{config.method.name} seed {config.seed}", config.federation.rounds)
+        if self.checkpoint:
+            self._tell(f"{self.store.path} goes on after round {first_round - 1}")
         for line in warnings(self.parts):
             self._tell(f"warning: {line}")
         line, manifest = moved(self.store.manifest(), self.parts.base)

@@ -34,7 +34,8 @@ class GraphConfig(Section):
     `labels` (clients of one task are joined; oracle), `given` (a file), `uniform` (everyone with everyone), `random`
     (the published code's), `true` (the graph planted in the data), `permuted` (that with its clients shuffled)."""
     path: str | None = None
-    """With `given`: a JSON file {"names": [...], "adjacency": [[...]]} or a .npy / .csv matrix in client order."""
+    """With `given`: a JSON file {"names": [...], "adjacency": [[...]]}, or a .npy / .csv matrix in client order; a .csv
+    file may have the clients' names in its first row and column."""
     neighbours: PositiveInt = 5
     """With `gram`, `gram_layers`, `mtrl`, `trust`, `probe`, `embeddings`: mutual nearest neighbours kept per client.
     With `kalofolias`: edges per client that its one parameter is set for."""
