@@ -270,6 +270,35 @@ def test_what_runs_of_before_wrote_down_means_what_they_did() -> None:
     assert parse_resolved(resolved_yaml(default)) == default
 
 
+@pytest.mark.parametrize(("source", "name"), [("jsonl", "a73865ee"), ("huggingface", "06dafe11")])
+def test_keys_of_records_that_came_later_leave_the_hash_as_it_was_while_unused(source: str, name: str) -> None:
+    before = parse_config(f"data: {{source: {source}, path: x}}")
+    assert config_hash(before) == name
+    assert "fields" not in resolved_yaml(before)
+    used = parse_config(resolved_yaml(before), ["data.fields.output=Antwort", "data.split_field=part"])
+    assert config_difference(before, used) == [
+        "data.fields.output: (absent) -> 'Antwort'",
+        "data.split_field: (absent) -> 'part'",
+    ]
+    assert config_hash(used) != name
+    assert parse_resolved(resolved_yaml(used)) == used
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ("{instrution: Frage}", "'instrution'; allowed: instruction, input, output, .*; did you mean 'instruction'"),
+        ("{instruction: Frage, output: Frage}", r"fields\.instruction is 'Frage', as another one is; give each"),
+        ("{output: ''}", r"fields\.output has no name; give each"),
+        ("{output: 3}", r"data\.fields: given a section; allowed: a mapping, each value text"),
+        ("Frage", r"data\.fields: given 'Frage'; allowed: a mapping, each value text"),
+    ],
+)
+def test_names_of_fields_that_cannot_be_are_refused(fields: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        parse_config(f"data: {{source: jsonl, path: x, fields: {fields}}}")
+
+
 def test_the_order_of_a_rank_pattern_counts_where_a_layer_can_match_two_of_it() -> None:
     def pattern(text: str) -> RunConfig:
         return parse_config(f"model: {{adapter: {{rank_pattern: {{{text}}}}}}}")

@@ -108,6 +108,25 @@ def test_what_was_left_out_is_told_with_the_first_reasons(tokenizer: Any, tmp_pa
     assert "left out: 8 examples, which data.partition.examples_per_client leaves to no client" in lines
 
 
+def test_duplicates_are_counted_for_each_client(tokenizer: Any) -> None:
+    same = tuple(example("q", "a", f"same-{number}") for number in range(3))
+    other_answer = example("q", "b", "other")
+    clients = (
+        Client("one", (*same, other_answer), (example("v", "y", "one"),), (example("t", "y", "one"),)),
+        Client("two", (same[0], example("r", "a", "single")), (), (example("s", "y", "test"),)),
+    )
+    federation = Federation(clients, None, {"source": "made"})
+    tokenized, report = tokenize_federation(federation, tokenizer, "plain", 20)
+    description = describe(federation, tokenized, report, tokenizer, "plain")
+    assert [row.duplicate_examples for row in description.rows] == [2, 0]
+    assert description.facts()["total"]["duplicate_examples"] == 2
+    line = "duplicates: 2 examples are the same as another one of their client and are kept (one 2)"
+    assert line in description.text().split("\n")
+    alone = Federation(clients[1:], None, {"source": "made"})
+    tokenized, report = tokenize_federation(alone, tokenizer, "plain", 20)
+    assert "duplicates" not in describe(alone, tokenized, report, tokenizer, "plain").text()
+
+
 def test_nothing_is_told_where_nothing_was_left_out(tokenizer: Any) -> None:
     federation = made_federation()
     tokenized, report = tokenize_federation(federation, tokenizer, "plain", 20)

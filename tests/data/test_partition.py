@@ -18,6 +18,8 @@ from fedmira.data.splits import SPLITS, content_key
 from fedmira.errors import DataError
 from fedmira.types import Client, Example, Federation
 
+REFUSED = r"cannot be used( because of .* \(U\+[0-9A-F]{4,5}\)|, as .*)?\. Allowed:"
+
 
 def example(number: int, task: str = "t", client: str = "", prompt: str | None = None) -> Example:
     text = f"question {task} {client} {number}" if prompt is None else prompt
@@ -223,13 +225,25 @@ def test_a_client_has_a_task_only_if_all_its_examples_do() -> None:
         "tab\t",
         " a",
         "a ",
-        "caf\u00e9",
+        "no\u00a0break",
+        "zero\u200bwidth",
+        "joined\u200d",
+        "un\u202edone",
+        "line\u2028",
+        "filled\u3164",
+        "varied\ufe0f",
+        "\u0308a",
+        "2\u00b2",
+        "\U0001f600",
+        "con",
+        "Aux.txt",
+        "\u533b" * 67,
     ],
 )
 def test_unsafe_client_names_are_refused_by_name(name: str) -> None:
     examples = [example(i, client="fine") for i in range(9)] + [example(i, client=name) for i in range(9)]
     if name:
-        with pytest.raises(DataError, match=r"cannot be used( because of .* \(U\+[0-9A-F]{4}\))?\. Allowed:") as caught:
+        with pytest.raises(DataError, match=REFUSED) as caught:
             build(examples, by="field")
         assert repr(name)[1:40] in str(caught.value)
     else:
@@ -242,10 +256,22 @@ def test_names_that_differ_in_case_only_are_refused() -> None:
         check_names(["Ward", "other", "ward"])
     with pytest.raises(DataError, match="'a-1' and 'a-1'"):
         check_names(["a-1", "a-1"])
+    for one, other in (("S\u00fcd", "Su\u0308d"), ("S\u00fcd", "S\u00dcD"), ("stra\u00dfe", "STRASSE")):
+        with pytest.raises(DataError, match="differ by more than case and the way accents are encoded"):
+            check_names([one, other])
+
+
+@pytest.mark.parametrize("by", ["task", "field"])
+def test_names_are_kept_in_one_unicode_form(by: str) -> None:
+    examples = [example(i, "Su\u0308d", client="S\u00fcd") for i in range(9)]
+    assert build(examples, by=by).names == ("S\u00fcd",)
 
 
 def test_safe_names_pass() -> None:
-    check_names(["task033_winogrande", "Ward 7", "a.b-c_d", "x" * 100, "-", "_"])
+    check_names(["task033_winogrande", "Ward 7", "a.b-c_d", "x" * 100, "-", "_", "console", "com10"])
+    check_names(
+        ["Radiologie S\u00fcd", "Chirurgie \u2013 West", "\u5916\u79d1", "\u0915\u093f\u0924\u093e\u092c \u0967"]
+    )
 
 
 def test_a_client_with_too_few_texts_is_named() -> None:

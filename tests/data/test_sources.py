@@ -93,6 +93,12 @@ def load_one(tmp_path: Path, record: Any) -> Example:
             {"instruction": "q", "output": "a"},
         ),
         ({"prompt": "2+2=", "completion": "4"}, {"instruction": "2+2=", "output": "4"}),
+        ({"question": "q", "answer": ["a", "b"]}, {"instruction": "q", "output": "a", "references": ("a", "b")}),
+        ({"question": "q", "context": "c", "answer": "a"}, {"instruction": "q", "input": "c", "output": "a"}),
+        (
+            {"prompt": "q", "response": "a", "history": [["q0", "a0"]], "question": None, "answer": None},
+            {"instruction": "q", "output": "a", "turns": (("user", "q0"), ("assistant", "a0"))},
+        ),
         (
             {"prompt": [{"role": "user", "content": "q"}], "completion": [{"role": "assistant", "content": "a"}]},
             {"instruction": "q", "output": "a"},
@@ -130,10 +136,12 @@ def test_known_shapes(tmp_path: Path, record: dict[str, Any], expected: dict[str
         ("{not json", "not JSON"),
         ("[" * 100_000, "not JSON"),
         ([1, 2], "must be an object with fields, not list"),
-        ({"text": "t"}, "no known shape; its fields are text"),
+        ({"text": "t"}, r"no known shape; its fields are text\).* with data\.fields"),
+        ({"question": "q", "answer": None}, "the field answer has no value"),
+        ({"question": "q", "output": "a"}, "no known shape; its fields are output, question"),
         ({"instruction": "q"}, "the field output is missing"),
-        ({"instruction": "q", "output": None}, "the field output is null"),
-        ({"instruction": None, "output": "a"}, "the field instruction is null"),
+        ({"instruction": "q", "output": None}, "the field output has no value"),
+        ({"instruction": None, "output": "a"}, "the field instruction has no value"),
         ({"instruction": "q", "response": " "}, "the field response is empty"),
         ({"instruction": "q", "output": "a", "task": "\ud83d"}, "half a character"),
         ({"instruction": "q", "output": " "}, "the field output is empty"),
@@ -266,7 +274,7 @@ def test_what_a_folder_holds_beside_data_files_is_told(tmp_path: Path) -> None:
     config = jsonl(tmp_path, partition=PartitionConfig(by="field"))
     federation = build_federation(config, 0)
     assert federation.names == ("a", "b", "c")
-    endings = ".jsonl, .jsonl.gz, .ndjson, .ndjson.gz, .json, .json.gz"
+    endings = ".jsonl, .jsonl.gz, .ndjson, .ndjson.gz, .json, .json.gz, .csv, .csv.gz, .tsv, .tsv.gz"
     told = f"skipped: 2 names that are no files ending in {endings} (e.txt, more)"
     assert unusable_line(federation.provenance) == told
     # a pattern with ** says nothing of the folders it goes through
@@ -505,6 +513,15 @@ def test_a_local_folder_of_data_files(tmp_path: Path, datasets: Any) -> None:
     assert provenance["examples"] == 20
     assert len(provenance["examples_sha256"]) == 64
     json.dumps(federation.provenance)
+
+
+def test_fields_and_splits_by_names_of_ones_own(tmp_path: Path, datasets: Any) -> None:
+    records = [{"q": f"question {i}", "a": "yes", "part": "test" if i < 4 else ""} for i in range(12)]
+    datasets.Dataset.from_list(records).save_to_disk(str(tmp_path / "saved"))
+    options: dict[str, Any] = {"fields": {"instruction": "q", "output": "a"}, "split_field": "part"}
+    partition = PartitionConfig(by="iid", num_clients=1)
+    [client] = build_federation(hub(tmp_path / "saved", partition=partition, **options), 0).clients
+    assert {e.instruction for e in client.test} == {f"question {i}" for i in range(4)}
 
 
 @pytest.mark.parametrize("as_dictionary", [False, True])

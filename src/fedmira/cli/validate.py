@@ -59,7 +59,7 @@ def missing_files(config: RunConfig) -> list[FedmiraError]:
         )
     if graph is not None and graph.probe_path is not None and not _is_there(graph.probe_path):
         problems.append(
-            DataError(f"method.graph.probe_path: {graph.probe_path} does not exist; give a JSON Lines file")
+            DataError(f"method.graph.probe_path: {graph.probe_path} does not exist; give a file of examples")
         )
     model = config.model.path
     if model != "embedded" and _looks_local(model) and not os.path.isfile(home_expanded(model) / "config.json"):
@@ -80,5 +80,5 @@ def _is_there(path: str) -> bool:
 
 def _looks_local(path: str) -> bool:
     """Whether `path` cannot be a Hugging Face id, which is `name` or `owner/name` without a file's ending."""
-    endings = (".jsonl", ".json", ".gz", ".csv", ".parquet")
+    endings = (".jsonl", ".ndjson", ".json", ".gz", ".csv", ".tsv", ".parquet")
     return path.startswith((".", "/", "~")) or path.count("/") > 1 or path.endswith(endings) or os.path.exists(path)

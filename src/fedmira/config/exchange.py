@@ -11,6 +11,10 @@ from fedmira.config.basics import FinitePositiveFloat, Fraction, Section
 Compression = Literal["none", "bf16", "int8", "topk"]
 
 
+WEAK_EPSILON = 10.0
+"""Above it an attacker may become e^10 times as sure: what is proven is next to nothing."""
+
+
 class PrivacyConfig(Section):
     """Clipped and noised uploads with a count of what each client has given away."""
 

@@ -64,7 +64,7 @@ class GraphConfig(Section):
     judged: PositiveInt = 8
     """With `trust`: foreign adapters that each participant downloads and judges in a round, in turn over the rounds."""
     probe_path: str | None = None
-    """With `probe`: JSON Lines file of instructions with answers, in the forms that data.source = jsonl reads; null
+    """With `probe`: file of instructions with answers, in the forms that data.source = jsonl reads; null
     makes them of random tokens."""
     probe_examples: PositiveInt = 32
     """With `probe`: texts that are compared, the first of the file."""

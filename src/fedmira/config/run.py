@@ -7,9 +7,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, PositiveInt, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    Field,
+    PositiveInt,
+    SerializerFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from fedmira.config.basics import (
     RUN_NAME,
@@ -181,6 +189,23 @@ class PartitionConfig(Section):
 Cut = Literal["input", "beginning"]
 
 
+def _parts_of_an_example(fields: dict[str, str]) -> dict[str, str]:
+    parts = ("instruction", "input", "output")
+    for part, field in fields.items():
+        if part not in parts:
+            raise ValueError(
+                f"fields names {part!r}; allowed: {', '.join(parts)}, each with the name of a field of yours"
+                f"{nearest(part, parts)}"
+            )
+        if not field or list(fields.values()).count(field) > 1:
+            problem = f"is {field!r}, as another one is" if field else "has no name"
+            raise ValueError(f"fields.{part} {problem}; give each a field of its own, or leave it out")
+    return fields
+
+
+FieldNames = Annotated[dict[str, str], AfterValidator(_parts_of_an_example)]
+
+
 class _Source(Section):
     template: Literal["alpaca", "plain", "chat"] = "alpaca"
     """How an example becomes text: the paper's Alpaca template, bare text, or the tokenizer's chat template, in which
@@ -193,6 +218,11 @@ class _Source(Section):
     whose answer would not fit into the base's context loses the same."""
     partition: PartitionConfig = PartitionConfig()
     """How examples become clients, and which of them are held out."""
+
+    @model_serializer(mode="wrap")
+    def _without_what_is_not_used(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out keys that came later while they say nothing: runs of before keep the hashes that name them."""
+        return {key: value for key, value in handler(self).items() if value or key not in ("fields", "split_field")}
 
 
 class PlantedConfig(_Source):
@@ -232,21 +262,30 @@ class DollyConfig(_Source):
     source: Literal["dolly"]
     """Which source this section describes; the other keys follow from it."""
     path: str
-    """A JSON Lines file (may end in .gz) with instruction, context, response, category; or a Hugging Face id."""
+    """A file as source jsonl reads them, with instruction, context, response, category; or a Hugging Face id."""
 
 
 class JsonlConfig(_Source):
+    """Local files, a record in each line or row."""
+
     source: Literal["jsonl"]
     """Which source this section describes; the other keys follow from it."""
     path: str
-    """A JSON Lines file, or a .json file with one list (may end in .gz), or a folder or glob of such files; a folder's
-    hidden files are left out."""
+    """A file with JSON Lines, a .json file with one list, or a table with a header, .csv or .tsv (each may end in .gz);
+    or a folder or glob of such files; a folder's hidden files are left out."""
+    fields: FieldNames = Field(default={})
+    """Which fields, or columns of a table, are what, as in `{instruction: Frage, input: Akte, output: Antwort}`. Those
+    left out go by the names of the known shapes: instruction, question or prompt; input or context, if any; output,
+    response, answer or completion."""
     client_field: str | None = None
     """Field that names the client (`partition.by: field`); by default `client`, else one client per file."""
     task_field: str = "task"
     """Field that names the task of an example."""
     category_field: str = "category"
     """Field with a coarser label than the task."""
+    split_field: str | None = None
+    """Field that says where an example goes: train, validation or test. Those that name none are drawn so that the
+    client comes to its shares by `partition`; null draws all."""
 
 
 class HuggingFaceConfig(_Source):
@@ -258,12 +297,19 @@ class HuggingFaceConfig(_Source):
     """Configuration of the data set."""
     split: str = "train"
     """Split of the data set that is partitioned; held-out examples are taken from it."""
+    fields: FieldNames = Field(default={})
+    """Which fields are what, as in `{instruction: Frage, input: Akte, output: Antwort}`. Those left out go by the names
+    of the known shapes: instruction, question or prompt; input or context, if any; output, response, answer or
+    completion."""
     client_field: str | None = None
     """Field that names the client (`partition.by: field`); by default `client`."""
     task_field: str = "task"
     """Field that names the task of an example."""
     category_field: str = "category"
     """Field with a coarser label than the task."""
+    split_field: str | None = None
+    """Field that says where an example goes: train, validation or test. Those that name none are drawn so that the
+    client comes to its shares by `partition`; null draws all."""
 
 
 DataConfig = Annotated[

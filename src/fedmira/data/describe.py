@@ -6,18 +6,21 @@ Knows nothing about where it is printed, nor how clients and tokens came about.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fedmira.data.sources.files import unusable_line
 from fedmira.data.tokenization import ClientTokens, TokenizationReport, TokenizedClient, TokenizedExample
-from fedmira.types import Federation
+from fedmira.types import Client, Federation
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 NUM_TEXT_COLUMNS = 3
 """Columns of the table that are aligned to the left."""
+NUM_NAMED = 5
+"""Clients that are named with their duplicates."""
 
 
 class ClientRow(NamedTuple):
@@ -36,6 +39,8 @@ class ClientRow(NamedTuple):
     """Supervised tokens over all tokens."""
     truncated_prompts: int
     dropped_examples: int
+    duplicate_examples: int
+    """Beyond the first of those with the same texts, turns and answers; they are kept."""
 
 
 class Piece(NamedTuple):
@@ -92,7 +97,8 @@ class Description(NamedTuple):
             f"template {self.template}, at most {self.max_length} tokens: {self.total.truncated_prompts} prompts were "
             f"cut, {self.total.dropped_examples} examples were dropped for answers that are too long"
         ]
-        lines += [line for line in (unusable_line(self.provenance), _left_out_line(self.provenance)) if line]
+        told = (unusable_line(self.provenance), _left_out_line(self.provenance), _duplicates_line(self.rows))
+        lines += [line for line in told if line]
         lines += [f"dropped at {client}: {', '.join(ids)} ..." for client, ids in self.dropped]
         for sample in self.samples:
             lines += ["", f"--- {sample.client} (example {sample.id}); [[...]] is trained on", marked(sample)]
@@ -109,13 +115,14 @@ def describe(
     """Gather what there is to know about the clients' data.
 
     Args:
-        federation: the clients before tokenization, for its provenance.
+        federation: the clients before tokenization, for their duplicates and its provenance.
         tokenized: its clients as `tokenize_federation` returns them; dropped examples are not counted in the splits.
         report: of the same call.
         tokenizer: of the same call.
         template: of the same call.
     """
-    rows = tuple(_row(client, counts) for client, counts in zip(tokenized, report.clients, strict=True))
+    clients = zip(tokenized, report.clients, federation.clients, strict=True)
+    rows = tuple(_row(client, counts, _num_duplicates(held)) for client, counts, held in clients)
     return Description(
         template=template,
         max_length=report.max_length,
@@ -171,7 +178,22 @@ def _left_out_line(data: Mapping[str, Any]) -> str:
     return f"left out: {num_left_out:,} examples, which data.partition.examples_per_client leaves to no client"
 
 
-def _row(client: TokenizedClient, counts: ClientTokens) -> ClientRow:
+def _num_duplicates(client: Client) -> int:
+    held = [*client.train, *client.validation, *client.test]
+    return len(held) - len({replace(example, id="") for example in held})
+
+
+def _duplicates_line(rows: Sequence[ClientRow]) -> str:
+    having = sorted((row for row in rows if row.duplicate_examples), key=lambda row: -row.duplicate_examples)
+    if not having:
+        return ""
+    named = ", ".join(f"{row.client} {row.duplicate_examples:,}" for row in having[:NUM_NAMED])
+    more = ", ..." if len(having) > NUM_NAMED else ""
+    count = sum(row.duplicate_examples for row in having)
+    return f"duplicates: {count:,} examples are the same as another one of their client and are kept ({named}{more})"
+
+
+def _row(client: TokenizedClient, counts: ClientTokens, num_duplicates: int) -> ClientRow:
     return ClientRow(
         client=client.name,
         task=client.examples.task,
@@ -184,6 +206,7 @@ def _row(client: TokenizedClient, counts: ClientTokens) -> ClientRow:
         supervised_share=counts.num_supervised_tokens / max(counts.num_tokens, 1),
         truncated_prompts=counts.truncated_prompts,
         dropped_examples=counts.dropped_examples,
+        duplicate_examples=num_duplicates,
     )
 
 
@@ -201,6 +224,7 @@ def _total(rows: Sequence[ClientRow], counts: Sequence[ClientTokens]) -> ClientR
         supervised_share=sum(count.num_supervised_tokens for count in counts) / max(num_tokens, 1),
         truncated_prompts=sum(row.truncated_prompts for row in rows),
         dropped_examples=sum(row.dropped_examples for row in rows),
+        duplicate_examples=sum(row.duplicate_examples for row in rows),
     )
 
 

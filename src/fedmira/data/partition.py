@@ -9,6 +9,7 @@ templates or tokens.
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
@@ -25,7 +26,12 @@ from fedmira.types import Client, Example, Federation
 
 _NUM_NAMED = 10
 """Clients that a refusal of several names beside the first."""
-CLIENT_NAME = re.compile(r"(?![. ])[A-Za-z0-9 ._-]{1,100}(?<! )")
+_MOST_CHARACTERS, _MOST_BYTES = 100, 200
+"""Of a name, which becomes that of a folder: most file systems allow 255 bytes of UTF-8."""
+_UNSEEN = re.compile("[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]")
+"""Letters and marks that nothing is shown for."""
+_RESERVED = re.compile(r"(con|prn|aux|nul|com[1-9]|lpt[1-9])(\..*)?", re.IGNORECASE)
+"""What Windows takes for a device, whatever follows a dot."""
 
 
 class _Place(NamedTuple):
@@ -118,7 +124,7 @@ def partition(source: Source, config: PartitionConfig, seed: int, known: Sequenc
 
 
 def check_names(names: Iterable[str]) -> None:
-    """Refuse client names that are unsafe as file names or that differ only in case.
+    """Refuse client names that are unsafe as names of folders, or the same but for case and Unicode form.
 
     Raises:
         DataError: names the clients.
@@ -126,21 +132,47 @@ def check_names(names: Iterable[str]) -> None:
     seen: dict[str, str] = {}
     refused: dict[str, DataError] = {}
     for name in names:
-        if not CLIENT_NAME.fullmatch(name):
-            strange = re.sub(r"[A-Za-z0-9 ._-]", "", name)
-            because = f" because of {strange[0]!r} (U+{ord(strange[0]):04X})" if strange else ""
+        key = unicodedata.normalize("NFC", name).casefold()
+        if (problem := _name_problem(name)) is not None:
             refused[name] = DataError(
-                f"the client name {_shown(name)} cannot be used{because}. Allowed: 1 to 100 of the characters A-Z a-z "
-                "0-9, space, dot, dash and underscore, not beginning with a dot or a space and not ending with a "
-                "space. Rename it in the data (the client field, the task or the file name)."
+                f"the client name {_shown(name)} cannot be used{problem}. Allowed: letters and digits of any script, "
+                f"space, dot, dash and underscore, 1 to {_MOST_CHARACTERS} characters and at most {_MOST_BYTES} bytes "
+                "of UTF-8, not beginning with a dot, a space or a mark and not ending with a space. Rename it in the "
+                "data (the client field, the task or the file name)."
             )
-        elif name.casefold() in seen:
+        elif key in seen:
             refused[name] = DataError(
-                f"two clients are called {_shown(seen[name.casefold()])} and {_shown(name)}; names must differ by more "
-                "than case. Rename one of them in the data (the client field, the task or the file name)."
+                f"two clients are called {_shown(seen[key])} and {_shown(name)}; names must differ by more than case "
+                "and the way accents are encoded. Rename one of them in the data (the client field, the task or the "
+                "file name)."
             )
-        seen.setdefault(name.casefold(), name)
+        seen.setdefault(key, name)
     _refuse_together(refused)
+
+
+def _name_problem(name: str) -> str | None:
+    """Why a client cannot be called so, as the end of a sentence that may be empty; None if it can."""
+    strange = next((letter for letter in name if not _is_allowed(letter)), None)
+    if strange is not None:
+        return f" because of {strange!r} (U+{ord(strange):04X})"
+    if _RESERVED.fullmatch(name):
+        return ", as Windows takes it for a device"
+    num_bytes = len(name.encode())
+    if len(name) > _MOST_CHARACTERS or num_bytes > _MOST_BYTES:
+        return f", as it has {len(name)} characters and {num_bytes} bytes"
+    if not name or name[0] in ". " or name[-1] == " " or unicodedata.category(name[0])[0] == "M":
+        return ""
+    return None
+
+
+def _is_allowed(letter: str) -> bool:
+    """Whether a client's name may have it: a letter, mark, digit or dash, a plain space, a dot or an underscore.
+
+    >>> [_is_allowed(letter) for letter in ("\u00fc", "\u2013", "\u0661", "/", "\u200b", "\u202e", "\u00a0")]
+    [True, True, True, False, False, False, False]
+    """
+    category = unicodedata.category(letter)
+    return letter in " ._" or ((category[0] in "LM" or category in ("Nd", "Pd")) and not _UNSEEN.match(letter))
 
 
 def _refuse_together(refused: Mapping[str, DataError]) -> None:
@@ -193,9 +225,10 @@ def _by_task(examples: Sequence[Example], config: PartitionConfig, seed: int) ->
         )
     places = []
     for task, members in tasks.items():
+        called = unicodedata.normalize("NFC", task)
         pool = _Pool({"": shuffled(grouped(members), seed, "partition", "deal", task)})
         for number in range(config.clients_per_task):
-            name = task if config.clients_per_task == 1 else f"{task}-{number}"
+            name = called if config.clients_per_task == 1 else f"{called}-{number}"
             places.append(_Place(name, pool, config.clients_per_task - number, _first))
     return places
 

@@ -33,7 +33,7 @@ def probe_texts(
     """Return at most `count` tokenized texts: the first of the file, or `count` made of random tokens.
 
     Args:
-        path: a JSON Lines file, or a folder or glob of such files; None draws the texts.
+        path: a file, folder or glob as the source jsonl reads them; None draws the texts.
         count: how many.
         tokenizer: the base model's.
         template: how an example becomes text, that of the clients.

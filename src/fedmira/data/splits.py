@@ -49,6 +49,30 @@ def content_key(example: Example) -> str:
     return hashlib.blake2b(normalised.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
 
 
+def named_splits(examples: Iterable[Example], splits: Iterable[str]) -> dict[str, str]:
+    """Return the split of each content key for which one of its examples names it.
+
+    Args:
+        examples: of all clients.
+        splits: what each names, or an empty string.
+
+    Raises:
+        DataError: one prompt is said to be in two splits.
+    """
+    named: dict[str, tuple[str, str]] = {}
+    for example, split in zip(examples, splits, strict=True):
+        if not split:
+            continue
+        first, there = named.setdefault(content_key(example), (example.id, split))
+        if there != split:
+            raise DataError(
+                f"the records {first} and {example.id} have the same prompt, but one says that it is in {there}, the "
+                f"other in {split}; one prompt never falls into two splits. Correct or remove one of them, or leave "
+                "data.split_field out to have all splits drawn."
+            )
+    return {key: split for key, (_, split) in named.items()}
+
+
 def grouped(examples: Iterable[Example]) -> list[Group]:
     """Group examples by content key, in order of first appearance."""
     groups: dict[str, list[Example]] = {}
@@ -161,7 +185,9 @@ def _refuse_empty(
         ({"validation", "test"}, "data.partition.validation and test to 0 and evaluation.test to false"),
     ):
         left = set(needed) - without
-        if left < set(needed) and len(groups) >= len(left):
+        # what the data has placed stays where it is, however few splits are needed
+        helps = set(empty) <= without if num_placed else len(groups) >= len(left)
+        if left < set(needed) and helps:
             instead = f", remove it, or set {how}"
             break
     raise DataError(

@@ -12,7 +12,7 @@ from typing import Any
 from fedmira.config.run import DollyConfig
 from fedmira.data.sources import huggingface
 from fedmira.data.sources.files import file_provenance, has_data_ending, read_records
-from fedmira.data.sources.records import Fields, usable_examples
+from fedmira.data.sources.records import Fields, examples_of_file, usable_examples
 from fedmira.data.sources.source import Source
 from fedmira.errors import DataError
 from fedmira.paths import home_expanded
@@ -31,7 +31,7 @@ def load(config: DollyConfig, seed: int) -> Source:
     path = home_expanded(config.path)
     if os.path.isfile(path):
         read = read_records(path)
-        examples, bad = usable_examples(path.name, read.records, read.bad, FIELDS, read.is_object)
+        examples, bad, *_ = examples_of_file(path.name, read, FIELDS)
         provenance: dict[str, Any] = {
             "source": "dolly",
             "files": [file_provenance(path, read.sha256, len(examples), bad)],
@@ -39,11 +39,11 @@ def load(config: DollyConfig, seed: int) -> Source:
         return Source(_labelled(examples, config.path), provenance)
     if os.path.isdir(path) or has_data_ending(config.path) or path.is_absolute() or config.path.startswith("."):
         raise DataError(
-            f"data.path = {config.path!r} is not a file. Give a JSON Lines file with instruction, context, response "
-            "and category, or a Hugging Face id such as databricks/databricks-dolly-15k."
+            f"data.path = {config.path!r} is not a file. Give a file (JSON Lines, JSON, CSV or TSV) with instruction, "
+            "context, response and category, or a Hugging Face id such as databricks/databricks-dolly-15k."
         )
     rows, origin = huggingface.rows(config.path, name=None, split="train")
-    examples, bad = usable_examples(config.path, enumerate(rows, start=1), (), FIELDS)
+    examples, bad, *_ = usable_examples(config.path, enumerate(rows, start=1), (), FIELDS)
     provenance = {"source": "dolly", "dataset": huggingface.dataset_provenance(origin, examples, bad)}
     return Source(_labelled(examples, config.path), provenance)
 

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import csv
 import glob
 import gzip
 import hashlib
 import json
 import os
+import unicodedata
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from fedmira.data.sources.tables import read_table
 from fedmira.errors import DataError
 from fedmira.paths import home_expanded
 
-FILE_ENDINGS = (".jsonl", ".jsonl.gz", ".ndjson", ".ndjson.gz", ".json", ".json.gz")
+TABLE_ENDINGS = (".csv", ".csv.gz", ".tsv", ".tsv.gz")
+FILE_ENDINGS = (".jsonl", ".jsonl.gz", ".ndjson", ".ndjson.gz", ".json", ".json.gz", *TABLE_ENDINGS)
 """Of data files, in small or capital letters."""
+WORKBOOK_ENDINGS = (".xlsx", ".xls", ".xlsm", ".ods")
+"""Of what spreadsheet programs save by themselves, which is not read."""
+AS_CSV = "save spreadsheets as CSV, in Excel as 'CSV UTF-8'"
 NUM_NAMED_BAD = 3
 
 
@@ -41,21 +48,29 @@ class FileRecords(NamedTuple):
     """What one file holds."""
 
     records: tuple[tuple[int, Any], ...]
-    """(line counted from 1, record) of each line that is JSON; position instead of line where the file is one list."""
+    """(line counted from 1, record) of each line that is JSON or begins a row of a table; position instead of line
+    where the file is one list."""
     bad: tuple[Bad, ...]
     sha256: str
     """Of the file's bytes as stored."""
     is_object: bool = False
     """Whether the file is one JSON object, over any number of lines, and this the only record."""
+    columns: tuple[str, ...] = ()
+    """Of a table, by its header; all records have these fields."""
 
 
 def has_data_ending(name: str) -> bool:
     """Whether a file of that name is taken for a data file.
 
-    >>> [has_data_ending(name) for name in ("a.jsonl", "a.NDJSON.gz", "a.txt")]
-    [True, True, False]
+    >>> [has_data_ending(name) for name in ("a.jsonl", "a.NDJSON.gz", "a.csv", "a.xlsx")]
+    [True, True, True, False]
     """
     return name.lower().endswith(FILE_ENDINGS)
+
+
+def is_workbook(name: str) -> bool:
+    """Whether a file of that name is what a spreadsheet program saves by itself."""
+    return name.lower().endswith(WORKBOOK_ENDINGS)
 
 
 def find_files(path: str) -> Found:
@@ -81,15 +96,18 @@ def find_files(path: str) -> Found:
             f"data.path = {path!r} cannot be read: {error.strerror or error}. Check that the folder may be read."
         ) from error
     if not files:
-        raise DataError(f"{what} ending in {', '.join(FILE_ENDINGS)}. Correct data.path.")
+        advice = f"{AS_CSV[0].upper()}{AS_CSV[1:]}" if any(is_workbook(one.name) for one in candidates) else ""
+        raise DataError(f"{what} ending in {', '.join(FILE_ENDINGS)}. {advice or 'Correct data.path'}.")
     for one, other in pairwise(sorted(files, key=_named)):
         if _named(one) == _named(other):
             raise DataError(
                 f"{str(one)!r} and {str(other)!r} differ in their ending only, and whether they hold the same is not "
                 "known. Remove one of them, or rename it."
             )
-    taken = set(files)
+    taken, names = set(files), {_named(file) for file in files}
     others = [place for place in candidates if place not in taken and not place.name.startswith(".")]
+    # a workbook beside the table that it was saved as is what it should be
+    others = [place for place in others if not (is_workbook(place.name) and _named(place) in names)]
     # `**` matches the folders on the way to the files as well
     return Found(files, [place for place in others if "**" not in path or not os.path.isdir(place)])
 
@@ -104,17 +122,22 @@ def visible(places: Iterable[Path]) -> list[Path]:
 
 
 def client_of_file(path: Path) -> str:
-    """Return the name of the client that a file stands for: the file name without its ending.
+    """Return the name of the client that a file stands for: the file name without its ending, in the Unicode form NFC,
+    as not every file system keeps the form that a name was given in.
 
     >>> client_of_file(Path("data/ward-7.jsonl.gz"))
     'ward-7'
     """
+    return unicodedata.normalize("NFC", _without_ending(path))
+
+
+def _without_ending(path: Path) -> str:
     endings = [ending for ending in FILE_ENDINGS if path.name.lower().endswith(ending)]
     return path.name[: -len(max(endings, key=len))] if endings else path.stem
 
 
 def _named(path: Path) -> tuple[str, str]:
-    return str(path.parent), client_of_file(path)
+    return str(path.parent), _without_ending(path)
 
 
 def read_bytes(path: Path) -> tuple[bytes, str]:
@@ -148,19 +171,29 @@ def read_text(path: Path) -> tuple[str, str]:
         return content.decode("utf-8-sig"), sha256
     except UnicodeDecodeError as error:
         line = content[: error.start].count(b"\n") + 1
+        advice = f"Convert it to UTF-8; {AS_CSV}" if _is_table(path) else "Convert it to UTF-8"
         raise DataError(
-            f"the data file {str(path)!r} is not UTF-8 text: {error.reason} in line {line}. Convert it to UTF-8."
+            f"the data file {str(path)!r} is not UTF-8 text: {error.reason} in line {line}. {advice}."
         ) from error
 
 
 def read_records(path: Path) -> FileRecords:
-    """Read a JSON Lines file, or a JSON file that holds one list of records or one record.
+    """Read a JSON Lines file, a JSON file that holds one list of records or one record, or a table with a header.
 
     Raises:
-        DataError: the file is missing, unreadable, damaged, not UTF-8, or a .json file without an object in any line
-            that is not JSON as a whole either.
+        DataError: the file is missing, unreadable, damaged, not UTF-8, a spreadsheet that was not saved as a table, a
+            table whose header or quotation marks are wrong, or a .json file without an object in any line that is not
+            JSON as a whole either.
     """
+    if is_workbook(path.name):
+        raise DataError(f"the data file {str(path)!r} cannot be read as it is: {AS_CSV}, and name that file.")
     text, sha256 = read_text(path)
+    if _is_table(path):
+        try:
+            table = read_table(text)
+        except csv.Error as error:
+            raise DataError(f"the data file {str(path)!r} is no table: {error}. Correct it.") from error
+        return FileRecords(table.rows, tuple(Bad(*row) for row in table.bad), sha256, columns=table.columns)
     problem = None
     if path.name.lower().endswith((".json", ".json.gz")):
         try:
@@ -187,6 +220,10 @@ def read_records(path: Path) -> FileRecords:
     return FileRecords(tuple(records), tuple(bad), sha256)
 
 
+def _is_table(path: Path) -> bool:
+    return path.name.lower().endswith(TABLE_ENDINGS)
+
+
 def file_provenance(path: Path, sha256: str, num_examples: int, bad: Iterable[Bad]) -> dict[str, Any]:
     """What the manifest of a run says about one data file."""
     unusable = sorted(bad)
@@ -203,7 +240,10 @@ def skipped_provenance(skipped: Sequence[Path]) -> dict[str, Any]:
     """What the manifest of a run says about names in `data.path` that are no data files; empty if there are none."""
     if not skipped:
         return {}
-    first = [ascii(place.name)[1:-1] for place in skipped[:NUM_NAMED_BAD]]
+    # what was meant to be data comes first
+    first = [
+        ascii(one.name)[1:-1] for one in sorted(skipped, key=lambda one: not is_workbook(one.name))[:NUM_NAMED_BAD]
+    ]
     return {"skipped_names": len(skipped), "first_skipped": first}
 
 
@@ -226,7 +266,8 @@ def _skipped_names(data: Mapping[str, Any]) -> str:
         return ""
     more = ", ..." if count > NUM_NAMED_BAD else ""
     names = f"{', '.join(data['first_skipped'])}{more}"
-    return f"skipped: {count:,} names that are no files ending in {', '.join(FILE_ENDINGS)} ({names})"
+    advice = f"; {AS_CSV}" if any(is_workbook(name) for name in data["first_skipped"]) else ""
+    return f"skipped: {count:,} names that are no files ending in {', '.join(FILE_ENDINGS)} ({names}){advice}"
 
 
 def _unusable_records(data: Mapping[str, Any]) -> str:

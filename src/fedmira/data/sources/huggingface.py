@@ -14,8 +14,9 @@ from typing import Any
 
 from fedmira.config.run import HuggingFaceConfig
 from fedmira.data.sources.files import NUM_NAMED_BAD, Bad
-from fedmira.data.sources.records import Fields, usable_examples
+from fedmira.data.sources.records import Fields, refuse_unused_fields, usable_examples
 from fedmira.data.sources.source import Source
+from fedmira.data.splits import named_splits
 from fedmira.errors import DataError, SetupError
 from fedmira.paths import home_expanded
 from fedmira.types import Example
@@ -25,19 +26,21 @@ def load(config: HuggingFaceConfig, seed: int) -> Source:
     """Load one split of a data set, in any shape that `records` knows. The seed is not used.
 
     Raises:
-        DataError: the data set, its configuration or its split cannot be loaded, or it is mostly unusable.
+        DataError: the data set, its configuration or its split cannot be loaded, or it is mostly unusable; a field was
+            asked for that no record has; what records say about their splits is contradictory or unknown.
         SetupError: the `datasets` package is missing.
     """
-    fields = Fields(config.client_field or "client", config.task_field, config.category_field)
+    fields = Fields.of(config)
     records, origin = rows(config.path, config.name, config.split)
-    examples, bad = usable_examples(config.path, enumerate(records, start=1), (), fields)
+    examples, bad, splits, names = usable_examples(config.path, enumerate(records, start=1), (), fields)
     if config.client_field is not None and not any(example.client for example in examples):
         raise DataError(
             f"data.client_field = {config.client_field!r}, but no record of {config.path!r} has this field. "
             "Correct its name, or set data.partition.by to task or iid."
         )
+    refuse_unused_fields(fields, names)
     provenance = {"source": "huggingface", "dataset": dataset_provenance(origin, examples, bad)}
-    return Source(tuple(examples), provenance)
+    return Source(tuple(examples), provenance, named_splits(examples, splits))
 
 
 def rows(path: str, name: str | None, split: str) -> tuple[Iterator[Mapping[str, Any]], dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Local JSON Lines files (also .gz, also .json files with one list or record), in any shape that `records` knows.
+"""Local files in any shape that `records` knows: JSON Lines, .json files with one list or record, CSV, TSV; also .gz.
 
 Knows nothing about how examples become clients, except that a file is a client where nothing else says so.
 """
@@ -10,8 +10,9 @@ from pathlib import Path
 
 from fedmira.config.run import JsonlConfig
 from fedmira.data.sources.files import client_of_file, file_provenance, find_files, read_records, skipped_provenance
-from fedmira.data.sources.records import Fields, usable_examples
+from fedmira.data.sources.records import Fields, examples_of_file, refuse_unused_fields
 from fedmira.data.sources.source import Source
+from fedmira.data.splits import named_splits
 from fedmira.errors import DataError
 from fedmira.types import Example
 
@@ -22,16 +23,21 @@ def load(config: JsonlConfig, seed: int) -> Source:
     With `partition.by: field`, an example whose record has no client field belongs to the client named by its file.
 
     Raises:
-        DataError: a file is missing, unreadable or mostly unusable; a client field was asked for that no record has.
+        DataError: a file is missing, unreadable or mostly unusable; a field was asked for that no record has; what
+            records say about their splits is contradictory or unknown.
     """
-    fields = Fields(config.client_field or "client", config.task_field, config.category_field)
+    fields = Fields.of(config)
     examples: list[Example] = []
+    splits: list[str] = []
+    names: set[str] = set()
     files = []
     owners: dict[str, Path] = {}
     places = find_files(config.path)
     for path in places.files:
         read = read_records(path)
-        found, bad = usable_examples(path.name, read.records, read.bad, fields, read.is_object)
+        found, bad, its_splits, its_names = examples_of_file(path.name, read, fields)
+        splits += its_splits
+        names |= its_names
         files.append(file_provenance(path, read.sha256, len(found), bad))
         if config.partition.by == "field" and config.client_field is None:
             client = client_of_file(path)
@@ -47,4 +53,6 @@ def load(config: JsonlConfig, seed: int) -> Source:
             f"data.client_field = {config.client_field!r}, but no record in {config.path!r} has this field. "
             "Correct its name, or leave it out to take one client per file."
         )
-    return Source(tuple(examples), {"source": "jsonl", "files": files, **skipped_provenance(places.skipped)})
+    refuse_unused_fields(fields, names)
+    provenance = {"source": "jsonl", "files": files, **skipped_provenance(places.skipped)}
+    return Source(tuple(examples), provenance, named_splits(examples, splits))

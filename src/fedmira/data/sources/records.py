@@ -1,20 +1,27 @@
 """Records of instruction data sets, in the shapes people publish, become examples; what cannot is counted.
 
 Shapes, detected record by record: `messages` (role, content), `conversations` (ShareGPT: from, value), `prompt` and
-`completion` (text, or lists of messages), `instruction` with `input` or `context` and `output` or `response` (Alpaca,
-Dolly) and, as in LLaMA-Factory, `history` (a list of [user, assistant] pairs), which becomes earlier turns. Any record
-may have `system`, the turn before all others where none of them is one. Of a conversation the last assistant turn is
-the answer. Knows nothing about files, clients or splits.
+`completion` (text, or lists of messages), `instruction` with `output` or `response` (Alpaca, Dolly), `question` and
+`answer`, `prompt` and `response`. The last three may have `input` or `context` and, as in LLaMA-Factory, `history` (a
+list of [user, assistant] pairs), which becomes earlier turns. Any record may have `system`, the turn before all others
+where none of them is one. Of a conversation the last assistant turn is the answer. Where the config says which fields
+are instruction, input and output, these are taken, and the known names for those of which it says nothing. Knows
+nothing about files and clients, and of splits only their names.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+import unicodedata
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from fedmira.data.sources.files import NUM_NAMED_BAD, Bad
-from fedmira.errors import DataError
+from fedmira.data.sources.files import NUM_NAMED_BAD, Bad, FileRecords
+from fedmira.data.splits import SPLITS
+from fedmira.errors import DataError, nearest
 from fedmira.types import Example
+
+if TYPE_CHECKING:
+    from fedmira.config.run import HuggingFaceConfig, JsonlConfig
 
 ROLES = {
     "system": "system",
@@ -26,15 +33,50 @@ ROLES = {
     "bot": "assistant",
     "model": "assistant",
 }
-SHAPES = "messages, conversations, prompt + completion, instruction + output (or response)"
+SHAPES = (
+    "messages, conversations, prompt + completion (or response), instruction + output (or response), question + answer"
+)
+PAIRS = (("question", "answer"), ("prompt", "response"), ("prompt", "completion"))
+KNOWN = {
+    "instruction": ("instruction", "question", "prompt"),
+    "input": ("input", "context"),
+    "output": ("output", "response", "answer", "completion"),
+}
+"""Names that each part of an example goes by in the shapes that are no conversations."""
+_NAME_THEM = (
+    "say with data.fields which are question and answer (sources jsonl and huggingface), as in "
+    "data.fields: {instruction: NAME, output: NAME}"
+)
 
 
 class Fields(NamedTuple):
-    """Names of the fields that say where an example belongs; a record may lack each of them."""
+    """Names of the fields of a record."""
 
     client: str = "client"
+    """This one and the next two say where an example belongs; a record may lack each of them."""
     task: str = "task"
     category: str = "category"
+    parts: Mapping[str, str] = {}
+    """Fields that are instruction, input or output, by these words; empty: those of the known shapes."""
+    split: str | None = None
+    """Field that says in which split an example is; a record may lack it. None: no field does."""
+
+    @classmethod
+    def of(cls, config: JsonlConfig | HuggingFaceConfig) -> Fields:
+        """What a config says about the fields of its records."""
+        client = config.client_field or "client"
+        return cls(client, config.task_field, config.category_field, config.fields, config.split_field)
+
+
+class Usable(NamedTuple):
+    """What came of the records of one file or data set."""
+
+    examples: list[Example]
+    bad: list[Bad]
+    splits: list[str]
+    """Of each example, the split that its record names, or an empty string."""
+    names: set[str]
+    """Of the fields of all records."""
 
 
 class UnusableRecordError(Exception):
@@ -45,31 +87,102 @@ class _UnknownShapeError(UnusableRecordError):
     """Nothing in the record is known to be a question with its answer."""
 
 
-def usable_examples(
-    name: str, records: Iterable[tuple[int, Any]], bad: Iterable[Bad], fields: Fields, is_object: bool = False
-) -> tuple[list[Example], list[Bad]]:
+class _MissingFieldError(UnusableRecordError):
+    """The record lacks a field."""
+
+
+def examples_of_file(name: str, read: FileRecords, fields: Fields) -> Usable:
+    """Turn the records of a file into examples and collect what cannot be one.
+
+    Raises:
+        DataError: as `usable_examples`; or the file is one object that is no record, or a table without the columns
+            that a question and its answer need.
+    """
+    if read.columns:
+        _refuse_columns(name, read.columns, fields)
+    if read.is_object:
+        [(_, content)] = read.records
+        try:
+            example_from_record(content, fields, name)
+        except _UnknownShapeError as error:
+            raise _no_list(name, content) from error
+        except UnusableRecordError:
+            pass  # counted with its reason below
+    return usable_examples(name, read.records, read.bad, fields)
+
+
+def usable_examples(name: str, records: Iterable[tuple[int, Any]], bad: Iterable[Bad], fields: Fields) -> Usable:
     """Turn records into examples and collect what cannot be one.
 
     Args:
         name: of the file or data set, for ids and messages.
         records: (line, record).
         bad: what is unusable already.
-        fields: where client, task and category stand.
-        is_object: whether the one record is all that is in the file.
+        fields: what the fields of a record are called.
 
     Raises:
-        DataError: no record is usable, or more are unusable than usable.
+        DataError: no record is usable, or more are unusable than usable; or a record names a split that does not exist.
     """
-    examples, unusable = [], list(bad)
+    usable, advice = Usable([], list(bad), [], set()), ""
     for line, record in records:
+        id_ = f"{name}:{line}"
         try:
-            examples.append(example_from_record(record, fields, f"{name}:{line}"))
+            example = example_from_record(record, fields, id_)
+            split = _label(record, fields.split).casefold() if fields.split else ""
         except UnusableRecordError as error:
-            if is_object and isinstance(error, _UnknownShapeError):
-                raise _no_list(name, record) from error
-            unusable.append(Bad(line, str(error)))
-    refuse_mostly_bad(name, len(examples), unusable)
-    return examples, unusable
+            if isinstance(error, _UnknownShapeError | _MissingFieldError):
+                advice = f", or {_NAME_THEM}"
+            usable.bad.append(Bad(line, str(error)))
+            continue
+        if split and split not in SPLITS:
+            raise DataError(
+                f"the record {id_} has {fields.split} = {split!r}, which data.split_field says is its split; allowed: "
+                f"{', '.join(SPLITS)}{nearest(split, SPLITS)}. Correct it, or leave it empty to have the split drawn."
+            )
+        usable.names.update(map(str, record))
+        usable.examples.append(example)
+        usable.splits.append(split)
+    refuse_mostly_bad(name, len(usable.examples), usable.bad, advice)
+    return usable
+
+
+def refuse_unused_fields(fields: Fields, names: Iterable[str]) -> None:
+    """Refuse the name of a field that records may lack if all of them do, although the config asks for it.
+
+    Args:
+        fields: by the config.
+        names: fields of all usable records.
+
+    Raises:
+        DataError: says which key it is.
+    """
+    known = sorted(names)
+    for key, field in (("fields.input", fields.parts.get("input")), ("split_field", fields.split)):
+        if field is not None and field not in known:
+            raise DataError(
+                f"data.{key} = {field!r}, but no record has this field{nearest(field, known)}. Correct its name, or "
+                "leave the key out."
+            )
+
+
+def _refuse_columns(name: str, columns: Sequence[str], fields: Fields) -> None:
+    """Refuse a table in which no row can be an example, so that the header is told once and not in every row."""
+    header = f"the columns of {name!r} are {', '.join(columns)[:500]}"
+    for part, field in fields.parts.items():
+        if field not in columns:
+            raise DataError(
+                f"{header}; data.fields.{part} = {field!r} is not among them{nearest(field, columns)}. Correct it, or "
+                "the first line of the file."
+            )
+    try:
+        _parts(dict.fromkeys(columns, "text"), fields)
+    except (_UnknownShapeError, _MissingFieldError) as error:
+        problem = error if isinstance(error, _MissingFieldError) else "none is known as a question with its answer"
+        raise DataError(
+            f"{header}: {problem}. Either {_NAME_THEM}; or call them question and answer in the first line."
+        ) from error
+    except UnusableRecordError:
+        pass  # rows may do without what is wrong, and else each says so
 
 
 def _no_list(name: str, content: Mapping[str, Any]) -> DataError:
@@ -90,8 +203,8 @@ def _names(record: Mapping[str, Any]) -> str:
     return ", ".join(sorted(map(str, record)))[:200] or "none"
 
 
-def refuse_mostly_bad(name: str, num_usable: int, bad: Iterable[Bad]) -> None:
-    """Raise unless there is something usable and no more unusable than usable.
+def refuse_mostly_bad(name: str, num_usable: int, bad: Iterable[Bad], advice: str = "") -> None:
+    """Raise unless there is something usable and no more unusable than usable; `advice` says what else can be done.
 
     Raises:
         DataError: names the file and its first unusable records.
@@ -104,7 +217,7 @@ def refuse_mostly_bad(name: str, num_usable: int, bad: Iterable[Bad]) -> None:
     named = "; ".join(f"record {line}: {reason}" for line, reason in unusable[:NUM_NAMED_BAD])
     raise DataError(
         f"{name!r} has {len(unusable)} unusable and {num_usable} usable records ({named}). "
-        f"Allowed are the shapes {SHAPES}, with texts that are not empty. Correct the file or data.path."
+        f"Allowed are the shapes {SHAPES}, with texts that are not empty. Correct the file or data.path{advice}."
     )
 
 
@@ -116,8 +229,8 @@ def example_from_record(record: Any, fields: Fields, id_: str) -> Example:
     """
     if not isinstance(record, Mapping):
         raise UnusableRecordError(f"a record must be an object with fields, not {type(record).__name__}")
-    instruction, input_, references, turns = _parts(record)
-    system = _text(record, "system", required=False)
+    instruction, input_, references, turns = _parts(record, fields)
+    system = "" if "system" in fields.parts.values() else _text(record, "system", required=False)
     if system.strip() and "system" not in (role for role, _ in turns):
         turns = (("system", system), *turns)
     refuse_half_characters(instruction, input_, *references, *(text for _, text in turns))
@@ -129,7 +242,7 @@ def example_from_record(record: Any, fields: Fields, id_: str) -> Example:
         turns=turns,
         task=_label(record, fields.task),
         category=_label(record, fields.category),
-        client=_label(record, fields.client),
+        client=unicodedata.normalize("NFC", _label(record, fields.client)),
         id=id_,
     )
 
@@ -150,8 +263,10 @@ def refuse_half_characters(*texts: str) -> None:
 _Parts = tuple[str, str, tuple[str, ...], tuple[tuple[str, str], ...]]
 
 
-def _parts(record: Mapping[str, Any]) -> _Parts:
+def _parts(record: Mapping[str, Any], fields: Fields) -> _Parts:
     """Instruction, input, answers and earlier turns."""
+    if fields.parts:
+        return _named_parts(record, fields.parts)
     # some data sets give every record all fields, and leave a list empty where another shape is meant
     if record.get("messages") not in (None, []):
         return _conversation(record["messages"], "messages", "role", "content")
@@ -164,10 +279,35 @@ def _parts(record: Mapping[str, Any]) -> _Parts:
         return _text(record, "prompt"), "", (_text(record, "completion"),), ()
     if "instruction" in record:
         answer = "response" if record.get("output") is None and record.get("response") is not None else "output"
-        context = "input" if record.get("input") is not None else "context"
-        references = _texts(record, answer)
-        return _text(record, "instruction"), _text(record, context, required=False), references, _earlier_turns(record)
+        return _asked(record, "instruction", answer)
+    for question, answer in PAIRS:
+        if question in record and answer in record and (record[question], record[answer]) != (None, None):
+            return _asked(record, question, answer)
     raise _UnknownShapeError(f"no known shape; its fields are {_names(record)}")
+
+
+def _asked(record: Mapping[str, Any], instruction: str, output: str) -> _Parts:
+    context = "input" if record.get("input") is not None else "context"
+    references = _texts(record, output)
+    return _text(record, instruction), _text(record, context, required=False), references, _earlier_turns(record)
+
+
+def _named_parts(record: Mapping[str, Any], parts: Mapping[str, str]) -> _Parts:
+    """The fields that the config names, and those that are known by their names among the others."""
+    for part, field in parts.items():
+        if part != "input" and field not in record:
+            raise _MissingFieldError(
+                f"the field {field}, which data.fields names as {part}, is missing{nearest(field, record)}"
+            )
+    others = {field: value for field, value in record.items() if field not in parts.values()}
+    names = {
+        part: parts.get(part) or next((name for name in known if others.get(name) is not None), known[0])
+        for part, known in KNOWN.items()
+    }
+    references = _texts(record, names["output"])
+    instruction, input_ = _text(record, names["instruction"]), _text(record, names["input"], required=False)
+    # a text of that name is a column like others; who says which fields are what needs no list there
+    return instruction, input_, references, _earlier_turns(others) if isinstance(others.get("history"), list) else ()
 
 
 def _earlier_turns(record: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
@@ -236,7 +376,9 @@ def _text(record: Mapping[str, Any], field: str, required: bool = True) -> str:
     if value is None:
         if not required:
             return ""
-        raise UnusableRecordError(f"the field {field} is {'null' if field in record else 'missing'}")
+        if field in record:
+            raise UnusableRecordError(f"the field {field} has no value")
+        raise _MissingFieldError(f"the field {field} is missing")
     if not isinstance(value, str):
         raise UnusableRecordError(f"the field {field} is {type(value).__name__}, not text")
     if required and not value.strip():
