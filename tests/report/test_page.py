@@ -513,3 +513,10 @@ def test_a_browser_draws_a_run_of_long_names(
         assert view["scrollWidth"] <= view["width"]
         assert view["outside"] == []
         assert view["charts"] == view["drawn"] >= 6
+
+
+def test_the_peak_of_a_study_is_said_to_depend_on_other_runs(make_study: Make, make_run: Make) -> None:
+    note = "runs of one process share its memory, so a peak also depends on the runs before it"
+    assert note in render(read(make_study(seeds=(0,))))
+    assert note not in render(read(make_study(methods=("mira",), seeds=(0,))))
+    assert note not in render(read(make_run()))

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from fedmira.errors import IntegrityError, UsageError
+from fedmira.report.page import render
 from fedmira.report.reading import StudyRecord, read, read_run
 from fedmira.report.summary import summarise_run
 from fedmira.report.table import comparable, render_table, rows_of, spread, study_rows
@@ -203,7 +204,7 @@ def test_hostile_method_names_stay_on_their_line(make_study: Make) -> None:
     rows = study_rows(make_study(methods=("local_only", "a\x1b[31m|b\nc"), seeds=(0,)))
     text, markdown = render_table(rows), render_table(rows, markdown=True)
     assert "\x1b" not in text + markdown
-    assert len(text.splitlines()) == 7
+    assert len(text.splitlines()) == 8
     assert r"| a\\x1b[31m\|b\\nc |" in markdown
 
 
@@ -330,3 +331,80 @@ def test_rows_with_different_seeds_beside_training_alone_are_counted_by_name(mak
     text = render_table(rows)
     assert "(mira 0 of 2 seeds, a\\x1b[31m 1 of 2 seeds)" in text
     assert "\x1b" not in text
+
+
+# ------------------------------------------------------------------------------------------------------------ intervals
+
+
+def test_three_seeds_give_the_interval_of_the_paired_difference(make_study: Make) -> None:
+    losses = {("local_only", seed): (3.0 + seed, 3.0 + seed) for seed in range(3)}
+    losses |= {("mira", seed): (3.0 + seed - d, 3.0 + seed - d) for seed, d in enumerate((0.1, 0.2, 0.3))}
+    path = two_client_study(make_study, losses)
+    local, mira = rows = study_rows(path)
+    reach = 4.302653 * 0.1 / math.sqrt(3)
+    assert mira.difference_interval == pytest.approx((-0.2 - reach, -0.2 + reach))
+    assert mira.facts()["difference_interval"] == mira.difference_interval
+    assert local.difference_interval is None
+    assert local.facts()["difference_interval"] is None
+    text, page = render_table(rows), render(read(path))
+    assert "  -0.200 [-0.448, +0.048]  " in text
+    assert "-0.200<small>[-0.448, +0.048]</small>" in page
+    for shown in (text, page.replace("&nbsp;", " ").replace("&#39;", "'")):
+        assert "in square brackets the 95 % interval of the mean paired difference (Student's t over seeds)." in shown
+
+
+def test_two_seeds_keep_the_deviation_and_say_nothing_of_an_interval(make_study: Make) -> None:
+    rows = study_rows(make_study(methods=("local_only", "mira"), seeds=(0, 1)))
+    assert rows[1].difference_interval is None
+    assert "95 %" not in render_table(rows)
+    assert "Student" not in render(read(make_study(methods=("local_only", "mira"), seeds=(0, 1))))
+
+
+# -------------------------------------------------------------------------------------------------------------- privacy
+
+
+def noised(path: Path, spent: dict[str, float | None]) -> Path:
+    """The run with this epsilon of its clients in every round."""
+    events = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    for event in events:
+        if event["event"] == "round":
+            event["privacy"] = {"delta": 1e-5, "epsilon": spent}
+    (path / "metrics.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("spent", "line", "known"),
+    [
+        ({"a": 3.2, "b": 1.0}, "epsilon          3.2 at most (delta 1e-05)", 3.2),
+        ({"a": 16611.3}, "epsilon          16,611 at most (delta 1e-05), which protects little", 16611.3),
+        ({"a": 1.0, "b": None}, "epsilon          inf at most (delta 1e-05), which protects little", None),
+    ],
+)
+def test_the_summary_of_a_run_says_what_was_given_away(
+    make_run: Make, spent: dict[str, float | None], line: str, known: float | None
+) -> None:
+    summary = summarise_run(noised(make_run(rounds=2), spent))
+    assert line in summary.lines()
+    assert (summary.facts()["epsilon"], summary.facts()["delta"]) == (known, 1e-5)
+
+
+def test_without_noise_nothing_is_said_of_epsilon(make_run: Make, make_study: Make) -> None:
+    summary = summarise_run(make_run(rounds=2))
+    assert (summary.facts()["epsilon"], summary.facts()["delta"]) == (None, None)
+    assert not any("epsilon" in line for line in summary.lines())
+    assert "psilon" not in render_table(study_rows(make_study(rounds=1)))
+
+
+def test_a_study_says_what_each_method_gave_away_at_most(make_study: Make) -> None:
+    study = make_study(methods=("local_only", "mira", "fedit"), seeds=(0, 1), rounds=1)
+    for position, seed, spent in ((1, 0, 2.0), (1, 1, 4.5), (2, 0, 300.0)):
+        noised(study / f"runs/{position}-seed{seed}", {"family0-client0": spent})
+    rows = study_rows(study)
+    assert [row.facts()["epsilon"] for row in rows] == [None, 4.5, 300.0]
+    note = (
+        "Epsilon of any client in one run: mira 4.5 at most (delta 1e-05); "
+        "fedit 300 at most (delta 1e-05), which protects little. Runs on the same data add up."
+    )
+    assert note in render_table(rows)
+    assert note in render(read(study))

@@ -20,6 +20,7 @@ from fedmira.config.run import EvaluationConfig, RunConfig
 from fedmira.errors import ConfigError, DivergedError, IntegrityError, Interrupted, UsageError
 from fedmira.exchange.in_process import InProcess
 from fedmira.experiment import SilentDisplay
+from fedmira.recording import Recorder
 from fedmira.report.page import write_report
 from fedmira.report.reading import StudyRecord, read
 from fedmira.runs.lock import locked
@@ -379,7 +380,7 @@ def test_an_interrupted_comparison_goes_on_where_it_stopped(
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("when", ["_judge", "_starting_point"])
+@pytest.mark.parametrize("when", ["final", "_starting_point"])
 def test_a_signal_after_the_last_round_of_a_run_stops_the_comparison_before_the_next(
     tmp_path: Path, trained: list[Job], monkeypatch: pytest.MonkeyPatch, number: int, when: str
 ) -> None:
@@ -388,18 +389,19 @@ def test_a_signal_after_the_last_round_of_a_run_stops_the_comparison_before_the_
     if when == "_starting_point":
         compare(config(methods=["local_only"]), directory=tmp_path)
         trained.clear()
-    original = getattr(experiment._Run, when)
+    where = Recorder if when == "final" else experiment._Run
+    original = getattr(where, when)
 
     def signalled(self: Any, *arguments: Any) -> Any:
         os.kill(os.getpid(), number)
         return original(self, *arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(experiment._Run, when, signalled)
+        patch.setattr(where, when, signalled)
         with pytest.raises(Interrupted, match=f"{signal.Signals(number).name} between two runs") as raised:
             compare(wanted, directory=tmp_path)
     assert raised.value.exit_code == 128 + number
-    assert len(trained) == (2 if when == "_judge" else 0), "nothing of fedit"
+    assert len(trained) == (2 if when == "final" else 0), "nothing of fedit"
     assert [entry["method"] for entry in told(tmp_path)["runs"]] == ["local_only"]
     compare(wanted, directory=tmp_path)
     assert [entry["method"] for entry in told(tmp_path)["runs"]] == ["local_only", "fedit"]
@@ -574,3 +576,21 @@ def test_one_process_at_a_time_writes_a_study(tmp_path: Path) -> None:
         compare(config(methods=["local_only"]), directory=folder)
     compare(config(methods=["local_only"]), directory=folder)
     assert [one["method"] for one in told(folder)["runs"]] == ["local_only"]
+
+
+def test_a_warning_that_holds_for_all_runs_is_said_once_and_logged_in_each(tmp_path: Path) -> None:
+    wanted, display = config(methods=["mira", "again"], variants={"again": METHODS["mira"]}, seeds=2), Told()
+    partition = wanted.data.partition.model_copy(update={"validation": 0.0})
+    wanted = wanted.model_copy(update={"data": wanted.data.model_copy(update={"partition": partition})})
+    compare(wanted, directory=tmp_path, display=display)
+    warnings = [line for line in display.messages if line.startswith("warning: ")]
+    assert any("no client holds validation examples" in line for line in warnings)
+    assert len(warnings) == len(set(warnings))
+    logs = [path.read_text() for path in tmp_path.glob("runs/*/run.log")]
+    assert len(logs) == 4
+    assert all(line in log for log in logs for line in warnings)
+    # what is no warning is told as often as it happens
+    told_twice = compare_module._WarnsOnce(seen := Told())
+    for line in ("seed 0 is left out", "warning: a", "seed 0 is left out", "warning: a", "warning: b"):
+        told_twice.message(line)
+    assert seen.messages == ["seed 0 is left out", "warning: a", "seed 0 is left out", "warning: b"]

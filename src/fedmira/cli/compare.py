@@ -33,6 +33,7 @@ def quickstart(session: Session, out: Path | None) -> None:
 @click.option("--methods", help="Comma-separated names, such as local_only,fedit,mira; variants of the config count.")
 @click.option("--seeds", type=int, help="Number of paired draws; finished runs are kept in the same --out folder.")
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), help="Folder of the study.")
+@click.option("--dry-run", is_flag=True, help="Predict memory, bytes and time of all runs together; keep nothing.")
 @standard_options
 @click.pass_obj
 def compare(
@@ -42,6 +43,7 @@ def compare(
     methods: str | None,
     seeds: int | None,
     out: Path | None,
+    dry_run: bool,
 ) -> None:
     """Train every method of the comparison in CONFIG (section `compare`), each on the same draws of the same clients.
 
@@ -53,12 +55,26 @@ def compare(
         chosen.append(f"compare.methods=[{', '.join(names)}]")
     if seeds is not None:
         chosen.append(f"compare.seeds={seeds}")
-    _compare(session, read_config(config, chosen), out)
+    run_config = read_config(config, chosen)
+    if dry_run:
+        _estimate(session, run_config, out)
+    else:
+        _compare(session, run_config, out)
+
+
+def _estimate(session: Session, config: RunConfig, directory: Path | None) -> None:
+    with session.loading(config) as display:
+        from fedmira.studies.forecast import estimate_study
+
+        estimate = estimate_study(config, directory, display)
+    session.result(estimate.facts(), "\n".join(["", *estimate.lines()]))
 
 
 def _compare(session: Session, config: RunConfig, directory: Path | None) -> None:
+    from fedmira.report.facts import facts_of
     from fedmira.report.page import write_report
-    from fedmira.report.table import render_table, study_rows
+    from fedmira.report.reading import read
+    from fedmira.report.table import render_table, rows_of
 
     facts: dict[str, Any] = {}
     failure: FedmiraError | None = None
@@ -73,11 +89,10 @@ def _compare(session: Session, config: RunConfig, directory: Path | None) -> Non
             # what did not fail is shown all the same
             failure = error
             facts = {"error": str(error), "exit_code": error.exit_code, "failures": failures_of(study)}
-    page = write_report(study)
-    rows = study_rows(study)
+    page, record = write_report(study), read(study)
     session.result(
-        {"study": str(study), "report": str(page), "methods": [row.facts() for row in rows], **facts},
-        f"\n{render_table(rows)}\nReport: {page}",
+        {"study": str(study), "report": str(page), **facts_of(record), **facts},
+        f"\n{render_table(rows_of(record))}\nReport: {page}",
     )
     if failure is not None:
         raise failure

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+from typing import Any
+
+from fedmira.config.exchange import WEAK_EPSILON
 
 NOTHING = "-"
 """Stands where nothing was measured."""
@@ -15,6 +18,15 @@ def printable(text: str, keep: str = "") -> str:
     'red\\\\x1b[31m\\\\n'
     """
     return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+def finite(value: Any) -> Any:
+    """`value` as JSON may hold it: None for a number that is not finite.
+
+    >>> finite(math.nan), finite(0.5), finite("nan")
+    (None, 0.5, 'nan')
+    """
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def counted(count: int, noun: str) -> str:
@@ -66,6 +78,32 @@ def format_change(value: float | None) -> str:
         return NOTHING
     text = f"{value:+.3f}"
     return text[1:] if text in ("+0.000", "-0.000", "+nan") else text
+
+
+def format_relative(value: float | None) -> str:
+    """A signed share in percent.
+
+    >>> format_relative(0.0231), format_relative(-0.5), format_relative(0.0), format_relative(math.inf)
+    ('+2.3 %', '-50.0 %', '0.0 %', 'not finite')
+    """
+    if value is None:
+        return NOTHING
+    if not math.isfinite(value):
+        return "not finite"
+    text = f"{100 * value:+.1f} %"
+    return text[1:] if text in ("+0.0 %", "-0.0 %") else text
+
+
+def format_epsilon(epsilon: float, delta: float | None) -> str:
+    """What was given away at most, and whether that still protects anybody.
+
+    >>> format_epsilon(16611.2, 1e-5), format_epsilon(2.345, None)
+    ('16,611 at most (delta 1e-05), which protects little', '2.35 at most')
+    """
+    # at 10 a neighbour's data can make an outcome 22,000 times as likely
+    little = ", which protects little" if not epsilon <= WEAK_EPSILON else ""
+    shown = f"{epsilon:,.0f}" if epsilon >= 100 else f"{epsilon:.3g}"
+    return f"{shown} at most{'' if delta is None else f' (delta {delta:g})'}{little}"
 
 
 def format_answers(answers: int | None, tokens: int | None) -> str:

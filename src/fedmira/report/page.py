@@ -31,8 +31,19 @@ from fedmira.report.formats import (
 )
 from fedmira.report.reading import RunRecord, StudyRecord, read
 from fedmira.report.run_sections import left_out, privacy, run_sections
-from fedmira.report.study_sections import study_sections, tuned_unlike
-from fedmira.report.table import Row, Spread, answer_notes, comparable, rows_of, seed_notes, total_bytes
+from fedmira.report.study_sections import client_table, study_sections, tuned_unlike
+from fedmira.report.table import (
+    Row,
+    Spread,
+    answer_notes,
+    chance_notes,
+    comparable,
+    format_interval,
+    privacy_notes,
+    rows_of,
+    seed_notes,
+    total_bytes,
+)
 from fedmira.report.words import headline
 from fedmira.runs.atomic import make_folder, write_bytes_atomically
 
@@ -70,10 +81,12 @@ def render(record: RunRecord | StudyRecord) -> str:
             facts=_facts(record, run),
             headings=[cell["heading"] for cell in table[0]["cells"]] if table else [],
             rows=table,
-            notes=seed_notes(rows, "\N{PLUS-MINUS SIGN}"),
+            notes=chance_notes(rows) + seed_notes(rows, "\N{PLUS-MINUS SIGN}") + privacy_notes(rows),
             answered=answer_notes(rows),
             over_tasks=any(row.task_mean_loss is not None for row in rows),
             compared=isinstance(record, StudyRecord),
+            client_table=client_table(record) if isinstance(record, StudyRecord) else None,
+            several_runs=isinstance(record, StudyRecord) and len(record.runs) > 1,
             sections=[section for section in sections if section.figures],
             tuning=_tuning(record),
             tuned_unlike=tuned_unlike(record) if isinstance(record, StudyRecord) else [],
@@ -166,6 +179,8 @@ def _table(rows: Sequence[Row]) -> list[dict[str, Any]]:
             value: Spread | None = getattr(row, name)
             shown = NOTHING if value is None else show(value.mean)
             spread = "" if value is None or value.deviation is None else _deviation(name, value.deviation)
+            if name == "difference" and row.difference_interval is not None:
+                spread = format_interval(row.difference_interval)
             cells.append({"heading": heading, "text": shown, "spread": spread, "best": shown == best[name]})
         cells.append({"heading": "up + down", "text": format_bytes(total_bytes(row)), "spread": "", "best": False})
         seconds = None if row.seconds is None else row.seconds.mean
@@ -176,8 +191,10 @@ def _table(rows: Sequence[Row]) -> list[dict[str, Any]]:
 
 def _deviation(name: str, deviation: float) -> str:
     if name in ("share_harmed", "exact_match"):
-        return f"{100 * deviation:.1f}"
-    return f"{deviation:.2f}" if name == "perplexity" else f"{deviation:.3f}"
+        text = f"{100 * deviation:.1f}"
+    else:
+        text = f"{deviation:.2f}" if name == "perplexity" else f"{deviation:.3f}"
+    return f"\N{PLUS-MINUS SIGN}{text}"
 
 
 def _best(rows: Sequence[Row], name: str, show: Any, sign: int) -> str | None:

@@ -91,6 +91,35 @@ class RunRecord:
         return {str(client["name"]): int(client["joined_after"]) for client in clients if "joined_after" in client}
 
     @property
+    def num_test_examples(self) -> dict[str, int]:
+        """Held by each client, by its name; clients of which nothing was written down are missing."""
+        clients = self.manifest.get("clients", ())
+        return {str(client["name"]): int(client["test"]) for client in clients if client.get("test") is not None}
+
+    @functools.cached_property
+    def epsilon(self) -> dict[str, float]:
+        """What each client has given away after its last upload, by its name; empty where nothing was noised."""
+        spent: dict[str, float] = {}
+        for event in self.rounds:
+            found = event.get("privacy") or {}
+            # null stands for what is not finite, and that is never less
+            known = {
+                name: math.inf if value is None else float(value) for name, value in found.get("epsilon", {}).items()
+            }
+            spent |= known
+        return spent
+
+    @property
+    def largest_epsilon(self) -> float | None:
+        """Of any client; None where nothing was noised."""
+        return max(self.epsilon.values(), default=None)
+
+    @property
+    def delta(self) -> float | None:
+        """The delta that epsilon is counted at; None where nothing was noised."""
+        return next((float(event["privacy"]["delta"]) for event in self.rounds if event.get("privacy")), None)
+
+    @property
     def max_answers(self) -> int | None:
         """Test examples per client that were answered, at most; None where all were."""
         return self._generation("examples_per_client")
@@ -271,7 +300,7 @@ def read_run(path: Path, *, method: str | None = None, seed: int | None = None) 
         )
         # parse all numbers now, so that damage is reported with the file's name
         _ = run.joined_after, run.records, run.upload_bytes, run.download_bytes, run.seconds, run.validation_losses()
-        _ = run.max_answers, run.max_answer_tokens
+        _ = run.max_answers, run.max_answer_tokens, run.num_test_examples, run.epsilon, run.delta
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise IntegrityError(f"{path} is not a whole run directory: {_describe(error)}") from error
     return run

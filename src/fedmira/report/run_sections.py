@@ -20,7 +20,7 @@ from fedmira.report.figures import (
     loss_figure,
 )
 from fedmira.report.formats import byte_unit, counted, format_bytes, format_loss, format_seconds, format_share
-from fedmira.report.reading import RunRecord, number, seconds_of
+from fedmira.report.reading import RunRecord, seconds_of
 
 
 def run_sections(run: RunRecord) -> list[Section]:
@@ -122,15 +122,12 @@ def left_out(run: RunRecord) -> list[dict[str, str]]:
 
 def privacy(run: RunRecord) -> list[tuple[str, str]]:
     """What clients have given away at the end, and how that was limited; empty where nothing was noised."""
-    spent: dict[str, float] = {}
-    for event in run.rounds:
-        found = event.get("privacy") or {}
-        spent |= {str(name): number(value) for name, value in found.get("epsilon", {}).items()}
-    if not spent:
+    spent, largest = run.epsilon, run.largest_epsilon
+    if largest is None:
         return []
     settings = (run.config.get("exchange") or {}).get("privacy") or {}
     facts = [
-        ("largest epsilon", f"{max(spent.values()):.3f}"),
+        ("largest epsilon", f"{largest:.3f}"),
         ("mean epsilon", f"{sum(spent.values()) / len(spent):.3f}"),
     ]
     return facts + [

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from markupsafe import Markup
 
 from fedmira.evaluation.meters import HARM_TOLERANCE, mean, relative_changes
 from fedmira.report import charts
+from fedmira.report.clients import client_rows
 from fedmira.report.figures import (
     BYTE_PARTS,
     TIME_PARTS,
@@ -27,8 +29,14 @@ from fedmira.report.figures import (
     seconds_spent,
     truth_figures,
 )
-from fedmira.report.formats import format_bytes, format_seconds, format_share
+from fedmira.report.formats import NOTHING, format_bytes, format_loss, format_relative, format_seconds, format_share
 from fedmira.report.reading import REFERENCE_METHOD, RunRecord, StudyRecord
+from fedmira.report.table import rows_of
+
+FOLDED_CLIENTS = 12
+"""A table of more clients than this starts folded."""
+END_CLIENTS = 30
+"""Of more than twice as many clients the table has the worst and the best so many."""
 
 
 def study_sections(study: StudyRecord) -> list[Section]:
@@ -53,6 +61,52 @@ def study_sections(study: StudyRecord) -> list[Section]:
         Section("What merging does", tuple(disagreement_figures(first, colours))),
         Section("What it costs", tuple(_study_costs(study))),
     ]
+
+
+class ClientTable(NamedTuple):
+    """Every client beside itself trained alone, as text."""
+
+    methods: tuple[str, ...]
+    rows: list[dict[str, Any]]
+    """name, examples, local loss, and a cell for each method: text, and whether it is harmed."""
+    note: str
+    folded: bool
+
+
+def client_table(study: StudyRecord) -> ClientTable | None:
+    """The clients of a study, worst first under the method that is best on average; None without training alone.
+
+    Of very many clients only both ends.
+    """
+    found = client_rows(study)
+    means = {row.method: row.mean_loss.mean for row in rows_of(study) if row.difference and row.mean_loss}
+    methods = tuple(method for method in study.methods if any(method in row.changes for row in found))
+    if not methods:
+        return None
+    best = min(methods, key=lambda method: means.get(method, math.inf))
+    found.sort(key=lambda row: -row.changes.get(best, -math.inf))
+    cut = found[:END_CLIENTS] + found[-END_CLIENTS:] if len(found) > 2 * END_CLIENTS else found
+    several = any(len(study.compared(method)) > 1 for method in methods)
+    note = (
+        f"Test loss of training alone, and how much lower or higher it is in % under each method{', ' * several}"
+        f"{'mean over seeds' * several}; more than 1 % above is marked as harmed. "
+        f"Sorted by {best}, the worst first."
+    )
+    if len(cut) < len(found):
+        note += f" Only the {END_CLIENTS} at each end of {len(found)}; `fedmira report --csv` writes all."
+    rows = [
+        {
+            "name": row.client,
+            "examples": NOTHING if row.test_examples is None else f"{row.test_examples:.3g}",
+            "local_loss": format_loss(row.local_loss),
+            "cells": [
+                {"text": format_relative(change), "harmed": change is not None and not change <= HARM_TOLERANCE}
+                for change in map(row.changes.get, methods)
+            ],
+        }
+        for row in cut
+    ]
+    return ClientTable(methods, rows, note, folded=len(found) > FOLDED_CLIENTS)
 
 
 def _shown(study: StudyRecord, method: str) -> tuple[RunRecord, ...]:

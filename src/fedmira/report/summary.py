@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from fedmira.evaluation.meters import Scores, Summary, scores, scores_by_task
-from fedmira.report.formats import counted, format_answers, format_bytes, format_loss, format_seconds, format_share
+from fedmira.report.formats import (
+    counted,
+    finite,
+    format_answers,
+    format_bytes,
+    format_epsilon,
+    format_loss,
+    format_seconds,
+    format_share,
+)
 from fedmira.report.reading import RunRecord, read_run
 from fedmira.report.table import summary_of
 
@@ -39,6 +47,10 @@ class RunSummary(NamedTuple):
     peak_memory_bytes: int
     tokens_per_second: float | None
     """Tokens read while training, over the seconds of training; None before the first round."""
+    epsilon: float | None
+    """The largest of any client, over all its uploads of this run; None where nothing was noised."""
+    delta: float | None
+    """The delta that epsilon is counted at."""
     clients: Mapping[str, Scores]
     tasks: Mapping[str, Scores]
     """Clients without a task label are one task, named by the empty text."""
@@ -58,6 +70,8 @@ class RunSummary(NamedTuple):
             "seconds": self.seconds,
             "peak_memory_bytes": self.peak_memory_bytes,
             "tokens_per_second": self.tokens_per_second,
+            "epsilon": self.epsilon,
+            "delta": self.delta,
         }
         if self.numbers is not None:
             flat |= {name: getattr(self.numbers, name) for name in Summary.__slots__}
@@ -81,6 +95,8 @@ class RunSummary(NamedTuple):
                 found.append(("Rouge-L", format_loss(self.numbers.rouge_l) + note))
                 found.append(("exact match", format_share(self.numbers.exact_match) + note))
         found.append(("sent", f"{format_bytes(self.upload_bytes)} up, {format_bytes(self.download_bytes)} down"))
+        if self.epsilon is not None:
+            found.append(("epsilon", format_epsilon(self.epsilon, self.delta)))
         found.append(("time", f"{format_seconds(self.seconds)} for {counted(self.num_rounds, 'round')}"))
         if self.tokens_per_second:
             found.append(("training reads", f"{self.tokens_per_second:,.0f} tokens per second"))
@@ -128,12 +144,12 @@ def summary_of_run(run: RunRecord) -> RunSummary:
         seconds=run.seconds,
         peak_memory_bytes=run.peak_memory_bytes,
         tokens_per_second=run.tokens_per_second,
+        epsilon=run.largest_epsilon,
+        delta=run.delta,
         clients={record.name: scores([record]) for record in run.records},
         tasks=scores_by_task(run.records),
     )
 
 
 def _finite(flat: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in flat.items()
-    }
+    return {name: finite(value) for name, value in flat.items()}

@@ -15,15 +15,21 @@ from fedmira.evaluation.meters import ClientRecord, Summary, mean, summarise
 from fedmira.report.formats import (
     NOTHING,
     counted,
+    finite,
     format_answers,
     format_bytes,
     format_change,
+    format_epsilon,
     format_loss,
     format_seconds,
     format_share,
 )
 from fedmira.report.formats import printable as _printable
+from fedmira.report.intervals import interval
 from fedmira.report.reading import REFERENCE_METHOD, RunRecord, StudyRecord, read
+
+FEW_EXAMPLES = 100
+"""Test examples of the median client below which the notes say that chance harms too."""
 
 
 class Spread(NamedTuple):
@@ -54,6 +60,8 @@ class Row(NamedTuple):
     difference_seeds: tuple[int, ...] | None
     """Those of `seeds` that `difference` stands on: where `local_only` has a finite loss. None where `difference` is
     about nothing: for `local_only`, and in a study without it."""
+    difference_interval: tuple[float, float] | None
+    """The 95 % interval of `difference`: Student's t over the paired seeds; None of fewer than three seeds."""
     perplexity: Spread | None
     rouge_l: Spread | None
     exact_match: Spread | None
@@ -67,17 +75,22 @@ class Row(NamedTuple):
     seconds: Spread | None
     """Training, merging and evaluating, without loading."""
     peak_memory_bytes: int
-    """The highest of all runs."""
+    """The highest of all runs. Runs of one process share its resident set, so it depends on their order."""
+    median_test_examples: float | None
+    """Of the clients of the judged runs; None where nothing was written down."""
+    epsilon: float | None
+    """The largest of any client in any of the runs, each counted alone; None where nothing was noised."""
+    delta: float | None
 
     def facts(self) -> dict[str, Any]:
         """The row as flat JSON: `x` and `x_deviation` for every number, null for what is unknown or not finite."""
         flat: dict[str, Any] = {"num_seeds": len(self.seeds)}
         for name, value in self._asdict().items():
             if isinstance(value, Spread):
-                flat[name] = _finite(value.mean)
-                flat[f"{name}_deviation"] = _finite(value.deviation)
+                flat[name] = finite(value.mean)
+                flat[f"{name}_deviation"] = finite(value.deviation)
             else:
-                flat[name] = value
+                flat[name] = finite(value)
         return flat
 
 
@@ -145,6 +158,7 @@ def _row(
         and math.isfinite(local)
     }
     spent = judged or runs
+    examples = [count for run in judged for count in run.num_test_examples.values()]
     return Row(
         method=method,
         seeds=tuple(run.seed for run in judged),
@@ -155,6 +169,7 @@ def _row(
         share_harmed=spread(summary.share_harmed for summary in summaries),
         difference=spread(differences.values()),
         difference_seeds=tuple(differences) if references else None,
+        difference_interval=interval(tuple(differences.values())),
         perplexity=spread(summary.perplexity for summary in summaries),
         rouge_l=spread(summary.rouge_l for summary in summaries),
         exact_match=spread(summary.exact_match for summary in summaries),
@@ -164,6 +179,9 @@ def _row(
         download_bytes=spread(run.download_bytes for run in spent),
         seconds=spread(run.seconds for run in spent),
         peak_memory_bytes=max((run.peak_memory_bytes for run in runs), default=0),
+        median_test_examples=statistics.median(examples) if examples else None,
+        epsilon=max((epsilon for run in runs if (epsilon := run.largest_epsilon) is not None), default=None),
+        delta=next((run.delta for run in runs if run.delta is not None), None),
     )
 
 
@@ -172,7 +190,7 @@ def _row(
 COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
     ("method", lambda row: row.method),
     ("mean loss", lambda row: with_spread(row.mean_loss, format_loss)),
-    ("vs local", lambda row: with_spread(row.difference, format_change)),
+    ("vs local", lambda row: with_interval(row)),
     ("worst tenth", lambda row: with_spread(row.worst_tenth_loss, format_loss)),
     ("harmed", lambda row: with_spread(row.share_harmed, format_share, deviation=False)),
     ("Rouge-L", lambda row: with_spread(row.rouge_l, format_loss)),
@@ -205,7 +223,28 @@ def footnotes(rows: Sequence[Row]) -> list[str]:
     parts = ["Loss: nats per answer token on test data, mean over clients; lower is better."]
     if any(row.share_harmed for row in rows):
         parts.append("Harmed: clients more than 1 % worse than training alone.")
-    return parts + answer_notes(rows) + seed_notes(rows, "in brackets")
+    return parts + chance_notes(rows) + answer_notes(rows) + seed_notes(rows, "in brackets") + privacy_notes(rows)
+
+
+def chance_notes(rows: Sequence[Row]) -> list[str]:
+    """That chance harms too, where clients are compared on few test examples."""
+    held = min((row.median_test_examples for row in rows if row.median_test_examples is not None), default=None)
+    if held is None or held >= FEW_EXAMPLES or not any(row.share_harmed for row in rows):
+        return []
+    return [
+        f"Clients have few test examples ({held:g} for the median one), so some look harmed by chance: see "
+        '"What is measured" in docs/concepts.md.'
+    ]
+
+
+def privacy_notes(rows: Sequence[Row]) -> list[str]:
+    """What clients of each method have given away, where uploads were noised."""
+    spent = [
+        f"{_printable(row.method)} {format_epsilon(row.epsilon, row.delta)}" for row in rows if row.epsilon is not None
+    ]
+    if not spent:
+        return []
+    return [f"Epsilon of any client in one run: {'; '.join(spent)}. Runs on the same data add up."]
 
 
 def answer_notes(rows: Sequence[Row]) -> list[str]:
@@ -230,6 +269,10 @@ def seed_notes(rows: Sequence[Row], place: str) -> list[str]:
         parts.append(f"Mean over {over}, {place} the standard deviation over seeds.")
     elif seeds and shared:
         parts.append("Numbers of the one seed that all methods with test numbers finished.")
+    if any(row.difference_interval for row in rows):
+        parts.append(
+            "vs local: in square brackets the 95 % interval of the mean paired difference (Student's t over seeds)."
+        )
     parts += _difference_notes(rows)
     if unfinished:
         missing = f"{unfinished} run{'s' if unfinished > 1 else ''} without test numbers left out."
@@ -269,12 +312,24 @@ def with_spread(value: Spread | None, write: Callable[[float], str], *, deviatio
     return f"{write(value.mean)} ({format_loss(value.deviation)})"
 
 
+def with_interval(row: Row) -> str:
+    """The difference to training alone with its interval, or with its deviation where seeds are too few for one."""
+    if row.difference is None or row.difference_interval is None:
+        return with_spread(row.difference, format_change)
+    return f"{format_change(row.difference.mean)} {format_interval(row.difference_interval)}"
+
+
+def format_interval(bounds: tuple[float, float]) -> str:
+    """Both ends of an interval.
+
+    >>> format_interval((-0.2, 0.05))
+    '[-0.200, +0.050]'
+    """
+    return f"[{', '.join(map(format_change, bounds))}]"
+
+
 def total_bytes(row: Row) -> float | None:
     """Upload and download together, mean over seeds."""
     if row.upload_bytes is None or row.download_bytes is None:
         return None
     return row.upload_bytes.mean + row.download_bytes.mean
-
-
-def _finite(value: float | None) -> float | None:
-    return value if value is not None and math.isfinite(value) else None

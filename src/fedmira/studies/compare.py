@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,9 @@ FAILURES = (DivergedError, ParticipationError)
 """What ends one run of a comparison and not the others."""
 
 
-def compare(config: RunConfig, *, directory: Path | None = None, display: Display | None = None) -> Path:
+def compare(
+    config: RunConfig, *, directory: str | os.PathLike[str] | None = None, display: Display | None = None
+) -> Path:
     """Run every method of `config.compare` on every seed and return the study's directory.
 
     Writes `study.json` (which runs there are, what was tuned, what failed) and one run directory per method and seed
@@ -63,12 +66,9 @@ def compare(config: RunConfig, *, directory: Path | None = None, display: Displa
             everything else is done, with all that failed in the message and the kind of the first.
         Interrupted: SIGINT, SIGTERM or SIGHUP; everything is saved, the same call goes on.
     """
-    _refuse_unusable(config)
-    _refuse_biased_tuning(config)
-    display = display or SilentDisplay()
-    directory = directory or study_directory(config)
-    _refuse_what_is_no_study(directory)
-    _refuse_other_study(config, directory)
+    directory = study_directory(config) if directory is None else Path(directory)
+    refuse(config, directory)
+    display = _WarnsOnce(display or SilentDisplay())
     make_folder(directory)
     with locked(directory), stop_on_signals() as stop:
         failures = _Comparison(config, directory, display, stop).carry_out()
@@ -76,6 +76,29 @@ def compare(config: RunConfig, *, directory: Path | None = None, display: Displa
         first = next(iter(failures.values()))
         raise type(first)("\n".join(f"{what}: {error}" for what, error in failures.items()))
     return directory
+
+
+def refuse(config: RunConfig, directory: Path) -> None:
+    """Refuse a comparison that could not be made in `directory`; errors as in `compare`."""
+    _refuse_unusable(config)
+    _refuse_biased_tuning(config)
+    _refuse_what_is_no_study(directory)
+    _refuse_other_study(config, directory)
+
+
+class _WarnsOnce:
+    """Passes on what the runs of a study tell. A warning that holds for all of them is said by the first alone."""
+
+    def __init__(self, display: Display) -> None:
+        self.start, self.step, self.round, self.finish = display.start, display.step, display.round, display.finish
+        self._display, self._said = display, set[str]()
+
+    def message(self, line: str) -> None:
+        if line.startswith("warning: "):
+            if line in self._said:
+                return
+            self._said.add(line)
+        self._display.message(line)
 
 
 class _Comparison:
@@ -157,7 +180,7 @@ class _Comparison:
     def _choose_learning_rate(self, method: str) -> float:
         """The rate of the grid with the lowest mean validation loss after the last round, on the tuning draw."""
         config = self.config
-        grid = _grid(config)
+        grid = rates_to_try(config)
         others = [entry for entry in self.study["tuning"] if entry["method"] != method]
         tried = {entry["learning_rate"]: entry for entry in self.study["tuning"] if entry["method"] == method}
         if len(grid) == 1:
@@ -255,14 +278,14 @@ def _config_of_study(directory: Path) -> RunConfig | None:
         raise IntegrityError(f"{path} is damaged or was written by another version of fedmira: {error}") from error
 
 
-def _grid(config: RunConfig) -> tuple[float, ...]:
+def rates_to_try(config: RunConfig) -> tuple[float, ...]:
     """The learning rates that every method is tried at; one alone is used untried."""
     return tuple(dict.fromkeys(config.compare.learning_rates)) or (config.training.learning_rate,)
 
 
 def _tuned_by(config: RunConfig) -> tuple[list[float], int | None]:
     """All that must be the same for methods of one study: the rates, and the draw they are tried on if there is one."""
-    grid = sorted(_grid(config))
+    grid = sorted(rates_to_try(config))
     return grid, config.compare.tuning_seed if len(grid) > 1 else None
 
 
@@ -340,7 +363,7 @@ def _refuse_unusable(config: RunConfig) -> None:
 def _refuse_biased_tuning(config: RunConfig) -> None:
     """Not a rule of the config: every run of a study, the tuning runs among them, carries the study's section."""
     section = config.compare
-    if len(_grid(config)) < 2:
+    if len(rates_to_try(config)) < 2:
         return
     if config.seed <= section.tuning_seed < config.seed + section.seeds:
         raise ConfigError(

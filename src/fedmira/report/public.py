@@ -1,0 +1,54 @@
+"""What users of the Python package call: paths as they write them, numbers as plain dictionaries.
+
+Knows nothing about how numbers or pages are made.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from fedmira.errors import UsageError
+from fedmira.report import page, reading
+from fedmira.report.facts import facts_of
+
+
+def read_run(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Return the closing numbers of the run in `path`, those of its clients and tasks among them: what
+    `fedmira report PATH --json` prints but for the page's path.
+
+    Raises:
+        UsageError: `path` holds no run, or one that has not begun its first round.
+        IntegrityError: one of its files is missing or damaged.
+    """
+    return facts_of(reading.read_run(_holding(path, "metrics.jsonl")))
+
+
+def read_study(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Return the numbers of the comparison in `path`, of its methods and their clients: what
+    `fedmira report PATH --json` prints but for the page's path.
+
+    Raises:
+        UsageError: `path` holds no comparison.
+        IntegrityError: one of its files is missing or damaged.
+    """
+    return facts_of(reading.read_study(_holding(path, "study.json")))
+
+
+def write_report(path: str | os.PathLike[str]) -> Path:
+    """Write `report/index.html` into the run or study directory `path`, whole or not at all, and return its path.
+
+    Raises:
+        UsageError: `path` is neither a run nor a study.
+        IntegrityError: one of its files is missing or damaged.
+    """
+    return page.write_report(Path(path))
+
+
+def _holding(path: str | os.PathLike[str], file: str) -> Path:
+    folder = Path(path)
+    if not (folder / file).is_file():
+        what = {"metrics.jsonl": "run", "study.json": "comparison"}[file]
+        raise UsageError(f"{folder} is no {what}: it has no {file}; give the folder that `fedmira` printed")
+    return folder
