@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, get_args
 from xml.etree import ElementTree
 
@@ -57,7 +58,7 @@ def blocks(language: str) -> list[str]:
 
 def defined_in(block: str) -> dict[str, Any]:
     namespace: dict[str, Any] = {}
-    exec(block, namespace)
+    exec(compile(block, "extending.md", "exec", dont_inherit=True), namespace)
     return namespace
 
 
@@ -67,11 +68,16 @@ def examples() -> tuple[dict[str, Any], ...]:
 
 
 def test_the_method_of_the_docs_moves_clients_half_way(examples: tuple[dict[str, Any], ...]) -> None:
+    made, settings, registry, *_ = examples
+    config = settings["HalfWayConfig"].model_validate({"name": "half_way"})
+    with pytest.raises(ValueError, match="wya"):
+        settings["HalfWayConfig"].model_validate({"name": "half_way", "wya": 0.3})
+    registry["half_way"] = SimpleNamespace(build=made["build"])
     layout = Layout(
         (TensorSpec("q.lora_a", "lora_a", "q", (1, 2), 0), TensorSpec("q.lora_b", "lora_b", "q", (2, 1), 2))
     )
     clients = Clients(("a", "b"), (3, 3), ("", ""), seed=0)
-    method = examples[0]["build"](clients)
+    method = registry["METHODS"]["half_way"](config, clients, None, None)
     state = method.init(Arena(layout, torch.zeros(2, 4)), clients)
     participants = Participants(1, (0, 1))
     job = method.plan(state, participants)
@@ -87,14 +93,14 @@ def test_the_method_of_the_docs_moves_clients_half_way(examples: tuple[dict[str,
 
 
 def test_the_source_of_the_docs_becomes_clients(examples: tuple[dict[str, Any], ...]) -> None:
-    source = examples[1]["load"](None, 0)
+    source = examples[3]["load"](None, 0)
     federation = partition(source, fedmira.config.run.PartitionConfig(by="task"), seed=0)
     assert len(federation.clients) == 4
     assert all(client.train and client.validation and client.test for client in federation.clients)
 
 
 def test_the_graph_of_the_docs_is_a_ring(examples: tuple[dict[str, Any], ...]) -> None:
-    graph = examples[2]["ring"](5)
+    graph = examples[4]["ring"](5)
     assert graph.adjacency_KK.sum(axis=1).tolist() == [2.0] * 5
 
 

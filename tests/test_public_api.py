@@ -18,6 +18,8 @@ PUBLIC = [
     "embedded_base_path",
     "export_clients",
     "load_config",
+    "read_run",
+    "read_study",
     "run",
     "write_report",
 ]

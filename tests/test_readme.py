@@ -160,7 +160,7 @@ def test_the_python_block_runs_on_the_config_of_the_block_before(
         examples = [{"instruction": f"{client} says {number}", "output": "yes"} for number in range(8)]
         lines = "".join(json.dumps(example) + "\n" for example in examples)
         Path(f"data/clients/{client}.jsonl").write_text(lines, encoding="utf-8")
-    [block] = re.findall(r"```python\nfrom pathlib import Path\n(.*?)```", README, re.DOTALL)
-    exec("from pathlib import Path\n" + block, {})
+    [block] = re.findall(r"```python\nimport fedmira\n(.*?)```", README, re.DOTALL)
+    exec("import fedmira\n" + block, {})
     assert {path.name for path in Path("adapters").iterdir()} == {"anna", "ben"}
     assert len(list(Path("runs").glob("my-run-fedit-seed1-*/report/index.html"))) == 1

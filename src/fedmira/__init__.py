@@ -1,7 +1,8 @@
 """Federated multi-task LoRA fine-tuning of language models.
 
-The public surface, in the order it is used: `load_config`, `run` or `compare`, `write_report`, `export_clients`,
-`answer`. Names are looked up when they are first asked for, so that `import fedmira` costs nothing.
+The public surface, in the order it is used: `load_config`, `run` or `compare`, `read_run` or `read_study`,
+`write_report`, `export_clients`, `answer`. Names are looked up when they are first asked for, so that `import fedmira`
+costs nothing.
 """
 
 from importlib import import_module
@@ -17,8 +18,10 @@ _HOMES = {
     "compare": "fedmira.studies.compare",
     "export_clients": "fedmira.export.clients",
     "load_config": "fedmira.config.file",
+    "read_run": "fedmira.report.public",
+    "read_study": "fedmira.report.public",
     "run": "fedmira.experiment",
-    "write_report": "fedmira.report.page",
+    "write_report": "fedmira.report.public",
 }
 
 
@@ -30,6 +33,8 @@ __all__ = [
     "embedded_base_path",
     "export_clients",
     "load_config",
+    "read_run",
+    "read_study",
     "run",
     "write_report",
 ]

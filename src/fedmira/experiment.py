@@ -5,6 +5,7 @@ Knows nothing about how clients train (`exchange`) or how adapters are mixed (`f
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Mapping
 from contextlib import nullcontext
@@ -68,7 +69,7 @@ class SilentDisplay:
 def run(
     config: RunConfig,
     *,
-    directory: Path | None = None,
+    directory: str | os.PathLike[str] | None = None,
     resume: bool = False,
     source_text: str | None = None,
     display: Display | None = None,
@@ -90,7 +91,8 @@ def run(
         DivergedError: no client of a round came to finite numbers.
     """
     make = RunStore.resume if resume else RunStore.create
-    return carry_out(make(config, source_text, directory), display, profile=profile)
+    place = None if directory is None else Path(directory)
+    return carry_out(make(config, source_text, place), display, profile=profile)
 
 
 def carry_out(

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from fedmira.assembly import assemble
-from fedmira.config.run import RunConfig
+from fedmira.config.run import FederationConfig, RunConfig
 from fedmira.exchange.privacy import epsilon
+from fedmira.federation.participation import draw
 from fedmira.forecast.estimate import dry_run
 from fedmira.forecast.remarks import warnings
 
@@ -156,17 +157,59 @@ def test_the_round_that_the_privacy_budget_will_not_allow_is_known_before_the_fi
     budget = epsilon(uploads, 2.0, 1e-5) + 1e-6
     privacy = {"enabled": True, "noise_multiplier": 2.0, "budget": budget}
     config = tiny(method={"name": "fedit"}, exchange={"privacy": privacy}, federation={"rounds": 3})
-    told = warnings(assemble(config))
+    told = [line for line in warnings(assemble(config)) if "budget" in line]
     assert len(told) == (refused is not None)
     if refused is not None:
         assert f"is enough for {uploads} upload" in told[0]
         assert f"round {refused} will be refused" in told[0]
 
 
+def noised(method: str = "fedit", noise: float = 8.0, **sections: Any) -> tuple[str, ...]:
+    privacy = {"enabled": True, "noise_multiplier": noise}
+    return warnings(assemble(tiny(method={"name": method}, exchange={"privacy": privacy}, **sections)))
+
+
+def test_what_noise_promises_and_drowns_is_told_before_the_first_round() -> None:
+    spent, drowned = noised()
+    value = epsilon(4, 8.0, 1e-5)
+    assert spent == (
+        f"exchange.privacy: a client that takes part in all 4 rounds gives away epsilon {value:.4g} at delta 1e-05"
+    )
+    # 6 layers of rank 2 between 192 features: 8 * 1 * sqrt(4,608)
+    assert "has norm 543 (noise_multiplier * clip_norm * sqrt(4,608 numbers))" in drowned
+    assert "at most clip_norm = 1:" in drowned
+    assert "above about 10 that protects little" in noised(noise=0.5)[0]
+    assert "protects little" not in spent
+    # too little noise to drown anything promises nothing
+    assert len(noised(noise=0.01)) == 1
+
+
+@pytest.mark.parametrize(("method", "uploads", "numbers"), [("feddpa", 2, 4608), ("rolora", 4, 2304)])
+def test_what_is_uploaded_is_what_the_method_plans(method: str, uploads: int, numbers: int) -> None:
+    spent, drowned = noised(method)
+    assert f"epsilon {epsilon(uploads, 8.0, 1e-5):.4g} " in spent
+    assert f"sqrt({numbers:,} numbers)" in drowned
+
+
+def test_of_clients_that_are_drawn_the_one_drawn_most_often_counts() -> None:
+    *_, spent, _ = noised(federation={"rounds": 4, "clients_per_round": 1})
+    drawn = [
+        id_ for round_ in range(1, 5) for id_ in draw(4, FederationConfig(rounds=4, clients_per_round=1), 0, round_).ids
+    ]
+    most = max(map(drawn.count, drawn))
+    assert 1 <= most < 4
+    assert f"is drawn most often, for {most} of 4 rounds, gives away epsilon {epsilon(most, 8.0, 1e-5):.4g}" in spent
+
+
+def test_noise_on_nothing_has_no_effect() -> None:
+    assert noised("local_only") == ("exchange.privacy has no effect: with this method nothing is uploaded",)
+
+
 def test_a_dry_run_says_what_the_run_would_say() -> None:
     privacy = {"enabled": True, "noise_multiplier": 2.0, "budget": 1e-3}
     lines = dry_run(tiny(method={"name": "fedit"}, exchange={"privacy": privacy})).lines()
     told = [line for line in lines if line.startswith("warning: ")]
-    assert len(told) == 2
-    assert "budget" in told[0]
-    assert "quadratic" in told[1]
+    assert len(told) == 4
+    assert "gives away epsilon" in told[0]
+    assert "budget" in told[2]
+    assert "quadratic" in told[3]

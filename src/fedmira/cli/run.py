@@ -31,11 +31,20 @@ def run(session: Session, config: Path, overrides: tuple[str, ...], dry_run: boo
     if dry_run:
         if resume or profile:
             raise UsageError("--dry-run predicts a whole run and does none; leave out --resume and --profile with it")
+        from fedmira.model.source import is_absent_gpu
+
+        unwritable = unwritable_line(run_directory(run_config))
+        if is_absent_gpu(run_config.model.device):
+            from fedmira.forecast.elsewhere import memory_elsewhere
+
+            needed = memory_elsewhere(run_config)
+            needed = needed._replace(warnings=(*needed.warnings, *filter(None, [unwritable])))
+            session.result(needed.facts(), "\n".join(needed.lines()))
+            return
         from fedmira.forecast.estimate import dry_run as estimate_run
 
         estimate = estimate_run(run_config)
-        if line := unwritable_line(run_directory(run_config)):
-            estimate = estimate._replace(warnings=(*estimate.warnings, line))
+        estimate = estimate._replace(warnings=(*estimate.warnings, *filter(None, [unwritable])))
         session.result(estimate._asdict(), "\n".join(estimate.lines()))
         return
     open_store = RunStore.resume if resume else RunStore.create

@@ -6,10 +6,13 @@ Needs the run directory and the base model; the clients' data is never read.
 from __future__ import annotations
 
 import json
+import math
+import os
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -17,22 +20,15 @@ import numpy as np
 from fedmira import embedded_base_path
 from fedmira.data.partition import check_names
 from fedmira.errors import SetupError, UsageError, nearest
-from fedmira.export.peft import (
-    EMBEDDED_NAME,
-    Settings,
-    adapter_files,
-    card_bytes,
-    model_card,
-    new_folder,
-    write_files,
-)
+from fedmira.export.card import EMBEDDED_NAME, card_bytes, model_card, prompt_lines
+from fedmira.export.pairs import num_pairs
+from fedmira.export.peft import Settings, adapter_files, new_folder, write_files
+from fedmira.export.whole_model import merged as with_adapter
 from fedmira.export.whole_model import write_model
 from fedmira.paths import home_expanded
 from fedmira.types import Arena, Example, Layout
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from fedmira.config.run import ModelConfig, RunConfig
     from fedmira.model.base import BaseModel
 
@@ -55,6 +51,8 @@ class Trained(NamedTuple):
     """Newer checkpoints that are damaged, each with the reason."""
     moved: str = ""
     """What had to be loaded otherwise than the config says; empty if nothing."""
+    epsilon: Mapping[str, float] = MappingProxyType({})
+    """With `exchange.privacy`, by client: what its uploads have given away, as recorded last."""
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -86,7 +84,7 @@ class Trained(NamedTuple):
         return self.names.index(client)
 
 
-def load_trained(run: Path) -> Trained:
+def load_trained(run: str | os.PathLike[str]) -> Trained:
     """Return the clients of the run in the folder `run` and what they keep, from its newest valid checkpoint.
 
     Raises:
@@ -100,6 +98,7 @@ def load_trained(run: Path) -> Trained:
     from fedmira.runs.checkpoint import load_latest
     from fedmira.runs.store import RunStore, no_finished_round
 
+    run = Path(run)
     if (run / "study.json").is_file():
         example = next(iter(sorted((run / "runs").glob("*"))), run / "runs" / "RUN")
         raise UsageError(f"{run} is a comparison, which holds several runs; name one of them, such as {example}")
@@ -118,7 +117,15 @@ def load_trained(run: Path) -> Trained:
     shift_W = checkpoint.tensors.get("state.memory.shift")
     adapters = Arena(layout, values_KP.to(base.device), None if shift_W is None else shift_W.to(base.device))
     rounds = int(checkpoint.facts["completed_rounds"])
-    return Trained(store.config, names, adapters, base, rounds, checkpoint.skipped, moved)
+    spent: dict[str, float] = {}
+    if store.config.exchange.privacy.enabled:
+        # who never took part has sent nothing
+        spent = dict.fromkeys(names, 0.0)
+        for event in store.events():
+            found = event.get("privacy", {}).get("epsilon", {})
+            # null stands for what is not finite
+            spent |= {name: math.inf if value is None else float(value) for name, value in found.items()}
+    return Trained(store.config, names, adapters, base, rounds, checkpoint.skipped, moved, spent)
 
 
 def _loadable(config: RunConfig, recorded: Mapping[str, object]) -> tuple[ModelConfig, str]:
@@ -140,11 +147,12 @@ def _loadable(config: RunConfig, recorded: Mapping[str, object]) -> tuple[ModelC
 
 
 def export_clients(
-    run: Path,
+    run: str | os.PathLike[str],
     client: str | None,
-    out: Path,
+    out: str | os.PathLike[str],
     *,
     with_base: bool = False,
+    merged: bool = False,
     warn: Callable[[str], object] = warnings.warn,
 ) -> dict[str, Path]:
     """Write the adapter of one client of a run, or of each, as PEFT folders; return the folder of each name.
@@ -156,22 +164,35 @@ def export_clients(
         client: One name, whose folder is `out`; or None for every client, each in `out`/NAME.
         out: New or empty folder.
         with_base: Put a copy of the embedded base model beside the adapters, as `out`/base.
+        merged: Write whole models: the base with the low-rank adapter added to its weights.
         warn: Told what of the run or of the adapters may be unexpected, such as a run that is not finished.
 
     Raises:
-        UsageError: an unknown client, a folder that is not empty, or `with_base` without the embedded model.
+        UsageError: an unknown client, a folder that is not empty, `with_base` without the embedded model, or `merged`
+            for what is no low-rank adapter.
         DataError: a client's name cannot be the name of a folder.
     """
     from fedmira.model.full import is_full, one_by_one
 
+    run, out = Path(run), Path(out)
+    if with_base and merged:
+        raise UsageError("--with-base has no effect with --merged, which writes whole models; leave it out")
     trained = load_trained(run)
     whole = is_full(trained.adapters.layout)
-    if with_base and whole:
-        raise UsageError("--with-base has no effect: this run tuned every weight, so each folder is a whole model")
+    if (with_base or merged) and whole:
+        option = "--merged" if merged else "--with-base"
+        raise UsageError(f"{option} has no effect: this run tuned every weight, so each folder is a whole model")
+    if merged and not num_pairs(trained.adapters.layout):
+        raise UsageError(
+            "--merged adds low-rank adapters to weights, and this run's are of kind "
+            f"{trained.config.model.adapter.kind}: rows before the prompt, which no weights stand for; leave it out, "
+            "and load the folder with peft"
+        )
     embedded = trained.config.model.path == "embedded"
     if with_base and not embedded:
         raise UsageError(
-            f"--with-base copies the embedded model only; this run's base is {trained.config.model.path}, load that"
+            f"--with-base copies the embedded model only, and this run's base is {trained.config.model.path}; load the "
+            "adapter over that, or take --merged instead, which writes a whole model"
         )
     everyone = client is None
     chosen = trained.names if client is None else (client,)
@@ -203,6 +224,11 @@ def export_clients(
             kept = trained.adapters.replace(trained.adapters.values_KP[rows])
             for target, row, _ in zip(targets, rows, one_by_one(trained.base, kept), strict=True):
                 write_model(target, trained.base, _card(trained, row, base_path, run.resolve().name))
+        elif merged:
+            for target, row in zip(targets, rows, strict=True):
+                card = _card(trained, row, base_path, run.resolve().name, merged=True)
+                with with_adapter(trained.base, trained.adapters, row):
+                    write_model(target, trained.base, card)
         else:
             for target, row in zip(targets, rows, strict=True):
                 files = _files(trained, row, base_path, run.resolve().name)
@@ -237,17 +263,19 @@ def _rank(files: Mapping[str, bytes]) -> int | None:
     return rank
 
 
-def _card(trained: Trained, row: int, base_path: str, run_name: str, rank: int | None = None) -> str:
-    config = trained.config
+def _card(
+    trained: Trained, row: int, base_path: str, run_name: str, rank: int | None = None, merged: bool = False
+) -> str:
+    config, name = trained.config, trained.names[row]
     adapter, rounds = config.model.adapter, config.federation.rounds
     sizes: dict[str, dict[str, object]] = {
-        "lora": {"rank": rank},
+        "lora": {"adapter": "low-rank, merged into the weights"} if merged else {"rank": rank},
         "prompt": {"virtual tokens": adapter.num_virtual_tokens},
         "p_tuning": {"virtual tokens": adapter.num_virtual_tokens},
         "full": {},
     }
     facts = {
-        "client": trained.names[row],
+        "client": name,
         "run": run_name,
         "method": config.method.name,
         "rounds": str(trained.rounds) + (f" of {rounds}" if trained.rounds < rounds else ""),
@@ -255,7 +283,11 @@ def _card(trained: Trained, row: int, base_path: str, run_name: str, rank: int |
         **sizes[adapter.kind],
         "template of the prompts": config.data.template,
     }
-    return model_card(base_path, facts, adapter.kind, trained.revision)
+    if name in trained.epsilon:
+        privacy = f"epsilon {trained.epsilon[name]:.4g} at delta {config.exchange.privacy.delta:g}"
+        facts["differential privacy of what this client sent in the run"] = privacy
+    prompts = prompt_lines(config.data.template, trained.base.tokenizer)
+    return model_card(base_path, facts, "full" if merged else adapter.kind, trained.revision, prompts)
 
 
 def _stores_transposed(base: BaseModel, layout: Layout) -> bool:
@@ -264,43 +296,80 @@ def _stores_transposed(base: BaseModel, layout: Layout) -> bool:
 
 
 def answer(
-    run: Path, client: str, instruction: str, context: str = "", *, warn: Callable[[str], object] = warnings.warn
+    run: str | os.PathLike[str],
+    client: str,
+    instruction: str,
+    context: str = "",
+    *,
+    max_new_tokens: int | None = None,
+    warn: Callable[[str], object] = warnings.warn,
 ) -> str:
     """Return what the run's model writes after `instruction` (and `context`) with the adapter of `client`, greedily.
 
     `warn` is told what of the run may be unexpected, and if the question is too long to be read whole.
 
+    Args:
+        run: The run directory.
+        client: Whose adapter answers.
+        instruction: What is asked.
+        context: Further context of the instruction.
+        max_new_tokens: Where the answer is cut; None takes evaluation.generation.max_new_tokens of the run.
+        warn: Told what may be unexpected.
+
     Raises:
         UsageError: an unknown client, a run without a finished round, or a question that is no text.
     """
     from fedmira.data.sources.records import UnusableRecordError, refuse_half_characters
-    from fedmira.data.tokenization import end_token
-    from fedmira.evaluation.generation import generate
 
     try:
         refuse_half_characters(instruction, context)
     except UnusableRecordError as error:
         raise UsageError(f"the question is not valid UTF-8: {error}; save or type it as UTF-8") from error
+    question = Example(instruction=instruction, output="", input=context)
+    return answers(run, client, [question], max_new_tokens=max_new_tokens, warn=warn)[0]
+
+
+def answers(
+    run: str | os.PathLike[str],
+    client: str,
+    questions: Sequence[Example],
+    *,
+    max_new_tokens: int | None = None,
+    warn: Callable[[str], object] = warnings.warn,
+) -> list[str]:
+    """Return what `answer` does for each question, all of them read and answered together.
+
+    The outputs of `questions` are not looked at; where there are several, what was left out of long ones is said once
+    for all.
+    """
+    from fedmira.data.tokenization import end_token
+    from fedmira.evaluation.generation import generate
+
     trained = load_trained(run)
     row = trained.row(client)
     config, base = trained.config, trained.base
     for line in trained.warnings:
         warn(line)
-    prompt, line = _question(trained, Example(instruction=instruction, output="", input=context))
-    if line:
-        warn(line)
+    if not questions:
+        return []
+    most = config.evaluation.generation.max_new_tokens if max_new_tokens is None else max_new_tokens
+    prompts, lines = zip(*(_question(trained, question, most) for question in questions), strict=True)
+    cut = [(question.id, line) for question, line in zip(questions, lines, strict=True) if line]
+    if cut and len(questions) == 1:
+        warn(cut[0][1])
+    elif cut:
+        warn(f"{len(cut):,} of {len(questions):,} questions are too long to be read whole; {cut[0][0]}: {cut[0][1]}")
     one = trained.adapters.replace(trained.adapters.values_KP[row : row + 1])
-    ends = {end_token(base.tokenizer, config.data.template)}
-    return generate(base, one, [[prompt]], config.evaluation.generation.max_new_tokens, ends=ends)[0][0]
+    return generate(base, one, [prompts], most, ends={end_token(base.tokenizer, config.data.template)})[0]
 
 
-def _question(trained: Trained, example: Example) -> tuple[np.ndarray, str]:
+def _question(trained: Trained, example: Example, max_new_tokens: int) -> tuple[np.ndarray, str]:
     """The prompt (T,), and how many tokens of it the model does not read, if any, and why."""
     from fedmira.data.tokenization import prompt_tokens
     from fedmira.evaluation.generation import tokens_for
 
     config, base, layout = trained.config, trained.base, trained.adapters.layout
-    new_tokens, room = tokens_for(base, layout, config.evaluation.generation.max_new_tokens)
+    new_tokens, room = tokens_for(base, layout, max_new_tokens)
     # of a prompt that has room for one token only, which may be the start token's, generation chooses
     longest = min(config.data.max_length, max(room, 2))
     whole, prompt = (

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from fedmira.errors import UsageError
+from fedmira.export.card import card_bytes, model_card
 from fedmira.export.pairs import joined_pairs, num_pairs
 from fedmira.export.ranks import fitted, ranks_by_layer
 from fedmira.runs.atomic import disk_errors_named, make_folder, nonce, remove_tree, sync_folder, write_new_file
@@ -26,11 +27,7 @@ if TYPE_CHECKING:
 
     import torch
 
-    from fedmira.config.method import AdapterKind
     from fedmira.types import Layout
-
-EMBEDDED_NAME = "fedmira-embedded-base"
-"""What an exported folder names as its base where that is the embedded model and no copy lies beside it."""
 
 PEFT_SUFFIX = {"lora_a": "lora_A.weight", "lora_b": "lora_B.weight"}
 
@@ -160,68 +157,6 @@ def _peft_config(settings: Settings, ranks: Mapping[str, int]) -> dict[str, obje
         "use_dora": False,
         "use_rslora": False,
     }
-
-
-_TITLES: Mapping[AdapterKind, str] = {
-    "lora": "LoRA adapter",
-    "prompt": "Soft prompt",
-    "p_tuning": "Soft prompt",
-    "full": "Fine-tuned model",
-}
-
-
-def model_card(
-    base_path: str,
-    facts: Mapping[str, object] | None = None,
-    kind: AdapterKind = "lora",
-    revision: str | None = None,
-) -> str:
-    """Return README.md of an exported folder: what it is, its `facts` as a list, and how to load it.
-
-    Args:
-        base_path: of the base.
-        facts: what else to say.
-        kind: of the adapter.
-        revision: of the base on the hub, if it is not the newest.
-    """
-    library = "transformers" if kind == "full" else "peft"
-    header = ["---", f"base_model: {json.dumps(base_path)}", f"library_name: {library}"]
-    header += ["pipeline_tag: text-generation", "tags:", f"- {kind}", "- fedmira", "---", ""]
-    body = [f"# {_TITLES[kind]} of one client", "", "Made by fedmira: federated multi-task fine-tuning (MIRA).", ""]
-    body += [f"- {name}: {value}" for name, value in (facts or {}).items()]
-    body += [f"- revision of the base: {revision}"] if revision else []
-    if kind == "full":
-        load = "model = AutoModelForCausalLM.from_pretrained(FOLDER)"
-        usage = ["", "```python", "from transformers import AutoModelForCausalLM", "", load, "```", ""]
-        return "\n".join([*header, *body, *usage, "FOLDER is the folder of this file.", ""])
-    at = f", revision={revision!r}" if revision else ""
-    usage = [
-        "",
-        "```python",
-        "from peft import PeftModel",
-        "from transformers import AutoModelForCausalLM",
-        "",
-        f"base = AutoModelForCausalLM.from_pretrained(BASE{at})  # see below",
-        "model = PeftModel.from_pretrained(base, FOLDER)",
-        "```",
-        "",
-        "FOLDER is the folder of this file. BASE is " + _where_base_is(base_path),
-        "",
-    ]
-    return "\n".join(header + body + usage)
-
-
-def card_bytes(card: str) -> bytes:
-    """A model card as a file; bytes of a path that are no UTF-8 are written out."""
-    return card.encode(errors="backslashreplace")
-
-
-def _where_base_is(base_path: str) -> str:
-    if base_path == EMBEDDED_NAME:
-        return "the small model that ships with fedmira: `fedmira.embedded_base_path()`."
-    if base_path in ("base", "../base"):
-        return f"the folder `{base_path}` beside this file, a copy of the small model that ships with fedmira."
-    return f"`{base_path}`."
 
 
 def write_files(folder: Path, files: Mapping[str, bytes]) -> None:

@@ -1,20 +1,54 @@
-"""Writes a base model, with the weights it has now, as a Hugging Face folder that transformers loads.
+"""Writes a base model, with the weights it has now, as a Hugging Face folder that transformers loads; and gives it the
+weights that it has with a low-rank adapter for a while.
 
 Knows nothing about runs, clients or whose weights they are; `clients` does.
+
+Axes: K clients, P parameters of one adapter, W elements of all adapted layers.
 """
 
 from __future__ import annotations
 
 import copy
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fedmira.export.peft import card_bytes, write_files
+from fedmira.export.card import card_bytes
+from fedmira.export.pairs import joined_pairs
+from fedmira.export.peft import write_files
 from fedmira.runs.atomic import write_new_file
+from fedmira.types import Arena
 
 if TYPE_CHECKING:
     from fedmira.model.base import BaseModel
+
+
+@contextmanager
+def merged(base: BaseModel, adapters: Arena, row: int) -> Iterator[None]:
+    """Inside the `with` block the adapted layers of `base` have the weights W + shift + scaling * B A of one client.
+
+    The products of several pairs of a layer add up.
+
+    Args:
+        base: Its weights are its own bytes again behind the block.
+        adapters: (K, P) of low-rank pairs; the shift is theirs, if any.
+        row: Whose adapter it is.
+    """
+    import torch
+
+    from fedmira.model.shift import shifted
+
+    layout, row_P = joined_pairs(adapters.layout, adapters.values_KP[row])
+    one = Arena(layout, row_P[None])
+    pairs = {spec_a.layer: (one.view(spec_a)[0], one.view(spec_b)[0]) for spec_a, spec_b in layout.pairs}
+    factors = [pairs[layer] for layer in layout.layers]
+    products_W = torch.cat([(layout.scaling * (b_OR @ a_RI)).flatten() for a_RI, b_OR in factors])
+    if adapters.shift_W is not None:
+        products_W += adapters.shift_W
+    with shifted(base, layout, products_W):
+        yield
 
 
 def write_model(folder: Path, base: BaseModel, card: str) -> None:

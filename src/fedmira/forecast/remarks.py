@@ -8,15 +8,20 @@ from __future__ import annotations
 import math
 from collections import Counter
 
+import torch
+
 from fedmira.assembly import Assembly
+from fedmira.config.exchange import WEAK_EPSILON
 from fedmira.config.refusals import asks_for_validation
 from fedmira.config.run import RunConfig
 from fedmira.data.packing import batches_in_round
 from fedmira.data.sources.files import unusable_line
 from fedmira.evaluation.judge import shortened_line
-from fedmira.exchange.privacy import max_uploads
+from fedmira.exchange.messages import crossing
+from fedmira.exchange.privacy import epsilon, max_uploads
 from fedmira.federation import participation
 from fedmira.federation.similarity import MINIMUM_CLIENTS
+from fedmira.types import Arena, Layout, Participants
 
 _CUT = {"input": "input, or of their prompt where that is not enough", "beginning": "prompt"}
 _JUDGING_SHARE = 0.2
@@ -33,6 +38,7 @@ def warnings(parts: Assembly) -> tuple[str, ...]:
         *_phase_lines(parts.config),
         _judging_line(parts),
         shortened_line(parts.base, parts.layout, parts.tokenized, parts.config.evaluation),
+        *_privacy_lines(parts),
         _budget_line(parts),
     )
     return tuple(line for line in lines if line)
@@ -127,6 +133,66 @@ def _judging_line(parts: Assembly) -> str:
         f"training, {judged:,} tokens after every {turns} for {trained:,} trained on in each; with "
         f"evaluation.every: {rarer} it takes a fifth"
     )
+
+
+def _privacy_lines(parts: Assembly) -> list[str]:
+    """What noise on uploads promises after all rounds, and whether it is larger than what clients learn."""
+    privacy, federation = parts.config.exchange.privacy, parts.config.federation
+    if not privacy.enabled:
+        return []
+    uploads, most_numbers = _planned_uploads(parts)
+    if not any(uploads):
+        return ["exchange.privacy has no effect: with this method nothing is uploaded"]
+    num_clients, rounds, spent, drawn = len(parts.clients.names), federation.rounds, Counter[int](), Counter[int]()
+    for round_, number in enumerate(uploads, start=1):
+        ids = participation.draw(num_clients, federation, parts.config.seed, round_).ids
+        drawn.update(ids)
+        spent.update(dict.fromkeys(ids, number))
+    (client, most), *_ = spent.most_common(1)
+    value = epsilon(most, privacy.noise_multiplier, privacy.delta)
+    who = f"takes part in all {rounds} rounds" if rounds > 1 else "takes part"
+    if drawn[client] < rounds:
+        who = f"is drawn most often, for {drawn[client]} of {rounds} rounds,"
+    line = f"exchange.privacy: a client that {who} gives away epsilon {value:.4g} at delta {privacy.delta:g}"
+    if value > WEAK_EPSILON:
+        line += (
+            f"; above about {WEAK_EPSILON:g} that protects little: raise noise_multiplier or lower federation.rounds"
+        )
+    most_learned, noise = privacy.clip_norm, privacy.noise_multiplier * privacy.clip_norm * math.sqrt(most_numbers)
+    if noise <= most_learned:
+        return [line]
+    return [
+        line,
+        f"exchange.privacy: the noise of an upload has norm {_short(noise)} (noise_multiplier * clip_norm * "
+        f"sqrt({most_numbers:,} numbers)), what a client learned at most clip_norm = {most_learned:g}: a mean over few "
+        "clients is mostly noise, and losses can end above that of the base. A smaller model.adapter.rank, fewer "
+        "targets and more clients per round help, and a smaller noise_multiplier at the cost of epsilon",
+    ]
+
+
+def _short(value: float) -> str:
+    """Three digits, without an exponent where that is short.
+
+    >>> _short(407.29), _short(3.0), _short(12345.6)
+    ('407', '3', '12,346')
+    """
+    return f"{value:,.0f}" if 1000 <= value < 1e9 else f"{value:.3g}"
+
+
+def _planned_uploads(parts: Assembly) -> tuple[list[int], int]:
+    """How many rows a participant uploads in each round, and how many numbers the largest of them has."""
+    rounds, num_clients = parts.config.federation.rounds, len(parts.clients.names)
+    # what a plan sends depends on the groups and the round, not on sizes or values
+    specs = parts.layout.specs
+    small = Layout.of((spec.name, spec.group, spec.layer, (1,) * len(spec.shape)) for spec in specs)
+    state = parts.method.init(Arena(small, torch.zeros(num_clients, small.num_parameters)), parts.clients)
+    uploads, most_numbers = [], 0
+    for round_ in range(1, rounds + 1):
+        job = parts.method.plan(state, Participants(round_, (0,), round_ == rounds))
+        groups = job.upload & set(parts.layout.groups)
+        uploads.append(job.num_crossing if groups else 0)
+        most_numbers = max(most_numbers, sum(spec.size for spec in crossing(parts.layout, groups)))
+    return uploads, most_numbers
 
 
 def _budget_line(parts: Assembly) -> str:

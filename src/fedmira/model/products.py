@@ -29,11 +29,11 @@ def _by_intel() -> bool:
 
 _ONEDNN = hasattr(torch.ops.mkldnn, "_linear_pointwise") and not _by_intel()
 
-if _ONEDNN:
-    # Both caches keep what they made for a number of rows, 1,024 times, and packed batches seldom have the same number
-    # twice: they would grow to hundreds of MiB. This many serve the layers of one step, and both read it at first use.
-    for _cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
-        os.environ.setdefault(_cache, "32")
+# Both caches keep what they made for a number of rows, 1,024 times, and packed batches seldom have the same number
+# twice: they would grow to hundreds of MiB. This many serve the layers of one step, and both read it at first use.
+# Whose processor it is does not matter: products in 16 bits are oneDNN's on all of them.
+for _cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+    os.environ.setdefault(_cache, "32")
 
 
 def as_OI(layer: torch.nn.Module) -> torch.Tensor:

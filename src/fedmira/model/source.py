@@ -43,6 +43,21 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
+def is_absent_gpu(name: str) -> bool:
+    """Whether `name` means a CUDA device that this machine lacks.
+
+    >>> is_absent_gpu("cpu"), is_absent_gpu("cuda:99")
+    (False, True)
+    """
+    if re.fullmatch(r"cuda(:\d{1,3})?", name) is None:
+        return False
+    try:
+        resolve_device(name)
+    except SetupError:
+        return True
+    return False
+
+
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     """Turn a config's dtype into torch's; `auto` is bfloat16 on a GPU that computes in it and float32 elsewhere."""
     if name == "auto":

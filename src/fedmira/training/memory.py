@@ -63,6 +63,12 @@ def bytes_per_client(layout: Layout, training: TrainingConfig, element_bytes: in
     return (2 + num_moments(training)) * layout.num_parameters * element_bytes
 
 
+def server_bytes(layout: Layout, num_clients: int, training: TrainingConfig, element_bytes: int = 4) -> int:
+    """Bytes of the adapters of all clients that lie on the device while some of them train."""
+    arenas = _SERVER_ARENAS + (3 if training.keep_moments else 0)
+    return arenas * num_clients * layout.num_parameters * element_bytes
+
+
 def probe_length(base: BaseModel, clients: Sequence[TokenizedClient]) -> int:
     """How long a sequence `activation_bytes_per_token` should measure for clients like these, in tokens."""
     longest = max((example.num_inputs for client in clients for example in client.train), default=_PROBE_TOKENS)
@@ -193,8 +199,7 @@ def choose_cohort_size(
     if is_full(layout):
         return 1
     token_bytes = activation_bytes_per_token(base, layout, dropout, probe_length(base, clients))
-    arenas = _SERVER_ARENAS + (3 if training.keep_moments else 0)
-    held_bytes = arenas * len(clients) * layout.num_parameters * base.adapter_dtype.itemsize
+    held_bytes = server_bytes(layout, len(clients), training, base.adapter_dtype.itemsize)
 
     def fits(size: int) -> bool:
         needed = estimate(base, layout, clients, training, size, token_bytes, dropout)
