@@ -105,5 +105,6 @@ def _listed(names: Sequence[str]) -> str:
 
 def _refusal(what: str, how: str) -> IntegrityError:
     return IntegrityError(
-        f"the {what} changed since the run was started ({how}); restore the files, or start a new run"
+        f"the {what} changed since the run was started ({how}); restore the files, or start a new run. Where no file "
+        "changed, the version that began the run read fewer kinds of files and records than this one"
     )

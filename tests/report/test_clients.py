@@ -169,6 +169,21 @@ def test_a_client_that_diverged_is_harmed(make_study: Make) -> None:
     assert "<td>+0.5&nbsp;%</td>" in page
 
 
+def test_seeds_on_which_training_alone_diverged_say_nothing_of_a_client(make_study: Make) -> None:
+    losses = {("local_only", 0): (math.nan, 1.0), ("local_only", 1): (2.0, 1.0), ("mira", 0): (1.0, 1.0)}
+    first, second = client_rows(study_of(two_client_study(make_study, {**losses, ("mira", 1): (1.0, 1.0)})))
+    assert (first.local_loss, first.changes) == (2.0, {"mira": -0.5})
+    assert second.changes == {"mira": 0.0}
+
+
+def test_clients_are_sorted_by_the_best_method_with_finite_numbers(make_study: Make) -> None:
+    losses = {("local_only", 0): (1.0, 2.0), ("fedit", 0): (math.nan, 1.0), ("mira", 0): (1.5, 1.0)}
+    table = client_table(study_of(two_client_study(make_study, losses)))
+    assert table is not None
+    assert "Sorted by mira, the worst first." in table.note
+    assert [row["name"] for row in table.rows] == [FIRST, SECOND]
+
+
 # ----------------------------------------------------------------------------------------------------------- of chance
 
 

@@ -257,10 +257,6 @@ NO_VALIDATION = {"source": "planted", "partition": {"by": "field", "validation":
         ({"compare": {"methods": []}}, "nothing to compare"),
         ({"compare": {"methods": ["mira", "fedit", "mira"]}}, "names 'mira' more than once"),
         ({"compare": {"variants": {"../escaped": {"name": "mira"}}}}, r"the name '\.\./escaped', which becomes part"),
-        (
-            {"compare": {"variants": {"local_only": {"name": "mira"}}}},
-            r"variants\.local_only is called like a method, but has name = mira; call it something else",
-        ),
     ],
 )
 def test_comparisons_that_make_no_sense_are_config_mistakes(
@@ -276,11 +272,13 @@ def test_comparisons_that_make_no_sense_are_config_mistakes(
     [
         ({"seed": 999, "compare": {"seeds": 3, "learning_rates": RATES}}, "tuning_seed = 1000 is one of the seeds"),
         ({"data": NO_VALIDATION, "compare": {"learning_rates": RATES}}, "leaves nothing to choose by"),
+        (
+            {"compare": {"variants": {"local_only": {"name": "mira"}}}},
+            r"variants\.local_only is called like a method, but has name = mira; call it something else",
+        ),
     ],
 )
-def test_settings_are_never_chosen_on_what_is_reported_or_on_nothing(
-    tmp_path: Path, sections: dict[str, Any], words: str
-) -> None:
+def test_comparisons_that_would_mislead_are_refused(tmp_path: Path, sections: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         compare(RunConfig.model_validate(sections), directory=tmp_path / "study")
     assert list(tmp_path.iterdir()) == []

@@ -382,13 +382,6 @@ class CompareConfig(Section):
                     f"variants has the name {name!r}, which becomes part of a folder's name; use letters, digits, dot, "
                     "dash and underscore, 64 at most, beginning with a letter or digit"
                 )
-        for name, method in self.variants.items():
-            # tables and reports take what is called local_only for training alone
-            if name in METHOD_NAMES and method.name != name:
-                raise ValueError(
-                    f"variants.{name} is called like a method, but has name = {method.name}; call it something else, "
-                    f"such as {method.name}-2, or use name: {name}"
-                )
         return self
 
 

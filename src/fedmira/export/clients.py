@@ -9,6 +9,7 @@ import json
 import math
 import os
 import sys
+import unicodedata
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -78,6 +79,8 @@ class Trained(NamedTuple):
 
     def row(self, client: str) -> int:
         """The row of `client`; raises UsageError with the nearest right names if there is no such client."""
+        # some systems part letters from their accents, and the data's names do not
+        client = unicodedata.normalize("NFC", client)
         if client not in self.names:
             shown = ", ".join(self.names[:12]) + (f", ... ({len(self.names)} in all)" if len(self.names) > 12 else "")
             raise UsageError(f"the run has no client {client!r}; its clients: {shown}{nearest(client, self.names)}")

@@ -5,6 +5,7 @@ Knows nothing about adapters beyond rows of numbers, and reads no files. Axes: K
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
@@ -135,6 +136,8 @@ def from_matrix(matrix: npt.ArrayLike, names: Sequence[str] | None, client_names
     """
     if names is None:
         return validated(matrix, len(client_names), "given").adjacency_KK
+    # some systems part letters from their accents, and the clients' names do not
+    names = [unicodedata.normalize("NFC", name) for name in names]
     doubled = sorted({name for name in names if list(names).count(name) > 1})
     unknown = [name for name in names if name not in set(client_names)]
     missing = [name for name in client_names if name not in set(names)]

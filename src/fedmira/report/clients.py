@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 import os
 import unicodedata
 from collections.abc import Mapping, Sequence
@@ -90,7 +91,8 @@ def _of_run(run: RunRecord, reference: RunRecord | None) -> list[Outcome]:
 
 
 def client_rows(study: StudyRecord) -> list[ClientRow]:
-    """The clients that were judged under some method and alone, in the study's order, on the seeds of its table."""
+    """The clients that were judged under some method and alone, in the study's order, on the seeds of its table on
+    which training alone gave each a finite loss."""
     compared = {(run.method, run.seed) for method in study.methods for run in study.compared(method)}
     by_client: dict[str, list[Outcome]] = {}
     for one in outcomes(study):
@@ -98,11 +100,14 @@ def client_rows(study: StudyRecord) -> list[ClientRow]:
             by_client.setdefault(one.client, []).append(one)
     rows = []
     for client, found in by_client.items():
-        alone = [one for one in found if one.method == REFERENCE_METHOD]
+        alone = [
+            one for one in found if one.method == REFERENCE_METHOD and one.loss is not None and math.isfinite(one.loss)
+        ]
+        seeds = {one.seed for one in alone}
         local_loss = mean(one.loss for one in alone if one.loss is not None)
         changes: dict[str, list[float]] = {}
         for one in found:
-            if one.relative_difference is not None:
+            if one.relative_difference is not None and one.seed in seeds:
                 changes.setdefault(one.method, []).append(one.relative_difference)
         if local_loss is not None and changes:
             held = mean(one.test_examples for one in alone if one.test_examples is not None)

@@ -83,8 +83,9 @@ def client_table(study: StudyRecord) -> ClientTable | None:
     methods = tuple(method for method in study.methods if any(method in row.changes for row in found))
     if not methods:
         return None
-    best = min(methods, key=lambda method: means.get(method, math.inf))
-    found.sort(key=lambda row: -row.changes.get(best, -math.inf))
+    best = min(methods, key=lambda method: loss if math.isfinite(loss := means.get(method, math.inf)) else math.inf)
+    # what is not finite is worst, what is missing last
+    found.sort(key=lambda row: _worse_first(row.changes.get(best)))
     cut = found[:END_CLIENTS] + found[-END_CLIENTS:] if len(found) > 2 * END_CLIENTS else found
     several = any(len(study.compared(method)) > 1 for method in methods)
     note = (
@@ -97,7 +98,7 @@ def client_table(study: StudyRecord) -> ClientTable | None:
     rows = [
         {
             "name": row.client,
-            "examples": NOTHING if row.test_examples is None else f"{row.test_examples:.3g}",
+            "examples": NOTHING if row.test_examples is None else _count(row.test_examples),
             "local_loss": format_loss(row.local_loss),
             "cells": [
                 {"text": format_relative(change), "harmed": change is not None and not change <= HARM_TOLERANCE}
@@ -107,6 +108,21 @@ def client_table(study: StudyRecord) -> ClientTable | None:
         for row in cut
     ]
     return ClientTable(methods, rows, note, folded=len(found) > FOLDED_CLIENTS)
+
+
+def _worse_first(change: float | None) -> float:
+    if change is None:
+        return math.inf
+    return -change if math.isfinite(change) else -math.inf
+
+
+def _count(number: float) -> str:
+    """A number of things, or the mean of several.
+
+    >>> _count(1234.0), _count(2.5)
+    ('1,234', '2.5')
+    """
+    return f"{number:,.0f}" if number.is_integer() else f"{number:,.1f}"
 
 
 def _shown(study: StudyRecord, method: str) -> tuple[RunRecord, ...]:

@@ -16,10 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from fedmira.config.file import config_difference, parse_resolved, resolved_yaml
+from fedmira.config.method import METHOD_NAMES
 from fedmira.config.refusals import refusal, refusal_beside, refusal_of_dtype
 from fedmira.config.run import RunConfig
 from fedmira.errors import (
     ConfigError,
+    DataError,
     DivergedError,
     FedmiraError,
     IntegrityError,
@@ -348,6 +350,13 @@ def variant(config: RunConfig, method: str, seed: int, learning_rate: float, *, 
 
 def _refuse_unusable(config: RunConfig) -> None:
     """Not a rule of the config: `fedmira run` reads the same file and does not look at this section."""
+    for name, settings in config.compare.variants.items():
+        # tables and reports take what is called local_only for training alone
+        if name in METHOD_NAMES and settings.name != name:
+            raise ConfigError(
+                f"compare.variants.{name} is called like a method, but has name = {settings.name}; call it something "
+                f"else, such as {settings.name}-2, or use name: {name}"
+            )
     for name in config.compare.methods:
         method, ranks = config.method_named(name), bool(config.model.adapter.client_ranks)
         if reason := (
@@ -370,7 +379,7 @@ def _refuse_biased_tuning(config: RunConfig) -> None:
             f"compare.tuning_seed = {section.tuning_seed} is one of the seeds that are reported, {config.seed} to "
             f"{config.seed + section.seeds - 1}; settings must be chosen on another draw"
         )
-    if config.data.partition.validation == 0:
+    if config.data.partition.validation == 0 and not getattr(config.data, "split_field", None):
         raise ConfigError(
             "compare.learning_rates is a grid, but data.partition.validation = 0 leaves nothing to choose by; "
             "set it to 0.15, for example, or give one learning rate"
@@ -378,7 +387,11 @@ def _refuse_biased_tuning(config: RunConfig) -> None:
 
 
 def final_validation_loss(path: Path) -> float:
-    """Mean over clients of the last recorded validation loss per supervised token; infinite if it is not finite."""
+    """Mean over clients of the last recorded validation loss per supervised token; infinite if it is not finite.
+
+    Raises:
+        DataError: no client has validation examples.
+    """
     with RunStore.open(path) as store:
         last = [event for event in store.events() if event["event"] == "evaluation"][-1]
     losses = [
@@ -386,4 +399,9 @@ def final_validation_loss(path: Path) -> float:
         for client in last["clients"].values()
         if client["tokens"]
     ]
+    if not losses:
+        raise DataError(
+            f"no client of {path} has validation examples to choose a learning rate by; hold some out "
+            "(data.partition.validation, data.split_field) or give one learning rate"
+        )
     return sum(losses) / len(losses)
