@@ -79,6 +79,8 @@ def test_names_say_whose_row_is_which(tmp_path: Path) -> None:
         "cleo,anna,ben\n0,0.5,0\n0.5,0,2\n0,2,0\n",
         "client;anna;ben;cleo\nanna;0;2;0,5\nben;2;0;0\n\ncleo;0,5;0;0\n",
         "0\t2\t0.5\n2\t0\t0\n0.5\t0\t0\n",
+        "# made by numpy; 3 x 3\n0,2,0.5\n2,0,0\n0.5,0,0\n",
+        '"anna", ben, cleo\n0, 2, 0.5\n2, 0, 0\n0.5, 0, 0\n',
     ],
 )
 def test_spreadsheets_name_clients_above_and_beside(tmp_path: Path, text: str) -> None:

@@ -9,6 +9,7 @@ import csv
 import functools
 import glob
 import hashlib
+import io
 import json
 import os
 import platform
@@ -269,8 +270,7 @@ def _npy_graph(path: Path) -> tuple[np.ndarray, None]:
 def _csv_graph(path: Path) -> tuple[np.ndarray, list[str] | None]:
     """A matrix, with or without the clients' names above it and beside it, as spreadsheets and pandas write it."""
     text = path.read_text(encoding="utf-8-sig")
-    delimiter = next((mark for mark in ";\t" if mark in text), ",")
-    rows = [row for row in csv.reader(text.splitlines(), delimiter=delimiter) if any(cell.strip() for cell in row)]
+    rows = max((_rows(text, mark) for mark in ";\t,"), key=_likely_table)
     if not rows:
         raise ValueError("it is empty")
     names = None
@@ -285,6 +285,17 @@ def _csv_graph(path: Path) -> tuple[np.ndarray, list[str] | None]:
         raise ValueError(f"it has rows of {sizes[0]} and of {sizes[-1]} cells")
     # where cells are parted by a semicolon, a comma is the decimal point
     return np.array([[float(cell.replace(",", ".")) for cell in row] for row in rows], ndmin=2), names
+
+
+def _rows(text: str, delimiter: str) -> list[list[str]]:
+    """The cells of the lines that are neither empty nor, as numpy writes headers, a comment."""
+    rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True)
+    return [row for row in rows if any(cell.strip() for cell in row) and not row[0].startswith("#")]
+
+
+def _likely_table(rows: list[list[str]]) -> tuple[bool, int]:
+    widths = [len(row) for row in rows] or [0]
+    return widths[0] > 1 and len(set(widths)) == 1, widths[0]
 
 
 def _is_number(cell: str) -> bool:
@@ -343,9 +354,8 @@ def refuse_other_base(run: Path, recorded: Mapping[str, Any], base: BaseModel) -
         IntegrityError: the weights differ, or what the model's config says about the computation.
     """
     now = base.facts()
-    # a hub id's commit changes with every file beside the weights; earlier versions recorded nothing else, if that
-    keys = ["weights_sha256"] if recorded.get("weights_sha256") else ["commit"]
-    changed = [key for key in keys if recorded.get(key) != now[key] and recorded.get(key) is not None]
+    # a hub id's commit changes with every file beside the weights; weights that the hub converted have no file there
+    changed = ["weights_sha256"] if recorded.get("weights_sha256") not in (None, {}, now["weights_sha256"]) else []
     if None not in (recorded.get("config_sha256"), now["config_sha256"]):
         changed += ["config_sha256"] if recorded["config_sha256"] != now["config_sha256"] else []
     if changed:
@@ -425,9 +435,16 @@ def versions() -> dict[str, str]:
 
 
 def cached_base(config: ModelConfig, commit: str | None = None) -> BaseModel:
-    """The frozen base model, see `load_base`; a comparison's runs share it."""
+    """The frozen base model, see `load_base`; the runs of a process share it, of an id of the hub the commit too."""
     # adapters are no part of it
-    return _base(config.model_dump_json(exclude={"adapter"}), commit, _stamp(config.path))
+    key = config.model_dump_json(exclude={"adapter"}), _stamp(config.path)
+    held = _BASES.get(key)
+    if held is None or commit not in (None, held.commit):
+        # before the next one is in memory
+        _BASES.clear()
+        held = None
+        held = _BASES[key] = load_base(config, commit)
+    return held
 
 
 def cached_federation(config: RunConfig, known: tuple[str, ...] = ()) -> Federation:
@@ -439,9 +456,8 @@ Stamp: TypeAlias = tuple[tuple[str, int, int], ...]
 _DATA: TypeAdapter[DataConfig] = TypeAdapter(DataConfig)
 
 
-@functools.lru_cache(maxsize=1)
-def _base(model_json: str, commit: str | None, stamp: Stamp) -> BaseModel:
-    return load_base(ModelConfig.model_validate_json(model_json), commit)
+_BASES: dict[tuple[str, Stamp], BaseModel] = {}
+"""The one that was used last."""
 
 
 @functools.lru_cache(maxsize=4)

@@ -96,25 +96,31 @@ def run(
 
 
 def carry_out(
-    store: RunStore, display: Display | None = None, *, profile: bool = False, stop: StopFlag | None = None
+    store: RunStore,
+    display: Display | None = None,
+    *,
+    profile: bool = False,
+    stop: StopFlag | None = None,
+    commit: str | None = None,
 ) -> Path:
     """Carry out the run of `store` from where it stands and return its directory; closes the store.
 
     A signal that arrives when all rounds are done ends nothing. Whoever has more to do afterwards passes the flag of
-    its own `stop_on_signals` and asks it then.
+    its own `stop_on_signals` and asks it then. A run that goes on loads the commit that it was begun with of a base of
+    the hub, one that begins `commit`.
     """
     with (
         store,
         profiled(store) if profile else nullcontext(),
         stop_on_signals() if stop is None else nullcontext(stop) as flag,
     ):
-        return _Run(store, display or SilentDisplay(), flag).carry_out()
+        return _Run(store, display or SilentDisplay(), flag, commit).carry_out()
 
 
 class _Run:
     """The round loop and what it writes."""
 
-    def __init__(self, store: RunStore, display: Display, stop: StopFlag) -> None:
+    def __init__(self, store: RunStore, display: Display, stop: StopFlag, commit: str | None) -> None:
         self.config, self.store, self.display, self.stop = store.config, store, display, stop
         self.larger: Assembly | None = None
         """With the clients that joined, until they are taken in."""
@@ -122,7 +128,8 @@ class _Run:
             self.checkpoint = self._open_checkpoint()
             manifest = store.manifest() if self.checkpoint else {}
             known, size = known_clients(manifest), manifest.get("cohort_size")
-            took = partial(assemble, self.config, cohort_size=size, known=known, commit=recorded_commit(manifest))
+            commit = recorded_commit(manifest) or commit
+            took = partial(assemble, self.config, cohort_size=size, known=known, commit=commit)
             self.parts: Assembly = took()
             if self.checkpoint:
                 refuse_other_data(manifest, self.parts)

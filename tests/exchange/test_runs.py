@@ -119,9 +119,9 @@ def test_a_run_that_is_killed_or_stopped_goes_on_bit_for_bit(
             display = Display()
             start = experiment._Run.__init__
 
-            def begin(self: Any, store: Any, shown: Any, stop: Any) -> None:
+            def begin(self: Any, store: Any, shown: Any, stop: Any, commit: Any) -> None:
                 display.stop = stop
-                start(self, store, shown, stop)
+                start(self, store, shown, stop, commit)
 
             patch.setattr(experiment._Run, "__init__", begin)
             with pytest.raises(Interrupted):

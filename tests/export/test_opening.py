@@ -87,11 +87,11 @@ def test_a_whole_model_keeps_the_dtype_it_was_trained_in(tmp_path: Path, monkeyp
     monkeypatch.setattr(
         base_module, "resolve_dtype", lambda name, device: original({"auto": "bfloat16"}.get(name, name), device)
     )
-    assembly._base.cache_clear()
+    assembly._BASES.clear()
     path = run(config(adapter={"kind": "full"}, dtype="auto"), directory=tmp_path)
     assert load_trained(path).base.dtype == torch.bfloat16
     monkeypatch.undo()
-    assembly._base.cache_clear()
+    assembly._BASES.clear()
     folder = export_clients(path, CLIENT, tmp_path / "out")[CLIENT]
     assert {tensor.dtype for tensor in load_file(folder / "model.safetensors").values()} == {torch.bfloat16}
     assert json.loads((folder / "config.json").read_text())["dtype"] == "bfloat16"

@@ -110,7 +110,7 @@ def whole_run(case: str, elsewhere: bool) -> dict[str, Any]:
         }
     )
     # the base of a run before lies elsewhere
-    assembly._base.cache_clear()
+    assembly._BASES.clear()
     with tempfile.TemporaryDirectory() as folder:
         path = experiment.run(config, directory=Path(folder))
         events = [{**event, "timing": None} for event in RunStore.open(path).events()]

@@ -226,13 +226,18 @@ def load_base(config: ModelConfig, commit: str | None = None) -> BaseModel:
     Raises:
         SetupError: the folder, the Hugging Face id, the architecture, the device or the weights cannot be used.
     """
+    source, revision = locate(config)
+    if commit is not None and not Path(source).is_dir():
+        # the cache may hold a part of it
+        with contextlib.suppress(SetupError):
+            return _load(config, source, commit)
+    return _load(config, source, revision)
+
+
+def _load(config: ModelConfig, source: str, revision: str | None) -> BaseModel:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    source, revision = locate(config)
     hub = not Path(source).is_dir()
-    if hub and commit is not None:
-        with contextlib.suppress(OSError, ValueError):
-            revision = commit_of(snapshot(source, commit)) or revision
     refuse_unusable(source, revision, config.path)
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, device)

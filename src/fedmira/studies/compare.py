@@ -11,10 +11,12 @@ import hashlib
 import json
 import math
 import os
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from fedmira.assembly import recorded_commit
 from fedmira.config.file import config_difference, parse_resolved, resolved_yaml
 from fedmira.config.method import METHOD_NAMES
 from fedmira.config.refusals import refusal, refusal_beside, refusal_of_dtype
@@ -35,7 +37,7 @@ from fedmira.runs.atomic import make_folder, write_bytes_atomically
 from fedmira.runs.lock import locked
 from fedmira.runs.naming import run_directory
 from fedmira.runs.signals import StopFlag, stop_on_signals
-from fedmira.runs.store import RunStore, has_run
+from fedmira.runs.store import MANIFEST, RunStore, has_run
 
 STUDY, RESOLVED = "study.json", "config.resolved.yaml"
 SHOWN = 5
@@ -215,7 +217,7 @@ class _Comparison:
                 self.stop.signal_number,
             )
         store = RunStore.open_or_create(config, resolved_yaml(config), self.directory / folder)
-        return carry_out(store, self.display, stop=self.stop)
+        return carry_out(store, self.display, stop=self.stop, commit=_commit_of(self.directory))
 
     def _leave_out(self, what: str, error: FedmiraError) -> None:
         self.failures[what] = error
@@ -321,6 +323,15 @@ def failures_of(directory: Path) -> list[dict[str, str]]:
     """What failed when the study in `directory` was last carried out: `run`, a method or a method and seed; `error`."""
     failures: list[dict[str, str]] = json.loads((directory / STUDY).read_text(encoding="utf-8"))["failures"]
     return failures
+
+
+def _commit_of(directory: Path) -> str | None:
+    """The commit of a base of the hub that the runs of a study are over: those that follow are over it too."""
+    for path in sorted(directory.glob(f"*/*/{MANIFEST}")):
+        with suppress(FedmiraError):
+            if commit := recorded_commit(RunStore.open(path.parent).manifest()):
+                return commit
+    return None
 
 
 def study_directory(config: RunConfig) -> Path:
