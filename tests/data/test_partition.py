@@ -251,6 +251,14 @@ def test_unsafe_client_names_are_refused_by_name(name: str) -> None:
             build(examples, by="field")
 
 
+def test_a_run_that_goes_on_keeps_names_that_windows_takes_for_devices() -> None:
+    examples = [example(i, client=name) for name in ("aux", "fine") for i in range(9)]
+    federation = partition(Source(tuple(examples), {}), PartitionConfig(by="field"), 0, known=("aux",))
+    assert federation.names == ("aux", "fine")
+    with pytest.raises(DataError, match="'con' cannot be used, as Windows takes it for a device"):
+        check_names(["aux", "con"], known=["aux"])
+
+
 def test_names_that_differ_in_case_only_are_refused() -> None:
     with pytest.raises(DataError, match="'Ward' and 'ward'"):
         check_names(["Ward", "other", "ward"])

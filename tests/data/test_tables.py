@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import io
+import json
 import unicodedata
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 
 from fedmira.config.run import DollyConfig, JsonlConfig, PartitionConfig
 from fedmira.data.partition import build_federation
+from fedmira.data.probe import probe_texts
 from fedmira.data.sources import load_examples
 from fedmira.data.sources.files import find_files, unusable_line
 from fedmira.data.sources.tables import DELIMITERS, read_table
@@ -190,6 +192,61 @@ def test_a_misspelt_field_is_told_with_the_nearest_there_is(tmp_path: Path, name
             examples(tmp_path / name, text, fields=misspelt)
 
 
+@pytest.mark.parametrize(
+    ("fields", "header", "expected"),
+    [
+        ({"instruction": "input", "output": "label"}, "input,label", ("1", "", "2")),
+        ({"instruction": "output", "output": "input"}, "input,output", ("2", "", "1")),
+        ({"input": "question"}, "question,prompt,output", ("2", "1", "3")),
+        ({"instruction": "output"}, "output,answer", ("1", "", "2")),
+        ({"instruction": "output"}, "output,label", "does not name the output, and no other field is called output or"),
+        ({"input": "instruction"}, "instruction,output", "does not name the instruction, and no other field is called"),
+    ],
+)
+@pytest.mark.parametrize("name", ["a.csv", "a.jsonl"])
+def test_no_field_is_two_parts_of_an_example(
+    tmp_path: Path, name: str, fields: dict[str, str], header: str, expected: tuple[str, ...] | str
+) -> None:
+    columns = header.split(",")
+    cells = [str(number + 1) for number in range(len(columns))]
+    text = f"{header}\n{','.join(cells)}\n" if name == "a.csv" else json.dumps(dict(zip(columns, cells, strict=True)))
+    if isinstance(expected, str):
+        with pytest.raises(DataError, match=expected):
+            examples(tmp_path / name, text, fields=fields)
+    else:
+        [one] = examples(tmp_path / name, text, fields=fields)
+        assert (one.instruction, one.input, one.output) == expected
+
+
+def test_a_table_may_lack_the_column_of_the_input(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("Frage,Akte,Antwort\nq1,c,a\n")
+    (tmp_path / "b.csv").write_text("Frage,Antwort\nq2,a\n")
+    fields = {"instruction": "Frage", "input": "Akte", "output": "Antwort"}
+    assert [one.input for one in load_examples(table(tmp_path, fields=fields), 0).examples] == ["c", ""]
+
+
+@pytest.mark.parametrize("column", ["history", "messages", "conversations"])
+def test_columns_are_no_lists_of_turns(tmp_path: Path, column: str) -> None:
+    [one] = examples(tmp_path / "a.csv", f"question,answer,{column}\nq,a,smoker\n")
+    assert one == Example(instruction="q", output="a", id="a.csv:2")
+    [one] = examples(tmp_path / "a.csv", f"{column},answer\nq,a\n", fields={"instruction": column})
+    assert one.instruction == "q"
+    [one] = examples(tmp_path / "a.csv", f"question,answer,{column}\nq,a,t\n", task_field=column)
+    assert one.task == "t"
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.jsonl"])
+def test_texts_of_the_server_are_not_told_of_a_key_that_is_for_clients_data(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    path.write_text("Frage,Antwort\nq,a\n" if name == "a.csv" else '{"Frage": "q", "Antwort": "a"}')
+    with pytest.raises(DataError, match=r"data\.fields"):
+        load_examples(table(path), 0)
+    with pytest.raises(DataError, match="Frage") as caught:
+        probe_texts(str(path), 1, None, "plain", 8, "input", 0)  # type: ignore[arg-type]  # refused before it is used
+    assert "data.fields" not in str(caught.value)
+    assert name == "a.jsonl" or str(caught.value).endswith(". Call them question and answer in the first line.")
+
+
 # ------------------------------------------------------------------------------------------------------ splits by name
 
 
@@ -239,3 +296,39 @@ def test_a_split_field_that_no_record_has_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text(rows("train"))
     with pytest.raises(DataError, match=r"split_field = 'parts', but no record has this field; did you mean 'part'\?"):
         load_examples(table(tmp_path, split_field="parts"), 0)
+
+
+@pytest.mark.parametrize(("cap", "sizes"), [(5, (3, 1, 1)), (8, (4, 2, 2)), (12, (6, 3, 3))])
+def test_a_cap_keeps_the_shares_that_the_data_names(tmp_path: Path, cap: int, sizes: tuple[int, int, int]) -> None:
+    (tmp_path / "a.csv").write_text(rows(*["train", "train", "validation", "test"] * 10))
+    partition = PartitionConfig(by="field", examples_per_client=cap)
+    for seed in range(6):
+        [client] = build_federation(table(tmp_path, split_field="part", partition=partition), seed).clients
+        assert (len(client.train), len(client.validation), len(client.test)) == sizes
+
+
+@pytest.mark.parametrize("drawn", [0, 3])
+def test_a_cap_leaves_every_split_something_however_little_is_named(tmp_path: Path, drawn: int) -> None:
+    held_out = [""] * drawn if drawn else ["validation", "test"] * 2
+    (tmp_path / "a.csv").write_text(rows(*["train"] * 90, *held_out))
+    for seed in range(6):
+        partition = PartitionConfig(by="iid", num_clients=1 if drawn else 2, examples_per_client=6)
+        for client in build_federation(table(tmp_path, split_field="part", partition=partition), seed).clients:
+            assert (len(client.train), len(client.validation), len(client.test)) == (4, 1, 1)
+
+
+@pytest.mark.parametrize("cap", [None, 9])
+def test_who_joins_does_not_name_the_split_of_what_others_hold(tmp_path: Path, cap: int | None) -> None:
+    def write(client: str, records: list[tuple[str, str]]) -> None:
+        lines = "".join(f"{question},x,{split}\n" for question, split in records)
+        (tmp_path / f"{client}.csv").write_text("question,answer,part\n" + lines)
+
+    write("b", [(f"b{number}", "train" if number < 3 else "") for number in range(12)])
+    config = table(tmp_path, split_field="part", partition=PartitionConfig(by="field", examples_per_client=cap))
+    [before] = build_federation(config, 0).clients
+    theirs = [(f"b{number}", "train" if number < 3 else "test") for number in range(12)]
+    write("a", [*theirs, *((f"a{number}", "validation" if number < 5 else "") for number in range(20))])
+    after, joined = build_federation(config, 0, known=("b",)).clients
+    assert after == before
+    # what is theirs alone goes where they say
+    assert not any(one.instruction in {f"a{number}" for number in range(5)} for one in (*joined.train, *joined.test))

@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -19,7 +19,7 @@ import numpy as np
 from fedmira.config.run import DataConfig, PartitionConfig
 from fedmira.data.sources import load_examples
 from fedmira.data.sources.source import Source
-from fedmira.data.splits import Group, grouped, needed_splits, shuffled, split_client
+from fedmira.data.splits import SPLITS, Group, grouped, needed_splits, shuffled, split_client
 from fedmira.errors import DataError
 from fedmira.randomness import generator
 from fedmira.types import Client, Example, Federation
@@ -76,7 +76,7 @@ def partition(source: Source, config: PartitionConfig, seed: int, known: Sequenc
         config: how they become clients.
         seed: of every draw.
         known: clients of a run that goes on. They come first, in this order, so that whoever joined takes neither their
-            rows nor the split of a text that they hold.
+            rows nor the split of a text that they hold, also where its own records name another.
 
     Raises:
         DataError: there are no examples; labels or client names that the partition needs are missing or unsafe; a
@@ -87,16 +87,19 @@ def partition(source: Source, config: PartitionConfig, seed: int, known: Sequenc
     places = {"task": _by_task, "field": _by_field, "dirichlet": _by_dirichlet, "iid": _iid}[config.by](
         source.examples, config, seed
     )
-    check_names(place.name for place in places)
+    check_names((place.name for place in places), known)
     position = {name: number for number, name in enumerate(known)}
     order = sorted((place.name for place in places), key=lambda name: position.get(name, len(position)))
     caps = dict(zip(order, config.caps(len(order)), strict=True))
+    placed = _placed(source, places, known)
+    if source.namers and config.examples_per_client is not None:
+        for pool in {id(place.pool): place.pool for place in places}.values():
+            pool.lay_apart(placed)
     dealt = {}
     for number, place in enumerate(places):
         later = [caps[other.name] for other in places[number + 1 : number + place.num_sharers]]
         dealt[place.name] = _deal(place, caps[place.name], later, config)
     holdings = [_Holding(name, dealt[name]) for name in order]
-    placed = dict(source.splits)
     clients, refused = [], dict[str, DataError]()
     for holding in holdings:
         # messages name the client's own cap
@@ -123,8 +126,25 @@ def partition(source: Source, config: PartitionConfig, seed: int, known: Sequenc
     return Federation(tuple(clients), true_adjacency_KK, provenance)
 
 
-def check_names(names: Iterable[str]) -> None:
+def _placed(source: Source, places: Iterable[_Place], known: Sequence[str]) -> dict[str, str]:
+    """The split of each content key that has one before any is drawn; a newcomer names none for what others hold."""
+    if not (source.namers and known):
+        return dict(source.splits)
+    held, named = set[str](), set[str]()
+    for pool in {id(place.pool): place.pool for place in places if place.name in known}.values():
+        for group in pool.left():
+            held.add(group.key)
+            if not source.namers.isdisjoint(group.examples):
+                named.add(group.key)
+    return {key: split for key, split in source.splits.items() if key not in held or key in named}
+
+
+def check_names(names: Iterable[str], known: Sequence[str] = ()) -> None:
     """Refuse client names that are unsafe as names of folders, or the same but for case and Unicode form.
+
+    Args:
+        names: of all clients.
+        known: those of a run that goes on, which may be older than the rule about devices.
 
     Raises:
         DataError: names the clients.
@@ -133,7 +153,7 @@ def check_names(names: Iterable[str]) -> None:
     refused: dict[str, DataError] = {}
     for name in names:
         key = unicodedata.normalize("NFC", name).casefold()
-        if (problem := _name_problem(name)) is not None:
+        if (problem := _name_problem(name, name in known)) is not None:
             refused[name] = DataError(
                 f"the client name {_shown(name)} cannot be used{problem}. Allowed: letters and digits of any script, "
                 f"space, dot, dash and underscore, 1 to {_MOST_CHARACTERS} characters and at most {_MOST_BYTES} bytes "
@@ -150,12 +170,12 @@ def check_names(names: Iterable[str]) -> None:
     _refuse_together(refused)
 
 
-def _name_problem(name: str) -> str | None:
+def _name_problem(name: str, is_known: bool) -> str | None:
     """Why a client cannot be called so, as the end of a sentence that may be empty; None if it can."""
     strange = next((letter for letter in name if not _is_allowed(letter)), None)
     if strange is not None:
         return f" because of {strange!r} (U+{ord(strange):04X})"
-    if _RESERVED.fullmatch(name):
+    if _RESERVED.fullmatch(name) and not is_known:
         return ", as Windows takes it for a device"
     num_bytes = len(name.encode())
     if len(name) > _MOST_CHARACTERS or num_bytes > _MOST_BYTES:
@@ -304,19 +324,38 @@ def _log_gamma_draw(alpha: float, seed: int, name: str, label: str) -> float:
 
 
 class _Pool:
-    """Groups not yet dealt, by label, each label's in order."""
+    """Groups not yet dealt, by label and, where they are laid apart, by named split, in order."""
 
     def __init__(self, groups: Mapping[str, Iterable[Group]]) -> None:
-        self._groups = {label: deque(members) for label, members in groups.items()}
-        self.num_groups = sum(len(members) for members in self._groups.values())
-        self.num_examples = sum(len(group.examples) for members in self._groups.values() for group in members)
+        self._groups = {label: {"": deque(members)} for label, members in groups.items()}
+        self.num_groups = sum(1 for _ in self.left())
+        self.num_examples = sum(len(group.examples) for group in self.left())
+        self.num_examples_of = {"": self.num_examples}
+        """By named split, of all that was ever in the pool; an empty string: none is named."""
 
-    def draw(self, pick: Callable[[Sequence[str]], str]) -> Group:
-        """Remove and return the next group of the label that `pick` chooses among those that have one."""
-        group = self._groups[pick([label for label, members in self._groups.items() if members])].popleft()
+    def left(self) -> Iterator[Group]:
+        """The groups that are not dealt."""
+        return (group for apart in self._groups.values() for members in apart.values() for group in members)
+
+    def lay_apart(self, placed: Mapping[str, str]) -> None:
+        """Order the groups, of which none is dealt yet, by the splits in which `placed` says they are."""
+        self.num_examples_of = dict.fromkeys((*SPLITS, ""), 0)
+        for label, apart in self._groups.items():
+            self._groups[label] = {split: deque[Group]() for split in self.num_examples_of}
+            for group in apart[""]:
+                split = placed.get(group.key, "")
+                self._groups[label][split].append(group)
+                self.num_examples_of[split] += len(group.examples)
+
+    def draw(self, pick: Callable[[Sequence[str]], str], prefer: Callable[[Sequence[str]], str]) -> tuple[Group, str]:
+        """Remove and return the next group, and its named split: of those that have groups left, `pick` chooses the
+        label and `prefer` the split."""
+        label = pick([label for label, apart in self._groups.items() if any(apart.values())])
+        split = prefer([split for split, members in self._groups[label].items() if members])
+        group = self._groups[label][split].popleft()
         self.num_groups -= 1
         self.num_examples -= len(group.examples)
-        return group
+        return group, split
 
 
 def _first(labels: Sequence[str]) -> str:
@@ -328,22 +367,36 @@ def _deal(place: _Place, cap: int | None, later: Sequence[int | None], config: P
     the cap, which the `later` ones are not allowed.
 
     Every client gets as many groups as there are splits to fill, while there are enough. With a cap, a group that
-    is too large is cut; the rest of it is left out, as no other client may hold the same text.
+    is too large is cut; the rest of it is left out, as no other client may hold the same text. Of a pool that is laid
+    apart the client gets something for each split, and then of each named split the share that this has of the pool.
     """
     pool, size = place.pool, -(-place.pool.num_examples // place.num_sharers)
     if cap is not None:
         size = min(cap, max(size, pool.num_examples - sum(other or 0 for other in later)))
-    fewest = len(needed_splits(config))
+    needed = needed_splits(config)
+    fewest = len(needed)
     reserved = fewest * (place.num_sharers - 1)
     dealt: list[Group] = []
-    held = 0
+    held = num_free = 0
+    held_of = dict.fromkeys(pool.num_examples_of, 0)
+
+    def prefer(left: Sequence[str]) -> str:
+        lacking = [split for split in needed if not held_of.get(split)]
+        if named := [split for split in lacking if split in left]:
+            return named[0]
+        if "" in left and num_free < len(lacking):
+            return ""
+        return min(left, key=lambda split: (2 * held_of[split] + 1) / pool.num_examples_of[split])
+
     while pool.num_groups and (len(dealt) < fewest or (held < size and pool.num_groups > reserved)):
         if cap is not None and held >= cap:
             break
-        group = pool.draw(place.pick)
+        group, split = pool.draw(place.pick, prefer)
         if cap is not None:
             still_needed = max(0, fewest - len(dealt) - 1)
             group = Group(group.key, group.examples[: max(1, cap - held - still_needed)])
         dealt.append(group)
         held += len(group.examples)
+        held_of[split] += len(group.examples)
+        num_free += split == ""
     return dealt

@@ -47,7 +47,8 @@ def probe_texts(
     if path is None:
         examples = _random_examples(count, tokenizer, seed)
     else:
-        examples = jsonl.load(JsonlConfig(source="jsonl", path=path), seed).examples[:count]
+        source = jsonl.load(JsonlConfig(source="jsonl", path=path), seed, nameable=False)
+        examples = source.examples[:count]
         if not examples:
             raise DataError(f"method.graph.probe_path: {path} holds no example; give instructions with answers")
     probe = Federation((Client("probe", examples, (), ()),))

@@ -49,8 +49,8 @@ def content_key(example: Example) -> str:
     return hashlib.blake2b(normalised.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
 
 
-def named_splits(examples: Iterable[Example], splits: Iterable[str]) -> dict[str, str]:
-    """Return the split of each content key for which one of its examples names it.
+def named_splits(examples: Iterable[Example], splits: Iterable[str]) -> tuple[dict[str, str], frozenset[Example]]:
+    """Return the split of each content key for which one of its examples names it, and the examples that do.
 
     Args:
         examples: of all clients.
@@ -60,9 +60,11 @@ def named_splits(examples: Iterable[Example], splits: Iterable[str]) -> dict[str
         DataError: one prompt is said to be in two splits.
     """
     named: dict[str, tuple[str, str]] = {}
+    namers = set()
     for example, split in zip(examples, splits, strict=True):
         if not split:
             continue
+        namers.add(example)
         first, there = named.setdefault(content_key(example), (example.id, split))
         if there != split:
             raise DataError(
@@ -70,7 +72,7 @@ def named_splits(examples: Iterable[Example], splits: Iterable[str]) -> dict[str
                 f"other in {split}; one prompt never falls into two splits. Correct or remove one of them, or leave "
                 "data.split_field out to have all splits drawn."
             )
-    return {key: split for key, (_, split) in named.items()}
+    return {key: split for key, (_, split) in named.items()}, frozenset(namers)
 
 
 def grouped(examples: Iterable[Example]) -> list[Group]:

@@ -40,7 +40,7 @@ def load(config: HuggingFaceConfig, seed: int) -> Source:
         )
     refuse_unused_fields(fields, names)
     provenance = {"source": "huggingface", "dataset": dataset_provenance(origin, examples, bad)}
-    return Source(tuple(examples), provenance, named_splits(examples, splits))
+    return Source(tuple(examples), provenance, *named_splits(examples, splits))
 
 
 def rows(path: str, name: str | None, split: str) -> tuple[Iterator[Mapping[str, Any]], dict[str, Any]]:

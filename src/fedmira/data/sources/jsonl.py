@@ -17,16 +17,17 @@ from fedmira.errors import DataError
 from fedmira.types import Example
 
 
-def load(config: JsonlConfig, seed: int) -> Source:
+def load(config: JsonlConfig, seed: int, nameable: bool = True) -> Source:
     """Read the files that `config.path` names. The seed is not used.
 
     With `partition.by: field`, an example whose record has no client field belongs to the client named by its file.
+    `nameable`: see `Fields`.
 
     Raises:
         DataError: a file is missing, unreadable or mostly unusable; a field was asked for that no record has; what
             records say about their splits is contradictory or unknown.
     """
-    fields = Fields.of(config)
+    fields = Fields.of(config)._replace(nameable=nameable)
     examples: list[Example] = []
     splits: list[str] = []
     names: set[str] = set()
@@ -55,4 +56,4 @@ def load(config: JsonlConfig, seed: int) -> Source:
         )
     refuse_unused_fields(fields, names)
     provenance = {"source": "jsonl", "files": files, **skipped_provenance(places.skipped)}
-    return Source(tuple(examples), provenance, named_splits(examples, splits))
+    return Source(tuple(examples), provenance, *named_splits(examples, splits))

@@ -75,7 +75,7 @@ def load(config: PlantedConfig, seed: int) -> Source:
         "agreement_within_families": within,
         "agreement_across_families": across,
     }
-    return Source(tuple(examples), provenance, splits, adjacency)
+    return Source(tuple(examples), provenance, splits, true_adjacency=adjacency)
 
 
 def adjacency(names: Sequence[str]) -> np.ndarray:

@@ -43,6 +43,8 @@ KNOWN = {
     "output": ("output", "response", "answer", "completion"),
 }
 """Names that each part of an example goes by in the shapes that are no conversations."""
+LISTS = ("messages", "conversations", "history")
+"""Fields that are lists of turns, which no cell of a table is."""
 _NAME_THEM = (
     "say with data.fields which are question and answer (sources jsonl and huggingface), as in "
     "data.fields: {instruction: NAME, output: NAME}"
@@ -60,6 +62,10 @@ class Fields(NamedTuple):
     """Fields that are instruction, input or output, by these words; empty: those of the known shapes."""
     split: str | None = None
     """Field that says in which split an example is; a record may lack it. None: no field does."""
+    are_columns: bool = False
+    """Whether the fields are columns of a table, so that no value is a list."""
+    nameable: bool = True
+    """Whether whoever reads a refusal could name the parts, with `data.fields`."""
 
     @classmethod
     def of(cls, config: JsonlConfig | HuggingFaceConfig) -> Fields:
@@ -99,6 +105,7 @@ def examples_of_file(name: str, read: FileRecords, fields: Fields) -> Usable:
             that a question and its answer need.
     """
     if read.columns:
+        fields = fields._replace(are_columns=True)
         _refuse_columns(name, read.columns, fields)
     if read.is_object:
         [(_, content)] = read.records
@@ -130,7 +137,7 @@ def usable_examples(name: str, records: Iterable[tuple[int, Any]], bad: Iterable
             example = example_from_record(record, fields, id_)
             split = _label(record, fields.split).casefold() if fields.split else ""
         except UnusableRecordError as error:
-            if isinstance(error, _UnknownShapeError | _MissingFieldError):
+            if fields.nameable and isinstance(error, _UnknownShapeError | _MissingFieldError):
                 advice = f", or {_NAME_THEM}"
             usable.bad.append(Bad(line, str(error)))
             continue
@@ -169,7 +176,8 @@ def _refuse_columns(name: str, columns: Sequence[str], fields: Fields) -> None:
     """Refuse a table in which no row can be an example, so that the header is told once and not in every row."""
     header = f"the columns of {name!r} are {', '.join(columns)[:500]}"
     for part, field in fields.parts.items():
-        if field not in columns:
+        # not every table needs a column for the input; one that none has is refused with all files
+        if part != "input" and field not in columns:
             raise DataError(
                 f"{header}; data.fields.{part} = {field!r} is not among them{nearest(field, columns)}. Correct it, or "
                 "the first line of the file."
@@ -178,9 +186,9 @@ def _refuse_columns(name: str, columns: Sequence[str], fields: Fields) -> None:
         _parts(dict.fromkeys(columns, "text"), fields)
     except (_UnknownShapeError, _MissingFieldError) as error:
         problem = error if isinstance(error, _MissingFieldError) else "none is known as a question with its answer"
-        raise DataError(
-            f"{header}: {problem}. Either {_NAME_THEM}; or call them question and answer in the first line."
-        ) from error
+        either, call = (f"Either {_NAME_THEM}; or", "call") if fields.nameable else ("", "Call")
+        advice = f"{either} {call} them question and answer in the first line.".strip()
+        raise DataError(f"{header}: {problem}. {advice}") from error
     except UnusableRecordError:
         pass  # rows may do without what is wrong, and else each says so
 
@@ -267,6 +275,8 @@ def _parts(record: Mapping[str, Any], fields: Fields) -> _Parts:
     """Instruction, input, answers and earlier turns."""
     if fields.parts:
         return _named_parts(record, fields.parts)
+    if fields.are_columns:
+        record = {field: value for field, value in record.items() if field not in LISTS}
     # some data sets give every record all fields, and leave a list empty where another shape is meant
     if record.get("messages") not in (None, []):
         return _conversation(record["messages"], "messages", "role", "content")
@@ -300,14 +310,24 @@ def _named_parts(record: Mapping[str, Any], parts: Mapping[str, str]) -> _Parts:
                 f"the field {field}, which data.fields names as {part}, is missing{nearest(field, record)}"
             )
     others = {field: value for field, value in record.items() if field not in parts.values()}
-    names = {
-        part: parts.get(part) or next((name for name in known if others.get(name) is not None), known[0])
-        for part, known in KNOWN.items()
-    }
-    references = _texts(record, names["output"])
-    instruction, input_ = _text(record, names["instruction"]), _text(record, names["input"], required=False)
+
+    def named(part: str) -> tuple[Mapping[str, Any], str]:
+        return (record, parts[part]) if part in parts else (others, _known_name(others, part))
+
+    references = _texts(*named("output"))
+    instruction, input_ = _text(*named("instruction")), _text(*named("input"), required=False)
     # a text of that name is a column like others; who says which fields are what needs no list there
     return instruction, input_, references, _earlier_turns(others) if isinstance(others.get("history"), list) else ()
+
+
+def _known_name(others: Mapping[str, Any], part: str) -> str:
+    """What a part of which the config says nothing is called among the fields that it uses for no other."""
+    there = [name for name in KNOWN[part] if name in others]
+    if not there and part != "input":
+        raise _MissingFieldError(
+            f"data.fields does not name the {part}, and no other field is called {' or '.join(KNOWN[part])}"
+        )
+    return next((name for name in there if others[name] is not None), (there or KNOWN[part])[0])
 
 
 def _earlier_turns(record: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:

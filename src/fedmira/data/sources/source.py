@@ -22,5 +22,7 @@ class Source(NamedTuple):
     """JSON-able: file names with sha256, counts, unusable records."""
     splits: Mapping[str, str] = {}
     """Content key (`splits.content_key`) to "train", "validation" or "test", where the source decides; else drawn."""
+    namers: frozenset[Example] = frozenset()
+    """Examples whose own records name these splits; empty where the source decides for a text, whoever holds it."""
     true_adjacency: Callable[[Sequence[str]], np.ndarray] | None = None
     """From client names to the (K, K) graph the data was made from, where it is known."""
