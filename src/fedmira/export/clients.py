@@ -201,7 +201,7 @@ def export_clients(
     chosen = trained.names if client is None else (client,)
     rows = [trained.row(name) for name in chosen]
     # a run directory may have been made elsewhere: its names become folders here, so they are checked again
-    check_names(chosen)
+    check_names(chosen, known=chosen)
     if everyone and with_base and (same := [name for name in chosen if name.casefold() == BASE_FOLDER]):
         raise UsageError(
             f"the client {same[0]!r} would lie where --with-base puts the model; leave out --with-base, or export it "

@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from fedmira.config.exchange import WEAK_EPSILON
-
 NOTHING = "-"
 """Stands where nothing was measured."""
 
@@ -100,6 +98,9 @@ def format_epsilon(epsilon: float, delta: float | None) -> str:
     >>> format_epsilon(16611.2, 1e-5), format_epsilon(2.345, None)
     ('16,611 at most (delta 1e-05), which protects little', '2.35 at most')
     """
+    # configs are slow to import, and every command writes numbers
+    from fedmira.config.exchange import WEAK_EPSILON
+
     # at 10 a neighbour's data can make an outcome 22,000 times as likely
     little = ", which protects little" if not epsilon <= WEAK_EPSILON else ""
     shown = f"{epsilon:,.0f}" if epsilon >= 100 else f"{epsilon:.3g}"
