@@ -21,6 +21,7 @@ from fedmira.federation.graph import Graph
 from fedmira.federation.graph import parts as graph_parts
 from fedmira.federation.method import Info
 from fedmira.runs.atomic import write_bytes_atomically
+from fedmira.runs.lines import recorded_epsilon
 from fedmira.runs.store import ANSWERS, SPLITS, RunStore
 from fedmira.stages import stage
 from fedmira.types import Arena, Participants, Results
@@ -32,11 +33,8 @@ class Recorder:
     def __init__(self, store: RunStore, config: RunConfig, device: str) -> None:
         self._store, self._config = store, config
         self._peak = PeakMemory(device)
-        self._told_epsilon: dict[str, float] = {}
+        self._told_epsilon = recorded_epsilon(store.events()) if config.exchange.privacy.enabled else {}
         """Of each client, as metrics.jsonl has it."""
-        if config.exchange.privacy.enabled:
-            for event in store.events():
-                self._told_epsilon |= event.get("privacy", {}).get("epsilon", {})
 
     def splits(self, parts: Assembly) -> None:
         """Which examples each client trains on, is asked by and is judged by, as their ids."""

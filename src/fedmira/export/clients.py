@@ -6,7 +6,6 @@ Needs the run directory and the base model; the clients' data is never read.
 from __future__ import annotations
 
 import json
-import math
 import os
 import sys
 import unicodedata
@@ -99,6 +98,7 @@ def load_trained(run: str | os.PathLike[str]) -> Trained:
     from fedmira.model.base import load_base
     from fedmira.model.kinds import adapter_layout
     from fedmira.runs.checkpoint import load_latest
+    from fedmira.runs.lines import recorded_epsilon
     from fedmira.runs.store import RunStore, no_finished_round
 
     run = Path(run)
@@ -124,10 +124,7 @@ def load_trained(run: str | os.PathLike[str]) -> Trained:
     if store.config.exchange.privacy.enabled:
         # who never took part has sent nothing
         spent = dict.fromkeys(names, 0.0)
-        for event in store.events():
-            found = event.get("privacy", {}).get("epsilon", {})
-            # null stands for what is not finite
-            spent |= {name: math.inf if value is None else float(value) for name, value in found.items()}
+        spent |= recorded_epsilon(store.events())
     return Trained(store.config, names, adapters, base, rounds, checkpoint.skipped, moved, spent)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +104,20 @@ def read_events(path: Path) -> list[dict[str, Any]]:
             )
         events.append(event)
     return events
+
+
+def recorded_epsilon(events: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+    """Return what each client that uploaded noised numbers has given away by the last of the events, by its name.
+
+    >>> recorded_epsilon([{"privacy": {"epsilon": {"a": 1.5, "b": None}}}, {"privacy": {"epsilon": {"a": 2.0}}}, {}])
+    {'a': 2.0, 'b': inf}
+    """
+    spent: dict[str, float] = {}
+    for event in events:
+        found = event.get("privacy", {}).get("epsilon", {})
+        # null stands for what is not finite
+        spent |= {name: math.inf if value is None else float(value) for name, value in found.items()}
+    return spent
 
 
 def plain(value: Any) -> tuple[Any, dict[str, str]]:

@@ -4,7 +4,8 @@
     config.resolved.yaml    every field                 graph.json      the last graph
     metrics.jsonl           append-only, one event a line; the truth that reports are made from
     run.log                 what people were told       checkpoints/    see `checkpoint`
-    profile.json            where the time went, if that was asked for
+    profile.json            where the time went         uploads.json    of noise that cannot be drawn again
+    splits.json             ids of examples             answers.jsonl   to test examples
 
 One process writes a run at a time (a lock says so), any number may read it. Knows nothing about how a run is carried
 out; of what events say it reads how far a run has come.

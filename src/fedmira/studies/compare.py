@@ -327,10 +327,10 @@ def failures_of(directory: Path) -> list[dict[str, str]]:
 
 def _commit_of(directory: Path) -> str | None:
     """The commit of a base of the hub that the runs of a study are over: those that follow are over it too."""
-    for path in sorted(directory.glob(f"*/*/{MANIFEST}")):
+    for path in directory.glob(f"*/*/{MANIFEST}"):
         with suppress(FedmiraError):
-            if commit := recorded_commit(RunStore.open(path.parent).manifest()):
-                return commit
+            # all are over one base, so whichever can be read tells
+            return recorded_commit(RunStore.open(path.parent).manifest())
     return None
 
 
