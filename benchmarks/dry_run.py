@@ -23,6 +23,7 @@ import transformers
 from transformers import AutoTokenizer
 
 import fedmira
+from benchmarks.lengths import read_lengths
 from benchmarks.models import SHAPES, Shape
 
 MEMORY_BOUND, TIME_BOUND = 0.15, 0.30
@@ -54,6 +55,11 @@ RECORDED = {
     ],
     "dolly-15m": ["model.path={llama-15m}", *SHAPED],
     "dolly-gpt2": ["model.path={gpt2-124m}", *SHAPED],
+    "natural-15m": [
+        "model.path={llama-15m}", "data.path={data}/natural_instructions/tasks",
+        f"data.tasks=[{', '.join(read_lengths('natural_instructions'))}]", "data.template=alpaca",
+        "data.max_length=512", "federation.rounds=2", "training.local_steps=10", "training.batch_size=8",
+    ],
     "flan": ["data.path={data}/flan/*.train.jsonl", "data.partition.clients_per_task=2", "federation.rounds=6"],
     "instruction_induction": [
         "data.path={data}/instruction_induction/tasks", "data.partition.clients_per_task=2", "federation.rounds=6",
@@ -62,7 +68,7 @@ RECORDED = {
         "data.path={data}/natural_instructions/tasks", "federation.participation=0.2", "federation.rounds=8",
     ],
 }  # fmt: skip
-RECIPES = dict.fromkeys(("dolly-full", "dolly-15m", "dolly-gpt2"), "dolly")
+RECIPES = {**dict.fromkeys(("dolly-full", "dolly-15m", "dolly-gpt2"), "dolly"), "natural-15m": "natural_instructions"}
 
 SMALL = {
     "gpt2": Shape("GPT2Config", {"n_embd": 128, "n_layer": 3, "n_head": 4, "n_positions": 256}),

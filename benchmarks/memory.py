@@ -1,8 +1,8 @@
-"""How much more memory a call takes than was held before it.
+"""How much memory a call takes.
 
-On CUDA the bytes that torch allocated; elsewhere the resident set of this process, after the allocator has handed back
-what it had kept. Of other processes that work for the call, their memory with what they share counted once, looked at
-every few milliseconds. Knows nothing about what is called.
+Of this process what it adds to what was held before: on CUDA of the bytes that torch allocated, elsewhere of the
+resident set, after the allocator has handed back what it had kept. Of other processes that work for the call all that
+they have, what they share counted once, looked at every few milliseconds. Knows nothing about what is called.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ def with_peak(call: Callable[[], T], device: str) -> tuple[T, int]:
 
 
 def with_peak_of(process: int, call: Callable[[], T]) -> tuple[T, int]:
-    """Call, and return what it returned and the bytes of the peak of a process and all its children above before."""
-    before = peak = family_bytes(process)
+    """Call, and return what it returned and the bytes of the peak of a process and all its children."""
+    peak = family_bytes(process)
     ended = threading.Event()
 
     def look() -> None:
@@ -47,7 +47,7 @@ def with_peak_of(process: int, call: Callable[[], T]) -> tuple[T, int]:
     finally:
         ended.set()
         looking.join()
-    return result, max(peak, family_bytes(process)) - before
+    return result, max(peak, family_bytes(process))
 
 
 def family_bytes(process: int) -> int:

@@ -18,6 +18,10 @@ _SPECIAL: dict[str, Any] = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id"
 _WITHOUT_DROPOUT: dict[str, Any] = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 
 
+_TWIN_VOCABULARY = 2500
+"""More than the logits that are computed at a time on a CPU."""
+
+
 class Shape(NamedTuple):
     """A transformers config class and its settings."""
 
@@ -53,13 +57,15 @@ def _gpt2(width: int, layers: int, heads: int, vocabulary: int = 50257, context:
 SHAPES = {
     "llama-tiny": _llama(32, 2, 4, 48, 97),
     "gpt2-tiny": _gpt2(32, 2, 4, 97),
+    "llama-twin": _llama(32, 2, 4, 48, _TWIN_VOCABULARY),
+    "gpt2-twin": _gpt2(32, 2, 4, _TWIN_VOCABULARY),
     "llama-15m": _llama(288, 6, 6, 768, 32000),
     "gpt2-124m": _gpt2(768, 12, 12),
     "gpt2-large": _gpt2(1280, 36, 20),
     "llama-1.3b": _llama(2048, 24, 16, 5504, 32000),
 }
 EMBEDDED = "embedded"
-TINY = {"LlamaConfig": "llama-tiny", "GPT2Config": "gpt2-tiny"}
+TINY = {"LlamaConfig": "llama-twin", "GPT2Config": "gpt2-twin"}
 """The small model of each family, for checks in float64."""
 
 

@@ -19,3 +19,5 @@ class Options:
     """Interpreter of the environment with the peers that need their own; None where it could not be made."""
     peers_note: str = ""
     """Why there is none."""
+    own_processes: bool = False
+    """Whether every contestant of training and generation has a process of its own, prepared as its users have it."""

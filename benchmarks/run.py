@@ -1,4 +1,4 @@
-"""Run the benchmark: `python -m benchmarks.run [--only NAME ...] [--quick] [--device cuda]`.
+"""Run the benchmark: `python -m benchmarks.run [--more | --only NAME ...] [--quick] [--device cuda]`.
 
 After every section it writes one JSON file per machine and one page over all of them; where these are the
 committed results, docs/performance.md too. Prints what it does as it goes.
@@ -16,6 +16,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from benchmarks.groups.mixing import measure_mixing_in_memory
 from benchmarks.groups.training import measure_training
 from benchmarks.options import Options
 from benchmarks.peers.peer import needs_environment
-from benchmarks.results import Results, Section, read_results, write_results
+from benchmarks.results import METHOD, Results, Section, read_results, write_results
 from benchmarks.suite import MORE, SUITES, ClientMemory, DiskMixing, Measurement, MemoryMixing, Training
 from benchmarks.table import write_pages
 
@@ -48,11 +49,13 @@ def main(arguments: list[str] | None = None) -> int:
     def say(text: str) -> None:
         print(f"[{time.perf_counter() - started:6.0f} s] {text}", flush=True)
 
-    chosen = choose("cuda" if parsed.device.startswith("cuda") else "cpu", parsed.only)
-    # the round that is judged warms up
-    repeats, warm_up = (2 if parsed.quick else 5), 0
+    chosen = choose("cuda" if parsed.device.startswith("cuda") else "cpu", parsed.only, more=parsed.more)
+    repeats, warm_up = (2, 0) if parsed.quick else (5, 1)
     python, note = _peers_environment(chosen, parsed.without_frameworks, say)
-    options = Options(parsed.device, parsed.threads, warm_up, repeats, python, note)
+    # what a process prepares, memory of the processor and waiting threads, is not what a GPU's time depends on, and to
+    # start one for each contestant would take half of the ten minutes
+    apart = not parsed.device.startswith("cuda")
+    options = Options(parsed.device, parsed.threads, warm_up, repeats, python, note, own_processes=apart)
     machine = describe_machine(parsed.device)
     file = parsed.out / f"{file_name(parsed.device, machine['device'])}.json"
     commit = sources_commit()
@@ -61,7 +64,7 @@ def main(arguments: list[str] | None = None) -> int:
         say(name)
         section, measured = _measured_or_why(name, measurement, options, say)
         all_measured &= measured
-        section.commit = commit
+        section.commit, section.date, section.method = commit, date.today().isoformat(), METHOD
         results.put(section)
         write_results(file, results)
         write_pages(parsed.out)
@@ -102,14 +105,14 @@ def _continued(file: Path, machine: dict[str, Any]) -> Results:
     return Results(machine, found.sections)
 
 
-def choose(kind: str, only: list[str] | None) -> dict[str, Measurement]:
-    """The sections of a kind of machine, or those named.
+def choose(kind: str, only: list[str] | None, *, more: bool = False) -> dict[str, Measurement]:
+    """The sections of a kind of machine, the further ones, or those named.
 
     Raises:
         SystemExit: a name is unknown.
     """
     if only is None:
-        return SUITES[kind]
+        return MORE[kind] if more else SUITES[kind]
     known = SUITES[kind] | MORE[kind]
     unknown = [name for name in only if name not in known]
     if unknown:
@@ -194,7 +197,11 @@ def _processor() -> str:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__)
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="measure these sections only")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--only", nargs="+", metavar="NAME", help="measure these sections only")
+    which.add_argument(
+        "--more", action="store_true", help="measure the further sections, which a plain call leaves out"
+    )
     parser.add_argument("--quick", action="store_true", help="two repetitions instead of five, for development")
     parser.add_argument("--without-frameworks", action="store_true", help="leave out Flower and pfl-research")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")

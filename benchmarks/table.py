@@ -10,12 +10,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.peers.peer import OURS
-from benchmarks.results import Results, Row, Section, read_results
-from benchmarks.suite import Target, judge, machines
+from benchmarks.results import METHOD, Results, Row, Section, read_results
+from benchmarks.suite import Target, Verdict, judge, machines
 
 PAGE = "README.md"
 RESULTS = Path(__file__).resolve().parent / "results"
 DOCS_PAGE = Path(__file__).resolve().parents[1] / "docs" / "performance.md"
+_OLDER = (
+    "After each number the commit that was measured, and the day where it was noted. `older peer`: reached before "
+    "peers had their best forms and everyone a process as its users have it; `older graph`: reached when neighbours "
+    "lay in order. Neither has been measured since."
+)
 BEGIN, END = "<!-- written by python -m benchmarks.table -->", "<!-- end -->"
 
 
@@ -44,8 +49,7 @@ def render_verdicts(found: dict[str, Results]) -> str:
     """All targets, with a column for each machine."""
     names, cells = list(machines(found)), dict[Target, dict[str, str]]()
     for verdict in judge(found):
-        number = "" if verdict.value is None else f"{verdict.value:.2f} "
-        cells.setdefault(verdict.target, {})[verdict.machine] = number + verdict.word
+        cells.setdefault(verdict.target, {})[verdict.machine] = _verdict(verdict)
     rows = [
         (
             target.what,
@@ -54,7 +58,20 @@ def render_verdicts(found: dict[str, Results]) -> str:
         )
         for target, by_machine in cells.items()
     ]
-    return markdown_table(("target", "bound", *names), rows)
+    table = markdown_table(("target", "bound", *names), rows)
+    return f"{table}\n\n{_OLDER}" if any(" older " in cell for row in rows for cell in row) else table
+
+
+def _verdict(verdict: Verdict) -> str:
+    """The number, the word, and what was measured when."""
+    if verdict.value is None or verdict.section is None:
+        return verdict.word
+    return ", ".join(text for text in (f"{verdict.value:.2f} {verdict.word}", _when(verdict.section)) if text)
+
+
+def _when(section: Section) -> str:
+    """The commit and the day of a section, as far as they are known."""
+    return " of ".join(text for text in (section.commit, section.date) if text)
 
 
 def render_section(section: Section) -> str:
@@ -106,8 +123,29 @@ def _notes(section: Section) -> list[str]:
         )
     if "copy_bytes_per_second" in facts:
         notes.append(f"Copying moves {facts['copy_bytes_per_second'] / 1e9:.1f} GB/s (read + write).")
+    notes += _about_contestants(section)
     if section.commit:
-        notes.append(f"Measured at {section.commit}.")
+        notes.append(f"Measured at {_when(section)}.")
+    return notes
+
+
+def _about_contestants(section: Section) -> list[str]:
+    """In which form and with which settings the contestants ran."""
+    notes = [
+        f"{row.contestant}: {row.clients_per_batch} clients in a batch, the fastest of the sizes tried."
+        for row in section.rows
+        if row.clients_per_batch is not None
+    ]
+    settings: dict[str, list[str]] = {}
+    for row in section.rows:
+        if row.settings:
+            words = ", ".join(f"{name} {value}" for name, value in row.settings.items())
+            settings.setdefault(words, []).append(f"`{row.contestant}`")
+    if settings:
+        told = "; ".join(f"{words}: {', '.join(contestants)}" for words, contestants in settings.items())
+        notes.append(f"Each in a process of its own, whose whole memory is told ({told}).")
+    if section.rows and section.method < METHOD:
+        notes.append("Measured before peers and graphs were improved: all in one process, memory is what a round adds.")
     return notes
 
 

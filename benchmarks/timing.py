@@ -10,8 +10,16 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
+
+
+class Lap(NamedTuple):
+    """How long one call took, as whoever called it measured: what works in another process measures itself."""
+
+    wall: float
+    processor: float
 
 
 @dataclass(slots=True)
@@ -20,7 +28,7 @@ class Times:
 
     wall: list[float] = field(default_factory=list)
     processor: list[float] = field(default_factory=list)
-    """Of this process only."""
+    """Of the process that did the work."""
 
     @property
     def median(self) -> float:
@@ -48,7 +56,7 @@ def interleave(
     """Time all contestants, each once per repetition, starting with another one each time.
 
     Args:
-        contestants: name -> what to time.
+        contestants: name -> what to time; the time is what it returns if that is a `Lap`.
         warm_up: repetitions that are not counted.
         repeats: repetitions that are.
         prepare: called before each, not timed.
@@ -62,11 +70,13 @@ def interleave(
             prepare()
             wait_for(device)
             processor, wall = time.process_time(), time.perf_counter()
-            contestants[name]()
+            result = contestants[name]()
             wait_for(device)
+            lap = Lap(time.perf_counter() - wall, time.process_time() - processor)
+            lap = result if isinstance(result, Lap) else lap
             if repetition >= warm_up:
-                times[name].wall.append(time.perf_counter() - wall)
-                times[name].processor.append(time.process_time() - processor)
+                times[name].wall.append(lap.wall)
+                times[name].processor.append(lap.processor)
     return times
 
 

@@ -14,10 +14,11 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from benchmarks.gate import UnequalError
-from benchmarks.groups.mixing import COPY, MIX, NEIGHBOURS, TAU, neighbours
+from benchmarks.groups.mixing import COPY, MIX, NEIGHBOURS, TAU, edges
 from benchmarks.memory import with_peak
 from benchmarks.options import Options
 from benchmarks.results import Row, Section
@@ -81,17 +82,24 @@ def measure_disk_mixing(
 
 def step_matrix(num_clients: int) -> SparseMatrix:
     """I - tau L of the benchmark's graph, by its non-zero entries."""
-    distances, weights = neighbours(num_clients)
-    here_K = torch.arange(num_clients)
-    columns = [here_K]
-    values = [torch.full((num_clients,), 1.0 - 2.0 * TAU * sum(weights), dtype=torch.float64)]
-    for distance, weight in zip(distances, weights, strict=True):
-        for shift in (distance, -distance):
-            columns.append((here_K + shift) % num_clients)
-            values.append(torch.full((num_clients,), TAU * weight, dtype=torch.float64))
-    entries = len(columns)
-    starts = torch.arange(num_clients + 1) * entries
-    return SparseMatrix(starts, torch.stack(columns, 1).flatten(), torch.stack(values, 1).flatten(), num_clients)
+    parts = edges(num_clients)
+    here_K = np.arange(num_clients)
+    rows, columns = [here_K], [here_K]
+    values = [np.full(num_clients, 1.0 - 2.0 * TAU * sum(weight for *_, weight in parts))]
+    for one, other, weight in parts:
+        rows += [one, other]
+        columns += [other, one]
+        values += [np.full(num_clients, TAU * weight)] * 2
+    rows_E, columns_E, values_E = (np.concatenate(arrays) for arrays in (rows, columns, values))
+    # row after row and by column within each, as `sparse` leaves them
+    order = np.lexsort((columns_E, rows_E))
+    starts = np.arange(num_clients + 1) * len(rows)
+    return SparseMatrix(
+        torch.from_numpy(starts.astype(np.int32)),
+        torch.from_numpy(columns_E[order].astype(np.int32)),
+        torch.from_numpy(values_E[order]),
+        num_clients,
+    )
 
 
 def _fill(arena: ArenaFile) -> None:

@@ -12,8 +12,10 @@ Axes: K clients, P parameters of one adapter, B prompts of a batch, T tokens.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from contextlib import closing
+from dataclasses import asdict, dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -24,11 +26,12 @@ from benchmarks.gate import UnequalError
 from benchmarks.groups.training import OVER_FLOOR
 from benchmarks.memory import with_peak
 from benchmarks.options import Options
-from benchmarks.peers.peer import OURS, PEFT
+from benchmarks.peers.peer import OURS, PEFT, start_processes
 from benchmarks.peers.peft_model import FIRST, adapter_parameters, load_row, make_peft_model
+from benchmarks.peers.worker import Worker
 from benchmarks.results import Row, Section
-from benchmarks.timing import interleave
-from benchmarks.workloads import Task, Workload, build
+from benchmarks.timing import Lap, interleave
+from benchmarks.workloads import Task, Workload, build, fingerprint
 from fedmira.evaluation.generation import generate
 from fedmira.model.base import BaseModel
 from fedmira.types import Arena
@@ -133,36 +136,90 @@ class PeftOneByOne:
         return answers
 
 
+class InWorker:
+    """A contestant that answers in a process of its own.
+
+    Raises:
+        UnequalError: its process made another task than `task`.
+    """
+
+    def __init__(self, worker: Worker, task: Task, generation: Generation) -> None:
+        answers = {"prompts_per_client": generation.prompts_per_client, "new_tokens": generation.new_tokens}
+        taken = worker.ask({"do": "take", "workload": asdict(generation.workload), "answers": answers})
+        self._worker = worker
+        self.settings: dict[str, str] = worker.ready["settings"]
+        self.peak_bytes = 0
+        """Of the last answers: the highest memory of the process, all of it."""
+        if taken["fingerprint"] != fingerprint(task):
+            raise UnequalError("a process made another task than this one")
+
+    def answer(self) -> Answers:
+        """The answers of every client, in the order of its prompts."""
+        self.lap()
+        answers: Answers = json.loads(self._worker.answers_file.read_text(encoding="utf-8"))
+        return answers
+
+    def lap(self) -> Lap:
+        """The time of all answers, as the process measures it."""
+        lap, self.peak_bytes = self._worker.lap()
+        return lap
+
+
+Answering = OursTogether | PeftOneByOne | InWorker
+
+
+def answering_here(contestant: str, task: Task, generation: Generation) -> OursTogether | PeftOneByOne:
+    """Make a contestant in this process."""
+    prompts = _prompts(task, generation.prompts_per_client)
+    return (OursTogether if contestant == OURS else PeftOneByOne)(task, prompts, generation.new_tokens)
+
+
 def measure_generation(name: str, generation: Generation, options: Options, say: Callable[[str], None]) -> Section:
     """Compare the answers in float64, then time both."""
-    gate_task = _task(
-        replace(generation.workload, dtype="float64", num_clients=min(4, generation.workload.num_clients)), options
-    )
-    gate_prompts = _prompts(gate_task, min(2, generation.prompts_per_client))
-    expected = PeftOneByOne(gate_task, gate_prompts, GATE_NEW_TOKENS).answer()
-    share = agreement(OursTogether(gate_task, gate_prompts, GATE_NEW_TOKENS).answer(), expected).equal
-    if share < 1.0:
-        raise UnequalError(f"{1 - share:.0%} of the answers differ from PEFT's in float64; all must be equal")
-    say("  gate: answers are equal in float64")
     section = Section(name, generation.title)
-    task = _task(generation.workload, options)
-    prompts = _prompts(task, generation.prompts_per_client)
-    in_16_bits = task.base.dtype.itemsize == 2
-    kept_apart = PeftOneByOne(task, prompts, generation.new_tokens, apart=True).answer() if in_16_bits else None
-    ours = OursTogether(task, prompts, generation.new_tokens)
-    peft = PeftOneByOne(task, prompts, generation.new_tokens)
-    answers, ours_peak = with_peak(ours.answer, options.device)
-    merged, peft_peak = with_peak(peft.answer, options.device)
-    agreed = agreement(answers, kept_apart or merged)
-    check_agreement(agreed, task.base.dtype)
-    times = interleave(
-        {OURS: ours.answer, PEFT: peft.answer},
-        warm_up=options.warm_up,
-        repeats=options.repeats,
-        device=options.device,
-    )
-    section.rows = [Row.timed(contestant, times[contestant]) for contestant in times]
-    section.row(OURS).peak_bytes, section.row(PEFT).peak_bytes = ours_peak, peft_peak
+    with closing(start_processes((OURS, PEFT), options)) as processes:
+
+        def answering(contestant: str, task: Task, generation: Generation) -> Answering:
+            if contestant in processes:
+                return InWorker(processes[contestant], task, generation)
+            return answering_here(contestant, task, generation)
+
+        gate = replace(
+            generation,
+            workload=replace(generation.workload, dtype="float64", num_clients=min(4, generation.workload.num_clients)),
+            prompts_per_client=min(2, generation.prompts_per_client),
+            new_tokens=GATE_NEW_TOKENS,
+        )
+        task = _task(gate.workload, options)
+        expected = answering(PEFT, task, gate).answer()
+        share = agreement(answering(OURS, task, gate).answer(), expected).equal
+        if share < 1.0:
+            raise UnequalError(f"{1 - share:.0%} of the answers differ from PEFT's in float64; all must be equal")
+        say("  gate: answers are equal in float64")
+        task = _task(generation.workload, options)
+        prompts = _prompts(task, generation.prompts_per_client)
+        in_16_bits = task.base.dtype.itemsize == 2
+        kept_apart = PeftOneByOne(task, prompts, generation.new_tokens, apart=True).answer() if in_16_bits else None
+        contestants = {contestant: answering(contestant, task, generation) for contestant in (OURS, PEFT)}
+        answers, peaks = {}, {}
+        for contestant, one in contestants.items():
+            if isinstance(one, InWorker):
+                answers[contestant] = one.answer()
+                peaks[contestant] = one.peak_bytes
+            else:
+                answers[contestant], peaks[contestant] = with_peak(one.answer, options.device)
+        agreed = agreement(answers[OURS], kept_apart or answers[PEFT])
+        check_agreement(agreed, task.base.dtype)
+        times = interleave(
+            {name: one.lap if isinstance(one, InWorker) else one.answer for name, one in contestants.items()},
+            warm_up=options.warm_up,
+            repeats=options.repeats,
+            device=options.device,
+        )
+    for contestant, one in contestants.items():
+        row = Row.timed(contestant, times[contestant])
+        row.peak_bytes, row.settings = peaks[contestant], getattr(one, "settings", {})
+        section.rows.append(row)
     section.add_ratios(OURS)
     floor = generation_floor(task, prompts, generation.new_tokens)
     seconds = section.row(OURS).seconds
@@ -173,7 +230,7 @@ def measure_generation(name: str, generation: Generation, options: Options, say:
         "floor_flops": floor.flops,
         "gemm_flops_per_second": floor.gemm_flops_per_second,
         "clients": len(prompts),
-        "new_tokens": sum(len(answer.split()) for client in answers for answer in client),
+        "new_tokens": sum(len(answer.split()) for client in answers[OURS] for answer in client),
         "prompt_tokens": sum(len(prompt) for client in prompts for prompt in client),
         "equal_answers": agreed.equal,
         "equal_first_tokens": agreed.equal_first,
@@ -218,7 +275,11 @@ def _equal_tokens(ours: Sequence[str], theirs: Sequence[str]) -> int:
 
 def _task(workload: Workload, options: Options) -> Task:
     """The workload over a base without an end token."""
-    task = build(workload, options.device)
+    return without_end(build(workload, options.device))
+
+
+def without_end(task: Task) -> Task:
+    """The task over a base without an end token, whose tokens become text by their numbers."""
     task.base.model.generation_config.eos_token_id = None
     base: BaseModel = replace(task.base, tokenizer=NumberTokenizer())
     return replace(task, base=base)

@@ -15,7 +15,10 @@ OVER_FLOOR = "bytes over 16 per parameter"
 def measure_memory(name: str, options: Options, say: Callable[[str], None]) -> Section:
     """Bytes that one more client adds to the peak of a round, beside the starting adapter that the caller holds."""
     found = measure_client_memory(options.device, TrainingConfig(local_steps=2, batch_size=1))
-    section = Section(name, f"One more client in a cohort, adapters of {found.parameters:,} parameters, AdamW")
+    over = "bfloat16" if options.device.startswith("cuda") else "float32"
+    section = Section(
+        name, f"One more client in a cohort, adapters of {found.parameters:,} parameters, AdamW, over a base in {over}"
+    )
     section.facts = {"parameters": found.parameters, "bytes_per_client": found.bytes_per_client}
     section.measures[OVER_FLOOR] = found.over_floor
     say(f"  {found.bytes_per_client / found.parameters:.2f} bytes per parameter")

@@ -32,22 +32,26 @@ SHARE_IN_TASKS, SHARE_SCATTERED = f"{SHARE_OF_COPY}, tasks in order", f"{SHARE_O
 _TOLERANCE = 1e-5
 
 
-def neighbours(num_clients: int) -> tuple[list[int], list[float]]:
-    """How far away the neighbours of every client are, in both directions, and the weights of these edges.
+def edges(num_clients: int) -> list[tuple[np.ndarray, np.ndarray, float]]:
+    """The edges of a graph in which every client has `NEIGHBOURS` neighbours: clients here, there, and the weight.
 
-    Distances are drawn at random, so that neighbours are not near each other in memory.
+    Each part has one edge from every client and one to it, at one distance on a circle, on which clients stand in any
+    order: were they in order, each client's neighbours would be those of the client before shifted by one, and
+    gathering would read as many streams as there are neighbours.
     """
     rng = generator(0, "benchmark graph", num_clients)
     distances = 1 + rng.permutation((num_clients - 1) // 2)[: NEIGHBOURS // 2]
-    return distances.tolist(), rng.uniform(0.5, 1.0, size=len(distances)).tolist()
+    weights = rng.uniform(0.5, 1.0, size=len(distances))
+    circle = rng.permutation(num_clients)
+    return [
+        (circle, np.roll(circle, -distance), float(weight)) for distance, weight in zip(distances, weights, strict=True)
+    ]
 
 
 def neighbour_graph(num_clients: int) -> Graph:
     """A graph in which every client has `NEIGHBOURS` neighbours."""
     adjacency_KK = np.zeros((num_clients, num_clients))
-    here = np.arange(num_clients)
-    for distance, weight in zip(*neighbours(num_clients), strict=True):
-        there = (here + distance) % num_clients
+    for here, there, weight in edges(num_clients):
         adjacency_KK[here, there] = adjacency_KK[there, here] = weight
     return validated(adjacency_KK, num_clients, "benchmark")
 

@@ -5,8 +5,10 @@ Axes: S participants, P parameters of one adapter.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -16,14 +18,33 @@ from benchmarks.gate import check_adapters, check_loss, final_loss
 from benchmarks.memory import with_peak, with_peak_of
 from benchmarks.options import Options
 from benchmarks.padding import padding_factor
-from benchmarks.peers.ours import Ours
-from benchmarks.peers.peer import OURS, Peer, PeerMissingError, make_peer, runs_here
-from benchmarks.peers.worker import WorkerPeer
+from benchmarks.peers.peer import (
+    OURS,
+    SEVERAL_PROCESSES,
+    Peer,
+    PeerMissingError,
+    forms,
+    make_peer,
+    start_processes,
+)
+from benchmarks.peers.worker import Processes, WorkerPeer
 from benchmarks.results import Row, Section
-from benchmarks.timing import interleave
+from benchmarks.timing import Times, interleave
 from benchmarks.workloads import Task, Workload, build
 
 OVER_FLOOR, SHARE_OF_GEMM = "over floor", "share of the matrix-product rate"
+_LONGEST_WARM_UP_SECONDS = 40.0
+"""Where one round of everyone takes longer, the judged rounds are the only ones to warm up."""
+
+
+class _Judged(NamedTuple):
+    """A round that is not timed: it is judged, its memory is measured, and it warms up."""
+
+    form: int | None
+    """Which of the contestant's forms; None if it has one."""
+    seconds: float
+    peak_bytes: int
+    final_loss: float
 
 
 class _Ready(NamedTuple):
@@ -31,8 +52,7 @@ class _Ready(NamedTuple):
 
     name: str
     peer: Peer
-    peak_bytes: int
-    final_loss: float
+    judged: _Judged
 
 
 def measure_training(
@@ -48,101 +68,165 @@ def measure_training(
         say: told what happens.
     """
     section = Section(name, workload.title)
-    contestants = gate(workload, contestants, section, options, say)
-    task = build(workload, options.device)
-    ready = _prepare(task, workload, contestants, section, options, say)
-    try:
+    with ExitStack() as ending:
+        processes = ending.enter_context(closing(start_processes(contestants, options)))
+        contestants = gate(workload, contestants, section, options, say, processes)
+        task = build(workload, options.device)
+        ready = [
+            one
+            for contestant in contestants
+            if (one := _prepare(contestant, task, workload, section, options, say, processes, ending))
+        ]
+        own_loss = ready[0].judged.final_loss
+        for one in ready:
+            check_loss(one.name, own_loss, one.judged.final_loss, task.base.dtype)
+        section.facts["start_loss"] = final_loss(task, task.start_SP)
+        losses = ", ".join(f"{one.judged.final_loss:.5f}" for one in ready)
+        say(f"  final losses agree: {losses} from {section.facts['start_loss']:.5f}")
+        # where rounds are long a second one to warm up changes nothing
+        together = sum(one.judged.seconds for one in ready)
+        warm_up = options.warm_up if together <= _LONGEST_WARM_UP_SECONDS else 0
         times = interleave(
-            {one.name: one.peer.round for one in ready},
-            warm_up=options.warm_up,
+            {one.name: one.peer.lap if isinstance(one.peer, WorkerPeer) else one.peer.round for one in ready},
+            warm_up=warm_up,
             repeats=options.repeats,
             device=options.device,
         )
-    finally:
-        for one in ready:
-            one.peer.close()
-    timed = []
-    for one in ready:
-        row = Row.timed(one.name, times[one.name])
-        row.peak_bytes, row.final_loss = one.peak_bytes, one.final_loss
-        if not runs_here(one.name):
-            row.processor_seconds = None
-        timed.append(row)
-        say(f"  {one.name}: {row.seconds:.3f} s")
-    section.rows = timed + section.rows
+    section.rows = [_row(one, times[one.name]) for one in ready] + section.rows
+    for row in section.rows:
+        if row.seconds is not None:
+            say(f"  {row.contestant}: {row.seconds:.3f} s")
     section.add_ratios(OURS)
-    _add_facts(section, task, options)
-    for one in ready:
-        if one.name == OURS and isinstance(one.peer, Ours):
-            section.facts["cohort_size"] = one.peer.cohort_size
+    section.facts |= {"warm_up": warm_up + 1, "repeats": options.repeats}
+    _add_facts(section, task)
+    cohort_size = getattr(ready[0].peer, "cohort_size", None)
+    if cohort_size is not None:
+        section.facts["cohort_size"] = cohort_size
     return section
 
 
 def gate(
-    workload: Workload, contestants: Sequence[str], section: Section, options: Options, say: Callable[[str], None]
+    workload: Workload,
+    contestants: Sequence[str],
+    section: Section,
+    options: Options,
+    say: Callable[[str], None],
+    processes: Processes | None = None,
 ) -> list[str]:
-    """Train the tiny twin of the workload with every contestant; who passed. The others get a row that says why.
+    """Train the tiny twins of the workload with every contestant in all its forms; who passed. The others get a row
+    that says why.
+
+    The twins are trained by AdamW behind a clip, as the workload is, and by plain SGD: Adam's steps and a clipped
+    gradient do not tell a gradient from its double.
 
     Raises:
         UnequalError: a contestant trains other adapters.
     """
-    tiny = workload.tiny()
-    task = build(tiny, options.device)
+    twins = [workload.tiny(), replace(workload.tiny(), plain=True)]
+    tasks = [build(twin, options.device) for twin in twins]
     passed = []
     largest = 0.0
-    ours_SP = torch.empty(0)
+    ours: list[torch.Tensor] = []
     for contestant in contestants:
         try:
-            with closing(make_peer(contestant, task, tiny, options)) as peer:
-                rows_SP = peer.round()
+            rows = [
+                (task, form, _train_once(contestant, task, twin, options, processes, form))
+                for task, twin in zip(tasks, twins, strict=True)
+                for form in forms(contestant, len(task.clients))
+            ]
         except PeerMissingError as error:
+            if contestant == OURS:
+                raise
             section.rows.append(Row(contestant, note=f"not measured: {error}"))
             say(f"  {contestant}: not measured: {error}")
             continue
         if contestant == OURS:
-            ours_SP = rows_SP
-        largest = max(largest, check_adapters(contestant, ours_SP, rows_SP, task.start_SP))
+            ours = [rows_SP for _, _, rows_SP in rows]
+        for task, form, rows_SP in rows:
+            name = contestant if form is None else f"{contestant} of {form} clients"
+            ours_SP = next(own_SP for own_SP, own in zip(ours, tasks, strict=True) if own is task)
+            largest = max(largest, check_adapters(name, ours_SP, rows_SP, task.start_SP))
         passed.append(contestant)
     section.facts["gate_difference"] = largest
     say(f"  gate: adapters of {len(passed)} contestants agree to {largest:.1e} in float64")
     return passed
 
 
+def _train_once(
+    contestant: str, task: Task, workload: Workload, options: Options, processes: Processes | None, form: int | None
+) -> torch.Tensor:
+    with closing(make_peer(contestant, task, workload, options, processes, form)) as peer:
+        return peer.round()
+
+
 def _prepare(
+    contestant: str,
     task: Task,
     workload: Workload,
-    contestants: Sequence[str],
     section: Section,
     options: Options,
     say: Callable[[str], None],
-) -> list[_Ready]:
-    """Make every contestant and let it do one round, which is judged and whose memory is measured."""
-    ready: list[_Ready] = []
-    for contestant in contestants:
-        peer = None
+    processes: Processes,
+    ending: ExitStack,
+) -> _Ready | None:
+    """Make a contestant and let it do one round; of several forms each does one, and the fastest stays.
+
+    Returns:
+        The contestant, to be closed by `ending`; None if it cannot do a round, with a row that says why.
+    """
+    found: list[_Judged] = []
+    choices = forms(contestant, len(task.clients))
+    missing = ""
+    for form in choices:
         try:
-            peer = make_peer(contestant, task, workload, options)
-            if isinstance(peer, WorkerPeer):
-                rows_SP, peak_bytes = with_peak_of(peer.process_id, peer.round)
-            else:
-                rows_SP, peak_bytes = with_peak(peer.round, options.device)
+            # beside other forms it lets go of its memory at once
+            with ExitStack() as here:
+                peer = make_peer(contestant, task, workload, options, processes, form)
+                (ending if len(choices) == 1 else here).enter_context(closing(peer))
+                found.append(_judge(contestant, form, peer, task, options))
         except (PeerMissingError, torch.OutOfMemoryError) as error:
-            if peer is not None:
-                peer.close()
-            why = "out of memory" if isinstance(error, torch.OutOfMemoryError) else str(error)
-            section.rows.append(Row(contestant, note=f"not measured: {why}"))
-            say(f"  {contestant}: {section.rows[-1].note}")
+            if contestant == OURS:
+                raise
+            missing = "out of memory" if isinstance(error, torch.OutOfMemoryError) else str(error)
             continue
-        loss = final_loss(task, rows_SP)
-        ready.append(_Ready(contestant, peer, peak_bytes, loss))
-        check_loss(contestant, ready[0].final_loss, loss, task.base.dtype)
-    section.facts["start_loss"] = final_loss(task, task.start_SP)
-    losses = ", ".join(f"{one.final_loss:.5f}" for one in ready)
-    say(f"  final losses agree: {losses} from {section.facts['start_loss']:.5f}")
-    return ready
+        if form is not None:
+            say(f"  {contestant}: {found[-1].seconds:.2f} s with {form} clients in a batch")
+    if not found:
+        section.rows.append(Row(contestant, note=f"not measured: {missing}"))
+        say(f"  {contestant}: {section.rows[-1].note}")
+        return None
+    best = min(found, key=lambda one: one.seconds)
+    if len(choices) > 1:
+        peer = ending.enter_context(closing(make_peer(contestant, task, workload, options, processes, best.form)))
+    return _Ready(contestant, peer, best)
 
 
-def _add_facts(section: Section, task: Task, options: Options) -> None:
+def _judge(contestant: str, form: int | None, peer: Peer, task: Task, options: Options) -> _Judged:
+    """Let a contestant do one round."""
+    started = time.perf_counter()
+    if not isinstance(peer, WorkerPeer):
+        rows_SP, peak_bytes = with_peak(peer.round, options.device)
+    elif contestant in SEVERAL_PROCESSES:
+        rows_SP, peak_bytes = with_peak_of(peer.process_id, peer.round)
+    else:
+        rows_SP = peer.round()
+        peak_bytes = peer.peak_bytes
+    seconds = time.perf_counter() - started
+    return _Judged(form, seconds, peak_bytes, final_loss(task, rows_SP))
+
+
+def _row(one: _Ready, times: Times) -> Row:
+    row = Row.timed(one.name, times)
+    row.peak_bytes, row.final_loss = one.judged.peak_bytes, one.judged.final_loss
+    row.settings = dict(getattr(one.peer, "settings", {}))
+    if one.judged.form is not None:
+        row.clients_per_batch = one.judged.form
+    if one.name in SEVERAL_PROCESSES:
+        row.processor_seconds = None
+    return row
+
+
+def _add_facts(section: Section, task: Task) -> None:
     steps = task.steps_of_clients
     batches = [batch for client in steps for batch in client]
     together = [[example for batch in step for example in batch] for step in zip(*steps, strict=True)]
@@ -156,8 +240,6 @@ def _add_facts(section: Section, task: Task, options: Options) -> None:
         "supervised_tokens": sum(len(example.tokens) - example.prompt_length for example in examples),
         "padding_own_batch": padding_factor(batches),
         "padding_all_clients": padding_factor(together),
-        "warm_up": options.warm_up + 1,
-        "repeats": options.repeats,
         "floor_seconds": floor.seconds,
         "floor_flops": floor.flops,
         "gemm_flops_per_second": floor.gemm_flops_per_second,

@@ -15,8 +15,8 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.simulation import run_simulation
 
 from benchmarks.peers.flower_client import app as client_app
-from benchmarks.peers.serving import read_order, serve
-from benchmarks.workloads import build
+from benchmarks.peers.serving import read_order, serve_rounds
+from benchmarks.workloads import build, fingerprint
 
 THREADS = 1
 """Of one actor. Flower's default, and faster: one actor with two threads took 6.4 s a round where two took 5.8."""
@@ -25,14 +25,16 @@ THREADS = 1
 def main() -> None:
     """Start the simulation and serve rounds from its server app."""
     order = read_order()
-    start_SP = build(order.workload, "cpu").start_SP.numpy()
+    task = build(order.workload, "cpu")
+    start_SP, found = task.start_SP.numpy(), fingerprint(task)
+    del task
     server_app = ServerApp()
 
     @server_app.main()  # type: ignore[untyped-decorator]
     def server(grid: Grid, _context: Context) -> None:
         config = ConfigRecord({"workload": json.dumps(asdict(order.workload)), "threads": THREADS})
         nodes = _nodes_by_client(grid, len(start_SP), config)
-        serve(lambda: _round(grid, nodes, start_SP, config), order.rows_file)
+        serve_rounds(lambda: _round(grid, nodes, start_SP, config), order, found)
 
     run_simulation(
         server_app,

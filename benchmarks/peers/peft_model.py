@@ -60,8 +60,10 @@ def read_row(parameters: Iterable[torch.nn.Parameter]) -> torch.Tensor:
 
 
 def make_optimizer(parameters: Sequence[torch.Tensor], task: Task) -> torch.optim.Optimizer:
-    """torch's AdamW with the task's settings."""
+    """torch's AdamW, or its SGD where the gate judges by that, with the task's settings."""
     training = task.training
+    if training.optimizer == "sgd":
+        return torch.optim.SGD(list(parameters), lr=training.learning_rate)
     return torch.optim.AdamW(
         list(parameters),
         lr=training.learning_rate,

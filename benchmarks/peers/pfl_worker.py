@@ -23,8 +23,8 @@ from pfl.metrics import Metrics
 from pfl.model.base import Model
 
 from benchmarks.peers.peft_sequential import PeftSequential
-from benchmarks.peers.serving import read_order, serve
-from benchmarks.workloads import Task, build
+from benchmarks.peers.serving import read_order, serve_rounds
+from benchmarks.workloads import Task, build, fingerprint
 
 
 class PersonalAdapters(FederatedAlgorithm):  # type: ignore[misc]
@@ -93,7 +93,7 @@ def main() -> None:
         algorithm.run(AlgorithmHyperParams(), backend, Model(), ModelHyperParams(), send_metrics_to_platform=False)
         return algorithm.rows_SP.numpy()
 
-    serve(one_round, order.rows_file)
+    serve_rounds(one_round, order, fingerprint(task))
 
 
 if __name__ == "__main__":

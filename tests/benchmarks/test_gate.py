@@ -2,22 +2,46 @@
 
 from __future__ import annotations
 
+import sys
+import time
+from contextlib import closing
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from benchmarks.gate import UnequalError, check_adapters, check_loss, final_loss
 from benchmarks.groups import training as group
 from benchmarks.options import Options
+from benchmarks.peers import peer
 from benchmarks.peers.ours import Ours
 from benchmarks.peers.padded_cohort import PaddedCohort
-from benchmarks.peers.peer import FLOWER, MIXED, ONE_CLIENT, OURS, PADDED, PEFT, PeerMissingError, make_peer, runs_here
+from benchmarks.peers.peer import (
+    FLOWER,
+    KEPT,
+    MIXED,
+    ONE_CLIENT,
+    OURS,
+    PADDED,
+    PEFT,
+    PeerMissingError,
+    make_peer,
+    runs_here,
+)
+from benchmarks.peers.peft_mixed import PeftMixed
 from benchmarks.peers.peft_sequential import PeftSequential
+from benchmarks.peers.worker import Worker, environment
 from benchmarks.results import Section
-from benchmarks.workloads import Task, Workload, build
+from benchmarks.table import render_section
+from benchmarks.workloads import Task, Workload, build, fingerprint
+
+from fedmira.model.attention import Packing, plan_packing
+from fedmira.training.objective import logits_at_once
 
 LLAMA = Workload("llama-15m", "dolly", 3, 8, ("q_proj", "v_proj"))
 GPT2 = Workload("gpt2-124m", "natural_instructions", 2, 8, ("c_attn", "c_proj"))
+NATURAL = Workload("llama-15m", "natural_instructions", 8, 8, ("q_proj", "v_proj"))
 EMBEDDED = Workload("embedded", "dolly", 1, 8, "all-linear")
 OPTIONS = Options("cpu", threads=1, warm_up=0, repeats=2, peers_python=None, peers_note="no environment in tests")
 
@@ -29,11 +53,43 @@ def silent(_text: str) -> None:
 @pytest.mark.parametrize("workload", [LLAMA, GPT2, EMBEDDED], ids=lambda workload: workload.model)
 def test_all_contestants_of_this_process_pass_the_gate(workload: Workload) -> None:
     section = Section("test", "test")
-    contestants = [OURS, ONE_CLIENT, PEFT, MIXED, PADDED, FLOWER]
+    contestants = [OURS, ONE_CLIENT, PEFT, KEPT, MIXED, PADDED, FLOWER]
     assert all(runs_here(contestant) for contestant in contestants[:-1])
     assert group.gate(workload, contestants, section, OPTIONS, silent) == contestants[:-1]
     assert section.row(FLOWER).note == "not measured: no environment in tests"
     assert 0 < section.facts["gate_difference"] < 5e-6
+
+
+def packings(workload: Workload, monkeypatch: pytest.MonkeyPatch) -> list[Packing]:
+    """How the steps of our round fall into sequences."""
+    seen: list[Packing] = []
+
+    def spy(*arguments: Any, **named: Any) -> Packing:
+        seen.append(plan_packing(*arguments, **named))
+        return seen[-1]
+
+    monkeypatch.setattr("fedmira.model.base.plan_packing", spy)
+    Ours(build(workload, "cpu"), cohort_size=4).round()
+    return seen
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("workload", [NATURAL, replace(LLAMA, batch_size=4), GPT2, EMBEDDED])
+def test_the_gate_runs_the_fast_paths(workload: Workload, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        twins = (workload.tiny(), replace(workload.tiny(), plain=True))
+        alone = [one for twin in twins for packing in packings(twin, monkeypatch) for one in packing.alone]
+    finally:
+        torch.set_num_threads(before)
+    assert alone, "long sequences stand alone"
+    if workload.batch_size > 1:
+        assert any(one.prefix.stop > one.prefix.start for one in alone), "behind what their client's examples share"
+    base = build(workload.tiny(), "cpu").base
+    _, columns = logits_at_once(base)
+    assert columns < base.vocabulary, "logits come in more than one block"
+    assert base.body is not None
 
 
 class _OneStepShort(PeftSequential):
@@ -60,6 +116,122 @@ class _WholeBatchMean(PaddedCohort):
             stack.grad[0] *= 1e-3
             stack.grad[0] += 1e-6
         super()._clip(stacks)
+
+
+class _TwiceTheGradient(PeftSequential):
+    """A contestant whose gradients are too large, such as those of a sum instead of a mean."""
+
+    def __init__(self, task: Task) -> None:
+        super().__init__(task)
+        for parameter in self._parameters:
+            parameter.register_hook(lambda gradient: 2 * gradient)
+
+
+@pytest.mark.parametrize("workload", [LLAMA, GPT2], ids=lambda workload: workload.model)
+def test_a_gradient_of_the_wrong_size_is_refused(workload: Workload, monkeypatch: pytest.MonkeyPatch) -> None:
+    shares = []
+    for plain in (False, True):
+        task = build(replace(workload.tiny(), plain=plain), "cpu")
+        ours_SP, cheat_SP = Ours(task).round(), _TwiceTheGradient(task).round()
+        shares.append(float((ours_SP - cheat_SP).norm() / (ours_SP - task.start_SP).norm()))
+    assert shares[0] < 0.05, "Adam hardly sees it"
+    assert shares[1] > 0.5, "SGD does"
+    with pytest.raises(UnequalError, match="cheat trains other adapters"):
+        check_adapters("cheat", ours_SP, cheat_SP, task.start_SP)
+
+    def cheats_where_it_is_plain(task: Task, _form: int | None) -> PeftSequential:
+        return (PeftSequential if task.training.optimizer == "adamw" else _TwiceTheGradient)(task)
+
+    monkeypatch.setitem(peer._IN_PROCESS, PEFT, cheats_where_it_is_plain)
+    with pytest.raises(UnequalError, match="PEFT, sequential trains other adapters than ours"):
+        group.gate(workload, [OURS, PEFT], Section("test", "test"), OPTIONS, silent)
+
+
+def test_mixed_batches_of_every_size_pass_and_the_fastest_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert peer.forms(MIXED, 8) == [1, 2, 4, 8]
+    assert peer.forms(MIXED, 4) == [1, 2, 4]
+    assert peer.forms(PEFT, 8) == [None]
+    made: list[int | None] = []
+
+    class Mixed(PeftMixed):
+        def __init__(self, task: Task, form: int | None) -> None:
+            super().__init__(task, form)
+            made.append(form)
+
+        def round(self) -> torch.Tensor:
+            time.sleep(0.0 if made[-1] == 2 else 0.5)
+            return super().round()
+
+    monkeypatch.setitem(peer._IN_PROCESS, MIXED, Mixed)
+    section = group.measure_training("tiny", replace(LLAMA.tiny(), dtype="float32"), [OURS, MIXED], OPTIONS, silent)
+    assert made == [1, 2, 4] * 3 + [2], "the gate by Adam and by SGD, the judged rounds, the timed ones"
+    assert section.row(MIXED).clients_per_batch == 2
+    assert "PEFT, mixed batch: 2 clients in a batch, the fastest of the sizes tried." in render_section(section)
+
+
+def test_everyone_has_a_process_of_its_own() -> None:
+    """Ours is prepared as the command line prepares itself, the others as their users have them."""
+    workload = replace(LLAMA.tiny(), dtype="float32", num_clients=2)
+    options = replace(OPTIONS, own_processes=True)
+    section = group.measure_training("tiny", workload, [OURS, PEFT, KEPT], options, silent)
+    ours, peft, kept = section.rows
+    assert ours.settings == kept.settings == {"GOMP_SPINCOUNT": "1000", "freed memory": "kept"}
+    assert peft.settings == {"GOMP_SPINCOUNT": "10000", "freed memory": "given back"}
+    for row in section.rows:
+        assert row.seconds is not None
+        assert row.processor_seconds is not None
+        assert row.peak_bytes is not None
+        assert row.peak_bytes > 100e6, "interpreter and libraries included"
+    assert section.facts["gate_difference"] < 5e-6
+    assert section.facts["cohort_size"] == 2
+    page = render_section(section)
+    assert (
+        "GOMP_SPINCOUNT 1000, freed memory kept: `ours`, `PEFT, sequential, memory kept`; GOMP_SPINCOUNT 10000" in page
+    )
+    here = group.measure_training("tiny", workload, [OURS, PEFT], OPTIONS, silent)
+    for row in here.rows:
+        assert row.final_loss == pytest.approx(section.row(row.contestant).final_loss, abs=1e-6)
+        assert row.settings == {}
+
+
+def test_a_process_that_made_other_weights_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peer, "fingerprint", lambda _task: "others")
+    with pytest.raises(UnequalError, match="made another task"):
+        group.measure_training("tiny", LLAMA.tiny(), [OURS], replace(OPTIONS, own_processes=True), silent)
+
+
+def test_a_fingerprint_tells_weights_adapters_and_batches() -> None:
+    task = build(LLAMA.tiny(), "cpu")
+    found = fingerprint(task)
+    assert found == fingerprint(build(LLAMA.tiny(), "cpu"))
+    assert found != fingerprint(build(replace(LLAMA.tiny(), batch_size=2), "cpu"))
+    assert found != fingerprint(replace(task, start_SP=task.start_SP + 1e-9))
+    with torch.no_grad():
+        next(task.base.model.parameters()).view(-1)[0] += 1e-6
+    assert found != fingerprint(task)
+
+
+def test_a_process_that_ends_says_its_last_words() -> None:
+    worker = Worker(Path(sys.executable), "benchmarks.peers.own_process", {"contestant": OURS}, 1, prepared=False)
+    with closing(worker), pytest.raises(PeerMissingError, match="ended with status 1: KeyError: 'workload'"):
+        worker.ask({"do": "take"})
+
+
+def test_what_the_caller_set_reaches_no_contestant() -> None:
+    ours = {"GOMP_SPINCOUNT": "7", "MALLOC_ARENA_MAX": "1", "OMP_WAIT_POLICY": "active", "HOME": "/root"}
+    prepared, stock = (environment(ours, 2, "/tmp/x", prepared=prepared) for prepared in (True, False))
+    assert stock.pop("GOMP_SPINCOUNT") == "10000"
+    assert prepared == stock
+    assert prepared["OMP_NUM_THREADS"] == "2"
+    assert prepared["HOME"] == "/root"
+    assert not prepared.keys() & {"GOMP_SPINCOUNT", "MALLOC_ARENA_MAX", "OMP_WAIT_POLICY"}
+
+
+def test_a_second_round_warms_up_where_rounds_are_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    workload, options = replace(LLAMA.tiny(), dtype="float32"), replace(OPTIONS, warm_up=1)
+    assert group.measure_training("tiny", workload, [OURS], options, silent).facts["warm_up"] == 2
+    monkeypatch.setattr(group, "_LONGEST_WARM_UP_SECONDS", 0.0)
+    assert group.measure_training("tiny", workload, [OURS], options, silent).facts["warm_up"] == 1
 
 
 @pytest.mark.parametrize("cheat", [_OneStepShort, _OtherClients, _WholeBatchMean])
@@ -120,6 +292,7 @@ def test_a_section_holds_times_ratios_losses_and_memory() -> None:
     section = group.measure_training("tiny", workload, [OURS, PEFT, FLOWER], OPTIONS, silent)
     assert [row.contestant for row in section.rows] == [OURS, PEFT, FLOWER]
     ours, peft, flower = section.rows
+    assert not ours.settings
     assert ours.seconds is not None
     assert peft.seconds is not None
     assert section.measures[f"over {PEFT}"] == pytest.approx(peft.seconds / ours.seconds)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
 from collections.abc import Callable
 from dataclasses import replace
+from datetime import date
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from benchmarks.client_memory import measure_client_memory
 from benchmarks.environment import REQUIREMENTS
 from benchmarks.gate import UnequalError
 from benchmarks.groups import generation
@@ -38,13 +42,14 @@ from benchmarks.groups.mixing import (
 )
 from benchmarks.options import Options
 from benchmarks.peers.peer import OURS, PEFT
-from benchmarks.results import Results, Row, Section, read_results, write_results
-from benchmarks.suite import SUITES, TARGETS, Target, Training, judge
+from benchmarks.results import METHOD, Results, Row, Section, read_results, write_results
+from benchmarks.suite import MORE, SUITES, TARGETS, Target, Training, judge
 from benchmarks.table import DOCS_PAGE, PAGE, RESULTS, found_in, render, render_section, with_targets, write_pages
 from benchmarks.workloads import Workload
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 from benchmarks import imports, run, table
+from fedmira.config.training import TrainingConfig
 from fedmira.federation.graph import Graph, connected_components, laplacian
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -85,10 +90,16 @@ def test_targets_are_met_missed_or_not_measured() -> None:
     found = {"cpu-fast": results_with("train-15m", **{f"over {PEFT}": 4.5, "over PEFT, mixed batch": 2.4})}
     verdicts = {(one.target.section, one.target.measure, one.target.device): one.word for one in judge(found)}
     assert {(one.target.device, one.machine) for one in judge(found)} == {("cpu", "cpu-fast"), ("cuda", "cuda")}
-    assert verdicts["train-15m", f"over {PEFT}", "cpu"] == "met"
+    assert verdicts["train-15m", f"over {PEFT}", "cpu"] == "older peer", "without a number: of before"
     assert verdicts["train-15m", "over PEFT, mixed batch", "cpu"] == "missed"
     assert verdicts["train-15m", "over Flower simulation", "cpu"] == "not measured"
     assert verdicts["train-1.3b", f"over {PEFT}", "cuda"] == "not measured"
+    found["cpu-fast"].sections[0].method = METHOD
+    assert next(one.word for one in judge(found) if one.value == 4.5) == "met"
+    compared = {target.section: target.compared for target in TARGETS if target.device == "cpu"}
+    assert compared["generate-embedded"] == "peer"
+    assert (compared["train-embedded-batch-1"], compared["client-memory"]) == ("", "")
+    assert {target.compared for target in TARGETS if target.section.startswith("mix-")} == {"graph", ""}
     memory = Target("cpu", "memory", "m", "bytes", 1.1, at_least=False)
     assert memory.reached(1.05)
     assert not memory.reached(1.2)
@@ -105,7 +116,16 @@ def test_the_page_shows_targets_and_rows(tmp_path: Path) -> None:
     page = (tmp_path / PAGE).read_text(encoding="utf-8")
     assert page == render({"cpu-fast": results, "cpu-slow": slow})
     assert "| target | bound | cpu-fast | cpu-slow | cuda |" in page
-    assert "| 15M shape, batch 4, over stock PEFT | at least 4 | 4.50 met | 3.50 missed |  |" in page
+    assert "| 15M shape, batch 4, over stock PEFT | at least 4 | 4.50 older peer | 3.50 missed |  |" in page
+    assert "`older peer`" in page
+    assert "Measured before peers and graphs were improved" in page
+    for one in (results, slow):
+        one.sections[0].method, one.sections[0].commit = METHOD, "abc1234"
+    slow.sections[0].date = "2026-12-01"
+    page = render({"cpu-fast": results, "cpu-slow": slow})
+    assert "| 4.50 met, abc1234 | 3.50 missed, abc1234 of 2026-12-01 |  |" in page
+    assert "older peer" not in page
+    assert "were improved" not in page
     assert "| ours | 2.000 | 1.500 - 2.500 | 1.00 | 500 | 125 | 1 | 3.2500 |" in page
     assert "| PEFT, sequential | not measured: out of memory |" in page
 
@@ -119,11 +139,17 @@ def test_notes_tell_the_size_of_cohorts_and_what_was_measured(tmp_path: Path) ->
     results.sections[0].commit = "abc1234"
     write_results(tmp_path / "cpu.json", results)
     assert read_results(tmp_path / "cpu.json") == results
-    assert render_section(results.sections[0]).endswith("Ours trains 4 clients at a time. Measured at abc1234.")
+    results.sections[0].method, results.sections[0].date = METHOD, "2026-12-01"
+    page = render_section(results.sections[0])
+    assert page.endswith("Ours trains 4 clients at a time. Measured at abc1234 of 2026-12-01.")
     older = json.loads((tmp_path / "cpu.json").read_text(encoding="utf-8"))
-    del older["sections"][0]["commit"]
+    for unknown in ("commit", "date", "method"):
+        del older["sections"][0][unknown]
+    for unknown in ("settings", "clients_per_batch"):
+        del older["sections"][0]["rows"][0][unknown]
     (tmp_path / "cpu.json").write_text(json.dumps(older), encoding="utf-8")
-    assert read_results(tmp_path / "cpu.json").sections[0].commit == ""
+    section = read_results(tmp_path / "cpu.json").sections[0]
+    assert (section.commit, section.date, section.method) == ("", "", 0)
 
 
 def test_the_commit_is_empty_where_git_does_not_know(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,7 +164,33 @@ def test_the_pages_show_the_committed_results() -> None:
     assert (RESULTS / PAGE).read_text(encoding="utf-8") == render(found)
     page = DOCS_PAGE.read_text(encoding="utf-8")
     assert page == with_targets(page, found)
-    assert " met |" in page
+    assert " met, " in page
+
+
+@pytest.mark.parametrize("target", ["bench", "bench-more", "bench-gpu", "bench-gpu-more"])
+def test_one_command_measures_each_list(target: str) -> None:
+    """What issue 3 names is in one of the four lists, each with a command of its own."""
+    make = shutil.which("make")
+    if make is None:
+        pytest.skip("no make here")
+    printed = subprocess.run(
+        [make, "--dry-run", target], cwd=REPOSITORY, check=True, capture_output=True, text=True
+    ).stdout
+    [command] = [line for line in printed.splitlines() if "benchmarks.run" in line]
+    arguments = run._parser().parse_args(command.split("benchmarks.run ")[1].split())
+    assert arguments.out == Path("benchmarks/results")
+    kind = "cuda" if "gpu" in target else "cpu"
+    assert arguments.device == kind
+    chosen = run.choose(kind, arguments.only, more=arguments.more)
+    assert chosen == (MORE if target.endswith("-more") else SUITES)[kind]
+    assert "GOMP_SPINCOUNT" in command
+
+
+def test_the_rows_that_the_issue_names_are_in_the_lists() -> None:
+    assert {"train-gpt2-batch-1", "train-gpt2-batch-8", "generate-embedded-80"} <= MORE["cpu"].keys()
+    assert {"train-1.3b-32", "generate-gpt2-80"} <= MORE["cuda"].keys()
+    with pytest.raises(SystemExit):
+        run.main(["--more", "--only", "mix-memory"])
 
 
 def test_an_unknown_section_is_refused() -> None:
@@ -204,7 +256,8 @@ def test_a_run_into_the_committed_results_brings_the_docs_up_to_date(
     assert run.main([*arguments, str(tmp_path / "elsewhere")]) == 0
     assert " old " in page.read_text(encoding="utf-8")
     assert run.main([*arguments, str(tmp_path / "results")]) == 0
-    assert "| 1.05 met |" in page.read_text(encoding="utf-8")
+    assert f"| 1.05 met, {run.sources_commit()} of {date.today().isoformat()} |" in page.read_text(encoding="utf-8")
+    assert found_in(tmp_path / "results")["cpu-a-machine"].sections[0].method == METHOD
 
 
 def test_a_package_that_is_missing_or_of_another_python_is_named(
@@ -225,6 +278,16 @@ def test_generation_compares_answers_and_counts_tokens() -> None:
     assert section.measures[f"over {PEFT}"] > 0
     assert section.measures["over floor"] > 0
     assert "times the floor" in render_section(section)
+
+
+def test_generation_in_processes_of_their_own() -> None:
+    workload = Workload("llama-tiny", "dolly", 1, 4, ("q_proj",), num_clients=2, shrink=8)
+    options = replace(OPTIONS, own_processes=True)
+    section = measure_generation("tiny", Generation(workload, 2, new_tokens=5), options, silent)
+    assert section.facts["equal_answers"] == 1.0
+    assert section.row(OURS).settings == {"GOMP_SPINCOUNT": "1000", "freed memory": "kept"}
+    assert section.row(PEFT).settings == {"GOMP_SPINCOUNT": "10000", "freed memory": "given back"}
+    assert all(row.peak_bytes and row.peak_bytes > 100e6 for row in section.rows)
 
 
 @pytest.mark.parametrize("apart", [False, True])
@@ -289,9 +352,27 @@ def test_tasks_lie_in_order_or_anywhere() -> None:
     assert scattered != ordered
 
 
+def test_neighbours_lie_anywhere() -> None:
+    """The neighbours of one client are not those of the client before, shifted by one."""
+    matrix = step_matrix(400)
+    columns = matrix.columns_E.view(400, 11).long()
+    streams = [torch.unique((columns[:, place] - torch.arange(400)) % 400) for place in range(11)]
+    assert min(map(len, streams)) > 50
+    assert matrix.columns_E.dtype == matrix.starts.dtype == torch.int32, "as `sparse` makes them"
+
+
 def test_memory_of_one_more_client_is_at_least_its_tensors() -> None:
     section = measure_memory("memory", OPTIONS, silent)
     assert 0.9 < section.measures[OVER_FLOOR] < 4
+
+
+def test_memory_of_one_more_client_on_a_gpu_counts_the_narrow_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two bytes a parameter more over a base in 16 bits, which is what workloads on a GPU have."""
+    training = TrainingConfig(local_steps=2, batch_size=1)
+    wide = measure_client_memory("cpu", training).bytes_per_client
+    monkeypatch.setattr("fedmira.model.families.state_dtype", lambda weight: weight.dtype)
+    found = measure_client_memory("cpu", training, dtype=torch.bfloat16)
+    assert (found.bytes_per_client - wide) / found.parameters == pytest.approx(2.0, abs=0.3)
 
 
 def test_mixing_on_disk_is_checked_and_compared_with_a_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from benchmarks.floors import copy_rate, gemm_rate, generation_floor, training_floor
 from benchmarks.memory import with_peak, with_peak_of
-from benchmarks.timing import Times, interleave
+from benchmarks.timing import Lap, Times, interleave
 from benchmarks.workloads import Workload, build
 
 from benchmarks import floors
@@ -40,6 +40,11 @@ def test_waiting_takes_wall_time_and_no_processor_time() -> None:
     times = interleave({"sleep": lambda: time.sleep(0.02)}, warm_up=0, repeats=2)["sleep"]
     assert times.median >= 0.02
     assert times.processor_median < 0.02
+
+
+def test_what_works_elsewhere_says_how_long_it_took() -> None:
+    times = interleave({"elsewhere": lambda: Lap(4.0, 3.0)}, warm_up=1, repeats=2)["elsewhere"]
+    assert (times.wall, times.processor) == ([4.0, 4.0], [3.0, 3.0])
 
 
 def test_median_and_quartiles() -> None:
@@ -91,14 +96,14 @@ def test_memory_of_another_process_is_that_of_its_children_too(tmp_path: Path) -
         answer, peak_bytes = with_peak_of(process.pid, ask)
         process.stdin.write("\n")
     assert answer == "taken\n"
-    assert 95e6 < peak_bytes < 130e6
+    assert 95e6 < peak_bytes < 180e6, "interpreters included"
 
 
 def test_the_floor_of_answers_counts_every_token_once() -> None:
     """By hand: layers for prompts and for all new tokens but the last, the head for all new ones."""
     task = build(TINY, "cpu")
     prompts = [[example.tokens[: example.prompt_length] for example in client.train[:2]] for client in task.clients]
-    width, inner, layers, vocabulary, new = 32, 48, 2, 97, 5
+    width, inner, layers, vocabulary, new = 32, 48, 2, 2500, 5
     body = layers * (4 * width * width + 3 * width * inner) + task.layout.num_parameters
     read = sum(len(prompt) for client in prompts for prompt in client)
     rows = sum(len(client) for client in prompts)
@@ -110,7 +115,7 @@ def test_the_floor_of_answers_counts_every_token_once() -> None:
 def test_the_floor_counts_what_nobody_can_leave_out() -> None:
     """By hand: layers and head forward and backward, low-rank products, attention; the shared beginning once."""
     task = build(TINY, "cpu")
-    width, inner, layers, vocabulary = 32, 48, 2, 97
+    width, inner, layers, vocabulary = 32, 48, 2, 2500
     body = layers * (4 * width * width + 3 * width * inner)
     flops = 0.0
     for steps in task.steps_of_clients:
