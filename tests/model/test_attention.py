@@ -106,8 +106,11 @@ def test_long_sequences_stand_alone_where_they_may(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     # rows 0..4 are a whole sequence; rows 5..6, 7..10 and 11 follow its first 3 rows; rows 12..14 share nothing
     lengths, prefixes = (5, 2, 4, 1, 3), ((0, 0), (0, 3), (0, 3), (0, 3), (12, 0))
-    plan = plan_packing(lengths, torch.device("cpu"), prefixes, stand_alone=True)
-    assert plan.alone == (Alone(slice(0, 5), slice(0, 0), slice(0, 5)), Alone(slice(7, 11), slice(0, 3), slice(7, 11)))
+    plan = plan_packing(lengths, torch.device("cpu"), prefixes, stand_alone=True, reach=3)
+    assert plan.alone == (
+        Alone(slice(0, 5), slice(0, 0), slice(0, 5), (5,)),
+        Alone(slice(7, 11), slice(0, 3), slice(7, 11), (4,)),
+    )
     assert plan.longest == 7
     (bucket,) = plan.buckets
     assert bucket.rows is not None
@@ -119,13 +122,38 @@ def test_long_sequences_stand_alone_where_they_may(monkeypatch: pytest.MonkeyPat
     assert not plan_packing(lengths, torch.device("cpu"), prefixes).alone
     assert not plan_packing(lengths, torch.device("meta"), prefixes, stand_alone=True).alone
     monkeypatch.setattr(attention, "_LEAST_ALONE", 0)
-    everything = plan_packing(lengths, torch.device("cpu"), prefixes, stand_alone=True)
+    everything = plan_packing(lengths, torch.device("cpu"), prefixes, stand_alone=True, reach=3)
     assert (len(everything.alone), everything.buckets, everything.slots_n) == (5, (), None)
+
+
+def test_short_sequences_behind_one_prefix_share_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "MOST_TOGETHER", 6)
+    # rows 0..4 are a whole sequence; rows 5..6, 7..10, 11 and 12..18 follow its first 3 rows; rows 19..20 and 21 are
+    # another client's: the last follows the first row of it
+    lengths, prefixes = (5, 2, 4, 1, 7, 2, 1), ((0, 0), (0, 3), (0, 3), (0, 3), (0, 3), (19, 0), (19, 1))
+    plan = plan_packing(lengths, torch.device("cpu"), prefixes, stand_alone=True, reach=9)
+    behind = slice(0, 3)
+    assert plan.alone == (
+        Alone(slice(5, 11), behind, slice(5, 11), (2, 4)),
+        Alone(slice(11, 12), behind, slice(11, 12), (1,)),
+        Alone(slice(12, 19), behind, slice(12, 19), (7,)),
+        Alone(slice(21, 22), slice(19, 20), slice(21, 22), (1,)),
+    )
+    assert [one.length for one in plan.alone] == [7, 4, 10, 2]
+    assert plan.longest == 10
+    # the other sequences are short
+    assert plan.rows_n is not None
+    assert plan.rows_n.tolist() == [0, 1, 2, 3, 4, 19, 20]
+    near = plan_packing(lengths, torch.device("cpu"), prefixes, stand_alone=True, reach=8)
+    assert [one.rows.start for one in near.alone] == [21]
+    asked = asking_for(plan, torch.tensor([4, 8, 9, 11]))
+    assert [one.asking.start for one in asked.alone] == [8, 11, 18, 21]
 
 
 def test_only_rows_from_the_first_wanted_one_on_ask(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "_LEAST_ALONE", 0)
-    plan = plan_packing((5, 2, 4, 3), torch.device("cpu"), ((0, 0), (0, 3), (0, 3), (0, 0)), stand_alone=True)
+    prefixes = ((0, 0), (0, 3), (0, 3), (0, 0))
+    plan = plan_packing((5, 2, 4, 3), torch.device("cpu"), prefixes, stand_alone=True, reach=0)
     asked = asking_for(plan, torch.tensor([3, 4, 5, 9]))
     # nothing is wanted of the last sequence; its last row asks all the same
     assert [one.asking for one in asked.alone] == [slice(3, 5), slice(5, 7), slice(9, 11), slice(13, 14)]

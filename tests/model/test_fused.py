@@ -56,12 +56,14 @@ def run(
 
 
 @pytest.mark.parametrize("family", FUSED)
-@pytest.mark.parametrize("share_prefixes", [False, True])
+@pytest.mark.parametrize(("share_prefixes", "most_together"), [(False, 100), (True, 100), (True, 8), (True, 10**6)])
 @pytest.mark.parametrize("least_alone", LEAST_ALONE)
 def test_equals_the_stock_model_with_hooks(
-    family: str, share_prefixes: bool, least_alone: int, monkeypatch: pytest.MonkeyPatch
+    family: str, share_prefixes: bool, most_together: int, least_alone: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(attention, "_LEAST_ALONE", least_alone)
+    # a million reach further than any call: what begins with a prefix then lies in buckets, too
+    monkeypatch.setattr(attention, "MOST_TOGETHER", most_together)
     base = tiny_base(family)
     assert base.body is not None
     arena = random_arena(tiny_layout(base, family), 4)

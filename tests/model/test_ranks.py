@@ -7,7 +7,8 @@ import torch
 from tests.model.test_fused import examples_with_prefixes, run, stock_of
 from tests.reference.tiny_models import ragged_clients, random_arena, tiny_base, tiny_layout
 
-from fedmira.config.run import AdapterConfig, TrainingConfig
+from fedmira.config.run import AdapterConfig
+from fedmira.config.training import TrainingConfig
 from fedmira.data.packing import pack
 from fedmira.errors import ConfigError
 from fedmira.federation.ranks import trimmed

@@ -7,8 +7,9 @@ Sequences of similar length share one call of the attention kernel: they are lai
 because attention is causal no real row can see the padding behind it. Padding repeats a row of the same sequence, so a
 non-finite sequence cannot reach its neighbours. A prefix that sequences share fills its slots in each of them.
 
-On a CPU, where calls are cheap and copies are not, a caller may have long sequences stand alone: they are read where
-they lie, without padding, and a shared prefix only answers in them and asks nothing again.
+On a CPU, where calls are cheap and copies are not, a caller may have sequences stand alone: they are read where they
+lie, without padding, and a shared prefix only answers in them and asks nothing again. Short ones behind one prefix
+share a call, in which no sequence sees another.
 
 Axes: N packed rows, n rows of the sequences in buckets, B sequences of a bucket, T positions (of the longest sequence
 of a bucket), Q positions that ask, K positions that answer (the last Q of them ask), H heads, G key-value heads,
@@ -17,6 +18,7 @@ D features of a head.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -34,7 +36,9 @@ padding on a CPU."""
 _SHORTEST_SLACK = 16
 """Positions that a sequence may always be shorter than the longest of its bucket, so that short ones share a call."""
 _LEAST_ALONE = 2048
-"""A sequence stands alone if each head and thread has more weights than these to compute for it."""
+"""A sequence without a prefix stands alone if each head and thread has more weights than these to compute for it."""
+MOST_TOGETHER = 100
+"""Rows of sequences that share a call, their prefix left out: what they compute of one another is in vain."""
 
 
 class Bucket(NamedTuple):
@@ -48,19 +52,28 @@ class Bucket(NamedTuple):
 
 
 class Alone(NamedTuple):
-    """A sequence with a call of its own."""
+    """A sequence with a call of its own, or a few that follow one another behind one prefix."""
 
     rows: slice
-    """The rows that it adds."""
+    """The rows that they add."""
     prefix: slice
-    """Rows of an earlier sequence that it begins with; empty if it shares nothing."""
+    """Rows of an earlier sequence that they begin with; empty if nothing is shared."""
     asking: slice
-    """Its last rows, those that ask; the others only answer."""
+    """The last rows, those that ask; the others only answer."""
+    lengths: tuple[int, ...]
+    """The rows that each adds."""
 
     @property
     def length(self) -> int:
-        """Its positions, prefix included."""
-        return int(self.prefix.stop - self.prefix.start + self.rows.stop - self.rows.start)
+        """Positions of the longest, prefix included."""
+        return int(self.prefix.stop - self.prefix.start) + max(self.lengths)
+
+    def with_next(self, other: Alone) -> Alone | None:
+        """Both in one call, if they begin with the same and are short enough."""
+        rows = slice(self.rows.start, other.rows.stop)
+        if self.prefix != other.prefix or rows.stop - rows.start > MOST_TOGETHER:
+            return None
+        return Alone(rows, self.prefix, rows, self.lengths + other.lengths)
 
 
 class Packing(NamedTuple):
@@ -90,6 +103,7 @@ def plan_packing(
     device: torch.device,
     prefixes: Sequence[tuple[int, int]] = (),
     stand_alone: bool = False,
+    reach: float = math.inf,
 ) -> Packing:
     """Group sequences into buckets of similar length.
 
@@ -98,7 +112,9 @@ def plan_packing(
         device: where the plan is used.
         prefixes: for each sequence the first row and the length of what it shares with an earlier one; empty if
             nothing is shared.
-        stand_alone: whether long sequences stand alone on a CPU.
+        stand_alone: whether long sequences, and all behind a prefix, stand alone on a CPU.
+        reach: positions that one call can look back over without a window; what a prefix and `MOST_TOGETHER` rows
+            exceed shares no call.
 
     >>> plan = plan_packing((3, 20, 4), torch.device("cpu"))
     >>> [(bucket.num_sequences, bucket.length) for bucket in plan.buckets]
@@ -108,13 +124,17 @@ def plan_packing(
     ends = np.cumsum(sequence_lengths)
     totals = [own + length for own, (_, length) in zip(sequence_lengths, prefixes, strict=True)]
     least = _LEAST_ALONE * torch.get_num_threads()
-    alone, together = [], []
+    alone: list[Alone] = []
+    together = []
     for i, (own, (prefix_start, prefix_length)) in enumerate(zip(sequence_lengths, prefixes, strict=True)):
-        if stand_alone and device.type == "cpu" and own * totals[i] > least:
-            rows = slice(int(ends[i]) - own, int(ends[i]))
-            alone.append(Alone(rows, slice(prefix_start, prefix_start + prefix_length), rows))
-        else:
+        behind = prefix_length > 0 and prefix_length + MOST_TOGETHER <= reach
+        if not (stand_alone and device.type == "cpu" and (behind or own * totals[i] > least)):
             together.append(i)
+            continue
+        rows = slice(int(ends[i]) - own, int(ends[i]))
+        one = Alone(rows, slice(prefix_start, prefix_start + prefix_length), rows, (own,))
+        both = alone[-1].with_next(one) if alone and behind else None
+        alone[len(alone) - (both is not None) :] = [both or one]
     if not together:
         return Packing((), None, alone=tuple(alone))
     shared = any(prefixes[i][1] for i in together)

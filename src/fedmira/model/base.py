@@ -21,6 +21,7 @@ from fedmira.model.attention import PACKED, Packing, attention_of, plan_packing
 from fedmira.model.body import Body, Soften
 from fedmira.model.families import fused_body
 from fedmira.model.fused import NO_ADAPTERS, hidden
+from fedmira.model.kept_attention import MOST_BEHIND
 from fedmira.model.products import product
 from fedmira.model.source import (
     commit_of,
@@ -132,7 +133,8 @@ class BaseModel:
         Raises:
             DataError: a sequence is longer than the base's context.
         """
-        packing = plan_packing(batch.sequence_lengths, self.device, batch.prefixes, stand_alone)
+        reach = MOST_BEHIND if self.body is None else min(MOST_BEHIND, self.body.reach)
+        packing = plan_packing(batch.sequence_lengths, self.device, batch.prefixes, stand_alone, reach)
         if packing.longest > self.max_length:
             raise DataError(
                 f"a sequence of {packing.longest} tokens was given, but the base model {self.name} reads at most "

@@ -7,6 +7,7 @@ Axes: N rows, d hidden features, I/O in and out features of stacked layers, D fe
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -149,6 +150,14 @@ class Body:
     def dtype(self) -> torch.dtype:
         """What rows are kept in; where that is wider than the frozen weights, only their products are narrow."""
         return self.final_norm.weight_d.dtype
+
+    @property
+    def reach(self) -> float:
+        """Positions that every block looks back over with plain attention in 32 bits or more; 0 without it."""
+        looks = [block.look_back for block in self.blocks]
+        if self.dtype.itemsize < 4 or any(look.softcap is not None for look in looks):
+            return 0
+        return min((math.inf if look.sliding_window is None else look.sliding_window for look in looks), default=0)
 
     @property
     def layers(self) -> frozenset[str]:

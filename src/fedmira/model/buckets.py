@@ -56,7 +56,7 @@ class PackedRows:
         ]
         self.pairs: dict[Hashable, Pair] = {}
 
-    def move(self, bucket: Bucket, places: Sequence[tuple[int, int]]) -> Move:
+    def move(self, bucket: CacheBucket, places: Sequence[tuple[int, int]]) -> Move:
         """What brings members to a bucket; `places` are (index here, index there)."""
         device = bucket.rows_b.device
         lengths = [len(self._rows[here]) for here, _ in places]
@@ -72,7 +72,7 @@ class PackedRows:
         return move
 
 
-class Bucket:
+class CacheBucket:
     """Sequences that end at the same column, a pair (b, G, S, D) per attention module."""
 
     def __init__(self, members: Sequence[Growing], rows: Sequence[int], device: torch.device) -> None:
@@ -102,7 +102,7 @@ class Bucket:
         self.pairs[module] = Pair(keys, values)
         return self.pairs[module]
 
-    def move(self, bucket: Bucket, places: Sequence[tuple[int, int]]) -> Move:
+    def move(self, bucket: CacheBucket, places: Sequence[tuple[int, int]]) -> Move:
         """What brings members to another bucket; `places` are (index here, index there)."""
         members = self.members
         longest = max(members[here].length for here, _ in places)

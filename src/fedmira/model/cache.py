@@ -25,7 +25,7 @@ from fedmira.model import fused, inference
 from fedmira.model.attention import PACKED, Packing, Settings, attention_of
 from fedmira.model.base import MISUNDERSTANDINGS, BaseModel, unlike
 from fedmira.model.body import Soften
-from fedmira.model.buckets import Bucket, Growing, PackedRows, Pair, group_by_length
+from fedmira.model.buckets import CacheBucket, Growing, PackedRows, Pair, group_by_length
 from fedmira.model.lora import attached
 from fedmira.model.low_rank import assign_rows
 from fedmira.model.soft_prompt import SoftPrompts
@@ -60,7 +60,7 @@ class KeyValueCache:
         # the body written out computes adapters in its own dtype
         self._arena = arena if self._body is None else arena.replace(arena.values_KP.to(self._body.dtype))
         self._read: list[PackedRows] = []
-        self._buckets: list[Bucket] = []
+        self._buckets: list[CacheBucket] = []
         self._position_B = torch.zeros(0, dtype=torch.int64, device=base.device)
         self._longest = 0
         self._add_low_rank_: inference.LowRank | None = None
@@ -68,7 +68,7 @@ class KeyValueCache:
     @property
     def num_bytes(self) -> int:
         """Bytes of the keys and values held."""
-        sources: list[PackedRows | Bucket] = [*self._read, *self._buckets]
+        sources: list[PackedRows | CacheBucket] = [*self._read, *self._buckets]
         return sum(states.nbytes for source in sources for pair in source.pairs.values() for states in pair)
 
     def read(self, batch: PackedBatch, members: Sequence[Growing]) -> torch.Tensor:
@@ -167,7 +167,7 @@ class KeyValueCache:
 
     def _arrange(self, names_B: Sequence[int | None]) -> None:
         """Bring the sequences that go on into buckets, and let go of the others."""
-        sources: list[PackedRows | Bucket] = [*self._read, *self._buckets]
+        sources: list[PackedRows | CacheBucket] = [*self._read, *self._buckets]
         held = {
             member.name: (member, source, index) for source in sources for index, member in enumerate(source.members)
         }
@@ -180,7 +180,7 @@ class KeyValueCache:
         self._read, self._buckets = [], []
         moves = []
         for group in group_by_length([held[name][0].length for name in names], self._bucket_tokens(sources)):
-            bucket = Bucket([held[names[i]][0] for i in group], [rows[i] for i in group], self._base.device)
+            bucket = CacheBucket([held[names[i]][0] for i in group], [rows[i] for i in group], self._base.device)
             self._buckets.append(bucket)
             for source in sources:
                 places = [(held[names[i]][2], there) for there, i in enumerate(group) if held[names[i]][1] is source]
@@ -206,7 +206,7 @@ class KeyValueCache:
         hidden_Nd: torch.Tensor = output.last_hidden_state.squeeze(0)
         return hidden_Nd
 
-    def _bucket_tokens(self, sources: Sequence[PackedRows | Bucket]) -> float:
+    def _bucket_tokens(self, sources: Sequence[PackedRows | CacheBucket]) -> float:
         """How many tokens' keys and values could be read in the time of one more bucket, in one module."""
         bytes_per_token = max(
             (

@@ -22,7 +22,7 @@ import torch
 from fedmira.model.activation import activate, activate_backward
 from fedmira.model.attention import Alone, Bucket, Packing, Settings, asking_for
 from fedmira.model.body import STACKS, Block, Body, Norm, Soften, Stack, in_cache
-from fedmira.model.kept_attention import Graph, Look, look_back_, look_back_backward_
+from fedmira.model.kept_attention import Look, SlowCall, look_back_, look_back_backward_
 from fedmira.model.low_rank import (
     Branch,
     Rows,
@@ -199,7 +199,7 @@ class _Attention(torch.autograd.Function):
         projected_NO = block.attention_in(h_Nd)
         low_in = _add_all_(branches["attention_in"], pass_.rows, h_Nd, projected_NO)
         heads_NO, looks = _look_back_(projected_NO, pass_, block.look_back, ctx.needs_input_grad[0])
-        kept = [states for look in looks if not isinstance(look, Graph) for states in look]
+        kept = [states for look in looks if not isinstance(look, SlowCall) for states in look]
         residual, rows = x_Nd, pass_.rows
         if is_last:
             residual = x_Nd.index_select(0, pass_.wanted_M)
@@ -209,7 +209,7 @@ class _Attention(torch.autograd.Function):
         low_out = _add_all_(branches["attention_out"], rows, heads_NO, out)
         ctx.save_for_backward(x_Nd, heads_NO, *statistics, *low_in, *low_out, *kept)
         ctx.counts = len(statistics), len(low_in), len(low_out)
-        ctx.looks = [look if isinstance(look, Graph) else len(look) for look in looks]
+        ctx.looks = [look if isinstance(look, SlowCall) else len(look) for look in looks]
         ctx.pass_, ctx.block, ctx.branches = pass_, block, branches
         ctx.is_lowest, ctx.is_last = is_lowest, is_last
         return out
@@ -221,7 +221,7 @@ class _Attention(torch.autograd.Function):
         x_Nd, heads, *rest = ctx.saved_tensors
         left = iter(rest)
         statistics, low_in, low_out = (tuple(islice(left, count)) for count in ctx.counts)
-        looks = [look if isinstance(look, Graph) else tuple(islice(left, look)) for look in ctx.looks]
+        looks = [look if isinstance(look, SlowCall) else tuple(islice(left, look)) for look in ctx.looks]
         block: Block = ctx.block
         pass_: _Pass = ctx.pass_
         grad_heads = block.attention_out.backward(grad)
@@ -331,7 +331,8 @@ def _look_back_(
             output_NHD.index_copy_(0, packing.rows_n, of_buckets)
         for one in packing.alone:
             query, key, value = _of_alone(states_NXD, one, body)
-            looks.append(look_back_(query, key, value, settings, keep, output_NHD[None, one.asking]))
+            output = output_NHD[None, one.asking]
+            looks.append(look_back_(query, key, value, settings, keep, output, one.lengths))
     return output_NHD.flatten(1), looks
 
 

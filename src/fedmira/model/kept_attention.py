@@ -20,25 +20,28 @@ from typing import NamedTuple
 
 import torch
 
-from fedmira.model.attention import Settings, attend
+from fedmira.model.attention import MOST_TOGETHER, Settings, attend
 
 _MOST_WEIGHTS = 2**19
 """Q * K of the longest sequence whose weights are kept: 724 positions that all ask, half of it for each head."""
 MOST_KEPT = math.isqrt(_MOST_WEIGHTS)
 """Positions of that sequence."""
-_MOST_QUERIES = 100
+_MOST_QUERIES = MOST_TOGETHER
 """Of one block."""
+MOST_BEHIND = _MOST_WEIGHTS // MOST_TOGETHER
+"""Positions that sequences which share a call may look back over."""
 
 
-class Graph(NamedTuple):
+class SlowCall(NamedTuple):
     """A call of the slow twin, differentiated by autograd."""
 
     inputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
     output_BHQD: torch.Tensor
 
 
-Look = tuple[torch.Tensor, ...] | Graph
-"""What the backward pass needs: queries, keys, values and the weights of each block, (B * G, h * q, k); or a graph."""
+Look = tuple[torch.Tensor, ...] | SlowCall
+"""What the backward pass needs: queries, keys, values and the weights of each block, (B * G, h * q, k), or the slow
+call."""
 
 
 def look_back_(
@@ -48,20 +51,32 @@ def look_back_(
     settings: Settings,
     keep: bool,
     out_BQHD: torch.Tensor,
+    lengths: tuple[int, ...] = (),
 ) -> Look:
     """Write to `out_BQHD` what the last Q positions of right-padded sequences see.
+
+    Args:
+        query_BQHD: queries of the positions that ask.
+        key_BKGD: keys of all positions.
+        value_BKGD: their values.
+        settings: how they look back.
+        keep: whether `look_back_backward_` will be called.
+        out_BQHD: written to.
+        lengths: of the sequences that share the last of the K positions, behind what all of them begin with; empty
+            where there is one. Several are at most `MOST_TOGETHER` in all, K at most `MOST_BEHIND`, without a window.
 
     Returns:
         What `look_back_backward_` needs; nothing if not `keep`.
     """
     if not _keeps(query_BQHD, key_BKGD, settings):
+        assert len(lengths) < 2, "sequences that share a call keep their weights"
         query, key, value = (
             states.transpose(1, 2).detach().requires_grad_(keep) for states in (query_BQHD, key_BKGD, value_BKGD)
         )
         with torch.set_grad_enabled(keep):
             output_BHQD = attend(query, key, value, settings)
         out_BQHD.copy_(output_BHQD.detach().transpose(1, 2))
-        return Graph((query, key, value), output_BHQD) if keep else ()
+        return SlowCall((query, key, value), output_BHQD) if keep else ()
     scaling = query_BQHD.shape[-1] ** -0.5 if settings.scaling is None else settings.scaling
     num_key_heads = key_BKGD.shape[2]
     key, value = _joined(key_BKGD, num_key_heads), _joined(value_BKGD, num_key_heads)
@@ -70,9 +85,9 @@ def look_back_(
         query = _joined(query_BQHD[:, first:last], num_key_heads)
         weights = query.new_empty((len(query), query.shape[1], seen))
         weights.baddbmm_(query, key[:, :seen].transpose(1, 2), beta=0, alpha=scaling)
+        unseen = _unseen(query.dtype, last - first, lengths)
         # heads that share keys are rows of one matrix
-        own = weights.view(len(query), -1, last - first, seen)[..., seen - (last - first) :]
-        own.add_(_future(query.dtype)[: last - first, : last - first])
+        weights.view(len(query), -1, last - first, seen)[..., seen - unseen.shape[1] :].add_(unseen)
         torch.softmax(weights, dim=-1, out=weights)
         _put(torch.bmm(weights, value[:, :seen]), out_BQHD[:, first:last])
         if keep:
@@ -84,7 +99,7 @@ def look_back_backward_(
     grad_BQHD: torch.Tensor, settings: Settings, look: Look, grad_query_BQHD: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Write the gradient of the queries to `grad_query_BQHD` and return those of keys and values, (B, K, G, D)."""
-    if isinstance(look, Graph):
+    if isinstance(look, SlowCall):
         grad_query, grad_key, grad_value = torch.autograd.grad(look.output_BHQD, look.inputs, grad_BQHD.transpose(1, 2))
         grad_query_BQHD.copy_(grad_query.transpose(1, 2))
         return grad_key.transpose(1, 2), grad_value.transpose(1, 2)
@@ -131,10 +146,26 @@ def _blocks(num_queries: int, length: int) -> list[tuple[int, int, int]]:
     return [(first, last, length - num_queries + last) for first, last in pairwise(ends)]
 
 
+def _unseen(dtype: torch.dtype, num_queries: int, lengths: tuple[int, ...]) -> torch.Tensor:
+    """What is added to the scores of the last positions, (q, those of all that share a call)."""
+    if len(lengths) < 2:
+        return _future(dtype)[:num_queries, :num_queries]
+    return _others(dtype, lengths)[-num_queries:]
+
+
 @lru_cache
 def _future(dtype: torch.dtype) -> torch.Tensor:
-    """What is added to the scores of a block's own positions, (q, q)."""
+    """-inf for what is later, (q, q)."""
     return torch.full((_MOST_QUERIES, _MOST_QUERIES), -torch.inf, dtype=dtype).triu(1)
+
+
+@lru_cache(64)
+def _others(dtype: torch.dtype, lengths: tuple[int, ...]) -> torch.Tensor:
+    """-inf for what is later or another sequence's."""
+    unseen = torch.full((sum(lengths), sum(lengths)), -torch.inf, dtype=dtype)
+    for own in torch.split(torch.arange(len(unseen)), list(lengths)):
+        unseen[own[0] : own[-1] + 1, own[0] : own[-1] + 1].triu_(1)
+    return unseen
 
 
 def _joined(states_BTHD: torch.Tensor, num_key_heads: int) -> torch.Tensor:
