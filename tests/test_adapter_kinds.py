@@ -10,7 +10,8 @@ import torch
 from tests.test_experiment import CLIENTS, events, per_token, tiny
 
 from fedmira.assembly import assemble
-from fedmira.config.method import ALL_KINDS, METHOD_SECTIONS, method_with_defaults
+from fedmira.config.method import METHOD_SECTIONS, method_with_defaults
+from fedmira.config.method_section import ALL_KINDS
 from fedmira.config.refusals import refusal
 from fedmira.config.run import RunConfig
 from fedmira.errors import ConfigError

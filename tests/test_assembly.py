@@ -14,21 +14,13 @@ import pytest
 
 import fedmira
 from fedmira import assembly, experiment
-from fedmira.assembly import (
-    Assembly,
-    assemble,
-    cached_federation,
-    moved,
-    read_graph,
-    refuse_other_base,
-    refuse_other_dtype,
-    versions,
-)
+from fedmira.assembly import Assembly, assemble, cached_federation, read_graph
 from fedmira.config.graph import GraphConfig
 from fedmira.config.run import ModelConfig, RunConfig
 from fedmira.errors import ConfigError, DataError, IntegrityError, SetupError
 from fedmira.experiment import run
 from fedmira.model.base import load_base
+from fedmira.runs.same_base import moved, refuse_other_base, refuse_other_dtype, versions
 
 NAMES = ("anna", "ben", "cleo")
 MATRIX = np.array([[0.0, 2.0, 0.5], [2.0, 0.0, 0.0], [0.5, 0.0, 0.0]])

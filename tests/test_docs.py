@@ -14,13 +14,15 @@ import torch
 from pydantic import BaseModel
 from tests.tools import tool
 
+import fedmira.config.data
 import fedmira.config.exchange
 import fedmira.config.graph
 import fedmira.config.method
+import fedmira.config.mira
 import fedmira.config.run
 from fedmira.config.basics import Section
 from fedmira.config.graph import GraphConfig
-from fedmira.config.method import MethodSection
+from fedmira.config.method_section import MethodSection
 from fedmira.data.partition import partition
 from fedmira.federation.registry import METHODS
 from fedmira.types import Arena, Clients, Layout, Participants, Results, TensorSpec
@@ -35,10 +37,17 @@ def test_the_configuration_page_is_current() -> None:
 
 
 def test_the_configuration_page_has_every_section() -> None:
-    plain = {BaseModel, Section, MethodSection, fedmira.config.run._Source, fedmira.config.run.RunConfig}
+    plain = {BaseModel, Section, MethodSection, fedmira.config.data._Source, fedmira.config.run.RunConfig}
     sections = {
         value
-        for module in (fedmira.config.run, fedmira.config.method, fedmira.config.graph, fedmira.config.exchange)
+        for module in (
+            fedmira.config.run,
+            fedmira.config.method,
+            fedmira.config.mira,
+            fedmira.config.graph,
+            fedmira.config.data,
+            fedmira.config.exchange,
+        )
         for value in vars(module).values()
         if inspect.isclass(value) and issubclass(value, BaseModel)
     } - plain
@@ -94,7 +103,7 @@ def test_the_method_of_the_docs_moves_clients_half_way(examples: tuple[dict[str,
 
 def test_the_source_of_the_docs_becomes_clients(examples: tuple[dict[str, Any], ...]) -> None:
     source = examples[3]["load"](None, 0)
-    federation = partition(source, fedmira.config.run.PartitionConfig(by="task"), seed=0)
+    federation = partition(source, fedmira.config.data.PartitionConfig(by="task"), seed=0)
     assert len(federation.clients) == 4
     assert all(client.train and client.validation and client.test for client in federation.clients)
 

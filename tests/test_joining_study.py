@@ -12,7 +12,7 @@ from tests.federation.builders import initial
 from tests.tools import tool
 
 from fedmira import experiment
-from fedmira.config.run import PlantedConfig
+from fedmira.config.data import PlantedConfig
 from fedmira.data.sources import planted
 from fedmira.federation.method import State
 

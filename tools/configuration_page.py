@@ -16,26 +16,28 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
+from fedmira.config.data import (
+    DollyConfig,
+    HuggingFaceConfig,
+    JsonlConfig,
+    NaturalInstructionsConfig,
+    PartitionConfig,
+    PlantedConfig,
+)
 from fedmira.config.exchange import ExchangeConfig, PrivacyConfig
 from fedmira.config.graph import GraphConfig
-from fedmira.config.method import METHOD_SECTIONS, ChoiceConfig
+from fedmira.config.method import METHOD_SECTIONS
+from fedmira.config.mira import ChoiceConfig
 from fedmira.config.run import (
     AdapterConfig,
     CompareConfig,
-    DollyConfig,
     EvaluationConfig,
-    FederationConfig,
     GenerationConfig,
-    HuggingFaceConfig,
-    JsonlConfig,
     ModelConfig,
-    NaturalInstructionsConfig,
     OutputConfig,
-    PartitionConfig,
-    PlantedConfig,
     RunConfig,
-    TrainingConfig,
 )
+from fedmira.config.training import FederationConfig, TrainingConfig
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "configuration.md"
 

@@ -5,28 +5,26 @@ Knows nothing about rounds: `experiment` turns what is assembled here into a run
 
 from __future__ import annotations
 
-import csv
 import functools
 import glob
 import hashlib
-import io
 import json
 import os
-import platform
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
-from zipfile import BadZipFile
 
 import numpy as np
 import torch
 from pydantic import TypeAdapter
 
 from fedmira import __version__
+from fedmira.config.data import DataConfig
 from fedmira.config.graph import GraphConfig
-from fedmira.config.run import DataConfig, ModelConfig, RunConfig
+from fedmira.config.run import ModelConfig, RunConfig
+from fedmira.data.graph_file import read_graph_file
 from fedmira.data.partition import build_federation
 from fedmira.data.probe import probe_texts
 from fedmira.data.tokenization import (
@@ -36,7 +34,7 @@ from fedmira.data.tokenization import (
     digest,
     tokenize_federation,
 )
-from fedmira.errors import DataError, IntegrityError, SetupError
+from fedmira.errors import SetupError
 from fedmira.evaluation.costs import adapter_bytes, model_bytes, optimizer_bytes
 from fedmira.evaluation.predictions import prompt_products
 from fedmira.exchange import Exchange
@@ -49,6 +47,7 @@ from fedmira.model.cache import check_growing
 from fedmira.model.kinds import adapter_layout, initial_adapters
 from fedmira.model.source import refuse_idle_revision
 from fedmira.paths import home_expanded
+from fedmira.runs.same_base import versions
 from fedmira.training.memory import available_bytes, choose_cohort_size
 from fedmira.types import Arena, Clients, Federation, Layout
 
@@ -244,82 +243,8 @@ def read_graph(config: GraphConfig, names: tuple[str, ...]) -> np.ndarray | None
     """
     if config.path is None:
         return None
-    path = home_expanded(config.path)
-    try:
-        matrix, labels = _GRAPH_READERS.get(path.suffix, _json_graph)(path)
-        return from_matrix(matrix, labels, names)
-    except OSError as error:
-        raise DataError(f"method.graph.path: cannot read {path}: {error.strerror or error}") from error
-    # damaged files: zipfile, EOF and overflow errors come from inside numpy
-    except (ValueError, KeyError, TypeError, EOFError, OverflowError, RecursionError, BadZipFile) as error:
-        raise DataError(
-            f"method.graph.path: {path} is no graph: {str(error).rstrip('.')}. Allowed: JSON with `adjacency` (a "
-            "square list of lists) and optionally `names`, a .npy matrix in client order, or a .csv matrix in that "
-            "order or with the clients' names above and beside it"
-        ) from error
-
-
-def _npy_graph(path: Path) -> tuple[np.ndarray, None]:
-    with path.open("rb") as file:
-        matrix = np.load(file, allow_pickle=False)
-    if not isinstance(matrix, np.ndarray) or matrix.dtype.kind not in "biuf":
-        raise ValueError(f"it holds {getattr(matrix, 'dtype', 'an archive')}, not one matrix of real numbers")
-    return matrix, None
-
-
-def _csv_graph(path: Path) -> tuple[np.ndarray, list[str] | None]:
-    """A matrix, with or without the clients' names above it and beside it, as spreadsheets and pandas write it."""
-    text = path.read_text(encoding="utf-8-sig")
-    rows = max((_rows(text, mark) for mark in ";\t,"), key=_likely_table)
-    if not rows:
-        raise ValueError("it is empty")
-    names = None
-    if not all(map(_is_number, rows[0])):
-        names, *rows = rows
-        if len(names) == len(rows) + 1:
-            names, beside = names[1:], [row[0] for row in rows]
-            if names != beside:
-                raise ValueError(f"its columns are named {names[:5]} and its rows {beside[:5]}")
-            rows = [row[1:] for row in rows]
-    if len(sizes := sorted({len(row) for row in rows})) > 1:
-        raise ValueError(f"it has rows of {sizes[0]} and of {sizes[-1]} cells")
-    # where cells are parted by a semicolon, a comma is the decimal point
-    return np.array([[float(cell.replace(",", ".")) for cell in row] for row in rows], ndmin=2), names
-
-
-def _rows(text: str, delimiter: str) -> list[list[str]]:
-    """The cells of the lines that are neither empty nor, as numpy writes headers, a comment."""
-    rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True)
-    return [row for row in rows if any(cell.strip() for cell in row) and not row[0].startswith("#")]
-
-
-def _likely_table(rows: list[list[str]]) -> tuple[bool, int]:
-    widths = [len(row) for row in rows] or [0]
-    return widths[0] > 1 and len(set(widths)) == 1, widths[0]
-
-
-def _is_number(cell: str) -> bool:
-    try:
-        float(cell.replace(",", "."))
-    except ValueError:
-        return False
-    return True
-
-
-def _json_graph(path: Path) -> tuple[np.ndarray, list[str] | None]:
-    content = json.loads(path.read_text(encoding="utf-8-sig"))
-    if not isinstance(content, dict) or "adjacency" not in content:
-        raise ValueError("it has no `adjacency`")
-    names = content.get("names")
-    if not (names is None or (isinstance(names, list) and all(isinstance(name, str) for name in names))):
-        raise ValueError("`names` is not a list of client names")
-    return np.asarray(content["adjacency"], dtype=np.float64), names
-
-
-_GRAPH_READERS: Mapping[str, Callable[[Path], tuple[np.ndarray, list[str] | None]]] = {
-    ".npy": _npy_graph,
-    ".csv": _csv_graph,
-}
+    matrix, labels = read_graph_file(home_expanded(config.path))
+    return from_matrix(matrix, labels, names)
 
 
 def refuse_tokens_without_embedding(base: BaseModel, examples: Iterable[TokenizedExample]) -> None:
@@ -340,98 +265,6 @@ def refuse_tokens_without_embedding(base: BaseModel, examples: Iterable[Tokenize
             "model was trained with, or give the model rows for the tokens that were added "
             f"(model.resize_token_embeddings({len(base.tokenizer)}) in transformers) and save both"
         )
-
-
-def refuse_other_base(run: Path, recorded: Mapping[str, Any], base: BaseModel) -> None:
-    """Refuse adapters that were trained over another model than `base`: they would be silently wrong.
-
-    Args:
-        run: the run directory, for the message.
-        recorded: what the manifest of the run says about its model.
-        base: what the config of the run loads now.
-
-    Raises:
-        IntegrityError: the weights differ, or what the model's config says about the computation.
-    """
-    now = base.facts()
-    # a hub id's commit changes with every file beside the weights; weights that the hub converted have no file there
-    changed = ["weights_sha256"] if recorded.get("weights_sha256") not in (None, {}, now["weights_sha256"]) else []
-    if None not in (recorded.get("config_sha256"), now["config_sha256"]):
-        changed += ["config_sha256"] if recorded["config_sha256"] != now["config_sha256"] else []
-    if changed:
-        commit, restore = recorded.get("commit"), "Restore its files"
-        if commit not in (None, now["commit"]):
-            restore = f"Make commit {commit} of it available again (it is at {now['commit']} now)"
-        raise IntegrityError(
-            f"the base model {base.name} is not the one that {run} was trained over ({' and '.join(changed)} differ); "
-            f"adapters fit only the model they were trained over. {restore}, or remove the run to start it again"
-        )
-
-
-def recorded_commit(manifest: Mapping[str, Any]) -> str | None:
-    """The commit of a Hugging Face id that a run was trained over; None for others, or where nothing is recorded."""
-    model = manifest.get("model", {})
-    # without weights of its own a commit may have been loaded from those that the hub converted
-    commit: str | None = model.get("commit") if model.get("weights_sha256") else None
-    return commit
-
-
-def refuse_other_dtype(run: Path, recorded: Mapping[str, Any], base: BaseModel) -> None:
-    """Refuse to go on with a base in another dtype than before: `auto` depends on the device.
-
-    Args:
-        run: the run directory, for the message.
-        recorded: what the manifest of the run says about its model.
-        base: what the config of the run loads now.
-
-    Raises:
-        IntegrityError: the dtype differs.
-    """
-    before, now = recorded.get("dtype"), str(base.dtype).removeprefix("torch.")
-    if before not in (None, now):
-        raise IntegrityError(
-            f"{run} was trained in {before} on {recorded.get('device')}, but its model.dtype gives {now} on "
-            f"{base.device.type} and the run could not go on as it began. Resume it where model.dtype gives {before} "
-            f"(to leave out a GPU, set CUDA_VISIBLE_DEVICES to nothing), or start a new run with model.dtype: "
-            f"{before}, which is the same everywhere"
-        )
-
-
-def moved(manifest: Mapping[str, Any], base: BaseModel) -> tuple[str, dict[str, Any]]:
-    """Return in a line what of device and versions differs from the last time, and `manifest` with what is now.
-
-    The line is empty if nothing does. What there was before is kept, the oldest first, in `versions_before`.
-    """
-    model, before = manifest["model"], manifest.get("versions", {})
-    was = {"fedmira": manifest.get("fedmira"), "device": model.get("device"), **before}
-    now = {"fedmira": __version__, "device": base.device.type, **versions()}
-    changed = [f"{key} {now[key]} (was {was[key]})" for key in now if was.get(key) not in (None, now[key])]
-    if not changed:
-        return "", dict(manifest)
-    line = f"it goes on with {', '.join(changed)}: what follows may not be bit for bit what it would have been"
-    return line, {
-        **manifest,
-        "fedmira": __version__,
-        "versions": versions(),
-        "model": {**model, "device": base.device.type},
-        "versions_before": [*manifest.get("versions_before", []), was],
-    }
-
-
-def versions() -> dict[str, str]:
-    """Versions of what decides the numbers."""
-    import safetensors
-    import transformers
-
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "numpy": np.__version__,
-        "safetensors": safetensors.__version__,
-        "platform": f"{platform.system()} {platform.machine()}",
-        "threads": str(torch.get_num_threads()),
-    }
 
 
 def cached_base(config: ModelConfig, commit: str | None = None) -> BaseModel:

@@ -17,14 +17,7 @@ from typing import Protocol
 
 import torch
 
-from fedmira.assembly import (
-    Assembly,
-    assemble,
-    moved,
-    recorded_commit,
-    refuse_other_base,
-    refuse_other_dtype,
-)
+from fedmira.assembly import Assembly, assemble
 from fedmira.config.run import RunConfig
 from fedmira.errors import DivergedError, Interrupted, ParticipationError
 from fedmira.exchange.admission import was_rejected
@@ -38,6 +31,7 @@ from fedmira.joining import grown_manifest, known_clients, refuse_other_data, re
 from fedmira.profile import profiled
 from fedmira.recording import Recorder
 from fedmira.runs.checkpoint import Checkpoint, load_latest, save
+from fedmira.runs.same_base import moved, recorded_commit, refuse_other_base, refuse_other_dtype
 from fedmira.runs.signals import StopFlag, stop_on_signals
 from fedmira.runs.store import RunStore
 from fedmira.runs.telling import left_out_line
@@ -361,18 +355,13 @@ class _Run:
             )
 
     def _interrupted(self, round_: int) -> None:
-        name = signal_name(self.stop)
+        name = self.stop.signal_name
         self.store.log(f"stopped by {name} in round {round_}; everything is saved")
         raise Interrupted(
             f"stopped by {name} in round {round_}; everything is saved in {self.store.path}. "
             "Start it again to continue; `fedmira run` needs --resume for that",
             self.stop.signal_number,
         )
-
-
-def signal_name(stop: StopFlag) -> str:
-    """What the signal that raised the flag is called."""
-    return {1: "SIGHUP", 2: "SIGINT", 15: "SIGTERM"}.get(stop.signal_number, "a signal")
 
 
 def _why_nobody(results: Results, config: RunConfig) -> str:

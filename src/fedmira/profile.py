@@ -12,6 +12,7 @@ from typing import Any
 
 from fedmira.errors import Interrupted
 from fedmira.evaluation.costs import highest_memory_bytes
+from fedmira.formats import format_mib
 from fedmira.runs.store import RunStore
 from fedmira.stages import STAGES, Stopwatch, watching
 
@@ -63,4 +64,4 @@ def lines(facts: Mapping[str, Any]) -> list[str]:
         if seconds is not None:
             share = "" if name == "start" or not total else f"{100 * seconds / total:5.0f} %"
             table.append(f"{name:10}  {seconds:8.2f}{share}")
-    return [*table, f"peak memory {facts['peak_memory_bytes'] / 2**20:,.0f} MiB"]
+    return [*table, f"peak memory {format_mib(facts['peak_memory_bytes'])}"]

@@ -14,6 +14,7 @@ from typing import Any
 
 from fedmira.assembly import Assembly
 from fedmira.config.run import RunConfig
+from fedmira.data.splits import SPLITS
 from fedmira.evaluation.costs import PeakMemory
 from fedmira.evaluation.judge import Answer, final_records, validation_losses
 from fedmira.exchange.privacy import epsilon
@@ -22,7 +23,7 @@ from fedmira.federation.graph import parts as graph_parts
 from fedmira.federation.method import Info
 from fedmira.runs.atomic import write_bytes_atomically
 from fedmira.runs.lines import recorded_epsilon
-from fedmira.runs.store import ANSWERS, SPLITS, RunStore
+from fedmira.runs.store import ANSWERS, SPLITS_FILE, RunStore
 from fedmira.stages import stage
 from fedmira.types import Arena, Participants, Results
 
@@ -39,13 +40,10 @@ class Recorder:
     def splits(self, parts: Assembly) -> None:
         """Which examples each client trains on, is asked by and is judged by, as their ids."""
         by_client = {
-            client.name: {
-                split: [example.id for example in getattr(client.examples, split)]
-                for split in ("train", "validation", "test")
-            }
+            client.name: {split: [example.id for example in getattr(client.examples, split)] for split in SPLITS}
             for client in parts.tokenized
         }
-        self._write(SPLITS, _lines_of(by_client))
+        self._write(SPLITS_FILE, _lines_of(by_client))
 
     def round(
         self,

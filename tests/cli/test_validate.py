@@ -90,6 +90,17 @@ def test_files_that_are_there_are_fine(fedmira, write, tmp_path: Path) -> None:
         assert fedmira("validate", write(f"data: {{source: jsonl, path: '{path}'}}")).code == 0
 
 
+@pytest.mark.parametrize("method", ["{name: oracle_clusters}", "{graph: {kind: labels}}"])
+def test_what_only_the_data_can_tell_is_said(fedmira, write, tmp_path: Path, method: str) -> None:
+    (tmp_path / "a.jsonl").write_text("{}\n")
+    tasks = "method.graph.kind = labels needs tasks that clients share; `fedmira data c.yaml` shows those of the data"
+    outcome = fedmira("validate", write(f"data: {{source: jsonl, path: a.jsonl}}\nmethod: {method}\n"))
+    assert outcome.code == 0
+    assert tasks in outcome.out
+    assert tasks not in fedmira("validate", "c.yaml", "data.source=planted", "data.path=null").out
+    assert tasks not in fedmira("validate", "c.yaml", "method.name=fedit").out
+
+
 def test_a_leading_tilde_is_the_home_folder_as_in_a_run(fedmira, write, tmp_path: Path, monkeypatch) -> None:
     home = tmp_path / "home"
     (home / "model").mkdir(parents=True)

@@ -17,15 +17,16 @@ from hypothesis import strategies as st
 
 from fedmira.config.file import (
     config_difference,
-    config_from_mapping,
     config_hash,
     load_config,
     parse_config,
     parse_resolved,
     resolved_yaml,
 )
-from fedmira.config.method import DittoConfig, FedITConfig, MiraConfig
-from fedmira.config.run import FederationConfig, OutputConfig, RunConfig, TrainingConfig
+from fedmira.config.method import DittoConfig, FedITConfig
+from fedmira.config.mira import MiraConfig
+from fedmira.config.run import OutputConfig, RunConfig
+from fedmira.config.training import FederationConfig, TrainingConfig
 from fedmira.errors import ConfigError
 
 # ------------------------------------------------------------------------------------------------------------ reading
@@ -218,7 +219,7 @@ def configs(draw: st.DrawFn) -> RunConfig:
         method["strength"] = draw(finite)
         method["graph"] = {"kind": "given", "path": draw(texts)}
     source = draw(st.sampled_from(["planted", "dolly", "jsonl"]))
-    return config_from_mapping(
+    return RunConfig.model_validate(
         {
             "name": draw(names),
             "seed": draw(st.integers(min_value=0, max_value=2**63)),

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from fedmira.config.dialect import read_text
 from fedmira.config.file import load_config, parse_config, resolved_yaml
 from fedmira.config.messages import MAX_SHOWN, Schema, given, nearest_names
 from fedmira.config.run import RunConfig
@@ -161,7 +162,7 @@ def test_a_missing_file_names_the_recipes(tmp_path: Path) -> None:
     with pytest.raises(
         ConfigError, match=r"no config file 'quikstart'; did you mean 'quickstart'\?.*dolly, quickstart"
     ) as e:
-        load_config("quikstart", recipes=["dolly", "quickstart"])
+        read_text(Path("quikstart"), ["dolly", "quickstart"])
     assert e.value.exit_code == 2
 
 

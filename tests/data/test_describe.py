@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import fedmira
-from fedmira.config.run import JsonlConfig
+from fedmira.config.data import JsonlConfig
 from fedmira.data.describe import describe, marked, token_pieces
 from fedmira.data.partition import build_federation
 from fedmira.data.tokenization import tokenize_federation

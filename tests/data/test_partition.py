@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedmira.config.run import PartitionConfig
+from fedmira.config.data import PartitionConfig
 from fedmira.data.partition import check_names, partition
 from fedmira.data.sources.source import Source
 from fedmira.data.splits import SPLITS, content_key

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedmira.config.run import PartitionConfig, PlantedConfig
+from fedmira.config.data import PartitionConfig, PlantedConfig
 from fedmira.data.partition import build_federation
 from fedmira.data.sources.planted import codebooks, load, made_up_codes, made_up_words
 from fedmira.data.splits import SPLITS, content_key

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from fedmira.config.run import DollyConfig, JsonlConfig, NaturalInstructionsConfig, PartitionConfig
+from fedmira.config.data import DollyConfig, JsonlConfig, NaturalInstructionsConfig, PartitionConfig
 from fedmira.data.partition import build_federation
 from fedmira.data.splits import SPLITS, content_key
 from fedmira.data.tokenization import tokenize_federation

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from fedmira.config.run import DollyConfig, HuggingFaceConfig, JsonlConfig, NaturalInstructionsConfig, PartitionConfig
+from fedmira.config.data import DollyConfig, HuggingFaceConfig, JsonlConfig, NaturalInstructionsConfig, PartitionConfig
 from fedmira.data.partition import build_federation
 from fedmira.data.sources import load_examples
 from fedmira.data.sources.files import find_files, unusable_line

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedmira.config.run import DollyConfig, JsonlConfig, PartitionConfig
+from fedmira.config.data import DollyConfig, JsonlConfig, PartitionConfig
 from fedmira.data.partition import build_federation
 from fedmira.data.probe import probe_texts
 from fedmira.data.sources import load_examples

@@ -62,7 +62,7 @@ def read(tokenizer: Any, one: Example, max_length: int, template: str = "plain",
     [client], _ = tokenize_federation(federation(one), tokenizer, template, max_length, cut)
     sequence = client.train[0]
     reserve = len(sequence.tokens) - sequence.prompt_length
-    prompt = prompt_tokens(one, tokenizer, template, max_length, reserve, cut)
+    prompt = prompt_tokens(one, tokenizer, template, max_length - reserve, cut)
     assert np.array_equal(prompt, sequence.tokens[: sequence.prompt_length])
     return spelt(tokenizer, prompt)
 
@@ -136,7 +136,7 @@ def test_the_answer_and_its_end_are_always_whole(tokenizer: Any, question: str, 
     assert sequence.tokens[0] == START
     assert prompt.endswith(spelt(tokenizer, sequence.tokens[1 : sequence.prompt_length]))
     np.testing.assert_array_equal(
-        prompt_tokens(example(question, ""), tokenizer, "plain", max_length, reserve=len(answer) + 1),
+        prompt_tokens(example(question, ""), tokenizer, "plain", max_length - len(answer) - 1),
         sequence.tokens[: sequence.prompt_length],
     )
 
@@ -216,8 +216,8 @@ def test_a_tokenizer_without_an_end_token_is_refused(make_tokenizer: Callable[..
 
 
 def test_a_prompt_without_room_is_refused(tokenizer: Any) -> None:
-    with pytest.raises(DataError, match=r"max_length = 16 leaves 1 for it"):
-        prompt_tokens(example("a", ""), tokenizer, "plain", 16, reserve=15)
+    with pytest.raises(DataError, match=r"the prompt of e has 3 tokens, and there is room for 1\."):
+        prompt_tokens(example("a", ""), tokenizer, "plain", 1)
 
 
 def test_in_a_chat_an_answer_ends_as_turns_do(make_tokenizer: Callable[..., Any]) -> None:

@@ -5,7 +5,7 @@ import mmap
 import pytest
 import torch
 
-from fedmira.config.run import TrainingConfig
+from fedmira.config.training import TrainingConfig
 from fedmira.evaluation.costs import PeakMemory, adapter_bytes, highest_memory_bytes, model_bytes, optimizer_bytes
 from fedmira.types import Layout
 

@@ -11,12 +11,13 @@ from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
 from fedmira import assembly, embedded_base_path
-from fedmira.assembly import assemble, recorded_commit, refuse_other_base
+from fedmira.assembly import assemble
 from fedmira.config.run import CompareConfig, ModelConfig, RunConfig
 from fedmira.errors import IntegrityError
 from fedmira.experiment import run
 from fedmira.export.clients import export_clients
 from fedmira.model.base import load_base
+from fedmira.runs.same_base import recorded_commit, refuse_other_base
 from fedmira.runs.store import RunStore
 from fedmira.studies.compare import compare
 

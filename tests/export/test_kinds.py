@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM
 from fedmira.data.packing import pack
 from fedmira.data.tokenization import TokenizedExample
 from fedmira.errors import UsageError
-from fedmira.export.peft import adapter_files, model_card, new_folder
+from fedmira.export.card import model_card
+from fedmira.export.peft import adapter_files, new_folder
 from fedmira.export.whole_model import write_model
 from fedmira.model.adapted import AdaptedModel
 from fedmira.model.base import BaseModel, freeze

@@ -17,7 +17,8 @@ import torch
 import fedmira
 from fedmira.config.run import AdapterConfig, ModelConfig
 from fedmira.errors import SetupError, UsageError
-from fedmira.export.peft import Settings, adapter_files, model_card, new_folder, write_files
+from fedmira.export.card import model_card
+from fedmira.export.peft import Settings, adapter_files, new_folder, write_files
 from fedmira.model.arena import initial_arena, lora_layout
 from fedmira.model.base import BaseModel, freeze, load_base
 from fedmira.model.lora import attached
@@ -162,7 +163,7 @@ def test_the_bytes_do_not_depend_on_the_process(tmp_path: Path) -> None:
         subprocess.run([sys.executable, "-c", PROGRAM, str(out)], env=environment, check=True)
         digests.add(tuple((p.name, hashlib.sha256(p.read_bytes()).hexdigest()) for p in sorted(out.iterdir())))
     [files] = digests
-    assert [name for name, _ in files] == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
+    assert [name for name, _ in files] == ["adapter_config.json", "adapter_model.safetensors"]
 
 
 def tiny_layout() -> tuple[Layout, torch.Tensor]:
@@ -209,7 +210,7 @@ def test_an_empty_folder_may_be_the_current_one(tmp_path: Path, monkeypatch: pyt
     write(Path("."), adapter_files(layout, row_P, SETTINGS))
     assert (tmp_path / "here" / "adapter_config.json").is_file()
     # whoever stands in it still does
-    assert sorted(os.listdir(".")) == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
+    assert sorted(os.listdir(".")) == ["adapter_config.json", "adapter_model.safetensors"]
 
 
 def test_a_failure_in_a_folder_that_was_there_leaves_it_empty(tmp_path: Path) -> None:

@@ -10,7 +10,6 @@ import torch
 from fedmira.config.graph import GraphConfig
 from fedmira.config.method import (
     CentralisedConfig,
-    ChoiceConfig,
     DittoConfig,
     FedAdamConfig,
     FedALoRAConfig,
@@ -34,14 +33,13 @@ from fedmira.config.method import (
     IFCAConfig,
     LocalOnlyConfig,
     MethodConfig,
-    MiraConfig,
-    MiraPublishedConfig,
     MrMtlConfig,
     OracleClustersConfig,
     PCLConfig,
     PFedGraphConfig,
     RoLoraConfig,
 )
+from fedmira.config.mira import ChoiceConfig, MiraConfig, MiraPublishedConfig
 from fedmira.federation.method import Info, Method, State
 from fedmira.federation.registry import build_method
 from fedmira.randomness import torch_generator
@@ -259,7 +257,7 @@ def judged(trial: Trial, names: tuple[str, ...]) -> Losses:
     if trial.compare_SP is not None:
         compared_SP = torch.nn.functional.normalize(trial.compare_SP.double())
         agreement_SS = compared_SP @ compared_SP.T
-    scatter_SQ = None if trial.versus is None else torch.full_like(mean_SQ, 0.01)
+    scatter_SQ = torch.full_like(mean_SQ, 0.01) if trial.versus else None
     return Losses(mean_SQ, (3,) * len(wanted), 0, 0, agreement_SS, scatter_SQ)
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from tests.federation.builders import clients, initial, mira, play, same_bytes
 
-from fedmira.config.method import ChoiceConfig
+from fedmira.config.mira import ChoiceConfig
 from fedmira.federation.choosing import ask, asked, blend, choose, expected, first_choice
 from fedmira.federation.method import State
 from fedmira.federation.registry import build_method
@@ -139,7 +139,7 @@ def test_nobody_decides_for_others_that_are_sure(odd: tuple[float, float]) -> No
     losses = losses._replace(scatter_SQ=torch.stack([torch.zeros(10).double(), scatter], dim=1))
     config = ChoiceConfig()
     start = State(OWN, (1,) * 10, {**first_choice(10), "uploads": OWN.values_KP})
-    trial = Trial(tuple(range(10)), 2, lambda number: OWN.values_KP, sent=0, versus=0)
+    trial = Trial(tuple(range(10)), 2, lambda number: OWN.values_KP, sent=0, versus=(0,))
     after, _ = choose(config, start, trial, losses)
     assert after.memory["alpha"].tolist()[:9] == [1.0] * 5 + [0.0] * 4
 
@@ -148,7 +148,7 @@ def test_who_answers_nothing_follows_those_that_are_not_in_trouble() -> None:
     rows = [[1.0, 0.8], [1.0, 0.8], [1.0, torch.nan], [torch.inf, 1.0], [torch.nan, torch.nan]]
     losses = answers(rows, (5, 5, 5, 5, 0))
     start = State(OWN, (1,) * 5, {**first_choice(5), "uploads": OWN.values_KP})
-    trial = Trial(tuple(range(5)), 2, lambda number: OWN.values_KP, sent=0, versus=0)
+    trial = Trial(tuple(range(5)), 2, lambda number: OWN.values_KP, sent=0, versus=(0,))
     for config in (ChoiceConfig(), ChoiceConfig(shrinkage=False)):
         after, _ = choose(config, start, trial, losses)
         assert after.memory["alpha"].tolist() == [1.0, 1.0, 0.0, 1.0, 1.0]
@@ -210,8 +210,8 @@ def test_where_to_start_from_is_decided_by_a_moving_average_of_own_answers() -> 
 
 
 def test_clients_say_how_sure_they_are_only_where_it_counts() -> None:
-    assert question(ChoiceConfig(), 0).versus == 0
-    assert question(ChoiceConfig(shrinkage=False), 0).versus is None
+    assert question(ChoiceConfig(), 0).versus == (0,)
+    assert question(ChoiceConfig(shrinkage=False), 0).versus == ()
 
 
 @pytest.mark.parametrize("ruined", [torch.nan, torch.inf])

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 import numpy as np
 import pytest
-from tests.federation.builders import clients, initial, mira, one_round, published
+from tests.federation.builders import CONFIGS, build, clients, initial, mira, one_round, published, start
 
 from fedmira.errors import ConfigError
 from fedmira.federation import known_graphs as known
 from fedmira.federation.diagnostics import graph_numbers
 from fedmira.federation.graph import Graph, validated
+from fedmira.federation.learning import nothing_compared
+from fedmira.federation.method import Info, Method, State
 from fedmira.federation.registry import build_method
 from fedmira.types import Clients, Participants
 
@@ -92,3 +97,83 @@ def test_methods_with_a_graph_tell_about_it_round_by_round() -> None:
     now = second.graph.adjacency_KK
     cosine = (before * now).sum() / np.linalg.norm(before) / np.linalg.norm(now)
     assert second.numbers["agreement"] == pytest.approx(cosine)
+
+
+# ---------------------------------------------------------------------------------------------- agreement over rounds
+
+RELATING_ANEW = [name for name, config in CONFIGS.items() if config.shows_new_graphs]
+
+
+def shown(method: Method, state: State, rounds: Sequence[Sequence[int]], first: int = 1) -> tuple[State, list[Info]]:
+    """What is shown round by round."""
+    infos = []
+    for round_, ids in enumerate(rounds, start=first):
+        state, info = one_round(method, state, clients().names, Participants(round_, tuple(ids)))
+        infos.append(info)
+    return state, infos
+
+
+def weights(info: Info, ids: Sequence[int]) -> np.ndarray:
+    assert info.graph is not None
+    return info.graph.adjacency_KK[np.ix_(ids, ids)]
+
+
+def cosine(one: np.ndarray, other: np.ndarray) -> float:
+    return float((one * other).sum() / np.linalg.norm(one) / np.linalg.norm(other))
+
+
+def test_methods_that_show_a_graph_of_their_own_are_known_as_such() -> None:
+    """The others have none, or one of `method.graph`, which `learning` compares with itself where it is learned."""
+    for name, config in CONFIGS.items():
+        method, state, _ = start(name)
+        _, infos = shown(method, state, [range(6)] * 3)
+        of_its_own = getattr(config, "graph", None) is None and any(info.graph is not None for info in infos)
+        assert config.shows_new_graphs == of_its_own, name
+
+
+@pytest.mark.parametrize("name", RELATING_ANEW)
+def test_a_graph_that_is_new_every_round_tells_how_much_of_the_last_one_is_left(name: str) -> None:
+    method, state, _ = start(name)
+    _, infos = shown(method, state, [range(6)] * 5)
+    for before, now in zip(infos, infos[1:], strict=False):
+        if before.graph is None or not (before.graph.num_edges and weights(now, range(6)).any()):
+            assert "agreement" not in now.numbers
+            continue
+        assert now.numbers["agreement"] == pytest.approx(cosine(weights(before, range(6)), weights(now, range(6))))
+    assert "agreement" not in infos[0].numbers
+    assert "agreement" in infos[-1].numbers
+
+
+def test_who_was_away_tells_nothing_about_the_graph() -> None:
+    method, state, _ = start("pfedgraph")
+    _, (whole, part, later) = shown(method, state, [range(6), (0, 1, 3), (1, 2, 3, 4)])
+    assert part.numbers["agreement"] == pytest.approx(cosine(weights(whole, (0, 1, 3)), weights(part, (0, 1, 3))))
+    # of each pair the last round in which both returned counts, and what few pairs said before fades
+    before = weights(whole, range(6)).copy()
+    before[np.ix_((0, 1, 3), (0, 1, 3))] = weights(part, (0, 1, 3))
+    ids = np.ix_((1, 2, 3, 4), (1, 2, 3, 4))
+    found = np.array([[0.0, 0.0, 0.0], [0.0, 0.0, 0.0]])
+    for row, (old, new) in enumerate(
+        [(weights(whole, (0, 1, 3)), weights(part, (0, 1, 3))), (before[ids], weights(later, (1, 2, 3, 4)))]
+    ):
+        found[row] = (old * new).sum(), (old * old).sum(), (new * new).sum()
+    product, old_squares, new_squares = (1 - 12 / 30) * found[0] + found[1]
+    assert later.numbers["agreement"] == pytest.approx(product / (old_squares * new_squares) ** 0.5)
+
+
+@pytest.mark.parametrize("name", RELATING_ANEW)
+def test_what_is_told_after_a_checkpoint_is_what_would_have_been(name: str) -> None:
+    method, state, _ = start(name)
+    rounds = [range(6), (0, 1, 3, 5), range(6), (0, 1, 2, 4)]
+    half, _ = shown(method, state, rounds[:2])
+    _, expected = shown(method, half, rounds[2:], first=3)
+    memory = {key: tensor.clone() for key, tensor in half.memory.items()}
+    restored = State(half.adapters.replace(half.adapters.values_KP.clone()), half.last_round_K, memory)
+    after, infos = shown(build(name), restored, rounds[2:], first=3)
+    assert [info.numbers for info in infos] == [info.numbers for info in expected]
+    # of a checkpoint that was written before this was remembered it is not told, but for the next round
+    older = replace(half, memory={key: tensor for key, tensor in memory.items() if key not in nothing_compared(6)})
+    again, (first, second) = shown(build(name), older, rounds[2:], first=3)
+    assert "agreement" not in first.numbers
+    assert ("agreement" in second.numbers) == ("agreement" in expected[1].numbers)
+    assert again.memory.keys() == after.memory.keys()

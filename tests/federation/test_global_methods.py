@@ -132,6 +132,37 @@ def test_rolora_alternates_b_and_a_and_both_means_are_exact() -> None:
         assert_same(whole(state), exact_mean(results))
 
 
+def test_ffa_lora_of_one_client_is_that_client_training_b_alone() -> None:
+    """Reduction: with nobody else to average with, round after round, no server shows."""
+    alone = clients(1)
+    method = build_method(CONFIGS["ffa_lora"], alone)
+    state = method.init(initial(1, torch.float64), alone)
+    own_SP = state.adapters.values_KP.clone()
+    for round_ in range(1, 4):
+        state = play(method, state, alone.names, [(0,)], first=round_)
+        job = Job(round_, (0,), own_SP, frozenset(), frozenset({"lora_b"}), frozenset())
+        own_SP = trained(job, alone.names).values_SP
+        assert same_bytes(state.adapters.values_KP, own_SP)
+        assert same_bytes(method.personalise(state).values_KP, own_SP)
+
+
+@pytest.mark.parametrize("ids", [IDS, tuple(range(6))])
+def test_each_round_of_rolora_is_one_of_fedit_in_which_one_factor_rests(ids: tuple[int, ...]) -> None:
+    rolora, fedit, who = (
+        build_method(CONFIGS["rolora"], clients()),
+        build_method(CONFIGS["fedit"], clients()),
+        clients(),
+    )
+    one, other = fresh(rolora), fresh(fedit)
+    for round_, moving in enumerate(["lora_b", "lora_a"] * 2, start=1):
+        participants = Participants(round_, ids)
+        one, _ = rolora.merge(one, participants, trained(rolora.plan(one, participants), who.names))
+        job = fedit.plan(other, participants)._replace(trainable=frozenset({moving}))
+        other, _ = fedit.merge(other, participants, trained(job, who.names))
+        torch.testing.assert_close(one.adapters.values_KP, other.adapters.values_KP, rtol=0, atol=1e-14)
+        assert one.last_round_K == other.last_round_K
+
+
 # -------------------------------------------------------------------------------------------------------------- fedadam
 
 

@@ -17,7 +17,7 @@ from tests.federation.builders import clients, graph_section, initial, judged, l
 from tests.reference import linkage_twin, mixing_twin
 
 from fedmira.config.graph import GraphConfig
-from fedmira.config.method import ChoiceConfig, MiraConfig
+from fedmira.config.mira import ChoiceConfig, MiraConfig
 from fedmira.errors import ConfigError
 from fedmira.federation import drawing
 from fedmira.federation.asked_graphs import similarity_of_regrets

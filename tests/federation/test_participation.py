@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fedmira.config.run import FederationConfig
+from fedmira.config.training import FederationConfig
 from fedmira.errors import ConfigError
 from fedmira.federation.participation import draw, num_participants, planned_ids
 

@@ -28,15 +28,16 @@ from tests.reference import clusters_twin, mixing_twin
 
 from fedmira.config.graph import GraphConfig
 from fedmira.config.method import FedAMPConfig, MethodConfig, method_with_defaults
-from fedmira.config.run import FederationConfig
+from fedmira.config.training import FederationConfig
 from fedmira.errors import ConfigError
 from fedmira.federation import known_graphs as known
-from fedmira.federation.client_clusters import best_cut, far_apart, layer_distances, squared_distances
+from fedmira.federation.client_clusters import best_cut, far_apart, layer_distances
 from fedmira.federation.clustering import partitions
 from fedmira.federation.method import Method, State
 from fedmira.federation.methods.fedamp import attention
 from fedmira.federation.methods.fedtreelora import cut_layers
 from fedmira.federation.registry import build_method
+from fedmira.federation.similarity import row_distances
 from fedmira.federation.simplex import collaboration, project_to_simplex
 from fedmira.types import Arena, Job, Losses, Participants, Results, Trial
 
@@ -391,15 +392,15 @@ def returned(rows_SP: torch.Tensor, job: Job) -> Results:
 def test_fast_distances_equal_slow_ones() -> None:
     arena = initial(5, torch.float64)
     arena = arena.replace(arena.values_KP + torch.stack(rows_of(range(5))))
-    assert np.allclose(squared_distances(arena.values_KP), clusters_twin.squared_distances(arena.values_KP.numpy()))
+    assert np.allclose(row_distances(arena.values_KP), clusters_twin.squared_distances(arena.values_KP.numpy()))
     for number, spec in enumerate(s for s in arena.layout.specs if s.group == "lora_b"):
         flat = arena.view(spec).flatten(1).numpy()
         unit = flat / np.linalg.norm(flat, axis=1, keepdims=True)
-        assert np.allclose(layer_distances(arena, "lora_b", "cosine")[number], 1 - unit @ unit.T)
+        assert np.allclose(layer_distances(arena, "cosine")[number], 1 - unit @ unit.T)
         euclidean = np.sqrt(clusters_twin.squared_distances(flat))
-        assert np.allclose(layer_distances(arena, "lora_b", "euclidean")[number], euclidean)
+        assert np.allclose(layer_distances(arena, "euclidean")[number], euclidean)
     # zeros are no trouble
-    assert all(np.isfinite(one).all() for one in layer_distances(initial(3), "lora_b", "cosine"))
+    assert all(np.isfinite(one).all() for one in layer_distances(initial(3), "cosine"))
 
 
 def test_the_best_cut_is_the_one_with_the_highest_silhouette() -> None:

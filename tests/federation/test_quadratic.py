@@ -18,7 +18,7 @@ import torch
 from tests.federation.builders import FEDIT, LOCAL, initial, layout, mira, published
 
 from fedmira.config.method import MethodConfig
-from fedmira.config.run import FederationConfig
+from fedmira.config.training import FederationConfig
 from fedmira.federation.graph import Graph, disagreement, weight_inside
 from fedmira.federation.participation import draw
 from fedmira.federation.registry import build_method

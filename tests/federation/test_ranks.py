@@ -25,8 +25,9 @@ from fedmira.config.method import METHOD_SECTIONS, FedAdamConfig, method_with_de
 from fedmira.config.refusals import refusal_beside
 from fedmira.config.run import RunConfig
 from fedmira.federation.method import State
-from fedmira.federation.ranks import trimmed
+from fedmira.federation.ranks import squares_between, trimmed
 from fedmira.federation.registry import build_method
+from fedmira.federation.similarity import row_distances
 from fedmira.types import PAIRS, Arena, Clients, Job, Layout, Participants, Results
 
 RANKS = (1, 2, 1, 2, 2, 1)
@@ -181,13 +182,17 @@ def test_who_is_pulled_to_its_start_is_so_where_components_start_anew(name: str)
     assert same_bytes(job.pull.target_SP[:2], job.start_SP[:2])
 
 
-def test_a_shift_that_only_some_ranks_make_exact_is_refused_before_the_run() -> None:
+def test_a_method_that_unequal_ranks_mislead_refuses_them_before_the_run() -> None:
     asked = {
         name: refusal_beside(method_with_defaults(name), ExchangeConfig(), True, False) for name in METHOD_SECTIONS
     }
-    assert {name for name, reason in asked.items() if reason} == {"fedex_lora", "fedkseed"}
+    assert {name for name, reason in asked.items() if reason} == {"fedex_lora", "fedkseed", "fedlease", "fedtreelora"}
     assert "remove model.adapter.client_ranks, or take flora" in asked["fedex_lora"]
-    assert not refusal_beside(method_with_defaults("fedex_lora"), ExchangeConfig(), False, False)
+    for name in ("fedlease", "fedtreelora"):
+        assert f"{name} finds clusters from the factors B, which are more alike among clients of one" in asked[name]
+        assert "remove model.adapter.client_ranks, or take mira, pfedgraph or ifca" in asked[name]
+    for name, reason in asked.items():
+        assert not reason or not refusal_beside(method_with_defaults(name), ExchangeConfig(), False, False)
     with pytest.raises(ValidationError, match="fedex_lora adds to the base"):
         RunConfig.model_validate({"method": {"name": "fedex_lora"}, "model": {"adapter": {"client_ranks": [2, 8]}}})
 
@@ -257,3 +262,54 @@ def test_krum_does_not_take_a_smaller_rank_for_hostile() -> None:
         shares.append(float(weights[5]))
     assert shares[0] > 0.05
     assert shares[1] > 0.05
+
+
+# ------------------------------------------------------------------------------------- compared by what both have
+
+
+CROSSED = (2, 8) * 4
+TASK_K = np.arange(8) // 4
+
+
+def two_tasks_crossed_with_two_ranks() -> Arena:
+    """Where 8 clients end: B and A move by what the task asks and, half as much, by chance."""
+    of, generator = layout(rank=8), torch.Generator().manual_seed(3)
+
+    def draw(rows: int) -> torch.Tensor:
+        return torch.randn(rows, of.num_parameters, generator=generator, dtype=torch.float64)
+
+    start = initial(8, torch.float64, of)
+    ends_KP = start.values_KP + draw(2)[TASK_K] + 0.5 * draw(8)
+    return start.replace(trimmed(of, ends_KP, CROSSED))
+
+
+def test_pairs_are_compared_by_the_components_that_both_have() -> None:
+    ends = two_tasks_crossed_with_two_ranks()
+    rows = [7, 0, 3, 2, 5]
+    found = squares_between(ends, rows, CROSSED)
+    for one, k in enumerate(rows):
+        for other, m in enumerate(rows):
+            common = min(CROSSED[k], CROSSED[m])
+            pair_2P = trimmed(ends.layout, ends.values_KP[[k, m]], (common, common))
+            expected = float((pair_2P[0] - pair_2P[1]).square().sum()) * 8 / common
+            assert found[one, other] == pytest.approx(expected, rel=1e-12)
+    assert np.array_equal(squares_between(ends, rows, None), squares_between(ends, rows, (8,) * 8))
+
+
+@pytest.mark.parametrize("name", ["fedamp", "pfedgraph"])
+def test_clients_of_one_task_are_related_whatever_their_ranks(name: str) -> None:
+    ends = two_tasks_crossed_with_two_ranks()
+    same_task = (TASK_K[:, None] == TASK_K) & ~np.eye(8, dtype=bool)
+    same_rank = np.equal.outer(CROSSED, CROSSED) & ~np.eye(8, dtype=bool)
+    # as if all had everything, clients of like rank are nearest to one another
+    raw_KK = row_distances(ends.values_KP)
+    assert raw_KK[same_task & ~same_rank].min() > raw_KK[same_rank & ~same_task & (np.array(CROSSED) == 2)].max()
+    who = clients(8)._replace(ranks_K=CROSSED, num_examples_K=(5,) * 8)
+    method = build(name, who)
+    everybody = Participants(1, tuple(range(8)))
+    state = method.init(initial(8, torch.float64, ends.layout), who)
+    results = trained(method.plan(state, everybody), who.names)._replace(values_SP=ends.values_KP)
+    _, info = method.merge(state, everybody, results)
+    assert info.graph is not None
+    weights_KK = info.graph.adjacency_KK
+    assert weights_KK[same_task & ~same_rank].min() > weights_KK[~same_task].max()

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from tests.federation.builders import clients, initial, layout, mira_with, play, same_bytes
 from tests.reference import robust_twin
 
-from fedmira.federation.forms import row_distances
 from fedmira.federation.registry import build_method
 from fedmira.federation.robust import ROBUST, clip, geometric_median, heard, krum
+from fedmira.federation.similarity import row_distances
 from fedmira.randomness import torch_generator
 from fedmira.types import Arena, Clients, Participants, Results
 
@@ -138,7 +138,7 @@ def test_the_median_is_the_one_that_small_steps_find() -> None:
 
 def test_distances_of_rows_are_those_of_the_rows() -> None:
     arena = Arena(layout(), torch.randn(5, layout().num_parameters, generator=torch.Generator().manual_seed(0)))
-    np.testing.assert_allclose(row_distances(arena), distances(arena.values_KP.double().numpy()), atol=1e-10)
+    np.testing.assert_allclose(row_distances(arena.values_KP), distances(arena.values_KP.double().numpy()), atol=1e-10)
 
 
 # ------------------------------------------------------------------------------------------ what hostile clients can do

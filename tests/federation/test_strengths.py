@@ -9,7 +9,7 @@ import pytest
 import torch
 from tests.federation.builders import clients, initial, layout, mira_with, one_round, same_bytes, trained
 
-from fedmira.config.method import MiraConfig
+from fedmira.config.mira import MiraConfig
 from fedmira.config.run import RunConfig
 from fedmira.federation.known_graphs import labels
 from fedmira.federation.mixing import laplacian_implicit

@@ -40,7 +40,7 @@ def test_sizes_are_those_of_the_dtype_it_would_have() -> None:
     # adapters are kept in float32 either way
     assert wide.server_bytes == narrow.server_bytes == 6 * 6 * 4 * wide.adapter_parameters
     assert 0.5 <= narrow.bytes_per_client / wide.bytes_per_client < 0.6
-    assert (wide.clients, wide.clients_per_round, wide.cohort_size) == (6, 4, None)
+    assert (wide.num_clients, wide.clients_per_round, wide.cohort_size) == (6, 4, None)
 
 
 def test_a_client_takes_what_training_it_is_estimated_to_take() -> None:

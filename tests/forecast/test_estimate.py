@@ -52,7 +52,7 @@ def test_bytes_are_predicted_exactly_and_nothing_is_left(
     events = [event for event in RunStore.open(run(wanted)).events() if event["event"] == "round"]
     assert sum(event["upload_bytes"] for event in events) // 2 == estimate.upload_bytes_per_round
     assert sum(event["download_bytes"] for event in events) // 2 == estimate.download_bytes_per_round
-    assert (estimate.clients, estimate.clients_per_round, estimate.cohort_size, estimate.rounds) == (6, 3, 2, 2)
+    assert (estimate.num_clients, estimate.clients_per_round, estimate.cohort_size, estimate.rounds) == (6, 3, 2, 2)
     parts = [getattr(estimate, f"{part}_seconds") for part in ("training", "mixing", "evaluation", "disk")]
     assert all(seconds > 0 for seconds in parts)
     assert estimate.seconds == pytest.approx(sum(parts))

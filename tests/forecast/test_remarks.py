@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from fedmira.assembly import assemble
-from fedmira.config.run import FederationConfig, RunConfig
+from fedmira.config.run import RunConfig
+from fedmira.config.training import FederationConfig
 from fedmira.exchange.privacy import epsilon
 from fedmira.federation.participation import draw
 from fedmira.forecast.estimate import dry_run

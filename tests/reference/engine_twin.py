@@ -16,7 +16,7 @@ import torch
 from peft import LoraConfig, PromptEncoderConfig, PromptTuningConfig, get_peft_model
 from tests.reference.tiny_models import TARGETS
 
-from fedmira.config.run import TrainingConfig
+from fedmira.config.training import TrainingConfig
 from fedmira.data.packing import local_batches
 from fedmira.data.tokenization import TokenizedClient, TokenizedExample
 from fedmira.model.base import BaseModel

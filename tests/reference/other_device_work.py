@@ -19,7 +19,8 @@ from tests.reference.tiny_models import layout_of_kind, ragged_clients, random_a
 from transformers import AutoModelForCausalLM
 
 from fedmira import assembly, experiment
-from fedmira.config.run import RunConfig, TrainingConfig
+from fedmira.config.run import RunConfig
+from fedmira.config.training import TrainingConfig
 from fedmira.evaluation import generation
 from fedmira.evaluation.loss import example_losses
 from fedmira.evaluation.predictions import agreement

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fedmira.formats import format_seconds
 from fedmira.report import charts, graph_charts, svg
 from fedmira.report.charts import Bar, Line, Step
-from fedmira.report.formats import format_seconds
 
 HOSTILE = "<script>alert(1)</script>\"'&\x1b[31m\n\u202e]]>"
 finite = st.floats(-1e6, 1e6)

@@ -14,7 +14,7 @@ from fedmira.errors import IntegrityError, UsageError
 from fedmira.report.page import render
 from fedmira.report.reading import StudyRecord, read, read_run
 from fedmira.report.summary import summarise_run
-from fedmira.report.table import comparable, render_table, rows_of, spread, study_rows
+from fedmira.report.table import comparable, render_table, rows_of, spread
 from fedmira.runs.lines import event_line
 
 Make = Callable[..., Path]
@@ -46,7 +46,7 @@ def test_numbers_by_hand(make_study: Make) -> None:
             ("mira", 1): (2.0, 2.0),
         },
     )
-    local, mira = study_rows(study)
+    local, mira = rows_of(read(study))
     assert local.method == "local_only"
     assert local.difference is None
     assert local.share_harmed is None
@@ -62,7 +62,7 @@ def test_numbers_by_hand(make_study: Make) -> None:
 
 
 def test_a_run_alone_gives_one_row_without_comparison(make_run: Make) -> None:
-    (row,) = study_rows(make_run(method="fedit"))
+    (row,) = rows_of(read(make_run(method="fedit")))
     assert (row.method, row.seeds, row.share_harmed, row.difference) == ("fedit", (0,), None, None)
     assert row.mean_loss is not None
     assert row.mean_loss.deviation is None
@@ -73,9 +73,9 @@ def test_unfinished_runs_are_left_out_and_counted(make_study: Make) -> None:
     study = make_study(methods=("local_only", "mira"), seeds=(0, 1))
     metrics = study / "runs/1-seed1/metrics.jsonl"
     metrics.write_text("".join(metrics.read_text().splitlines(keepends=True)[:-1]))
-    row = study_rows(study)[1]
+    row = rows_of(read(study))[1]
     assert (row.seeds, row.num_unfinished) == ((0,), 1)
-    assert "1 run without test numbers left out" in render_table(study_rows(study))
+    assert "1 run without test numbers left out" in render_table(rows_of(read(study)))
 
 
 def without(study: Path, *missing: tuple[str, int]) -> Path:
@@ -94,7 +94,7 @@ def hard_seed_study(make_study: Make) -> Path:
 
 
 def test_methods_are_compared_on_the_seeds_that_all_finished(make_study: Make) -> None:
-    local, mira, fedit = rows = study_rows(hard_seed_study(make_study))
+    local, mira, fedit = rows = rows_of(read(hard_seed_study(make_study)))
     assert local.seeds == mira.seeds == fedit.seeds == (0, 1)
     assert [row.num_unfinished for row in rows] == [0, 0, 1]
     assert [row.mean_loss and row.mean_loss.mean for row in rows] == pytest.approx([2.5, 2.0, 2.4])
@@ -107,7 +107,7 @@ def test_methods_are_compared_on_the_seeds_that_all_finished(make_study: Make) -
 
 def test_one_shared_seed_is_named_as_one(make_study: Make) -> None:
     study = without(make_study(methods=("local_only", "mira")), ("mira", 1), ("mira", 2))
-    table = render_table(study_rows(study))
+    table = render_table(rows_of(read(study)))
     assert "Numbers of the one seed that all methods with test numbers finished." in table
     assert "Mean over" not in table
 
@@ -116,7 +116,7 @@ def test_rows_without_a_shared_seed_are_not_compared(make_study: Make) -> None:
     study = without(
         make_study(methods=("local_only", "mira"), seeds=(0, 1, 2)), ("local_only", 0), ("mira", 1), ("mira", 2)
     )
-    rows = study_rows(study)
+    rows = rows_of(read(study))
     assert [row.seeds for row in rows] == [(1, 2), (0,)]
     assert not comparable(rows)
     assert "No seed was finished by all methods" in render_table(rows)
@@ -124,7 +124,7 @@ def test_rows_without_a_shared_seed_are_not_compared(make_study: Make) -> None:
 
 def test_a_method_that_never_began_does_not_hide_the_others(make_study: Make) -> None:
     study = without(make_study(methods=("local_only", "mira"), seeds=(0, 1)), ("mira", 0), ("mira", 1))
-    local, mira = study_rows(study)
+    local, mira = rows_of(read(study))
     assert (local.seeds, mira.seeds, mira.num_unfinished, mira.mean_loss) == ((0, 1), (), 2, None)
 
 
@@ -139,11 +139,11 @@ def test_seconds_and_bytes_are_sums_over_all_events(make_run: Make) -> None:
 
 def test_a_round_written_again_after_a_resume_counts_once(make_run: Make) -> None:
     path = make_run(rounds=3)
-    before = study_rows(path)
+    before = rows_of(read(path))
     metrics = path / "metrics.jsonl"
     lines = metrics.read_text().splitlines(keepends=True)
     metrics.write_text("".join([*lines[:4], *lines[2:]]))
-    assert study_rows(path) == before
+    assert rows_of(read(path)) == before
 
 
 def test_a_half_written_last_line_is_forgiven_and_damage_is_not(make_run: Make) -> None:
@@ -190,18 +190,18 @@ def test_a_graph_of_the_wrong_size_is_refused(make_run: Make) -> None:
 
 def test_other_folders_are_refused(tmp_path: Path, make_study: Make) -> None:
     with pytest.raises(UsageError, match="does not exist"):
-        study_rows(tmp_path / "nowhere")
+        rows_of(read(tmp_path / "nowhere"))
     with pytest.raises(UsageError, match="neither"):
-        study_rows(tmp_path)
+        rows_of(read(tmp_path))
     study = make_study(seeds=(0,))
     content = json.loads((study / "study.json").read_text())
     (study / "study.json").write_text(json.dumps({**content, "runs": content["runs"] * 2}))
     with pytest.raises(IntegrityError, match="twice"):
-        study_rows(study)
+        rows_of(read(study))
 
 
 def test_hostile_method_names_stay_on_their_line(make_study: Make) -> None:
-    rows = study_rows(make_study(methods=("local_only", "a\x1b[31m|b\nc"), seeds=(0,)))
+    rows = rows_of(read(make_study(methods=("local_only", "a\x1b[31m|b\nc"), seeds=(0,))))
     text, markdown = render_table(rows), render_table(rows, markdown=True)
     assert "\x1b" not in text + markdown
     assert len(text.splitlines()) == 8
@@ -209,7 +209,7 @@ def test_hostile_method_names_stay_on_their_line(make_study: Make) -> None:
 
 
 def test_markdown_is_a_table_with_the_same_cells(make_study: Make) -> None:
-    rows = study_rows(make_study(seeds=(0, 1)))
+    rows = rows_of(read(make_study(seeds=(0, 1))))
     header, rule, *lines = render_table(rows, markdown=True).split("\n\n")[0].splitlines()
     assert header.startswith("| method | mean loss |")
     assert set(rule) <= set("|-: ")
@@ -220,23 +220,23 @@ def test_markdown_is_a_table_with_the_same_cells(make_study: Make) -> None:
 
 def test_json_facts_are_finite_and_flat(make_study: Make) -> None:
     study = two_client_study(make_study, {("local_only", 0): (1.0, 1.0), ("mira", 0): (float("nan"), 1.0)})
-    local, mira = (row.facts() for row in study_rows(study))
+    local, mira = (row.facts() for row in rows_of(read(study)))
     json.dumps([local, mira], allow_nan=False)
     assert mira["mean_loss"] is None
     assert mira["share_harmed"] == 0.5
     assert local["mean_loss"] == 1.0
-    assert "nan" in render_table(study_rows(study))
+    assert "nan" in render_table(rows_of(read(study)))
 
 
 ANSWERS = "at most 8 answers per client, each cut at 32 tokens"
 
 
 def test_what_rouge_covers_is_a_footnote_where_it_stands(make_study: Make, make_run: Make) -> None:
-    rows = study_rows(make_study(seeds=(0,)))
+    rows = rows_of(read(make_study(seeds=(0,))))
     for text in (render_table(rows), render_table(rows, markdown=True)):
         assert text.count(f"Rouge-L and exact match: {ANSWERS}.") == 1
     assert (rows[0].facts()["max_answers"], rows[0].facts()["max_answer_tokens"]) == (8, 32)
-    assert "Rouge-L and exact match" not in render_table(study_rows(make_run(finished=False)))
+    assert "Rouge-L and exact match" not in render_table(rows_of(read(make_run(finished=False))))
     assert sum(ANSWERS in line for line in summarise_run(make_run()).lines()) == 2
 
 
@@ -244,7 +244,7 @@ def test_limits_of_answers_come_from_the_config_of_the_run(make_run: Make) -> No
     path = make_run()
     config = path / "config.resolved.yaml"
     config.write_text(config.read_text().replace("examples_per_client: 8", "examples_per_client: null"))
-    assert "Rouge-L and exact match: all answers, each cut at 32 tokens." in render_table(study_rows(path))
+    assert "Rouge-L and exact match: all answers, each cut at 32 tokens." in render_table(rows_of(read(path)))
     config.write_text(config.read_text().replace("max_new_tokens: 32", "max_new_tokens: many"))
     with pytest.raises(IntegrityError, match="not a whole run directory"):
         read_run(path)
@@ -307,7 +307,7 @@ def test_a_seed_on_which_training_alone_has_no_finite_loss_costs_the_others_noth
         ("local_only", 1): (nan, 3.0),
         ("mira", 1): (1.0, 2.0),
     }
-    local, mira = rows = study_rows(two_client_study(make_study, losses))
+    local, mira = rows = rows_of(read(two_client_study(make_study, losses)))
     assert (mira.difference, mira.difference_seeds) == ((pytest.approx(-1.0), None), (0,))
     assert local.difference_seeds is None
     note = "vs local: only seeds on which training alone has a finite test loss (1 of 2 seeds)."
@@ -315,11 +315,11 @@ def test_a_seed_on_which_training_alone_has_no_finite_loss_costs_the_others_noth
     assert mira.facts()["difference_seeds"] == (0,)
     # a loss of its own that is not finite is the method's fault
     losses |= {("local_only", 1): (3.0, 3.0), ("mira", 1): (nan, 2.0)}
-    [_, mira] = rows = study_rows(two_client_study(make_study, losses))
+    [_, mira] = rows = rows_of(read(two_client_study(make_study, losses)))
     assert mira.difference is not None
     assert math.isnan(mira.difference.mean)
     assert "vs local: only" not in render_table(rows)
-    [_, mira] = rows = study_rows(two_client_study(make_study, dict.fromkeys(losses, (nan, nan))))
+    [_, mira] = rows = rows_of(read(two_client_study(make_study, dict.fromkeys(losses, (nan, nan)))))
     assert (mira.difference, mira.difference_seeds) == (None, ())
     assert "(0 of 2 seeds)" in render_table(rows)
 
@@ -327,7 +327,7 @@ def test_a_seed_on_which_training_alone_has_no_finite_loss_costs_the_others_noth
 def test_rows_with_different_seeds_beside_training_alone_are_counted_by_name(make_study: Make) -> None:
     wild = "a\x1b[31m"
     study = make_study(methods=("local_only", "mira", wild), seeds=(0, 1, 2))
-    rows = study_rows(without(study, ("local_only", 1), ("local_only", 2), ("mira", 0), (wild, 2)))
+    rows = rows_of(read(without(study, ("local_only", 1), ("local_only", 2), ("mira", 0), (wild, 2))))
     text = render_table(rows)
     assert "(mira 0 of 2 seeds, a\\x1b[31m 1 of 2 seeds)" in text
     assert "\x1b" not in text
@@ -340,7 +340,7 @@ def test_three_seeds_give_the_interval_of_the_paired_difference(make_study: Make
     losses = {("local_only", seed): (3.0 + seed, 3.0 + seed) for seed in range(3)}
     losses |= {("mira", seed): (3.0 + seed - d, 3.0 + seed - d) for seed, d in enumerate((0.1, 0.2, 0.3))}
     path = two_client_study(make_study, losses)
-    local, mira = rows = study_rows(path)
+    local, mira = rows = rows_of(read(path))
     reach = 4.302653 * 0.1 / math.sqrt(3)
     assert mira.difference_interval == pytest.approx((-0.2 - reach, -0.2 + reach))
     assert mira.facts()["difference_interval"] == mira.difference_interval
@@ -354,7 +354,7 @@ def test_three_seeds_give_the_interval_of_the_paired_difference(make_study: Make
 
 
 def test_two_seeds_keep_the_deviation_and_say_nothing_of_an_interval(make_study: Make) -> None:
-    rows = study_rows(make_study(methods=("local_only", "mira"), seeds=(0, 1)))
+    rows = rows_of(read(make_study(methods=("local_only", "mira"), seeds=(0, 1))))
     assert rows[1].difference_interval is None
     assert "95 %" not in render_table(rows)
     assert "Student" not in render(read(make_study(methods=("local_only", "mira"), seeds=(0, 1))))
@@ -393,14 +393,14 @@ def test_without_noise_nothing_is_said_of_epsilon(make_run: Make, make_study: Ma
     summary = summarise_run(make_run(rounds=2))
     assert (summary.facts()["epsilon"], summary.facts()["delta"]) == (None, None)
     assert not any("epsilon" in line for line in summary.lines())
-    assert "psilon" not in render_table(study_rows(make_study(rounds=1)))
+    assert "psilon" not in render_table(rows_of(read(make_study(rounds=1))))
 
 
 def test_a_study_says_what_each_method_gave_away_at_most(make_study: Make) -> None:
     study = make_study(methods=("local_only", "mira", "fedit"), seeds=(0, 1), rounds=1)
     for position, seed, spent in ((1, 0, 2.0), (1, 1, 4.5), (2, 0, 300.0)):
         noised(study / f"runs/{position}-seed{seed}", {"family0-client0": spent})
-    rows = study_rows(study)
+    rows = rows_of(read(study))
     assert [row.facts()["epsilon"] for row in rows] == [None, 4.5, 300.0]
     note = (
         "Epsilon of any client in one run: mira 4.5 at most (delta 1e-05); "

@@ -19,10 +19,11 @@ def send(number: int) -> None:
 def test_the_first_signal_raises_the_flag(number: int) -> None:
     with stop_on_signals() as stop:
         assert not stop()
-        assert stop.signal_number == 0
+        assert (stop.signal_number, stop.signal_name) == (0, "a signal")
         send(number)
         assert stop()
         assert stop.signal_number == number
+        assert stop.signal_name == signal.Signals(number).name
 
 
 def test_a_second_sigint_interrupts_at_once() -> None:

@@ -20,12 +20,13 @@ from tests.runs.faults import failing_at
 
 from fedmira.config.file import config_hash, parse_config
 from fedmira.config.method import FedITConfig
-from fedmira.config.run import FederationConfig, OutputConfig, RunConfig, TrainingConfig
+from fedmira.config.run import OutputConfig, RunConfig
+from fedmira.config.training import FederationConfig, TrainingConfig
 from fedmira.errors import IntegrityError, SetupError, UsageError
 from fedmira.runs.checkpoint import save
 from fedmira.runs.lock import LOCK
 from fedmira.runs.naming import run_directory
-from fedmira.runs.store import GRAPH, LOG, MANIFEST, METRICS, RESOLVED, UPLOADS, RunStore
+from fedmira.runs.store import GRAPH, LOG, MANIFEST, METRICS, RESOLVED, SCHEMA, UPLOADS, RunStore
 from fedmira.studies.compare import study_directory
 
 CONFIG = RunConfig(name="trial", seed=3)
@@ -225,6 +226,17 @@ def test_resume_does_not_mind_what_else_is_called_alike(tmp_path: Path) -> None:
     nothing_came_of_it.mkdir()
     (nothing_came_of_it / RESOLVED).write_text("federation: {a_key_of_another_version: 1}\n")
     RunStore.resume(CONFIG, None, tmp_path).close()
+
+
+def test_a_run_whose_manifest_is_of_a_later_schema_is_not_opened(tmp_path: Path) -> None:
+    path = with_an_event(CONFIG, tmp_path)
+    facts = {"config_hash": config_hash(CONFIG)}
+    for known in ({}, {"schema": SCHEMA}):
+        (path / MANIFEST).write_text(json.dumps(facts | known))
+        RunStore.open(path).close()
+    (path / MANIFEST).write_text(json.dumps(facts | {"schema": SCHEMA + 1}))
+    with pytest.raises(IntegrityError, match=r"manifest\.json has schema 2, this version of fedmira reads 1"):
+        RunStore.open(path)
 
 
 def test_a_run_of_another_version_ends_a_resume_only_where_it_may_be_meant(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from benchmarks.client_memory import measure_client_memory
 
-from fedmira.config.run import TrainingConfig
+from fedmira.config.training import TrainingConfig
 
 OPTIMIZERS = {
     "adamw": (TrainingConfig(local_steps=2, batch_size=1, weight_decay=0.1), 4),

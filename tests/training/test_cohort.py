@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import load, save
 from tests.reference.tiny_models import ragged_clients, random_arena, tiny_base, tiny_layout
 
-from fedmira.config.run import AdapterConfig, TrainingConfig
+from fedmira.config.run import AdapterConfig
+from fedmira.config.training import TrainingConfig
 from fedmira.data.tokenization import TokenizedClient
 from fedmira.errors import IntegrityError
 from fedmira.model import fused, low_rank

@@ -10,7 +10,7 @@ from tests.reference.tiny_models import ragged_clients, random_arena, tiny_base,
 from fedmira.config.exchange import ExchangeConfig
 from fedmira.config.method import method_with_defaults
 from fedmira.config.refusals import refusal_beside
-from fedmira.config.run import TrainingConfig
+from fedmira.config.training import TrainingConfig
 from fedmira.training.cohort import train
 from fedmira.training.continuity import Continuity, Place, turn
 from fedmira.training.optimizers import Moments, fresh_moments

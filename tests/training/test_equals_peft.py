@@ -7,7 +7,7 @@ import torch
 from tests.reference.engine_twin import train_one_by_one
 from tests.reference.tiny_models import ragged_clients, random_arena, tiny_base, tiny_layout
 
-from fedmira.config.run import TrainingConfig
+from fedmira.config.training import TrainingConfig
 from fedmira.training.cohort import train
 from fedmira.types import Job, Pull
 

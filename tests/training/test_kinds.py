@@ -12,7 +12,7 @@ from tests.reference.engine_twin import exact_norms, train_one_by_one
 from tests.reference.tiny_models import FAMILIES, layout_of_kind, ragged_clients, random_examples, tiny_base
 from tests.training.test_equals_peft import OPTIMIZERS
 
-from fedmira.config.run import TrainingConfig
+from fedmira.config.training import TrainingConfig
 from fedmira.data.packing import pack
 from fedmira.evaluation.loss import evaluate_loss
 from fedmira.model.base import BaseModel

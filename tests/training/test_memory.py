@@ -11,7 +11,7 @@ import pytest
 import torch
 from tests.reference.tiny_models import client_of, ragged_clients, random_arena, random_examples, tiny_base, tiny_layout
 
-from fedmira.config.run import TrainingConfig
+from fedmira.config.training import TrainingConfig
 from fedmira.data.packing import pack
 from fedmira.model.full import full_layout
 from fedmira.training import memory, objective

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.reference.engine_twin import make_optimizer
 
-from fedmira.config.run import TrainingConfig
+from fedmira.config.training import TrainingConfig
 from fedmira.training.optimizers import clip_factor, fresh_moments, schedule_factor, update_
 
 NUM_CLIENTS, NUM_PARAMETERS = 4, 23

@@ -9,7 +9,7 @@ import torch
 from tests.reference.tiny_models import ragged_clients, random_arena, tiny_base, tiny_layout
 
 from fedmira.config.exchange import ExchangeConfig
-from fedmira.config.run import TrainingConfig
+from fedmira.config.training import TrainingConfig
 from fedmira.data.tokenization import TokenizedClient
 from fedmira.exchange.in_process import InProcess
 from fedmira.training.cohort import StopRequested, train

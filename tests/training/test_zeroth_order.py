@@ -15,7 +15,7 @@ from tests.reference.tiny_models import layout_of_kind, ragged_clients, tiny_bas
 from tests.training.test_kinds import arena_of
 
 from fedmira.config.method import FedKSeedConfig
-from fedmira.config.run import TrainingConfig
+from fedmira.config.training import TrainingConfig
 from fedmira.federation.method import State
 from fedmira.federation.registry import build_method
 from fedmira.model.base import BaseModel

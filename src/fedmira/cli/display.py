@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TextIO, cast
 
 from fedmira.cli.process import discard
 from fedmira.cli.session import printable
-from fedmira.report.formats import counted
+from fedmira.formats import counted
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +12,7 @@ import click
 
 from fedmira.cli.session import Session, standard_options
 from fedmira.errors import Interrupted, UsageError
+from fedmira.runs.signals import handled, not_ignored
 
 
 class _Ended(BaseException):
@@ -25,24 +25,16 @@ def _ended_by_signals() -> Iterator[None]:
 
     SIGHUP stays ignored where it is, as under `nohup`.
     """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
 
     def end(number: int, frame: FrameType | None) -> None:
         raise _Ended(number)
 
-    numbers = [one for one in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(one) != signal.SIG_IGN]
-    previous = {number: signal.signal(number, end) for number in numbers}
     try:
-        yield
+        with handled(end, not_ignored(signal.SIGTERM, signal.SIGHUP)):
+            yield
     except _Ended as ended:
         number = signal.Signals(ended.args[0])
         raise Interrupted(f"interrupted by {number.name}", number) from None
-    finally:
-        for one, handler in previous.items():
-            # None: installed by something other than Python, which cannot be put back
-            signal.signal(one, handler if handler is not None else signal.SIG_DFL)
 
 
 @click.command(short_help="Write a client's adapter as a PEFT folder.")
@@ -121,7 +113,7 @@ def predict(
         session.result(facts, reply)
         return
     from fedmira.export.questions import read_questions
-    from fedmira.report.formats import printable
+    from fedmira.formats import printable
 
     questions = read_questions(file)
     replies = answers(run, client, questions, max_new_tokens=max_new_tokens, warn=session.warn)

@@ -17,7 +17,7 @@ import click
 
 from fedmira.cli.process import discard
 from fedmira.errors import SetupError
-from fedmira.report.formats import printable as escaped
+from fedmira.formats import printable as escaped
 
 if TYPE_CHECKING:
     from fedmira.config.run import RunConfig

@@ -34,8 +34,16 @@ def validate(session: Session, config: Path, overrides: tuple[str, ...]) -> None
     directory = run_directory(run_config)
     session.result(
         {"valid": True, "config": str(config), "run_directory": str(directory)},
-        f"{config} is valid\nRun directory: {directory}",
+        f"{config} is valid\n{_needs_tasks(run_config, config)}Run directory: {directory}",
     )
+
+
+def _needs_tasks(config: RunConfig, name: Path) -> str:
+    """A line about what only the data can tell: whether it says its tasks, where the graph is made of them."""
+    graph = getattr(config.method, "graph", None)
+    if graph is None or graph.kind != "labels" or config.data.source in ("planted", "natural_instructions"):
+        return ""
+    return f"method.graph.kind = labels needs tasks that clients share; `fedmira data {name}` shows those of the data\n"
 
 
 def missing_files(config: RunConfig) -> list[FedmiraError]:

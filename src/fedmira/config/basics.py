@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
+
+from fedmira.errors import ConfigError, nearest
 
 Fraction = Annotated[float, Field(gt=0, le=1)]
 Share = Annotated[float, Field(ge=0, lt=1)]
@@ -17,8 +20,25 @@ RUN_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
 
+    def changed(self, among: Iterable[str]) -> list[str]:
+        """Which of the fields `among` are not as they are by default."""
+        fields = type(self).model_fields
+        return [name for name in among if getattr(self, name) != fields[name].default]
+
     def without_effect(self) -> str:
         """Which fields beside an `enabled` that is false are not as they are by default, in words; or nothing."""
-        fields = type(self).model_fields
-        changed = [name for name, field in fields.items() if name != "enabled" and getattr(self, name) != field.default]
+        changed = self.changed(name for name in type(self).model_fields if name != "enabled")
         return f"{' and '.join(changed)} {'have' if len(changed) > 1 else 'has'} no effect" if changed else ""
+
+
+def refuse_strangers(key: str, named: Iterable[str], clients: Sequence[str]) -> None:
+    """Refuse a setting `key` by client that has one for somebody who is none of the `clients`.
+
+    Raises:
+        ConfigError: names the first of them.
+    """
+    for name in named:
+        if name not in clients:
+            raise ConfigError(
+                f"{key} names {name!r}, which is no client{nearest(name, clients)}; `fedmira data` lists them"
+            )

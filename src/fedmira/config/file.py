@@ -38,7 +38,7 @@ NOT_IDENTITY = ("output", "compare", "name")
 SCHEMA = Schema(RunConfig)
 
 
-def load_config(path: Path | str, overrides: Sequence[str] = (), recipes: Sequence[str] = ()) -> RunConfig:
+def load_config(path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
     """Read the YAML file `path`, apply `key.path=value` overrides (the command line wins) and validate.
 
     Values follow YAML 1.2: `1e-3` is a number, `yes`, `no`, `on` and `off` are text (and are understood where true or
@@ -47,9 +47,8 @@ def load_config(path: Path | str, overrides: Sequence[str] = (), recipes: Sequen
 
     Raises:
         ConfigError: the file cannot be read or parsed, or any key or value is wrong; all mistakes are listed.
-            `recipes` are the names offered when the file does not exist.
     """
-    text = read_text(Path(path), recipes)
+    text = read_text(Path(path))
     return parse_config(text, overrides, source=Path(path).name)
 
 
@@ -62,11 +61,6 @@ def parse_config(text: str, overrides: Sequence[str] = (), source: str = "config
     for override in overrides:
         _apply_override(raw, override, mistakes)
     return _validate(raw, mistakes)
-
-
-def config_from_mapping(raw: Mapping[str, Any], source: str = "config") -> RunConfig:
-    """Validate a mapping as if it had been read from a file."""
-    return _validate(dict(raw), Mistakes(source))
 
 
 def resolved_yaml(config: RunConfig) -> str:

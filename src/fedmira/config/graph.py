@@ -2,31 +2,74 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Literal, NamedTuple, TypeAlias
 
 from pydantic import Field, PositiveInt, model_validator
 
 from fedmira.config.basics import FinitePositiveFloat, Section, Share
 
+GraphKind: TypeAlias = Literal[
+    "gram",
+    "gram_layers",
+    "pfedgraph",
+    "kalofolias",
+    "mtrl",
+    "clusters",
+    "trust",
+    "probe",
+    "embeddings",
+    "labels",
+    "given",
+    "uniform",
+    "random",
+    "true",
+    "permuted",
+]
+
+
+class _Kind(NamedTuple):
+    """What is to be known of a kind of graph."""
+
+    learned_from: Literal["adapters", "answers", ""]
+    """The adapters' low-rank products, or answers that are asked for; nothing: it is known before the first round."""
+    own_keys: tuple[str, ...] = ()
+    """Keys of the section that the kind looks at, beside those of all that are learned."""
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        return (*self.own_keys, "memory", "settled", "warmup") if self.learned_from else self.own_keys
+
+
+_KINDS: Mapping[GraphKind, _Kind] = {
+    "gram": _Kind("adapters", ("neighbours", "power", "within_clusters")),
+    "gram_layers": _Kind("adapters", ("neighbours", "power", "within_clusters", "pooling")),
+    "mtrl": _Kind("adapters", ("neighbours", "power")),
+    "trust": _Kind("answers", ("neighbours", "power", "judged")),
+    "probe": _Kind("answers", ("neighbours", "power", "probe_path", "probe_examples")),
+    "labels": _Kind(""),
+    "given": _Kind("", ("path",)),
+    "embeddings": _Kind("", ("neighbours", "power")),
+    "uniform": _Kind(""),
+    "random": _Kind(""),
+    "true": _Kind(""),
+    "permuted": _Kind(""),
+    "pfedgraph": _Kind("adapters", ("spread",)),
+    "kalofolias": _Kind("adapters", ("neighbours",)),
+    "clusters": _Kind("adapters"),
+}
+"""All there is to say of a kind, in the order in which messages list kinds."""
+
+KNOWN_GRAPHS = tuple(kind for kind, facts in _KINDS.items() if not facts.learned_from)
+"""Kinds of graphs that are known before the first round."""
+LOW_RANK_GRAPHS = tuple(kind for kind, facts in _KINDS.items() if facts.learned_from == "adapters")
+"""Kinds of graphs that are learned from the low-rank products of the adapters."""
+ASKING_GRAPHS = tuple(kind for kind, facts in _KINDS.items() if facts.learned_from == "answers")
+"""Kinds of graphs that are learned from answers, which are asked for after a round and serve the next."""
+
 
 class GraphConfig(Section):
-    kind: Literal[
-        "gram",
-        "gram_layers",
-        "pfedgraph",
-        "kalofolias",
-        "mtrl",
-        "clusters",
-        "trust",
-        "probe",
-        "embeddings",
-        "labels",
-        "given",
-        "uniform",
-        "random",
-        "true",
-        "permuted",
-    ] = "gram"
+    kind: GraphKind = "gram"
     """Learned from the adapters: `gram` (mutual nearest neighbours), `gram_layers` (the same for each block of layers),
     `pfedgraph` (rows on the simplex), `kalofolias` (smooth graph), `mtrl` (task covariance), `clusters` (hard groups).
     Learned by asking: `trust` (clients judge each other's adapters on validation examples), `probe` (agreement of
@@ -69,34 +112,25 @@ class GraphConfig(Section):
     probe_examples: PositiveInt = 32
     """With `probe`: texts that are compared, the first of the file."""
 
+    @property
+    def is_learned(self) -> bool:
+        """Whether the graph is learned over rounds."""
+        return self.kind not in KNOWN_GRAPHS
+
+    @property
+    def asks(self) -> bool:
+        """Whether it is learned from answers, so that what a round tells serves the next."""
+        return self.kind in ASKING_GRAPHS
+
     def uses(self, key: str) -> bool:
         """Whether this kind of graph looks at `key`."""
-        return self.kind in _KINDS_WITH[key]
+        return key in _KINDS[self.kind].keys
 
     @model_validator(mode="after")
     def _keys_with_their_kinds(self) -> GraphConfig:
         if self.kind == "given" and self.path is None:
             raise ValueError("kind: given needs path")
-        for name, kinds in _KINDS_WITH.items():
-            if not self.uses(name) and getattr(self, name) != type(self).model_fields[name].default:
-                raise ValueError(f"{name} has no effect with kind = {self.kind}; it goes with {', '.join(kinds)}")
+        for name in self.changed(key for key in type(self).model_fields if key != "kind" and not self.uses(key)):
+            kinds = ", ".join(kind for kind, facts in _KINDS.items() if name in facts.keys)
+            raise ValueError(f"{name} has no effect with kind = {self.kind}; it goes with {kinds}")
         return self
-
-
-_NEIGHBOUR_KINDS = ("gram", "gram_layers", "mtrl", "trust", "probe")
-_LEARNED_KINDS = (*_NEIGHBOUR_KINDS, "pfedgraph", "kalofolias", "clusters")
-_KINDS_WITH = {
-    "path": ("given",),
-    "neighbours": (*_NEIGHBOUR_KINDS, "embeddings", "kalofolias"),
-    "power": (*_NEIGHBOUR_KINDS, "embeddings"),
-    "within_clusters": ("gram", "gram_layers"),
-    "memory": _LEARNED_KINDS,
-    "settled": _LEARNED_KINDS,
-    "warmup": _LEARNED_KINDS,
-    "pooling": ("gram_layers",),
-    "spread": ("pfedgraph",),
-    "judged": ("trust",),
-    "probe_path": ("probe",),
-    "probe_examples": ("probe",),
-}
-"""The kinds of graph that look at a key; anywhere else it is refused."""

@@ -14,6 +14,8 @@ import annotated_types
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from fedmira.formats import counted, printable
+
 MAX_SHOWN = 60
 """Characters of a given value that a message shows."""
 
@@ -55,13 +57,13 @@ class Mistakes:
 
     def message(self) -> str:
         """One line per mistake under a headline."""
-        count = "1 mistake" if len(self.found) == 1 else f"{len(self.found)} mistakes"
         rows = [(self._line(mistake.path), mistake.text) for mistake in self.found]
         rows.sort(key=lambda row: row[0] or 1 << 30)
         return "\n".join(
             [
-                f"{self.source}: {count}",
-                *(f"  {f'line {line}: ' if line else ''}{_printable(text)}" for line, text in rows),
+                f"{self.source}: {counted(len(self.found), 'mistake')}",
+                # control characters, which a key can contain, must not reach a terminal
+                *(f"  {f'line {line}: ' if line else ''}{printable(text)}" for line, text in rows),
             ]
         )
 
@@ -231,11 +233,6 @@ def given(value: Any, depth: int = 0) -> str:
         items = ["..."] if depth > 1 else [given(item, depth + 1) for item in value[:8]]
         return _shortened("[" + ", ".join([*items, *(["..."] if len(value) > 8 else [])]) + "]")
     return _shortened(ascii(value))
-
-
-def _printable(text: str) -> str:
-    """Control characters, which a key can contain, must not reach a terminal."""
-    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
 
 
 def _shortened(text: str) -> str:

@@ -1,55 +1,20 @@
-"""The `method` section of the config: the federated algorithms with their settings, and the graph between clients.
+"""The `method` section of the config: the federated algorithms with their settings.
 
-Adding a method: a class here that joins `MethodConfig`, a module in `federation/methods`, a line in its `registry.py`.
+What all have in common is in `method_section`, MIRA in `mira`; the others are here. Adding a method: a class here that
+joins `MethodConfig`, a module in `federation/methods`, a line in `federation/registry.py`; see docs/extending.md.
 Imports neither torch nor transformers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Annotated, ClassVar, Literal, TypeAlias, get_args
+from typing import Annotated, ClassVar, Literal, get_args
 
 from pydantic import Field, PositiveInt, TypeAdapter, model_validator
 
-from fedmira.config.basics import FinitePositiveFloat, Fraction, NonNegativeFloat, NonNegativeInt, Section, Share
+from fedmira.config.basics import FinitePositiveFloat, Fraction, NonNegativeFloat, NonNegativeInt, Share
 from fedmira.config.graph import GraphConfig
-from fedmira.errors import ConfigError, nearest
-
-AdapterKind: TypeAlias = Literal["lora", "prompt", "p_tuning", "full"]
-"""What is trained on top of the base; see `model.adapter.kind`."""
-ALL_KINDS: tuple[AdapterKind, ...] = get_args(AdapterKind)
-
-
-class MethodSection(Section):
-    name: str
-    """Which method this section describes; the other keys follow from it."""
-
-    num_pairs: ClassVar[int] = 1
-    """Low-rank pairs per layer that the method needs at each client."""
-    kinds: ClassVar[tuple[AdapterKind, ...]] = ("lora",)
-    """Kinds of adapters that the method can use."""
-    asks_for_losses: ClassVar[bool] = False
-    """Whether clients always tell the server losses on examples of theirs."""
-    sends_scalars: ClassVar[bool] = False
-    """Whether clients train without gradients and send scalars instead of tensors."""
-    moves_the_base: ClassVar[bool] = False
-    """Whether the server adds to the base what adapters cannot hold."""
-    draws_factors: ClassVar[bool] = False
-    """Whether clients start each round from new random factors."""
-    pools_examples: ClassVar[bool] = False
-    """Whether clients' examples are trained on in one place."""
-    alternates: ClassVar[bool] = False
-    """Whether clients train other tensors in one round than in the next."""
-
-    ema_decay: Share = 0.0
-    """Share of what a client had after the round before in what it takes home: a moving average over rounds. Clients
-    train on from the last round all the same. 0: what the last round gave it."""
-
-    @model_validator(mode="after")
-    def _average_fits_the_base(self) -> MethodSection:
-        if self.ema_decay and self.moves_the_base:
-            raise ValueError("ema_decay = 0 is needed: this method moves the base, earlier adapters no longer fit it")
-        return self
+from fedmira.config.method_section import ALL_KINDS, AdapterKind, MethodSection
+from fedmira.config.mira import MiraConfig, MiraPublishedConfig
 
 
 class LocalOnlyConfig(MethodSection):
@@ -67,120 +32,11 @@ class FedITConfig(MethodSection):
     name: Literal["fedit"]
 
 
-class MiraPublishedConfig(MethodSection):
-    """Eq. (8) and (9) of the paper as printed: an explicit Laplacian step over the sampled clients."""
-
-    kinds: ClassVar[tuple[AdapterKind, ...]] = ALL_KINDS
-    name: Literal["mira_published"]
-    graph: GraphConfig = GraphConfig(kind="random")
-    """Who is related to whom."""
-    strength: NonNegativeFloat = 0.5
-    """lambda of the paper. Its published configs use 0.01 to 1."""
-    server_lr: FinitePositiveFloat = 0.0015
-    """eta of the paper. Its published code uses learning rate x local_step = 3e-4 x 5."""
-
-
-class ChoiceConfig(Section):
-    enabled: bool = True
-    """Validated mixing: each client decides by its validation loss, and what those of all say, how much of the mixed
-    adapter it keeps, and whether it trains on from it."""
-    every: PositiveInt = 1
-    """Rounds from one question to the next. In the last round all clients with a stored adapter are asked."""
-    average: bool = True
-    """After the last round clients also judge the average over rounds (`ema_decay`); all of them take home what that
-    round gave them if the mean of their losses is smaller with it."""
-    shrinkage: bool = True
-    """A client's few examples say little; so what it may keep is judged by its answer drawn towards the mean of all,
-    the more the less clients differ beyond chance, and by two standard errors at most. Without, or where nobody is
-    asked about two examples, each trusts its own alone."""
-    tolerance: NonNegativeFloat = 0.1
-    """Share by which the whole mixture may raise a client's validation loss above that of its own upload for it to be
-    what the client trains on from; beyond, it is the own upload."""
-    memory: Share = 0.5
-    """Weight of the past in the moving average of a client's answers that decides what it trains on from."""
-    margin: Share = 0.01
-    """Share by which a client must expect its loss to fall for it to keep anything but its own upload. A
-    client counts as harmed when its test loss is more than 1 % above that of training alone."""
-    grid: tuple[Annotated[float, Field(ge=0, le=1)], ...] = (0.0, 1.0)
-    """Shares of the mixed adapter that a client may keep, from 0 to 1 and ascending; the rest is its own upload. Each
-    is judged whenever clients are asked."""
-
-    @model_validator(mode="after")
-    def _ascending(self) -> ChoiceConfig:
-        if list(self.grid) != sorted({0.0, *self.grid, 1.0}):
-            raise ValueError(f"grid = {list(self.grid)} must be different shares in ascending order, from 0 to 1")
-        if not self.enabled and (what := self.without_effect()):
-            raise ValueError(f"{what} while enabled is false; remove it, or set enabled: true")
-        return self
-
-
-class MiraConfig(MethodSection):
-    """Implicit, confidence-weighted Laplacian step over all clients with stored adapters."""
-
-    kinds: ClassVar[tuple[AdapterKind, ...]] = ALL_KINDS
-    name: Literal["mira"] = "mira"
-    graph: GraphConfig = GraphConfig()
-    """Who is related to whom."""
-    strength: NonNegativeFloat | Literal["auto"] = 2.0
-    """tau: how hard related clients are pulled together; any value is stable. `auto`: after each round clients judge
-    the mixtures of 0.0625, 0.25, 1 and 4 on their validation examples; the strength of the smallest losses on the whole
-    is used in the next: three more adapters down and four more passes for each participant."""
-    depth: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """Share of the strength that is gone in the last block of layers; it falls evenly from the first block on, so that
-    shallow layers are shared and deep ones stay personal. 0: the same for all."""
-    mixing: Literal["auto", "factors", "products", "least_squares", "shared_a"] = "auto"
-    """What is mixed. `factors`: A and B, each on its own. With model.adapter.kind = lora also their products:
-    `products` (the nearest pair of each client's rank), `least_squares` (each client keeps its A and gets the best B),
-    `shared_a` (A stays at its initial values, so that mixing B mixes products; half the bytes). `auto`: `products`
-    where clients have different ranks, since a mean of factors shrinks what only some of them have; else `factors`."""
-    robust: Literal["none", "clip", "krum", "geometric_median"] = "none"
-    """Against clients whose uploads cannot be trusted. `clip`: nobody moves a client further than its median neighbour
-    does. `krum`: nobody listens to clients far away from the nearest half of the others, further than their examples
-    and ranks explain. `geometric_median`: neighbours weigh less the further they are from the geometric median of all.
-    Distances are in the form that is mixed. Graphs that are learned from adapters count every update by its direction
-    alone, in any case. A round's numbers say to how many clients nobody listened any more (`unheard`)."""
-    client_strength: dict[str, NonNegativeFloat] = Field(default={})
-    """Factors on the strength of some clients by name, such as `{anna: 2.0}`; with 0 a client keeps its own upload."""
-    staleness_decay: Fraction = 0.7
-    """Confidence of a stored adapter falls by this factor for each round its client was not sampled."""
-    ema_decay: Share = 0.5
-    choice: ChoiceConfig = ChoiceConfig()
-    """How much of the mixed adapter each client takes; all of it unless `enabled`."""
-
-    @model_validator(mode="after")
-    def _keys_have_an_effect(self) -> MiraConfig:
-        if self.client_strength and self.strength == 0:
-            raise ValueError("client_strength has no effect with strength = 0; remove it, or set a strength")
-        if not self.choice.average and not (self.ema_decay and self.choice.enabled):
-            raise ValueError(
-                "choice.average = false has no effect where there is no average (ema_decay = 0) or nobody chooses "
-                "(choice.enabled = false); remove it"
-            )
-        return self
-
-    def factors_of(self, names: Sequence[str]) -> tuple[float, ...]:
-        """The factor on the strength of each client.
-
-        Raises:
-            ConfigError: `client_strength` names a client that does not exist.
-        """
-        for name in self.client_strength:
-            if name not in names:
-                raise ConfigError(
-                    f"method.client_strength names {name!r}, which is no client{nearest(name, names)}; "
-                    "`fedmira data` lists them"
-                )
-        return tuple(self.client_strength.get(name, 1.0) for name in names)
-
-
-KNOWN_GRAPHS = ("labels", "given", "embeddings", "uniform", "random", "true", "permuted")
-"""Kinds of graphs that are known before the first round."""
-
-
 class FedITFinetunedConfig(MethodSection):
     """FedIT, whose last rounds are local fine-tuning of the global adapter."""
 
     kinds: ClassVar[tuple[AdapterKind, ...]] = ALL_KINDS
+    ends_alone: ClassVar[bool] = True
     name: Literal["fedit_finetuned"]
     local_rounds: NonNegativeInt | None = None
     """Rounds at the end in which each client trains alone; null: a quarter of `federation.rounds`."""
@@ -237,6 +93,7 @@ class FedAMPConfig(MethodSection):
     """Personal adapters pulled towards means in which similar clients weigh more."""
 
     kinds: ClassVar[tuple[AdapterKind, ...]] = ALL_KINDS
+    shows_new_graphs: ClassVar[bool] = True
     name: Literal["fedamp"]
     strength: NonNegativeFloat = 0.1
     """lambda / alpha of the paper: of the pull, in units of the loss per squared distance of the factors."""
@@ -250,6 +107,7 @@ class PFedGraphConfig(MethodSection):
     """A mean for each client, weighted by the similarity of updates and the size of data."""
 
     kinds: ClassVar[tuple[AdapterKind, ...]] = ALL_KINDS
+    shows_new_graphs: ClassVar[bool] = True
     name: Literal["pfedgraph"]
     strength: FinitePositiveFloat = 0.8
     """lambda: how much data sizes count beside similarity; without bound it is FedIT. The authors' code: 0.8."""
@@ -262,6 +120,7 @@ class IFCAConfig(MethodSection):
 
     kinds: ClassVar[tuple[AdapterKind, ...]] = ALL_KINDS
     asks_for_losses: ClassVar[bool] = True
+    shows_new_graphs: ClassVar[bool] = True
     name: Literal["ifca"]
     models: PositiveInt = 4
     """Number of models; at most that of the clients is used. The authors: the true number of clusters."""
@@ -270,6 +129,8 @@ class IFCAConfig(MethodSection):
 class FedLEASEConfig(MethodSection):
     """Clusters found once from B; each shares one adapter."""
 
+    clusters_by_factors: ClassVar[bool] = True
+    shows_new_graphs: ClassVar[bool] = True
     name: Literal["fedlease"]
     warmup_rounds: PositiveInt = 1
     """Rounds of training alone, after the last of which clusters are found. The authors: a few epochs."""
@@ -280,6 +141,8 @@ class FedLEASEConfig(MethodSection):
 class FedTreeLoRAConfig(MethodSection):
     """One tree of clients, cut deeper for deeper layers; each layer is averaged within its clusters."""
 
+    clusters_by_factors: ClassVar[bool] = True
+    shows_new_graphs: ClassVar[bool] = True
     name: Literal["fedtreelora"]
     warmup_rounds: PositiveInt = 1
     """Rounds of training alone, after the last of which the tree is grown."""
@@ -292,6 +155,8 @@ class PCLConfig(MethodSection):
 
     kinds: ClassVar[tuple[AdapterKind, ...]] = ALL_KINDS
     asks_for_losses: ClassVar[bool] = True
+    rests_on_validation: ClassVar[str] = "the trust between clients"
+    shows_new_graphs: ClassVar[bool] = True
     name: Literal["pcl"]
     temperature: FinitePositiveFloat = 0.1
     """Nats per token by which a loss must be higher for e times less trust."""
@@ -301,6 +166,7 @@ class FedUConfig(MethodSection):
     """An explicit Laplacian step on the graph of all clients."""
 
     kinds: ClassVar[tuple[AdapterKind, ...]] = ALL_KINDS
+    needs_known_graph: ClassVar[bool] = True
     name: Literal["fedu"]
     graph: GraphConfig = GraphConfig(kind="random")
     """Who is related to whom; known in advance. The authors' code draws it at random."""
@@ -309,24 +175,15 @@ class FedUConfig(MethodSection):
     server_lr: FinitePositiveFloat = 0.0015
     """Step size. The authors: the learning rate times the local steps."""
 
-    @model_validator(mode="after")
-    def _known_graph(self) -> FedUConfig:
-        _refuse_learned(self.graph)
-        return self
-
 
 class OracleClustersConfig(MethodSection):
     """FedIT within the true groups of clients: an upper reference."""
 
     kinds: ClassVar[tuple[AdapterKind, ...]] = ALL_KINDS
+    needs_known_graph: ClassVar[bool] = True
     name: Literal["oracle_clusters"]
     graph: GraphConfig = GraphConfig(kind="labels")
     """Its connected components are the groups; known in advance, such as `labels` or `true`."""
-
-    @model_validator(mode="after")
-    def _known_graph(self) -> OracleClustersConfig:
-        _refuse_learned(self.graph)
-        return self
 
 
 class CentralisedConfig(MethodSection):
@@ -335,14 +192,6 @@ class CentralisedConfig(MethodSection):
     kinds: ClassVar[tuple[AdapterKind, ...]] = ALL_KINDS
     pools_examples: ClassVar[bool] = True
     name: Literal["centralised"]
-
-
-def _refuse_learned(graph: GraphConfig) -> None:
-    if graph.kind not in KNOWN_GRAPHS:
-        raise ValueError(
-            f"graph.kind = {graph.kind} is learned while the run goes on, but this method needs a graph that is known "
-            f"before; allowed: {', '.join(KNOWN_GRAPHS)}"
-        )
 
 
 class FedProxConfig(MethodSection):
@@ -385,10 +234,8 @@ class FedAdamConfig(MethodSection):
 
     @model_validator(mode="after")
     def _no_setting_without_effect(self) -> FedAdamConfig:
-        if self.rule == "momentum":
-            for name in ("beta2", "adaptivity"):
-                if getattr(self, name) != type(self).model_fields[name].default:
-                    raise ValueError(f"{name} has no effect with rule = momentum; remove it, or use rule: adam")
+        if self.rule == "momentum" and (changed := self.changed(("beta2", "adaptivity"))):
+            raise ValueError(f"{changed[0]} has no effect with rule = momentum; remove it, or use rule: adam")
         return self
 
 

@@ -8,11 +8,9 @@ from __future__ import annotations
 from typing import get_args
 
 from fedmira.config.exchange import ExchangeConfig
-from fedmira.config.graph import GraphConfig
-from fedmira.config.method import METHOD_SECTIONS, AdapterKind, MethodSection
-
-LOW_RANK_GRAPHS = ("gram", "gram_layers", "pfedgraph", "kalofolias", "mtrl", "clusters")
-"""Kinds of graphs that are learned from the low-rank products of the adapters."""
+from fedmira.config.graph import LOW_RANK_GRAPHS, GraphKind
+from fedmira.config.method import METHOD_SECTIONS
+from fedmira.config.method_section import AdapterKind, MethodSection
 
 
 def methods_for(kind: AdapterKind) -> tuple[str, ...]:
@@ -42,7 +40,7 @@ def refusal(method: MethodSection, kind: AdapterKind) -> str:
         )
     graph = getattr(method, "graph", None)
     if kind != "lora" and graph is not None and graph.kind in LOW_RANK_GRAPHS:
-        others = (one for one in get_args(GraphConfig.model_fields["kind"].annotation) if one not in LOW_RANK_GRAPHS)
+        others = (one for one in get_args(GraphKind) if one not in LOW_RANK_GRAPHS)
         return (
             f"method.graph.kind = {graph.kind} compares low-rank products, and model.adapter.kind = {kind} has none; "
             f"use {', '.join(others)}"
@@ -65,8 +63,8 @@ def asks_for_validation(method: MethodSection) -> tuple[str, ...]:
         asked.append("method.strength = auto")
     if graph is not None and graph.kind == "trust":
         asked.append("method.graph.kind = trust")
-    if method.name == "pcl":
-        asked.append("the trust between clients")
+    if method.rests_on_validation:
+        asked.append(method.rests_on_validation)
     return tuple(asked)
 
 
@@ -158,6 +156,12 @@ def _refusal_of_ranks(method: MethodSection) -> str:
     >>> _refusal_of_ranks(method_with_defaults("flora"))
     ''
     """
+    if method.clusters_by_factors:
+        return (
+            f"method.name = {method.name} finds clusters from the factors B, which are more alike among clients of one "
+            "rank than of one task; remove model.adapter.client_ranks, or take mira, pfedgraph or ifca, which relate "
+            "clients of all ranks"
+        )
     if not method.moves_the_base or method.draws_factors:
         return ""
     return (

@@ -24,7 +24,7 @@ from fedmira.errors import DataError, UsageError
 from fedmira.randomness import generator
 
 if TYPE_CHECKING:
-    from fedmira.config.run import TrainingConfig
+    from fedmira.config.training import TrainingConfig
 
 _SHORTEST_PREFIX = 8
 """Fewer common tokens are not worth the bookkeeping."""

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fedmira.config.run import DataConfig, PartitionConfig
+from fedmira.config.data import DataConfig, PartitionConfig
 from fedmira.data.sources import load_examples
 from fedmira.data.sources.source import Source
 from fedmira.data.splits import SPLITS, Group, grouped, needed_splits, shuffled, split_client

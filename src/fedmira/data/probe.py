@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from fedmira.config.run import Cut, JsonlConfig
+from fedmira.config.data import Cut, JsonlConfig
 from fedmira.data.sources import jsonl
 from fedmira.data.tokenization import TokenizedExample, tokenize_federation
 from fedmira.errors import DataError

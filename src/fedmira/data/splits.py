@@ -11,7 +11,7 @@ import unicodedata
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from typing import NamedTuple
 
-from fedmira.config.run import PartitionConfig
+from fedmira.config.data import PartitionConfig
 from fedmira.errors import DataError
 from fedmira.randomness import stream_seed
 from fedmira.types import Example

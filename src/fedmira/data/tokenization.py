@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from fedmira.config.run import Cut
+from fedmira.config.data import Cut
 from fedmira.data.prompts import behind_answer, render
 from fedmira.data.splits import SPLITS
 from fedmira.errors import DataError, SetupError
@@ -134,24 +134,23 @@ def prompt_tokens(
     example: Example,
     tokenizer: PreTrainedTokenizerBase,
     template: str,
-    max_length: int,
-    reserve: int = 0,
+    room: int,
     cut: Cut = "input",
 ) -> np.ndarray:
-    """Return the prompt of `example` as tokens (T,) int32, with at least `reserve` of `max_length` tokens left free.
+    """Return the prompt of `example` as tokens (T,) int32, at most `room` of them.
 
-    For an example whose answer and end token take `reserve` tokens these are exactly the unsupervised tokens of its
-    `TokenizedExample`. The example's output is ignored.
+    Where its answer and end token take the rest of the longest sequence these are exactly the unsupervised tokens of
+    its `TokenizedExample`. The example's output is ignored.
 
     Raises:
         DataError: no prompt token fits, or the prompt has none.
     """
     [prompt] = _prompt_ids([example], tokenizer, template)
-    [kept] = _kept([example], [prompt], [max_length - reserve], tokenizer, template, cut)
+    [kept] = _kept([example], [prompt], [room], tokenizer, template, cut)
     if not kept:
         raise DataError(
-            f"the prompt of {example.id or 'the text'} has {len(prompt)} tokens, and max_length = {max_length} leaves "
-            f"{max_length - reserve} for it. Give a longer max_length or ask for fewer new tokens."
+            f"the prompt of {example.id or 'the text'} has {len(prompt)} tokens, and there is room for {room}. "
+            "Give a longer max_length or ask for fewer new tokens."
         )
     return np.array(kept, dtype=np.int32)
 

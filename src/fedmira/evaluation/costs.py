@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import torch
 
-from fedmira.config.run import TrainingConfig
+from fedmira.config.training import TrainingConfig
 from fedmira.training.optimizers import num_moments
 from fedmira.types import Layout
 

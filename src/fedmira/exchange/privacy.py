@@ -31,6 +31,7 @@ import torch
 from fedmira.config.exchange import PrivacyConfig
 from fedmira.errors import ParticipationError, SetupError
 from fedmira.exchange.messages import crossing
+from fedmira.formats import counted
 from fedmira.randomness import generator
 from fedmira.types import Layout
 
@@ -151,7 +152,7 @@ def refuse_overspending(config: PrivacyConfig, round_: int, names: Sequence[str]
         raise ParticipationError(
             f"round {round_}: the privacy budget of {len(over)} of {len(names)} participants would be spent, first "
             f"{over[0]}: epsilon {spent[over[0]]:.4g} at delta {config.delta:g}, allowed is "
-            f"exchange.privacy.budget = {config.budget:g}, enough for {most} upload{'' if most == 1 else 's'}. "
+            f"exchange.privacy.budget = {config.budget:g}, enough for {counted(most, 'upload')}. "
             f"{saved}A new run spends anew on the same data: give it fewer rounds, fewer clients per round or a larger "
             "noise_multiplier"
         )

@@ -16,7 +16,7 @@ from fedmira.types import Example
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from fedmira.config.method import AdapterKind
+    from fedmira.config.method_section import AdapterKind
 
 EMBEDDED_NAME = "fedmira-embedded-base"
 """What an exported folder names as its base where that is the embedded model and no copy lies beside it."""

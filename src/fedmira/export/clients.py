@@ -25,6 +25,7 @@ from fedmira.export.pairs import num_pairs
 from fedmira.export.peft import Settings, adapter_files, new_folder, write_files
 from fedmira.export.whole_model import merged as with_adapter
 from fedmira.export.whole_model import write_model
+from fedmira.formats import listed
 from fedmira.paths import home_expanded
 from fedmira.types import Arena, Example, Layout
 
@@ -81,7 +82,7 @@ class Trained(NamedTuple):
         # some systems part letters from their accents, and the data's names do not
         client = unicodedata.normalize("NFC", client)
         if client not in self.names:
-            shown = ", ".join(self.names[:12]) + (f", ... ({len(self.names)} in all)" if len(self.names) > 12 else "")
+            shown = listed(self.names, 12)
             raise UsageError(f"the run has no client {client!r}; its clients: {shown}{nearest(client, self.names)}")
         return self.names.index(client)
 
@@ -94,11 +95,11 @@ def load_trained(run: str | os.PathLike[str]) -> Trained:
         IntegrityError: its files are damaged, or the base model is not the one it was trained over.
         SetupError: the base model cannot be loaded.
     """
-    from fedmira.assembly import recorded_commit, refuse_other_base
     from fedmira.model.base import load_base
     from fedmira.model.kinds import adapter_layout
     from fedmira.runs.checkpoint import load_latest
     from fedmira.runs.lines import recorded_epsilon
+    from fedmira.runs.same_base import recorded_commit, refuse_other_base
     from fedmira.runs.store import RunStore, no_finished_round
 
     run = Path(run)

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from fedmira.errors import UsageError
-from fedmira.export.card import card_bytes, model_card
 from fedmira.export.pairs import joined_pairs, num_pairs
 from fedmira.export.ranks import fitted, ranks_by_layer
 from fedmira.runs.atomic import disk_errors_named, make_folder, nonce, remove_tree, sync_folder, write_new_file
@@ -52,7 +51,7 @@ class Settings(NamedTuple):
 def adapter_files(
     layout: Layout, row_P: torch.Tensor, settings: Settings, shift_W: torch.Tensor | None = None
 ) -> dict[str, bytes]:
-    """Return the files of a PEFT folder for one adapter, name to content: config, weights and model card.
+    """Return the files of a PEFT folder for one adapter, name to content: config and weights.
 
     There are no `modules_to_save`, no DoRA and no biases, which vLLM refuses. Several pairs of a layer become one of
     their ranks together. Of a soft prompt the embeddings of its virtual tokens are stored, computed by its encoder if
@@ -87,7 +86,6 @@ def adapter_files(
     return {
         "adapter_config.json": (json.dumps(config, indent=2, sort_keys=True) + "\n").encode(),
         "adapter_model.safetensors": save(tensors, metadata={"format": "pt"}),
-        "README.md": card_bytes(model_card(settings.base_path)),
     }
 
 

@@ -8,17 +8,17 @@ Axes: K clients, S asked, Q candidates, C those compared, P parameters of one ad
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Mapping
+from functools import partial
 
 import numpy as np
 import torch
 
 from fedmira.config.graph import GraphConfig
 from fedmira.federation.graph import Graph, Matrix
-from fedmira.federation.learning import Learner, Mask, Memory, Seen, neighbour_graph
+from fedmira.federation.learning import Learner, LearnerBuilder, Mask, Memory, Seen, neighbour_graph
 from fedmira.federation.method import Info, Method, State
-from fedmira.federation.questions import apart, together
+from fedmira.federation.questions import answered, together
 from fedmira.federation.similarity import MINIMUM_CLIENTS, centred_cosine, cosines, moved
 from fedmira.types import Arena, Clients, Losses, Participants, Results, Trial
 
@@ -152,7 +152,7 @@ def probe(config: GraphConfig, clients: Clients) -> Learner:
     return Learner(init, learn, ask, hear, _newly_heard)
 
 
-ASKED: Mapping[str, Callable[[GraphConfig, Clients], Learner]] = {"trust": trust, "probe": probe}
+ASKED: Mapping[str, LearnerBuilder] = {"trust": trust, "probe": probe}
 """The learners that ask, by kind."""
 
 
@@ -173,12 +173,7 @@ def asking(method: Method, learns: Learner) -> Method:
         return together(None if participants.last else ask(participants, results), own)
 
     def decide(state: State, trial: Trial, losses: Losses) -> tuple[State, Info]:
-        (of_graph, its_losses), (own, own_losses) = apart(trial, losses)
-        if of_graph is not None:
-            learned = hear(state.memory, max(state.last_round_K), of_graph, its_losses)
-            state = replace(state, memory={**state.memory, **learned})
-        if own is None or method.decide is None:
-            return state, Info({})
-        return method.decide(state, own, own_losses)
+        heard = partial(hear, state.memory, max(state.last_round_K))
+        return answered(method, state, trial, losses, heard)
 
     return method._replace(trial=trial, decide=decide)

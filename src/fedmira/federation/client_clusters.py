@@ -2,7 +2,7 @@
 
 Knows nothing about rounds or how adapters were trained; trees and silhouettes are in `clustering`.
 
-Axes: K clients, C those compared, P parameters of one adapter.
+Axes: K clients, C those compared, P parameters of one layer's B.
 """
 
 from __future__ import annotations
@@ -16,61 +16,42 @@ import torch
 from fedmira.errors import ConfigError
 from fedmira.federation.clustering import Labels, silhouette
 from fedmira.federation.graph import PRIVACY, Graph, Matrix, validated
-from fedmira.federation.multiply import over_tiles
+from fedmira.federation.similarity import row_distances, symmetric_distances
 from fedmira.types import Arena
 
 UNKNOWN = -1
 """Label of a client that is in no cluster yet."""
-MINIMUM_CLIENTS = 3
+FEWEST_TO_CLUSTER = 3
 """A silhouette compares clusters, of which at least one has two members."""
+_GROUP = "lora_b"
+"""The tensors that clusters are found from: B starts at 0 and so shows what was learned."""
 
 
-def squared_distances(values_CP: torch.Tensor) -> Matrix:
-    """Return |theta_k - theta_l|^2 between rows, (C, C) in float64, zero diagonal; O(C^2 P) in tiles."""
-
-    def gram_of(columns: slice) -> torch.Tensor:
-        tile = values_CP[:, columns].double()
-        # distances ignore what all rows share; without it small differences of large numbers keep their digits
-        tile = tile - tile.mean(dim=0)
-        return tile @ tile.T
-
-    gram_CC = torch.stack(over_tiles(gram_of, values_CP)).sum(dim=0).cpu().numpy()
-    squares_C = np.diagonal(gram_CC)
-    return _symmetric(np.maximum(squares_C[:, None] + squares_C[None, :] - 2.0 * gram_CC, 0.0))
-
-
-def layer_distances(arena: Arena, group: str, kind: Literal["cosine", "euclidean"]) -> tuple[Matrix, ...]:
-    """Return per layer the distances between the clients' tensors of `group`, (C, C) in float64 each.
+def layer_distances(arena: Arena, kind: Literal["cosine", "euclidean"]) -> tuple[Matrix, ...]:
+    """Return per layer the distances between the clients' factors B, (C, C) in float64 each.
 
     Args:
         arena: the C clients to compare.
-        group: such as `lora_b`, which starts at 0 and so shows what was learned.
         kind: `cosine`, 1 - cos (a tensor of zeros is at distance 1 from all others), or `euclidean` (Frobenius).
 
     Raises:
-        ConfigError: the adapter has no such group.
+        ConfigError: the adapter has no factors B.
     """
-    specs = {spec.layer: spec for spec in arena.layout.specs if spec.group == group}
+    specs = {spec.layer: spec for spec in arena.layout.specs if spec.group == _GROUP}
     if not specs:
         raise ConfigError(
-            f"clusters are found from the tensors {group!r}, but the adapter has the groups "
+            f"clusters are found from the tensors {_GROUP!r}, but the adapter has the groups "
             f"{list(arena.layout.groups)}; use model.adapter.kind = lora, or another method"
         )
     distances = []
     for layer in arena.layout.layers:
         values_CP = arena.view(specs[layer]).flatten(1)
         if kind == "euclidean":
-            distances.append(np.sqrt(squared_distances(values_CP)))
+            distances.append(np.sqrt(row_distances(values_CP)))
             continue
         unit_CP = torch.nn.functional.normalize(values_CP.double(), dim=1)
-        distances.append(_symmetric(1.0 - (unit_CP @ unit_CP.T).clamp(-1.0, 1.0).cpu().numpy()))
+        distances.append(symmetric_distances(1.0 - (unit_CP @ unit_CP.T).clamp(-1.0, 1.0).cpu().numpy()))
     return tuple(distances)
-
-
-def _symmetric(distance_CC: Matrix) -> Matrix:
-    symmetric_CC = (distance_CC + distance_CC.T) / 2
-    np.fill_diagonal(symmetric_CC, 0.0)
-    return np.asarray(symmetric_CC)
 
 
 def best_cut(distance_CC: Matrix, tree: Sequence[Labels], most_clusters: int, least_clusters: int = 1) -> Labels:

@@ -14,7 +14,7 @@ import torch
 
 from fedmira.federation.averaging import returned_weights
 from fedmira.federation.client_clusters import (
-    MINIMUM_CLIENTS,
+    FEWEST_TO_CLUSTER,
     UNKNOWN,
     cluster_graph,
     cluster_means,
@@ -54,7 +54,7 @@ def clustered_once(
     """
 
     def init(initial: Arena, clients: Clients) -> State:
-        num_layers = len(layer_distances(initial, "lora_b", kind))  # refuses adapters without B
+        num_layers = len(layer_distances(initial, kind))  # refuses adapters without B
         state = first_state(initial, clients)
         unknown_GK = torch.full((num_layers if by_depth else 1, initial.num_clients), UNKNOWN, dtype=torch.int64)
         return State(state.adapters, state.last_round_K, {"clusters": unknown_GK})
@@ -72,15 +72,15 @@ def clustered_once(
         new = [k for k in results.ids if k not in known]
         if known and new:
             rows = [*known, *new]
-            distance_CC = np.asarray(np.mean(layer_distances(adapters.rows(rows), "lora_b", "cosine"), axis=0))
+            distance_CC = np.asarray(np.mean(layer_distances(adapters.rows(rows), "cosine"), axis=0))
             places = nearest(distance_CC, range(len(known), len(rows)), range(len(known)))
             near = [known[place] for place in places]
             labels_GK[:, new] = labels_GK[:, near]
             values_KP = adapters.values_KP.clone()
             values_KP[new] = values_KP[near]
             adapters, weighing = adapters.replace(values_KP), tuple(k for k in results.ids if k in known)
-        elif not known and participants.round >= warmup_rounds and len(seen) >= MINIMUM_CLIENTS:
-            labels_GK[:, seen] = cut(layer_distances(adapters.rows(seen), "lora_b", kind))
+        elif not known and participants.round >= warmup_rounds and len(seen) >= FEWEST_TO_CLUSTER:
+            labels_GK[:, seen] = cut(layer_distances(adapters.rows(seen), kind))
             weighing = tuple(seen)
         weights_K = returned_weights(clients, weighing)
         mixers = [linear(cluster_means(labels_K, weights_K)) for labels_K in labels_GK]

@@ -1,15 +1,19 @@
 """What a graph is like, in a few numbers for people: pieces, spectrum, stability, purity, change.
 
-Nothing here is needed by the next round. Knows nothing about adapters. Axes: K clients.
+What is remembered here of earlier graphs is for these numbers alone. Knows nothing about adapters. Axes: K clients.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 import numpy as np
 
 from fedmira.federation.graph import Graph, Matrix, connected_components, laplacian, weight_inside
+from fedmira.federation.learning import Memory, compared, nothing_compared, settled_share
 from fedmira.federation.method import Info, Method, State
-from fedmira.types import Clients, Losses, Participants, Results, Trial
+from fedmira.types import Arena, Clients, Losses, Participants, Results, Trial
 
 _SPECTRUM_CLIENTS = 1000
 """Eigenvalues of more clients would take longer than mixing them."""
@@ -20,9 +24,9 @@ def graph_numbers(graph: Graph, clients: Clients, tau: float | None = None) -> d
 
     `components` and `alone` (clients without an edge); `lambda_2`, the smallest eigenvalue of L above 0 (how fast the
     slowest component agrees), and `lambda_max`; `stability_margin` = 2 / (tau lambda_max), below 1 where the explicit
-    step diverges; `weight_in_tasks` and `weight_on_true_edges`, shares of edge weight; `agreement`, for learned graphs,
-    the cosine of what was learned with what was learned before, by which it counts (see `learning`). Of a graph by
-    layer: those of the mean over layers.
+    step diverges; `weight_in_tasks` and `weight_on_true_edges`, shares of edge weight; `agreement`, for graphs that are
+    learned by `learning`, the cosine of what was learned with what was learned before, by which it counts. Of a graph
+    by layer: those of the mean over layers.
 
     Args:
         graph: over all K clients.
@@ -50,21 +54,47 @@ def _weight_on(graph: Graph, true_KK: Matrix) -> float:
     return float(graph.adjacency_KK[true_KK > 0].sum() / graph.adjacency_KK.sum())
 
 
-def diagnosed(method: Method, clients: Clients, tau: float | None = None) -> Method:
-    """Return `method` whose numbers after a round also tell about the graph it used, if it did."""
+def diagnosed(method: Method, clients: Clients, tau: float | None = None, *, remembers: bool = False) -> Method:
+    """Return `method` whose numbers after a round also tell about the graph it used, if it did.
 
-    def told(info: Info) -> Info:
+    Args:
+        method: any.
+        clients: see `graph_numbers`.
+        tau: see `graph_numbers`.
+        remembers: compare its graphs over rounds, which is for methods that relate clients anew and do not remember
+            how. The `agreement` is that of `learning.settled_share`, among clients that returned: others may be
+            related as they were, or to nobody, because they were away.
+    """
+
+    def told(info: Info, memory: Memory, returned: Sequence[int]) -> tuple[Info, Memory]:
         if info.graph is None:
-            return info
-        return info._replace(numbers={**info.numbers, **graph_numbers(info.graph, clients, tau)})
+            return info, memory
+        numbers = graph_numbers(info.graph, clients, tau)
+        if remembers:
+            here_K = np.isin(np.arange(len(clients.names)), returned)
+            looked_at_KK = here_K[:, None] & here_K & ~np.eye(len(here_K), dtype=bool)
+            memory = compared(memory, info.graph.adjacency_KK, looked_at_KK)
+            numbers |= settled_share(memory, settled=0.0)[1]
+        return info._replace(numbers={**info.numbers, **numbers}), memory
+
+    def remembered(state: State) -> Memory:
+        """Of earlier graphs; a checkpoint of before it was kept has nothing."""
+        nothing = nothing_compared(len(clients.names)) if remembers else {}
+        return {name: state.memory.get(name, tensor) for name, tensor in nothing.items()}
+
+    def init(initial: Arena, clients: Clients) -> State:
+        state = method.init(initial, clients)
+        return replace(state, memory={**state.memory, **remembered(state)})
 
     def merge(state: State, participants: Participants, results: Results) -> tuple[State, Info]:
         after, info = method.merge(state, participants, results)
-        return after, told(info)
+        info, memory = told(info, remembered(state), results.ids)
+        return replace(after, memory={**after.memory, **memory}), info
 
     def decide(state: State, trial: Trial, losses: Losses) -> tuple[State, Info]:
         assert method.decide is not None
         after, info = method.decide(state, trial, losses)
-        return after, told(info)
+        info, memory = told(info, remembered(state), trial.ids)
+        return replace(after, memory={**after.memory, **memory}), info
 
-    return method._replace(merge=merge, decide=decide if method.decide else None)
+    return method._replace(init=init, merge=merge, decide=decide if method.decide else None)

@@ -27,7 +27,7 @@ _TOLERANCE = 1e-11
 """Relative error of the degrees at which a smooth graph counts as found."""
 
 
-def squared_distances(similarity_CC: Matrix) -> Matrix:
+def distances_from_cosines(similarity_CC: Matrix) -> Matrix:
     """Return |x_k - x_l|^2 = 2 - 2 s_kl of the unit vectors whose cosines are given; zero diagonal."""
     distance_CC = np.maximum(2.0 - 2.0 * similarity_CC, 0.0)
     np.fill_diagonal(distance_CC, 0.0)

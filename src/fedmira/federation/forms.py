@@ -3,7 +3,7 @@
 (B M, M^-1 A) is the same update as (B, A), so what is close in one form may be far apart in another: distances and
 disagreement belong to the form that is mixed. Knows nothing about rounds, graphs or who takes part.
 
-Axes: K clients, P parameters of one adapter.
+Axes: K clients.
 """
 
 from __future__ import annotations
@@ -13,13 +13,11 @@ from functools import partial
 from typing import NamedTuple
 
 import numpy as np
-import torch
 
 from fedmira.federation.graph import Graph, Matrix, laplacian, parts
 from fedmira.federation.mixing import Mixer, by_group, by_layer, energy, keep, matrix_of
-from fedmira.federation.multiply import over_tiles
 from fedmira.federation.products import by_least_squares, in_products
-from fedmira.federation.similarity import layer_grams, low_rank_pairs
+from fedmira.federation.similarity import layer_grams, low_rank_pairs, row_distances, squared_distances
 from fedmira.types import Arena
 
 
@@ -50,7 +48,7 @@ def form(mixing: str, ranks_K: Sequence[int] | None = None) -> Form:
         ranks_K: rank of each client; None means that of the arena.
     """
     unequal = len(set(ranks_K or ())) > 1
-    distances = _product_distances if unequal else row_distances
+    distances = _product_distances if unequal else _row_distances
     match "products" if mixing == "auto" and unequal else mixing:
         case "products":
             mix = partial(in_products, ranks_K=ranks_K)
@@ -79,28 +77,14 @@ def _on_products(step: Mixer, mix: Callable[[Matrix], Mixer]) -> Mixer:
     return apply
 
 
-def row_distances(arena: Arena) -> Matrix:
-    """Return |theta_k - theta_l|^2, (K, K), in float64."""
-
-    def of_tile(columns: slice) -> torch.Tensor:
-        tile = arena.values_KP[:, columns].double()
-        # what all rows share would cost digits
-        tile = tile - tile.mean(dim=0)
-        return tile @ tile.T
-
-    return _distances(sum(over_tiles(of_tile, arena.values_KP), torch.zeros(())).cpu().numpy())
+def _row_distances(arena: Arena) -> Matrix:
+    """Return |theta_k - theta_l|^2, (K, K)."""
+    return row_distances(arena.values_KP)
 
 
 def _product_distances(arena: Arena) -> Matrix:
     """Return |dW_k - dW_l|^2 over all layers, (K, K), without forming the products."""
-    return _distances(np.sum(layer_grams(arena), axis=0))
-
-
-def _distances(gram_KK: Matrix) -> Matrix:
-    squares_K = np.diagonal(gram_KK)
-    distance_KK = np.maximum(squares_K[:, None] + squares_K[None, :] - 2 * gram_KK, 0.0)
-    np.fill_diagonal(distance_KK, 0.0)
-    return np.asarray(distance_KK)
+    return squared_distances(np.sum(layer_grams(arena), axis=0))
 
 
 def _product_energy(graph: Graph, arena: Arena) -> float:

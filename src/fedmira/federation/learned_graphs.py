@@ -19,8 +19,8 @@ from fedmira.federation.blocks import block_of
 from fedmira.federation.drawing import Drawn
 from fedmira.federation.graph import Graph, Matrix, explained, validated
 from fedmira.federation.learning import (
-    Builder,
     Learner,
+    LearnerBuilder,
     Memory,
     Seen,
     compared,
@@ -120,7 +120,7 @@ def _alike_by_rank(seen: Seen, clients: Clients) -> tuple[int, ...] | None:
     return None if clients.ranks_K is None else rank_groups([clients.ranks_K[k] for k in seen.clients])
 
 
-def _from_adapters(draw: _Draw) -> Builder:
+def _from_adapters(draw: _Draw) -> LearnerBuilder:
     """Return the builder of learners that draw a graph from the similarities of where clients were heading.
 
     The similarities are a moving average over rounds, see `similarity`; `draw` gets those among the clients that were
@@ -215,7 +215,7 @@ def _gram_layers(config: GraphConfig, clients: Clients) -> Learner:
     return Learner(init, learn)
 
 
-_FROM_ADAPTERS: Mapping[str, Builder] = {
+_FROM_ADAPTERS: Mapping[str, LearnerBuilder] = {
     "gram": _from_adapters(_neighbours),
     "gram_layers": _gram_layers,
     "mtrl": _from_adapters(
@@ -225,7 +225,7 @@ _FROM_ADAPTERS: Mapping[str, Builder] = {
     ),
     "kalofolias": _from_adapters(
         lambda s_CC, seen, config, clients: Drawn(
-            drawing.symmetric(drawing.smooth_weights(drawing.squared_distances(s_CC), config.neighbours))
+            drawing.symmetric(drawing.smooth_weights(drawing.distances_from_cosines(s_CC), config.neighbours))
         )
     ),
     "pfedgraph": _from_adapters(

@@ -56,7 +56,7 @@ class Learner(NamedTuple):
     """The pairs of clients that the graph is learned from anew, (K, K)."""
 
 
-Builder: TypeAlias = Callable[[GraphConfig, Clients], Learner]
+LearnerBuilder: TypeAlias = Callable[[GraphConfig, Clients], Learner]
 
 
 def neighbour_graph(similarity_KK: Matrix, config: GraphConfig) -> Graph:

@@ -5,7 +5,7 @@ Knows nothing about what the participants do. Axes: K clients, S participants.
 
 from __future__ import annotations
 
-from fedmira.config.run import FederationConfig
+from fedmira.config.training import FederationConfig
 from fedmira.errors import ConfigError
 from fedmira.randomness import generator
 from fedmira.types import Participants

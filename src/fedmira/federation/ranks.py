@@ -8,17 +8,21 @@ Where only clients of smaller rank took part, a mean is 0 in components that oth
 who has them starts them anew, from the A of the first round and a B of 0, which leaves its product as it is; so is
 what it is pulled towards. Knows nothing about how adapters are trained or mixed.
 
-Axes: K clients, S rows handed in, R rank of the arena, P parameters of one adapter, I/O in and out features.
+Axes: K clients, C those compared, S rows handed in, R rank of the arena, P parameters of one adapter, I/O in and out
+features.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+import numpy as np
 import torch
 
+from fedmira.federation.graph import Matrix
 from fedmira.federation.method import Info, Method, State
+from fedmira.federation.similarity import row_distances
 from fedmira.types import PAIRS, Arena, Clients, Job, Layout, Losses, Participants, Results, Trial
 
 _AXIS = {group: axis for pair in PAIRS for axis, group in enumerate(pair)}
@@ -35,6 +39,47 @@ def trimmed(layout: Layout, values_SP: torch.Tensor, ranks_S: Sequence[int]) -> 
                 beyond = (slice(rank, None),) if _AXIS[spec.group] == 0 else (slice(None), slice(rank, None))
                 arena.view(spec)[(rows, *beyond)] = 0.0
     return arena.values_KP
+
+
+def between(
+    arena: Arena,
+    rows: Sequence[int],
+    ranks_K: Sequence[int] | None,
+    measure: Callable[[Arena], tuple[Matrix, ...]],
+    grows: float = 0.0,
+) -> tuple[Matrix, ...]:
+    """Return what `measure` finds between clients, each pair compared by the components that both have.
+
+    What one of two lacks sets them apart whatever they learned, so that clients of like rank would look alike.
+
+    Args:
+        arena: all K clients.
+        rows: the C to compare.
+        ranks_K: their ranks; None means that of the arena.
+        measure: of the rows of an arena, (C, C) each.
+        grows: with which power of the number of components it does: 0 for cosines, 1/2 for distances, 1 for their
+            squares. Pairs that have fewer are scaled up by it, to what the highest rank compared would come to.
+    """
+    if ranks_K is None:
+        return measure(arena.rows(rows))
+    ranks_C = np.array([ranks_K[k] for k in rows])
+    found: tuple[Matrix, ...] = ()
+    # of each pair the last rank that both have is the smaller one of theirs
+    for rank in sorted(set(ranks_C.tolist())):
+        having = np.flatnonzero(ranks_C >= rank).tolist()
+        compared = arena.rows([rows[place] for place in having])
+        shown = measure(compared.replace(trimmed(arena.layout, compared.values_KP, (rank,) * len(having))))
+        if not found:
+            found = tuple(np.zeros((len(rows), len(rows))) for _ in shown)
+        for matrix_CC, of_rank in zip(found, shown, strict=True):
+            matrix_CC[np.ix_(having, having)] = (ranks_C.max() / rank) ** grows * of_rank
+    return found
+
+
+def squares_between(arena: Arena, rows: Sequence[int], ranks_K: Sequence[int] | None) -> Matrix:
+    """Return the squared distances between the clients `rows`, (C, C), compared as `between` does."""
+    (squares_CC,) = between(arena, rows, ranks_K, lambda of: (row_distances(of.values_KP),), grows=1.0)
+    return squares_CC
 
 
 def _restarted(layout: Layout, values_SP: torch.Tensor, initial_P: torch.Tensor, ranks_S: Sequence[int]) -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
-from fedmira.config.method import KNOWN_GRAPHS, MethodConfig
-from fedmira.config.run import FederationConfig
+from fedmira.config.graph import KNOWN_GRAPHS
+from fedmira.config.method import MethodConfig
+from fedmira.config.training import FederationConfig
 from fedmira.errors import ConfigError
 from fedmira.federation.asked_graphs import asking
 from fedmira.federation.diagnostics import diagnosed
@@ -125,7 +126,7 @@ def build_method(
     if clients.ranks_K is not None:
         method = within_ranks(method, clients.ranks_K, pooled=config.pools_examples)
     if section is None:
-        return diagnosed(method, clients)
+        return diagnosed(method, clients, remembers=config.shows_new_graphs)
     if graph is None:
         method = asking(method, learner(section, clients))
     strength = getattr(config, "strength", None)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from typing import NamedTuple
 
-from fedmira.config.method import MiraConfig
+from fedmira.config.mira import MiraConfig
 from fedmira.federation.blocks import faded
 from fedmira.federation.forms import Form, form
 from fedmira.federation.graph import Graph, Matrix

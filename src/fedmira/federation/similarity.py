@@ -5,7 +5,7 @@ not, whichever is less work. Adapters look alike wherever they were mixed, right
 itself, so what is compared is where each client was heading. Knows nothing about how the adapters were trained. The
 Gram matrices are linear algebra over an arena; `tests/reference/mixing_twin.py` is the slow way.
 
-Axes: K clients, C those compared, L layers, R rank, I and O in and out features.
+Axes: K clients, C those compared, L layers, R rank, I and O in and out features, P parameters of one adapter.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch
 
 from fedmira.errors import ConfigError
 from fedmira.federation.graph import Matrix
+from fedmira.federation.multiply import over_tiles
 from fedmira.types import Arena, Layout, TensorSpec
 
 MINIMUM_CLIENTS = 3
@@ -122,6 +123,31 @@ def _gram_of_products(a_CRI: torch.Tensor, b_COR: torch.Tensor, first: int) -> t
 def _strip(num_clients: int) -> int:
     """Rows of a strip: with four of them, 5/8 of a symmetric matrix are computed."""
     return -(-num_clients // 4)
+
+
+def row_distances(values_CP: torch.Tensor) -> Matrix:
+    """Return |theta_k - theta_l|^2 between rows, (C, C) in float64; O(C^2 P) in tiles."""
+
+    def gram_of(columns: slice) -> torch.Tensor:
+        tile = values_CP[:, columns].double()
+        # distances ignore what all rows share; without it small differences of large numbers keep their digits
+        tile = tile - tile.mean(dim=0)
+        return tile @ tile.T
+
+    return squared_distances(torch.stack(over_tiles(gram_of, values_CP)).sum(dim=0).cpu().numpy())
+
+
+def squared_distances(gram_CC: Matrix) -> Matrix:
+    """Return |x_k - x_l|^2 = G_kk + G_ll - 2 G_kl of vectors with these inner products, see `symmetric_distances`."""
+    squares_C = np.diagonal(gram_CC)
+    return symmetric_distances(np.maximum(squares_C[:, None] + squares_C[None, :] - 2.0 * gram_CC, 0.0))
+
+
+def symmetric_distances(distance_CC: Matrix) -> Matrix:
+    """Return the distances exactly symmetric and with a zero diagonal, as they are but for rounding."""
+    symmetric_CC = (distance_CC + distance_CC.T) / 2
+    np.fill_diagonal(symmetric_CC, 0.0)
+    return np.asarray(symmetric_CC)
 
 
 def centred_cosine(gram_CC: Matrix) -> Matrix:

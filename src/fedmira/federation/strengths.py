@@ -15,7 +15,7 @@ import torch
 from fedmira.federation.blocks import from_blocks, places, to_blocks
 from fedmira.federation.graph import Graph
 from fedmira.federation.method import Info, Method, State
-from fedmira.federation.questions import apart, only_to_judge, together
+from fedmira.federation.questions import answered, only_to_judge, together
 from fedmira.federation.server_step import Mixture
 from fedmira.types import Arena, Clients, Losses, Participants, Results, Trial
 
@@ -83,12 +83,7 @@ def chosen_together(
         return together(Trial(results.ids, len(GRID), candidate, sent, groups=groups), own)
 
     def decide(state: State, trial: Trial, losses: Losses) -> tuple[State, Info]:
-        (of_strength, answers), (own, own_answers) = apart(trial, losses)
-        if of_strength is not None:
-            state = replace(state, memory={**state.memory, **judged(state.memory, answers)})
-        if own is None or method.decide is None:
-            return state, Info({})
-        return method.decide(state, own, own_answers)
+        return answered(method, state, trial, losses, lambda _, answers: judged(state.memory, answers))
 
     return method._replace(init=init, merge=merge, trial=trial, decide=decide)
 

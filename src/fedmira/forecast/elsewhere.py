@@ -12,6 +12,7 @@ from fedmira.assembly import assemble
 from fedmira.config.run import RunConfig
 from fedmira.federation import participation
 from fedmira.forecast.remarks import warnings
+from fedmira.formats import format_mib
 from fedmira.model.kept_attention import MOST_KEPT
 from fedmira.training.memory import activation_bytes_per_token, estimate, server_bytes
 
@@ -22,7 +23,7 @@ class MemoryElsewhere(NamedTuple):
     device: str
     dtype: str
     """Of the base there."""
-    clients: int
+    num_clients: int
     clients_per_round: int
     adapter_parameters: int
     base_bytes: int
@@ -47,19 +48,19 @@ class MemoryElsewhere(NamedTuple):
     def lines(self) -> list[str]:
         """One line per fact, for people."""
         if self.cohort_size:
-            total = f"{_mib(self.memory_bytes(self.cohort_size))} with {self.cohort_size} in a cohort"
+            total = f"{format_mib(self.memory_bytes(self.cohort_size))} with {self.cohort_size} in a cohort"
         else:
             total = (
-                f"{_mib(self.memory_bytes(1))} with one client in a cohort, "
-                f"{_mib(self.memory_bytes(self.clients_per_round))} with all {self.clients_per_round} of a round; "
-                "training.cohort_size: auto takes as many as fit"
+                f"{format_mib(self.memory_bytes(1))} with one client in a cohort, "
+                f"{format_mib(self.memory_bytes(self.clients_per_round))} with all {self.clients_per_round} of a round"
+                "; training.cohort_size: auto takes as many as fit"
             )
         return [
-            f"clients            {self.clients}, {self.clients_per_round} per round",
+            f"clients            {self.num_clients}, {self.clients_per_round} per round",
             f"adapter            {self.adapter_parameters:,} parameters",
             f"memory             about {total}",
-            f"of which           base {_mib(self.base_bytes)} in {self.dtype}, adapters at the server "
-            f"{_mib(self.server_bytes)}, each client of a cohort {_mib(self.bytes_per_client)}",
+            f"of which           base {format_mib(self.base_bytes)} in {self.dtype}, adapters at the server "
+            f"{format_mib(self.server_bytes)}, each client of a cohort {format_mib(self.bytes_per_client)}",
             *(f"warning: {line}" for line in self.warnings),
         ]
 
@@ -90,7 +91,7 @@ def memory_elsewhere(config: RunConfig) -> MemoryElsewhere:
     return MemoryElsewhere(
         device=device,
         dtype=str(base.dtype).removeprefix("torch."),
-        clients=num_clients,
+        num_clients=num_clients,
         clients_per_round=participation.num_participants(num_clients, config.federation),
         adapter_parameters=layout.num_parameters,
         base_bytes=one.base_bytes,
@@ -99,7 +100,3 @@ def memory_elsewhere(config: RunConfig) -> MemoryElsewhere:
         cohort_size=1 if config.model.adapter.kind == "full" else None if wanted == "auto" else int(wanted),
         warnings=(*warnings(parts), said),
     )
-
-
-def _mib(count: int) -> str:
-    return f"{count / 2**20:,.0f} MiB"

@@ -26,6 +26,7 @@ from fedmira.federation.method import State
 from fedmira.federation.questions import bounded
 from fedmira.forecast.remarks import warnings
 from fedmira.forecast.trials import planned_steps, timed, try_checkpoint, try_evaluation, try_generation, try_training
+from fedmira.formats import format_mib
 from fedmira.randomness import torch_generator
 from fedmira.types import ClientReport, Job, Losses, Results, Trial
 
@@ -39,7 +40,7 @@ _HEAP_GROWTH = 0.1
 class Estimate(NamedTuple):
     """Predicted needs of a run."""
 
-    clients: int
+    num_clients: int
     clients_per_round: int
     cohort_size: int
     adapter_parameters: int
@@ -69,10 +70,11 @@ class Estimate(NamedTuple):
     def lines(self) -> list[str]:
         """One line per fact, for people."""
         return [
-            f"clients            {self.clients}, {self.clients_per_round} per round, {self.cohort_size} in a cohort",
+            f"clients            {self.num_clients}, {self.clients_per_round} per round, "
+            f"{self.cohort_size} in a cohort",
             f"adapter            {self.adapter_parameters:,} parameters, "
-            f"{self.adapters_bytes / 2**20:,.2f} MiB for all clients",
-            f"memory             about {self.memory_bytes / 2**20:,.0f} MiB",
+            f"{format_mib(self.adapters_bytes, 2)} for all clients",
+            f"memory             about {format_mib(self.memory_bytes)}",
             f"upload per round   {_crossing(self.upload_bytes_per_round)}",
             f"download per round {_crossing(self.download_bytes_per_round)}",
             f"time               about {self.seconds:,.0f} s for {self.rounds} rounds, "
@@ -150,7 +152,7 @@ def dry_run(config: RunConfig) -> Estimate:
     evaluation_seconds = judged * per_token + answers
     disk_seconds = num_saves * try_checkpoint(parts, state)
     return Estimate(
-        clients=len(parts.clients.names),
+        num_clients=len(parts.clients.names),
         clients_per_round=len(participants.ids),
         cohort_size=parts.cohort_size,
         adapter_parameters=parts.layout.num_parameters,
@@ -176,7 +178,7 @@ def _crossing(count: int) -> str:
     >>> _crossing(3 * 2**20), _crossing(80)
     ('3.00 MiB', '0.08 KiB')
     """
-    return f"{count / 2**20:,.2f} MiB" if count >= 2**20 or not count else f"{count / 2**10:,.2f} KiB"
+    return format_mib(count, 2) if count >= 2**20 or not count else f"{count / 2**10:,.2f} KiB"
 
 
 def _of_a_long_run(device: torch.device, loaded_bytes: int, peak_bytes: int) -> int:
@@ -223,7 +225,7 @@ def _made_up_losses(trial: Trial, seed: int) -> Losses:
     noise = torch_generator(seed, "estimate", "answers")
     mean_SQ = torch.rand((len(trial.ids), trial.num_candidates), generator=noise, dtype=torch.float64) + 1.0
     agreement_SS = None if trial.compare_SP is None else torch.eye(len(trial.ids), dtype=torch.float64)
-    scatter_SQ = None if trial.versus is None else torch.rand(mean_SQ.shape, generator=noise, dtype=torch.float64)
+    scatter_SQ = torch.rand(mean_SQ.shape, generator=noise, dtype=torch.float64) if trial.versus else None
     return Losses(mean_SQ, (2,) * len(trial.ids), 0, 0, agreement_SS, scatter_SQ)
 
 

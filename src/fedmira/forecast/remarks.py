@@ -74,12 +74,12 @@ def _unanswered_line(parts: Assembly) -> str:
 def _graph_line(config: RunConfig, num_clients: int) -> str:
     """Whether nothing comes of a learned graph: clients or rounds are too few."""
     graph, rounds = getattr(config.method, "graph", None), config.federation.rounds
-    if graph is None or not graph.uses("settled"):
+    if graph is None or not graph.is_learned:
         return ""
     everybody = graph.warmup == "uniform" and graph.settled
     joined = "everybody is joined with everybody" if everybody else "nobody is joined with anybody"
-    # the published method relates those that take part, and predictions are compared among them
-    if graph.kind == "probe" or config.method.name == "mira_published":
+    # predictions are compared among the participants too
+    if graph.kind == "probe" or config.method.relates_participants:
         num_clients = participation.num_participants(num_clients, config.federation)
     if num_clients < MINIMUM_CLIENTS:
         otherwise = "warmup: none where they are not related" if everybody else "kind: uniform where they are related"
@@ -88,7 +88,7 @@ def _graph_line(config: RunConfig, num_clients: int) -> str:
             f"at a time: {joined}; set method.graph.{otherwise}"
         )
     # what is asked after one round serves the next, and a graph needs one before it that it can agree with
-    first = (2 if graph.kind in ("trust", "probe") else 1) + (graph.settled > 0)
+    first = (2 if graph.asks else 1) + (graph.settled > 0)
     if rounds >= first:
         return ""
     return (

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from fedmira.report.formats import format_change, format_loss
+from fedmira.formats import format_change, format_loss
 from fedmira.report.svg import (
     CHARACTER_WIDTH,
     WIDTH,

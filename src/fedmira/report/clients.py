@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from fedmira.errors import UsageError
 from fedmira.evaluation.meters import mean, relative_changes
-from fedmira.report.formats import finite, printable
+from fedmira.formats import finite, printable
 from fedmira.report.reading import REFERENCE_METHOD, RunRecord, StudyRecord
 from fedmira.runs.atomic import make_folder, write_bytes_atomically
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from markupsafe import Markup
 
 from fedmira.evaluation.meters import mean, scores_by_task
+from fedmira.formats import counted, format_share
 from fedmira.report import charts, graph_charts
-from fedmira.report.formats import format_share
 from fedmira.report.reading import REFERENCE_METHOD, GraphRecord, RunRecord, number, seconds_of
 
 NUM_COLOURS = 8
@@ -175,9 +175,9 @@ def _edges_in_words(graph: graph_charts.Ordered, *, learned: bool) -> str:
     if not edges:
         why = "nobody was related closely enough" if learned else "the warm-up joins nobody"
         return f"No edges: {why}, so every client kept its own adapter in that round."
-    counted = f"The {drawn} heaviest of {edges} edges" if drawn < edges else f"{edges} edge{'s' if edges > 1 else ''}"
+    shown = f"The {drawn} heaviest of {edges} edges" if drawn < edges else counted(edges, "edge")
     across = ", grey ones join different labels" if any(graph.groups) else ""
-    return f"{counted}; a thicker line is a heavier edge{across}."
+    return f"{shown}; a thicker line is a heavier edge{across}."
 
 
 def _privacy_in_words(graph: GraphRecord) -> str:
@@ -204,7 +204,7 @@ def _spectrum_in_words(run: RunRecord) -> str:
     if "components" not in numbers:
         return ""
     pieces, alone = round(number(numbers["components"])), round(number(numbers.get("alone", 0.0)))
-    words = f" {pieces} connected component{'s' if pieces > 1 else ''}"
+    words = f" {counted(pieces, 'connected component')}"
     words += f", {alone} of them single clients." if alone else "."
     margin = number(numbers.get("stability_margin"))
     if math.isfinite(margin):
@@ -237,13 +237,14 @@ def graph_course(run: RunRecord) -> Iterable[Figure]:
             lines.append(charts.Line(label, points, colour))
     if not any(line.label == "as before" for line in lines):
         return
+    counting = ", by which it counts" if run.graph and "learned_share" in run.graph.provenance else ""
     yield Figure(
         heading=f"{run.method}: the graph over rounds",
         drawing=Markup(charts.line_chart(lines, f"What the graph of {run.method} joins, round by round")),
         caption=(
             "Shares of the graph's weight between clients of one label and, where it is known, on edges of the true "
             "graph; and how far what was learned is as in the round before, the cosine of the weights (1 is "
-            "unchanged), by which it counts."
+            f"unchanged){counting}."
         ),
     )
 

@@ -17,24 +17,25 @@ import jinja2
 from markupsafe import Markup, escape
 
 from fedmira.data.sources.files import unusable_line
+from fedmira.data.splits import SPLITS
 from fedmira.evaluation.meters import Scores, scores, scores_by_task
-from fedmira.report.figures import colours_of
-from fedmira.report.formats import (
+from fedmira.formats import (
     NOTHING,
     format_bytes,
-    format_change,
     format_loss,
     format_perplexity,
-    format_seconds,
     format_share,
+    listed,
     printable,
 )
+from fedmira.report.figures import colours_of
 from fedmira.report.reading import RunRecord, StudyRecord, read
 from fedmira.report.run_sections import left_out, privacy, run_sections
 from fedmira.report.study_sections import client_table, study_sections, tuned_unlike
 from fedmira.report.table import (
+    COLUMNS,
+    Column,
     Row,
-    Spread,
     answer_notes,
     chance_notes,
     comparable,
@@ -42,7 +43,6 @@ from fedmira.report.table import (
     privacy_notes,
     rows_of,
     seed_notes,
-    total_bytes,
 )
 from fedmira.report.words import headline
 from fedmira.runs.atomic import make_folder, write_bytes_atomically
@@ -160,49 +160,42 @@ def _facts(record: RunRecord | StudyRecord, run: RunRecord | None) -> list[tuple
 def _table(rows: Sequence[Row]) -> list[dict[str, Any]]:
     """Cells of the main table: text, a note on the spread, and whether it is the best of its column."""
     colours = colours_of(row.method for row in rows)
-    columns: tuple[tuple[str, str, Any, int], ...] = (
-        ("mean_loss", "mean loss", format_loss, -1),
-        ("difference", "vs local", format_change, -1),
-        ("task_mean_loss", "task mean", format_loss, -1),
-        ("worst_tenth_loss", "worst tenth", format_loss, -1),
-        ("share_harmed", "harmed", format_share, -1),
-        ("perplexity", "perplexity", format_perplexity, -1),
-        ("rouge_l", "Rouge-L", format_loss, 1),
-        ("exact_match", "exact", format_share, 1),
-    )
-    columns = tuple(column for column in columns if any(getattr(row, column[0]) is not None for row in rows))
-    best = {name: _best(rows, name, show, sign) for name, _, show, sign in columns}
+    columns = [column for column in COLUMNS if not column.better or any(column.value(row) for row in rows)]
+    best = {column.heading: _best(rows, column) for column in columns}
     table = []
     for row in rows:
         cells = []
-        for name, heading, show, _ in columns:
-            value: Spread | None = getattr(row, name)
-            shown = NOTHING if value is None else show(value.mean)
-            spread = "" if value is None or value.deviation is None else _deviation(name, value.deviation)
-            if name == "difference" and row.difference_interval is not None:
-                spread = format_interval(row.difference_interval)
-            cells.append({"heading": heading, "text": shown, "spread": spread, "best": shown == best[name]})
-        cells.append({"heading": "up + down", "text": format_bytes(total_bytes(row)), "spread": "", "best": False})
-        seconds = None if row.seconds is None else row.seconds.mean
-        cells.append({"heading": "time", "text": format_seconds(seconds), "spread": "", "best": False})
+        for column in columns:
+            value = column.value(row)
+            shown = NOTHING if value is None else column.write(value.mean)
+            cells.append(
+                {
+                    "heading": column.heading,
+                    "text": shown,
+                    "spread": _spread(row, column),
+                    "best": shown == best[column.heading],
+                }
+            )
         table.append({"method": row.method, "colour": colours[row.method], "cells": cells})
     return table
 
 
-def _deviation(name: str, deviation: float) -> str:
-    if name in ("share_harmed", "exact_match"):
-        text = f"{100 * deviation:.1f}"
-    else:
-        text = f"{deviation:.2f}" if name == "perplexity" else f"{deviation:.3f}"
-    return f"\N{PLUS-MINUS SIGN}{text}"
+def _spread(row: Row, column: Column) -> str:
+    """The interval of a difference, or the deviation over seeds; empty where there is none to show."""
+    if column.name == "difference" and row.difference_interval is not None:
+        return format_interval(row.difference_interval)
+    value = column.value(row)
+    if value is None or value.deviation is None or column.write_deviation is None:
+        return ""
+    return f"\N{PLUS-MINUS SIGN}{column.write_deviation(value.deviation)}"
 
 
-def _best(rows: Sequence[Row], name: str, show: Any, sign: int) -> str | None:
+def _best(rows: Sequence[Row], column: Column) -> str | None:
     """The best value as it is shown, so that what looks equal is marked alike; None if nothing differs or compares."""
-    values = [value.mean for row in rows if (value := getattr(row, name)) is not None and math.isfinite(value.mean)]
-    if not comparable(rows) or len({show(value) for value in values}) < 2:
+    means = [value.mean for row in rows if (value := column.value(row)) is not None and math.isfinite(value.mean)]
+    if not column.better or not comparable(rows) or len(set(map(column.write, means))) < 2:
         return None
-    return str(show(max(values) if sign > 0 else min(values)))
+    return column.write(max(means) if column.better > 0 else min(means))
 
 
 def _tuning(record: RunRecord | StudyRecord) -> list[dict[str, Any]]:
@@ -248,7 +241,7 @@ def _clients(record: RunRecord | StudyRecord) -> list[dict[str, str]]:
             {
                 "name": str(client["name"]) + late.get(str(client["name"]), ""),
                 "task": str(client.get("task") or ""),
-                "examples": " / ".join(str(client.get(split, NOTHING)) for split in ("train", "validation", "test")),
+                "examples": " / ".join(str(client.get(split, NOTHING)) for split in SPLITS),
                 **_score_cells(scores([one] if one else [])),
             }
         )
@@ -309,7 +302,5 @@ def _flat(content: Any, prefix: str = "") -> list[tuple[str, str]]:
         return [
             line for key, value in content.items() for line in _flat(value, f"{prefix}.{key}" if prefix else str(key))
         ]
-    if isinstance(content, list) and len(content) > 6:
-        return [(prefix, f"{', '.join(map(str, content[:6]))}, ... ({len(content)} in all)"[:300])]
-    shown = ", ".join(map(str, content)) if isinstance(content, list) else str(content)
+    shown = listed(content, 6) if isinstance(content, list) else str(content)
     return [(prefix, shown[:300])]

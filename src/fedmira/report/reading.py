@@ -17,8 +17,8 @@ from typing import Any
 import yaml
 
 from fedmira.errors import IntegrityError, UsageError
-from fedmira.evaluation.meters import ClientRecord, Mean
-from fedmira.runs.lines import read_events
+from fedmira.evaluation.meters import ClientRecord, Mean, mean
+from fedmira.runs.lines import read_events, recorded_epsilon
 from fedmira.runs.store import no_finished_round
 from fedmira.runs.telling import read_left_out
 
@@ -80,6 +80,11 @@ class RunRecord:
             for name, values in self.final["clients"].items()
         )
 
+    @functools.cached_property
+    def mean_loss(self) -> float | None:
+        """Test loss per supervised token, nats, unweighted over the clients; None where nothing was judged."""
+        return mean(loss for record in self.records if (loss := record.loss.value) is not None)
+
     @property
     def next_round(self) -> int:
         return _next_round(self.rounds)
@@ -99,15 +104,7 @@ class RunRecord:
     @functools.cached_property
     def epsilon(self) -> dict[str, float]:
         """What each client has given away after its last upload, by its name; empty where nothing was noised."""
-        spent: dict[str, float] = {}
-        for event in self.rounds:
-            found = event.get("privacy") or {}
-            # null stands for what is not finite, and that is never less
-            known = {
-                name: math.inf if value is None else float(value) for name, value in found.get("epsilon", {}).items()
-            }
-            spent |= known
-        return spent
+        return recorded_epsilon(self.rounds)
 
     @property
     def largest_epsilon(self) -> float | None:
@@ -184,7 +181,7 @@ class RunRecord:
         for curve in self.validation_losses().values():
             for round_, loss in curve:
                 by_round[round_] = by_round.get(round_, Mean()) + Mean(loss, 1)
-        return [(round_, mean.value) for round_, mean in sorted(by_round.items()) if mean.value is not None]
+        return [(round_, found.value) for round_, found in sorted(by_round.items()) if found.value is not None]
 
     def lowest_validation_loss(self) -> tuple[int, float] | None:
         """(round, validation loss) of the mean's minimum over rounds that judged the same clients as the last one."""
@@ -228,6 +225,19 @@ class StudyRecord:
     def reference(self, seed: int) -> RunRecord | None:
         """The judged run of `local_only` on the same draw."""
         return next((run for run in self.runs if run.seed == seed and run.is_reference and run.records), None)
+
+    def differences(self, method: str) -> dict[int, float]:
+        """Mean test loss of the compared runs of `method` minus that of `local_only`, by seed; empty for that itself.
+
+        Only on seeds where `local_only` has a finite one: nothing can be compared with another, and other seeds still
+        say something.
+        """
+        found: dict[int, float] = {}
+        for run in () if method == REFERENCE_METHOD else self.compared(method):
+            alone = reference.mean_loss if (reference := self.reference(run.seed)) else None
+            if run.mean_loss is not None and alone is not None and math.isfinite(alone):
+                found[run.seed] = run.mean_loss - alone
+        return found
 
 
 def read(path: Path) -> RunRecord | StudyRecord:

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from markupsafe import Markup
 
+from fedmira.formats import byte_unit, counted, format_bytes, format_loss, format_seconds, format_share
 from fedmira.report import charts
 from fedmira.report.figures import (
     BYTE_PARTS,
@@ -19,7 +20,6 @@ from fedmira.report.figures import (
     judged_losses,
     loss_figure,
 )
-from fedmira.report.formats import byte_unit, counted, format_bytes, format_loss, format_seconds, format_share
 from fedmira.report.reading import RunRecord, seconds_of
 
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from markupsafe import Markup
 
 from fedmira.evaluation.meters import HARM_TOLERANCE, mean, relative_changes
+from fedmira.formats import NOTHING, format_bytes, format_loss, format_relative, format_seconds, format_share
 from fedmira.report import charts
 from fedmira.report.clients import client_rows
 from fedmira.report.figures import (
@@ -29,7 +30,6 @@ from fedmira.report.figures import (
     seconds_spent,
     truth_figures,
 )
-from fedmira.report.formats import NOTHING, format_bytes, format_loss, format_relative, format_seconds, format_share
 from fedmira.report.reading import REFERENCE_METHOD, RunRecord, StudyRecord
 from fedmira.report.table import rows_of
 
@@ -179,24 +179,12 @@ def _method_curves(study: StudyRecord, colours: Mapping[str, str]) -> Iterable[F
 
 
 def _seed_by_seed(study: StudyRecord, colours: Mapping[str, str]) -> Iterable[Figure]:
-    rows, lost, without_reference = [], False, set()
+    rows, lost, without_reference = [], False, set[int]()
     for method in study.methods:
-        dots = []
-        for run in study.compared(method):
-            reference = study.reference(run.seed)
-            if reference is None or method == REFERENCE_METHOD:
-                continue
-            mine = mean(loss for record in run.records if (loss := record.loss.value) is not None)
-            alone = mean(loss for record in reference.records if (loss := record.loss.value) is not None)
-            if mine is None or alone is None:
-                continue
-            if not math.isfinite(alone):
-                without_reference.add(run.seed)
-                continue
-            dots.append((f"seed {run.seed}", mine - alone))
-            lost |= not math.isfinite(mine)
-        if dots:
-            rows.append((method, dots, colours[method]))
+        if differences := study.differences(method):
+            rows.append((method, [(f"seed {seed}", value) for seed, value in differences.items()], colours[method]))
+            lost |= not all(map(math.isfinite, differences.values()))
+        without_reference |= set() if method == REFERENCE_METHOD else _without_reference(study, method)
     left_out = ", ".join(map(str, sorted(without_reference)))
     if rows:
         yield Figure(
@@ -209,6 +197,14 @@ def _seed_by_seed(study: StudyRecord, colours: Mapping[str, str]) -> Iterable[Fi
                 + (f" Left out, as training alone had no finite loss: seed {left_out}." if left_out else "")
             ),
         )
+
+
+def _without_reference(study: StudyRecord, method: str) -> set[int]:
+    """The seeds of compared runs on which training alone has no finite loss."""
+    alone = {
+        run.seed: reference.mean_loss for run in study.compared(method) if (reference := study.reference(run.seed))
+    }
+    return {seed for seed, loss in alone.items() if loss is not None and not math.isfinite(loss)}
 
 
 def _changes(study: StudyRecord) -> Iterable[Figure]:

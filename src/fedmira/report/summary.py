@@ -8,18 +8,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fedmira.evaluation.meters import Scores, Summary, scores, scores_by_task
-from fedmira.report.formats import (
+from fedmira.formats import (
     counted,
     finite,
     format_answers,
     format_bytes,
-    format_epsilon,
     format_loss,
     format_seconds,
     format_share,
 )
 from fedmira.report.reading import RunRecord, read_run
-from fedmira.report.table import summary_of
+from fedmira.report.table import format_epsilon, summary_of
 
 RISE = 0.05
 """A validation loss that ends above its lowest by more than this share has clearly risen again."""

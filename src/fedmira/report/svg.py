@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from html import escape
 from typing import NamedTuple
 
-from fedmira.report.formats import printable
+from fedmira.formats import printable
 
 WIDTH = 480
 """Width of every chart in user units; text of 13 units stays readable at the width of a phone."""

@@ -8,25 +8,25 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
+from fedmira.config.exchange import WEAK_EPSILON
 from fedmira.evaluation.meters import ClientRecord, Summary, mean, summarise
-from fedmira.report.formats import (
+from fedmira.formats import (
     NOTHING,
     counted,
     finite,
     format_answers,
     format_bytes,
     format_change,
-    format_epsilon,
     format_loss,
+    format_perplexity,
     format_seconds,
     format_share,
 )
-from fedmira.report.formats import printable as _printable
+from fedmira.formats import printable as _printable
 from fedmira.report.intervals import interval
-from fedmira.report.reading import REFERENCE_METHOD, RunRecord, StudyRecord, read
+from fedmira.report.reading import REFERENCE_METHOD, RunRecord, StudyRecord
 
 FEW_EXAMPLES = 100
 """Test examples of the median client below which the notes say that chance harms too."""
@@ -82,6 +82,13 @@ class Row(NamedTuple):
     """The largest of any client in any of the runs, each counted alone; None where nothing was noised."""
     delta: float | None
 
+    @property
+    def total_bytes(self) -> Spread | None:
+        """Upload and download together, mean over seeds."""
+        if self.upload_bytes is None or self.download_bytes is None:
+            return None
+        return Spread(self.upload_bytes.mean + self.download_bytes.mean, None)
+
     def facts(self) -> dict[str, Any]:
         """The row as flat JSON: `x` and `x_deviation` for every number, null for what is unknown or not finite."""
         flat: dict[str, Any] = {"num_seeds": len(self.seeds)}
@@ -94,21 +101,11 @@ class Row(NamedTuple):
         return flat
 
 
-def study_rows(path: Path) -> list[Row]:
-    """The rows of the study or run in `path`, methods in the study's order.
-
-    Raises:
-        UsageError: `path` is neither a run nor a study.
-        IntegrityError: a file of it is missing or damaged.
-    """
-    return rows_of(read(path))
-
-
 def rows_of(record: RunRecord | StudyRecord) -> list[Row]:
     """The rows of what was read from a directory."""
     if isinstance(record, RunRecord):
         judged = [record] if record.records else []
-        return [_row(record.method, [record], judged, {}, num_unfinished=1 - len(judged))]
+        return [_row(record.method, [record], judged, {}, {}, num_unfinished=1 - len(judged))]
     references = {seed: run.records for seed in record.seeds if (run := record.reference(seed)) is not None}
     # the reference itself gets none: compared with itself it would show zeros that mean nothing
     return [
@@ -117,6 +114,7 @@ def rows_of(record: RunRecord | StudyRecord) -> list[Row]:
             runs := record.of(method),
             record.compared(method),
             {} if method == REFERENCE_METHOD else references,
+            record.differences(method),
             num_unfinished=len(record.seeds) - sum(bool(run.records) for run in runs),
         )
         for method in record.methods
@@ -144,19 +142,11 @@ def _row(
     runs: Sequence[RunRecord],
     judged: Sequence[RunRecord],
     references: dict[int, tuple[ClientRecord, ...]],
+    differences: dict[int, float],
     *,
     num_unfinished: int,
 ) -> Row:
     summaries = [summary_of(run, references.get(run.seed)) for run in judged]
-    differences = {
-        run.seed: summary.mean_loss - local
-        for run, summary in zip(judged, summaries, strict=True)
-        if run.seed in references
-        and summary.mean_loss is not None
-        and (local := summarise(references[run.seed]).mean_loss) is not None
-        # nothing can be compared with a loss that is not finite, and other seeds still say something
-        and math.isfinite(local)
-    }
     spent = judged or runs
     examples = [count for run in judged for count in run.num_test_examples.values()]
     return Row(
@@ -187,27 +177,61 @@ def _row(
 
 # ------------------------------------------------------------------------------------------------------------- as text
 
-COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
-    ("method", lambda row: row.method),
-    ("mean loss", lambda row: with_spread(row.mean_loss, format_loss)),
-    ("vs local", lambda row: with_interval(row)),
-    ("worst tenth", lambda row: with_spread(row.worst_tenth_loss, format_loss)),
-    ("harmed", lambda row: with_spread(row.share_harmed, format_share, deviation=False)),
-    ("Rouge-L", lambda row: with_spread(row.rouge_l, format_loss)),
-    ("exact", lambda row: with_spread(row.exact_match, format_share, deviation=False)),
-    ("up + down", lambda row: format_bytes(total_bytes(row))),
-    ("time", lambda row: with_spread(row.seconds, format_seconds, deviation=False)),
+
+class Column(NamedTuple):
+    """One number of the closing table."""
+
+    heading: str
+    name: str
+    """Of the number in `Row`."""
+    write: Callable[[float | None], str]
+    better: int = -1
+    """-1 where less is better, 1 where more is; 0 for costs, which are shown and not compared."""
+    write_deviation: Callable[[float], str] | None = format_loss
+    """None where the deviation over seeds is not shown. Text shows that of losses only."""
+    in_text: bool = True
+    """Whether text has it too: a terminal is narrow."""
+
+    def value(self, row: Row) -> Spread | None:
+        """The number of one method."""
+        value: Spread | None = getattr(row, self.name)
+        return value
+
+    def text(self, row: Row) -> str:
+        """The cell of a method in a table of text."""
+        if self.name == "difference":
+            return with_interval(row)
+        return with_spread(self.value(row), self.write, deviation=self.write_deviation is format_loss)
+
+
+def _points(share: float) -> str:
+    """A deviation of shares, in percentage points."""
+    return f"{100 * share:.1f}"
+
+
+COLUMNS = (
+    Column("mean loss", "mean_loss", format_loss),
+    Column("vs local", "difference", format_change),
+    Column("task mean", "task_mean_loss", format_loss, in_text=False),
+    Column("worst tenth", "worst_tenth_loss", format_loss),
+    Column("harmed", "share_harmed", format_share, write_deviation=_points),
+    Column("perplexity", "perplexity", format_perplexity, write_deviation=format_perplexity, in_text=False),
+    Column("Rouge-L", "rouge_l", format_loss, better=1),
+    Column("exact", "exact_match", format_share, better=1, write_deviation=_points),
+    Column("up + down", "total_bytes", format_bytes, better=0, write_deviation=None),
+    Column("time", "seconds", format_seconds, better=0, write_deviation=None),
 )
-"""Heading and cell of each column."""
+"""Of tables, behind the method."""
 
 
 def render_table(rows: Sequence[Row], *, markdown: bool = False) -> str:
     """The rows as aligned plain text, or as a Markdown table; control characters in names are written out."""
-    cells = [[heading for heading, _ in COLUMNS]]
-    cells += [[_printable(cell(row)) for _, cell in COLUMNS] for row in rows]
+    columns = [column for column in COLUMNS if column.in_text]
+    cells = [["method", *(column.heading for column in columns)]]
+    cells += [[_printable(row.method), *(column.text(row) for column in columns)] for row in rows]
     if markdown:
         cells = [[text.replace("\\", "\\\\").replace("|", "\\|") for text in line] for line in cells]
-        cells.insert(1, ["---", *["---:"] * (len(COLUMNS) - 1)])
+        cells.insert(1, ["---", *["---:"] * len(columns)])
         return "\n".join([*(f"| {' | '.join(line)} |" for line in cells), "", " ".join(footnotes(rows))])
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = [
@@ -247,6 +271,18 @@ def privacy_notes(rows: Sequence[Row]) -> list[str]:
     return [f"Epsilon of any client in one run: {'; '.join(spent)}. Runs on the same data add up."]
 
 
+def format_epsilon(epsilon: float, delta: float | None) -> str:
+    """What was given away at most, and whether that still protects anybody.
+
+    >>> format_epsilon(16611.2, 1e-5), format_epsilon(2.345, None)
+    ('16,611 at most (delta 1e-05), which protects little', '2.35 at most')
+    """
+    # at 10 a neighbour's data can make an outcome 22,000 times as likely
+    little = ", which protects little" if not epsilon <= WEAK_EPSILON else ""
+    shown = f"{epsilon:,.0f}" if epsilon >= 100 else f"{epsilon:.3g}"
+    return f"{shown} at most{'' if delta is None else f' (delta {delta:g})'}{little}"
+
+
 def answer_notes(rows: Sequence[Row]) -> list[str]:
     """What Rouge-L and exact match cover; methods of one study are judged alike. Empty where nothing was answered."""
     said = dict.fromkeys(format_answers(row.max_answers, row.max_answer_tokens) for row in rows if row.rouge_l)
@@ -275,7 +311,7 @@ def seed_notes(rows: Sequence[Row], place: str) -> list[str]:
         )
     parts += _difference_notes(rows)
     if unfinished:
-        missing = f"{unfinished} run{'s' if unfinished > 1 else ''} without test numbers left out."
+        missing = f"{counted(unfinished, 'run')} without test numbers left out."
         parts.append(f"The comparison is not complete: {missing}" if len(rows) > 1 else missing)
     return parts
 
@@ -326,10 +362,3 @@ def format_interval(bounds: tuple[float, float]) -> str:
     '[-0.200, +0.050]'
     """
     return f"[{', '.join(map(format_change, bounds))}]"
-
-
-def total_bytes(row: Row) -> float | None:
-    """Upload and download together, mean over seeds."""
-    if row.upload_bytes is None or row.download_bytes is None:
-        return None
-    return row.upload_bytes.mean + row.download_bytes.mean

@@ -8,10 +8,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from fedmira.report.formats import counted, format_loss, format_share
+from fedmira.formats import counted, format_loss, format_share
 from fedmira.report.reading import REFERENCE_METHOD, RunRecord, StudyRecord
 from fedmira.report.summary import summary_of_run
-from fedmira.report.table import Row, Spread, rows_of, spread, summary_of
+from fedmira.report.table import Row, Spread, rows_of, spread
 
 TIE = 0.0005
 """Losses closer than this, in nats per token, look equal at the three decimals that are shown."""
@@ -181,8 +181,7 @@ def _end_in_words(run: RunRecord) -> list[str]:
 
 def _losses_by_seed(study: StudyRecord) -> dict[tuple[str, int], float]:
     """Mean test loss of each judged run, by (method, seed)."""
-    found = {(run.method, run.seed): summary_of(run).mean_loss for run in study.runs if run.records}
-    return {key: loss for key, loss in found.items() if loss is not None}
+    return {(run.method, run.seed): loss for run in study.runs if (loss := run.mean_loss) is not None}
 
 
 def _mean_loss(row: Row) -> float:

@@ -23,8 +23,10 @@ from types import TracebackType
 from typing import Any
 
 from fedmira.config.file import config_difference, config_hash, parse_resolved, resolved_yaml, with_rounds
+from fedmira.config.prolonging import refuse_to_prolong
 from fedmira.config.run import RunConfig
 from fedmira.errors import ConfigError, IntegrityError, SetupError, UsageError
+from fedmira.formats import printable
 from fedmira.runs.atomic import (
     disk_error,
     disk_errors_named,
@@ -40,20 +42,18 @@ from fedmira.runs.generations import has_checkpoints
 from fedmira.runs.lines import add_line, cut_back, event_line, open_lines, plain, read_events, synced_size
 from fedmira.runs.lock import LOCK, lock_folder
 from fedmira.runs.naming import run_directory, run_stem
-from fedmira.runs.prolonging import refuse_to_prolong
 from fedmira.stages import stage
 
 CONFIG, RESOLVED, MANIFEST = "config.yaml", "config.resolved.yaml", "manifest.json"
 METRICS, GRAPH, PROFILE, LOG = "metrics.jsonl", "graph.json", "profile.json", "run.log"
-SPLITS, ANSWERS = "splits.json", "answers.jsonl"
+SPLITS_FILE, ANSWERS = "splits.json", "answers.jsonl"
 UPLOADS = "uploads.json"
 REPORT = "report"
 SCHEMA = 1
 
-_OWN_NAMES = {CONFIG, RESOLVED, MANIFEST, METRICS, GRAPH, PROFILE, UPLOADS, SPLITS, ANSWERS}
+_OWN_NAMES = {CONFIG, RESOLVED, MANIFEST, METRICS, GRAPH, PROFILE, UPLOADS, SPLITS_FILE, ANSWERS}
 _OWN_NAMES |= {LOG, LOCK, CHECKPOINTS, REPORT}
 _HALF_WRITTEN = re.compile(r"\..+\.tmp-")
-_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
 
 class RunStore:
@@ -145,6 +145,11 @@ class RunStore:
         store = cls(path, config)
         if MANIFEST in names:
             manifest = store.manifest()
+            if (schema := manifest.get("schema", SCHEMA)) != SCHEMA:
+                raise IntegrityError(
+                    f"{path / MANIFEST} has schema {schema!r}, this version of fedmira reads {SCHEMA}; use the one "
+                    "that wrote it, or a later one"
+                )
             store._begun_rounds = manifest.get("begun_rounds", config.federation.rounds)
             if (recorded := manifest.get("config_hash")) != store.config_hash:
                 raise IntegrityError(
@@ -393,9 +398,8 @@ class RunStore:
 
     def log(self, line: str) -> None:
         """Add a line to run.log with the time in UTC; control characters are shown, not obeyed."""
-        clean = _CONTROL.sub(lambda match: ascii(match.group())[1:-1], line)
         now = datetime.now(UTC).isoformat(timespec="milliseconds").removesuffix("+00:00")
-        add_line(self.path / LOG, self._descriptor(LOG), f"{now}Z {clean}")
+        add_line(self.path / LOG, self._descriptor(LOG), f"{now}Z {printable(line)}")
 
     def _descriptor(self, name: str) -> int:
         """The file `name` open for appending."""

@@ -16,7 +16,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from fedmira.assembly import recorded_commit
 from fedmira.config.file import config_difference, parse_resolved, resolved_yaml
 from fedmira.config.method import METHOD_NAMES
 from fedmira.config.refusals import refusal, refusal_beside, refusal_of_dtype
@@ -31,11 +30,12 @@ from fedmira.errors import (
     ParticipationError,
     UsageError,
 )
-from fedmira.experiment import Display, SilentDisplay, carry_out, signal_name
+from fedmira.experiment import Display, SilentDisplay, carry_out
 from fedmira.paths import home_expanded
 from fedmira.runs.atomic import make_folder, write_bytes_atomically
 from fedmira.runs.lock import locked
 from fedmira.runs.naming import run_directory
+from fedmira.runs.same_base import recorded_commit
 from fedmira.runs.signals import StopFlag, stop_on_signals
 from fedmira.runs.store import MANIFEST, RunStore, has_run
 
@@ -212,7 +212,7 @@ class _Comparison:
     def _run(self, config: RunConfig, folder: str) -> Path:
         if self.stop():
             raise Interrupted(
-                f"stopped by {signal_name(self.stop)} between two runs; everything is saved in {self.directory}. "
+                f"stopped by {self.stop.signal_name} between two runs; everything is saved in {self.directory}. "
                 "Start it again to continue",
                 self.stop.signal_number,
             )

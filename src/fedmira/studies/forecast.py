@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from fedmira.config.run import RunConfig
 from fedmira.experiment import Display, SilentDisplay
 from fedmira.forecast.estimate import Estimate, dry_run
+from fedmira.formats import format_mib
 from fedmira.runs.atomic import unwritable_line
 from fedmira.studies.compare import rates_to_try, refuse, study_directory, variant
 
@@ -77,9 +78,9 @@ class StudyEstimate(NamedTuple):
         width = max(18, *(len(name) for name in self.methods))
         facts = [
             ("runs", f"{len(self.methods) * self.runs_per_method}: {each}, for each of {len(self.methods)} methods"),
-            ("memory", f"about {self.memory_bytes / 2**20:,.0f} MiB"),
-            ("upload", f"about {self.upload_bytes / 2**20:,.2f} MiB"),
-            ("download", f"about {self.download_bytes / 2**20:,.2f} MiB"),
+            ("memory", f"about {format_mib(self.memory_bytes)}"),
+            ("upload", f"about {format_mib(self.upload_bytes, 2)}"),
+            ("download", f"about {format_mib(self.download_bytes, 2)}"),
             ("time", f"about {_duration(self.seconds)}"),
             *(
                 (name, f"about {_duration(one.start_seconds + one.seconds)} a run")

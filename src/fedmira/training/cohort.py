@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import torch
 
-from fedmira.config.run import TrainingConfig
+from fedmira.config.training import TrainingConfig
 from fedmira.data.packing import PackedBatch, batches_in_round, num_rows, pack, steps_of_row
 from fedmira.data.tokenization import TokenizedClient, TokenizedExample
 from fedmira.model.adapted import AdaptedModel, computes_in_parts
@@ -33,19 +33,11 @@ from fedmira.training.continuity import Continuity, Place
 from fedmira.training.memory import AT_ONCE, num_parts
 from fedmira.training.objective import pull_gradient, sum_of_client_means, sums_of_parts, token_losses
 from fedmira.training.optimizers import clip_factor, fresh_moments, schedule_factor, update_
-from fedmira.training.progress import Cohort, Progress, Standing, StopRequested, Tally
+from fedmira.training.progress import Cohort, Progress, Standing, StopRequested, Tally, ignore, never
 from fedmira.training.zeroth_order import direction, direction_number, slopes
 from fedmira.types import Arena, Client, ClientReport, Job, Layout, Pull, SeedPool
 
 __all__ = ["Progress", "StopRequested", "train"]
-
-
-def _never() -> bool:
-    return False
-
-
-def _ignore(_done: int, _total: int) -> None:
-    return None
 
 
 class _Work(NamedTuple):
@@ -85,8 +77,8 @@ def train(
     dropout: float,
     continuity: Continuity | None = None,
     progress: Progress | None = None,
-    should_stop: Callable[[], bool] = _never,
-    on_step: Callable[[int, int], None] = _ignore,
+    should_stop: Callable[[], bool] = never,
+    on_step: Callable[[int, int], None] = ignore,
 ) -> tuple[torch.Tensor, tuple[ClientReport, ...]]:
     """Train every participant of `job` on its own examples.
 

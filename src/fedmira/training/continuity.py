@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import torch
 
-from fedmira.config.run import TrainingConfig
+from fedmira.config.training import TrainingConfig
 from fedmira.training.optimizers import Moments, fresh_moments
 from fedmira.types import Layout, TensorSpec
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from fedmira.config.run import TrainingConfig
+from fedmira.config.training import TrainingConfig
 from fedmira.data.packing import common_prefix, pack
 from fedmira.data.tokenization import TokenizedClient, TokenizedExample
 from fedmira.model.adapted import AdaptedModel, computes_in_parts

@@ -14,7 +14,7 @@ from dataclasses import dataclass, fields
 
 import torch
 
-from fedmira.config.run import TrainingConfig
+from fedmira.config.training import TrainingConfig
 
 _CLIP_EPSILON = 1e-6
 """torch's clip_grad_norm_ divides by norm + 1e-6."""

@@ -32,6 +32,15 @@ class StopRequested(Exception):
         self.progress = progress
 
 
+def never() -> bool:
+    """Do not ask training to stop."""
+    return False
+
+
+def ignore(done: int, total: int) -> None:
+    """Do nothing with what training tells of its steps."""
+
+
 @dataclass(slots=True)
 class Tally:
     """What is counted about one participant while it trains."""

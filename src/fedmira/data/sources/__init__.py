@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from fedmira.config.run import DataConfig
+from fedmira.config.data import DataConfig
 from fedmira.data.sources import dolly, huggingface, jsonl, natural_instructions, planted
 from fedmira.data.sources.source import Source
 

@@ -9,7 +9,7 @@ import os
 from dataclasses import replace
 from typing import Any
 
-from fedmira.config.run import DollyConfig
+from fedmira.config.data import DollyConfig
 from fedmira.data.sources import huggingface
 from fedmira.data.sources.files import file_provenance, has_data_ending, read_records
 from fedmira.data.sources.records import Fields, examples_of_file, usable_examples

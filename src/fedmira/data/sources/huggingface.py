@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from fedmira.config.run import HuggingFaceConfig
+from fedmira.config.data import HuggingFaceConfig
 from fedmira.data.sources.files import NUM_NAMED_BAD, Bad
 from fedmira.data.sources.records import Fields, refuse_unused_fields, usable_examples
 from fedmira.data.sources.source import Source

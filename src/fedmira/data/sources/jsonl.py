@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from fedmira.config.run import JsonlConfig
+from fedmira.config.data import JsonlConfig
 from fedmira.data.sources.files import client_of_file, file_provenance, find_files, read_records, skipped_provenance
 from fedmira.data.sources.records import Fields, examples_of_file, refuse_unused_fields
 from fedmira.data.sources.source import Source

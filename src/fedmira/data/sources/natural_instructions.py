@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fedmira.config.run import NaturalInstructionsConfig
+from fedmira.config.data import NaturalInstructionsConfig
 from fedmira.data.sources.files import Bad, file_provenance, read_text, visible
 from fedmira.data.sources.records import UnusableRecordError, refuse_half_characters, refuse_mostly_bad
 from fedmira.data.sources.source import Source

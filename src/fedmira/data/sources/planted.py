@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from fedmira.config.run import PlantedConfig
+from fedmira.config.data import PlantedConfig
 from fedmira.data.sources.source import Source
 from fedmira.data.splits import content_key, split_sizes
 from fedmira.errors import ConfigError

@@ -21,7 +21,7 @@ from fedmira.errors import DataError, nearest
 from fedmira.types import Example
 
 if TYPE_CHECKING:
-    from fedmira.config.run import HuggingFaceConfig, JsonlConfig
+    from fedmira.config.data import HuggingFaceConfig, JsonlConfig
 
 ROLES = {
     "system": "system",

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from itertools import islice
 from typing import NamedTuple
 
+from fedmira.formats import counted
+
 DELIMITERS = (",", ";", "\t")
 _NUM_LOOKED_AT = 20
 """Rows from which the delimiter is told."""
@@ -56,7 +58,7 @@ def read_table(text: str) -> Table:
         if isinstance(cells, str):
             bad.append((line, f"not a row of a table ({cells})"))
         elif len(cells) != len(names):
-            bad.append((line, f"{_cells(len(cells))}, where the header has {len(names)}"))
+            bad.append((line, f"{counted(len(cells), 'cell')}, where the header has {len(names)}"))
         else:
             # spreadsheets and data frames save columns without a name, such as the number of a row
             named = ((name, cell) for name, cell in zip(names, cells, strict=True) if name)
@@ -99,7 +101,3 @@ def _delimiter(text: str) -> str:
         return width > 1, sum(len(row) == width for row in rows), width
 
     return max(DELIMITERS, key=fit)
-
-
-def _cells(count: int) -> str:
-    return "1 cell" if count == 1 else f"{count} cells"

@@ -10,10 +10,10 @@ import numpy as np
 import torch
 
 from fedmira.config.method import FedAMPConfig
-from fedmira.federation.client_clusters import squared_distances
 from fedmira.federation.graph import PRIVACY, Matrix, validated
 from fedmira.federation.method import Info, Method, State
 from fedmira.federation.multiply import multiply
+from fedmira.federation.ranks import squares_between
 from fedmira.federation.receiving import exchange_everything, first_state, own_adapters, received
 from fedmira.types import Arena, Clients, Job, Participants, Pull, Results
 
@@ -43,7 +43,7 @@ def build(config: FedAMPConfig, clients: Clients) -> Method:
         attention_KK = np.eye(num_clients)
         if len(seen) > 1:
             block = np.ix_(seen, seen)
-            attention_KK[block] = attention(squared_distances(adapters.values_KP[seen]), config)
+            attention_KK[block] = attention(squares_between(adapters, seen, clients.ranks_K), config)
         numbers = {"returned": float(len(results.ids)), "mixing_share": float(1 - np.diagonal(attention_KK).mean())}
         details = {"attention": config.attention, "sigma": config.sigma, "privacy": PRIVACY["gram"]}
         graph = validated(attention_KK - np.diag(np.diagonal(attention_KK)), num_clients, "fedamp", details)

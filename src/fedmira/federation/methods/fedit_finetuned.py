@@ -6,7 +6,7 @@ The last rounds of the run are local. Knows nothing about tasks or graphs.
 from __future__ import annotations
 
 from fedmira.config.method import FedITFinetunedConfig
-from fedmira.config.run import FederationConfig
+from fedmira.config.training import FederationConfig
 from fedmira.federation.averaging import share
 from fedmira.federation.method import Info, Method, State
 from fedmira.federation.receiving import exchange_everything, stored

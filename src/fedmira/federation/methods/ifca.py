@@ -14,10 +14,10 @@ import torch
 from fedmira.config.method import IFCAConfig
 from fedmira.federation.averaging import returned_weights
 from fedmira.federation.client_clusters import UNKNOWN, cluster_graph, cluster_means, far_apart, nearest, num_clusters
-from fedmira.federation.client_clusters import squared_distances as distances
 from fedmira.federation.method import Info, Method, State
 from fedmira.federation.mixing import linear
 from fedmira.federation.questions import only_to_judge
+from fedmira.federation.ranks import squares_between
 from fedmira.federation.receiving import exchange_everything, first_state, own_adapters, received
 from fedmira.types import Arena, Clients, Job, Losses, Participants, Results, Trial
 
@@ -58,7 +58,7 @@ def build(config: IFCAConfig, clients: Clients) -> Method:
                 models_MP[model] = mixed.values_KP[int(np.flatnonzero(choice_K == model)[0])]
             memory["models"] = models_MP
         elif len(seen) >= num_first:
-            models_MP, distance_CC = memory["models"].clone(), distances(trained.values_KP[seen])
+            models_MP, distance_CC = memory["models"].clone(), squares_between(trained, seen, clients.ranks_K)
             first = far_apart(distance_CC, num_first)
             models_MP[:num_first] = trained.values_KP[[seen[place] for place in first]]
             away = [place for place, k in enumerate(seen) if k not in results.ids]

@@ -10,8 +10,8 @@ Of a graph that is learned only what stands for it in round 1 is known by then; 
 
 from __future__ import annotations
 
-from fedmira.config.method import MiraPublishedConfig
-from fedmira.config.run import FederationConfig
+from fedmira.config.mira import MiraPublishedConfig
+from fedmira.config.training import FederationConfig
 from fedmira.federation.graph import Graph, subgraph
 from fedmira.federation.known_graphs import uniform
 from fedmira.federation.learned_graphs import Seen, learner

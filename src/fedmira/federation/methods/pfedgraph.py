@@ -11,10 +11,10 @@ import torch
 
 from fedmira.config.method import PFedGraphConfig
 from fedmira.federation.averaging import one_start
-from fedmira.federation.graph import explained, validated
+from fedmira.federation.graph import Matrix, explained, validated
 from fedmira.federation.method import Info, Method, State
 from fedmira.federation.mixing import linear
-from fedmira.federation.ranks import trimmed
+from fedmira.federation.ranks import between
 from fedmira.federation.receiving import exchange_everything, own_adapters, received
 from fedmira.federation.simplex import collaboration
 from fedmira.types import Arena, Clients, Job, Participants, Pull, Results
@@ -43,13 +43,9 @@ def build(config: PFedGraphConfig, clients: Clients) -> Method:
         rows = list(results.ids)
         weights_KK = np.eye(num_clients)
         if rows:
-            start_SP = state.memory["start"].expand(len(rows), -1)
-            if clients.ranks_K is not None:
-                # what a client of smaller rank lacks it has not moved away from
-                start_SP = trimmed(adapters.layout, start_SP, [clients.ranks_K[k] for k in rows])
-            moved_SP = (adapters.values_KP[rows] - start_SP).double()
-            unit_SP = torch.nn.functional.normalize(moved_SP, dim=1)
-            cosine_SS = (unit_SP @ unit_SP.T).cpu().numpy()
+            moved = adapters.replace((adapters.values_KP[rows] - state.memory["start"]).double())
+            ranks_S = clients.ranks_K and [clients.ranks_K[k] for k in rows]
+            (cosine_SS,) = between(moved, range(len(rows)), ranks_S, _cosines)
             cosine_SS = np.where(cosine_SS > _ALIKE, 1.0, cosine_SS)
             np.fill_diagonal(cosine_SS, 1.0)
             examples_S = np.array([clients.num_examples_K[k] for k in rows], dtype=np.float64)
@@ -61,3 +57,9 @@ def build(config: PFedGraphConfig, clients: Clients) -> Method:
         return State(linear(weights_KK)(adapters), last_round_K, dict(state.memory)), Info(numbers, graph)
 
     return Method(init=init, plan=plan, merge=merge, personalise=own_adapters)
+
+
+def _cosines(moved: Arena) -> tuple[Matrix]:
+    """The cosines between rows, (S, S)."""
+    unit_SP = torch.nn.functional.normalize(moved.values_KP, dim=1)
+    return ((unit_SP @ unit_SP.T).cpu().numpy(),)

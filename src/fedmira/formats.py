@@ -1,8 +1,12 @@
-"""Writes numbers for people: losses, shares, bytes, seconds, and names that cannot harm a terminal. Pure functions."""
+"""Writes numbers for people: losses, shares, bytes, seconds, and names that cannot harm a terminal. Pure functions.
+
+Imports nothing slow, as every command writes numbers. Knows nothing about what is counted.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 NOTHING = "-"
@@ -34,6 +38,16 @@ def counted(count: int, noun: str) -> str:
     ('1 round', '2 rounds')
     """
     return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
+def listed(items: Sequence[object], most: int) -> str:
+    """The first `most` of some things, and how many there are if these are not all.
+
+    >>> listed("abc", 3), listed("abc", 2)
+    ('a, b, c', 'a, b, ... (3 in all)')
+    """
+    more = f", ... ({len(items)} in all)" if len(items) > most else ""
+    return ", ".join(map(str, items[:most])) + more
 
 
 def format_loss(value: float | None) -> str:
@@ -92,21 +106,6 @@ def format_relative(value: float | None) -> str:
     return text[1:] if text in ("+0.0 %", "-0.0 %") else text
 
 
-def format_epsilon(epsilon: float, delta: float | None) -> str:
-    """What was given away at most, and whether that still protects anybody.
-
-    >>> format_epsilon(16611.2, 1e-5), format_epsilon(2.345, None)
-    ('16,611 at most (delta 1e-05), which protects little', '2.35 at most')
-    """
-    # configs are slow to import, and every command writes numbers
-    from fedmira.config.exchange import WEAK_EPSILON
-
-    # at 10 a neighbour's data can make an outcome 22,000 times as likely
-    little = ", which protects little" if not epsilon <= WEAK_EPSILON else ""
-    shown = f"{epsilon:,.0f}" if epsilon >= 100 else f"{epsilon:.3g}"
-    return f"{shown} at most{'' if delta is None else f' (delta {delta:g})'}{little}"
-
-
 def format_answers(answers: int | None, tokens: int | None) -> str:
     """What Rouge-L and exact match cover: answers per client (None: all), each cut at so many tokens (None: unknown).
 
@@ -129,6 +128,15 @@ def format_bytes(count: float | None) -> str:
         return NOTHING
     name, size = byte_unit(count)
     return f"{count:.0f} B" if name == "B" else f"{count / size:.1f} {name}"
+
+
+def format_mib(count: float, digits: int = 0) -> str:
+    """Bytes in MiB however many they are, so that lines below each other can be compared.
+
+    >>> format_mib(2**31), format_mib(3 * 2**19, 2)
+    ('2,048 MiB', '1.50 MiB')
+    """
+    return f"{count / 2**20:,.{digits}f} MiB"
 
 
 def byte_unit(count: float) -> tuple[str, float]:

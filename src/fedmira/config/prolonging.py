@@ -1,4 +1,4 @@
-"""Which runs cannot be given more rounds than they were begun with. Knows nothing about files."""
+"""Which runs cannot be given more rounds than they were begun with, by their config. Knows nothing about files."""
 
 from __future__ import annotations
 
@@ -12,12 +12,11 @@ def refuse_to_prolong(config: RunConfig, before: int) -> None:
     Raises:
         UsageError: names the setting.
     """
-    schedule, name = config.training.schedule, config.method.name
     why = ""
-    if schedule != "constant":
-        why = f"training.schedule = {schedule} spreads over federation.rounds"
-    elif name == "fedit_finetuned":
-        why = "method.name = fedit_finetuned trains its last rounds alone"
+    if config.training.schedule != "constant":
+        why = f"training.schedule = {config.training.schedule} spreads over federation.rounds"
+    elif config.method.ends_alone:
+        why = f"method.name = {config.method.name} trains its last rounds alone"
     if why:
         raise UsageError(
             f"a run of {before} rounds cannot go on to {config.federation.rounds}: {why}, so its first rounds would "
