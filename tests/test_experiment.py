@@ -231,13 +231,13 @@ def test_another_strength_is_not_local_only(tmp_path: Path) -> None:
 
 def asked(method: str, crossing: Crossing, round_: int) -> tuple[int, int]:
     """How many clients of `mira` are asked, and numbers that each answers: those that returned the losses of two shares
-    of their mixture and how sure it is which is better, after the last round all that ever did about the average over
-    rounds as well."""
+    of their mixture and how sure it is which is better, after the last round all that ever did, and the same about the
+    average over rounds."""
     if method != "mira":
         return 0, 0
     last = round_ == len(crossing.results)
     ids = {id_ for results in crossing.results[0 if last else round_ - 1 : round_] for id_ in results.ids}
-    return len(ids), 5 if last else 3
+    return len(ids), 6 if last else 3
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -301,8 +301,9 @@ class Trial(NamedTuple):
     """Examples that each client judges at most; None means all."""
     turn: int = 0
     """Which of its examples those are: each turn goes on where the one before ended, and begins again at the end."""
-    versus: int | None = None
-    """Number of the candidate that those after it are compared with; clients then say how sure they are of that."""
+    versus: tuple[int, ...] = ()
+    """Numbers of the candidates that those after them, up to the next, are compared with, ascending; clients then say
+    how sure they are of that."""
 
 
 class Losses(NamedTuple):
@@ -318,8 +319,9 @@ class Losses(NamedTuple):
     """With `Trial.compare_SP`: mean over the tokens of the server's texts of sum_v sqrt(p_s(v) p_t(v)), 0 .. 1, p the
     predictions of two adapters; float64 on the CPU."""
     scatter_SQ: torch.Tensor | None = None
-    """With `Trial.versus`: the sampling variance of log(mean_SQ / mean_S[versus]), times the examples behind it, see
-    `evaluation.loss.scatter`; nan where fewer than two are, and of candidates before it. float64 on the CPU."""
+    """With `Trial.versus`: the sampling variance of the logarithm of a candidate's mean over that of the one it is
+    compared with, times the examples behind it, see `evaluation.loss.scatter`; nan where fewer than two are, and of
+    candidates before the first that others are compared with. float64 on the CPU."""
 
 
 class ClientReport(NamedTuple):

@@ -73,10 +73,10 @@ def test_progress_is_a_line_per_round(fedmira, place: Path) -> None:
 def test_a_dry_run_estimates_and_keeps_nothing(fedmira, place: Path) -> None:
     before = sorted(place.rglob("*"))
     facts = json.loads(fedmira("run", "c.yaml", "--dry-run", "--json").out)
-    assert facts["clients"] == facts["clients_per_round"] == 4
+    assert facts["num_clients"] == facts["clients_per_round"] == 4
     assert facts["adapter_parameters"] > 0
-    # losses of two shares and how sure it is which is better, in the second and last round also with the average
-    answers = (3 + 5) / 2 * 4
+    # losses of two shares and how sure it is which is better, in the second and last round the same of the average
+    answers = (3 + 6) / 2 * 4
     assert facts["upload_bytes_per_round"] == 4 * (facts["adapter_parameters"] * 4 + answers)
     assert facts["seconds"] > 0
     assert "memory" in fedmira("run", "c.yaml", "--dry-run").out

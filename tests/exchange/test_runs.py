@@ -14,10 +14,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from markupsafe import escape
 from pydantic import ValidationError
 from tests.exchange.builders import LAYOUT
+from tests.exchange.by_name import ByName, Upload
 
-from fedmira import experiment, recording
+from fedmira import assembly, experiment, recording
 from fedmira.assembly import assemble
 from fedmira.config.file import config_hash, parse_config, resolved_yaml
 from fedmira.config.run import RunConfig
@@ -208,6 +210,68 @@ def test_a_damaged_upload_is_left_out_by_name_and_the_run_goes_on(
     page = render(read(path))
     assert "Left out" in page
     assert reason in page
+
+
+A_TENSOR, B_TENSOR = "model.layers.0.self_attn.q_proj.lora_a", "model.layers.0.self_attn.q_proj.lora_b"
+
+
+def without(upload: Upload, name: str) -> Upload:
+    return {other: tensor for other, tensor in upload.items() if other != name}
+
+
+WRONG: dict[str, tuple[Callable[[Upload], Any], str]] = {
+    "names": (lambda sent: {**without(sent, A_TENSOR), "lora_A": sent[A_TENSOR]}, f"it lacks {A_TENSOR}"),
+    "more names": (lambda sent: {**sent, f"{A_TENSOR}x": sent[A_TENSOR]}, f"did you mean '{A_TENSOR}'"),
+    "shapes": (lambda sent: {**sent, A_TENSOR: sent[A_TENSOR].T}, f"{A_TENSOR} has shape (192, 2), expected (2, 192)"),
+    "dtype": (
+        lambda sent: {**sent, A_TENSOR: sent[A_TENSOR].half()},
+        "has dtype torch.float16, expected torch.float32",
+    ),
+    "rank": (lambda sent: {**sent, B_TENSOR: sent[B_TENSOR].repeat(1, 2)}, "rank 4 instead of 2"),
+    "values": (lambda sent: {**sent, B_TENSOR: sent[B_TENSOR] + math.nan}, f"not finite in {B_TENSOR}"),
+    "norm": (lambda sent: {**sent, B_TENSOR: sent[B_TENSOR] + 1e4}, "times the median"),
+    "nothing": (lambda sent: None, "named tensors were expected, given NoneType"),
+}
+
+
+@pytest.mark.parametrize("method", ["fedit", "mira"])
+def test_each_kind_of_wrong_upload_is_rejected_by_name_and_the_round_goes_on_with_the_rest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    wrong = {f"family-0-client-{k}": damage for k, damage in enumerate(WRONG.values())}
+    sound = [f"family-1-client-{k}" for k in range(8)]
+    monkeypatch.setattr(assembly, "InProcess", ByName)
+    monkeypatch.setattr(ByName, "on_the_way", {name: change for name, (change, _) in wrong.items()})
+    data = {"source": "planted", "families": 2, "clients_per_family": 8, "examples": 12}
+    config = tiny({}, data=data, federation={"rounds": 2}, method={"name": method})
+    told = Told()
+    path = run(config, directory=tmp_path, display=told)
+    page = render(read(path))
+    for event in events(path):
+        assert event["participants"] == [*wrong, *sound]
+        reasons = {failure["client"]: failure["reason"] for failure in event["failures"]}
+        assert list(reasons) == list(wrong)
+        for name, (_, reason) in wrong.items():
+            assert reasons[name].startswith(f"the upload of client {name} was rejected: ")
+            assert reason in reasons[name]
+            assert f"round {event['round']}: {name} was left out: {reasons[name]}" in told.messages
+            assert str(escape(reasons[name])) in page
+        assert event["numbers"]["returned"] == len(sound)
+    checkpoint = load_latest(path, config_hash=config_hash(config))
+    assert checkpoint is not None
+    assert checkpoint.facts["last_round_K"] == [0] * len(wrong) + [2] * len(sound)
+    assert torch.isfinite(load_trained(path).adapters.values_KP).all()
+
+
+def test_sound_uploads_by_name_come_to_the_same_bits_as_in_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny({})
+    plain = outcome(config, run(config, directory=tmp_path / "plain"))
+    monkeypatch.setattr(assembly, "InProcess", ByName)
+    tensors, *told = outcome(config, run(config, directory=tmp_path / "by name"))
+    assert told == list(plain[1:])
+    assert all(torch.equal(tensors[name], plain[0][name]) for name in plain[0])
 
 
 def test_a_round_in_which_all_are_rejected_stops_the_run_and_names_the_first(
@@ -443,8 +507,9 @@ def test_of_an_adapter_that_is_judged_only_what_can_differ_crosses() -> None:
     assert trial_bytes(only_b, LAYOUT, values_SP) == (2 * 3 * 4, 2 * 2 * 4 * of_b)
     assert trial_bytes(whole._replace(sent=0), LAYOUT, values_SP) == (2 * 3 * 4, 0)
     # how sure comparisons with those after it are
-    assert trial_bytes(whole._replace(sent=0, versus=0), LAYOUT, values_SP) == (2 * 5 * 4, 0)
-    assert trial_bytes(whole._replace(sent=0, versus=1), LAYOUT, values_SP) == (2 * 4 * 4, 0)
+    assert trial_bytes(whole._replace(sent=0, versus=(0,)), LAYOUT, values_SP) == (2 * 5 * 4, 0)
+    assert trial_bytes(whole._replace(sent=0, versus=(1,)), LAYOUT, values_SP) == (2 * 4 * 4, 0)
+    assert trial_bytes(whole._replace(sent=0, versus=(0, 2)), LAYOUT, values_SP) == (2 * 4 * 4, 0)
     # the components that the second client lacks
     smaller_SP = trimmed(LAYOUT, values_SP, (2, 1))
     assert trial_bytes(whole, LAYOUT, smaller_SP)[1] == 2 * (values_SP.nbytes - values_SP[0].nbytes // 2)
@@ -498,7 +563,7 @@ def test_clients_say_how_their_examples_scatter_around_a_comparison() -> None:
     start_KP = parts.initial_adapters().values_KP
     moved_KP = start_KP + 0.05 * torch.randn(start_KP.shape, generator=torch.Generator().manual_seed(1))
     candidates = (0.5 * moved_KP, start_KP, moved_KP)
-    losses = parts.exchange.judge(Trial((0, 1, 2, 3), 3, lambda number: candidates[number], sent=0, versus=1))
+    losses = parts.exchange.judge(Trial((0, 1, 2, 3), 3, lambda number: candidates[number], sent=0, versus=(1,)))
     assert losses.scatter_SQ is not None
     for client in range(4):
         examples = parts.tokenized[client].validation

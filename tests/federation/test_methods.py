@@ -20,8 +20,8 @@ from tests.federation.builders import (
 from tests.reference import mixing_twin
 
 from fedmira.config.graph import GraphConfig
-from fedmira.config.method import MiraConfig, MiraPublishedConfig
-from fedmira.config.run import FederationConfig
+from fedmira.config.mira import MiraConfig, MiraPublishedConfig
+from fedmira.config.training import FederationConfig
 from fedmira.errors import ConfigError
 from fedmira.federation import known_graphs as known
 from fedmira.federation.graph import laplacian
@@ -163,13 +163,14 @@ def test_boundless_strength_on_the_complete_graph_is_fedit() -> None:
     assert torch.allclose(state.adapters.values_KP, averaged.adapters.values_KP, atol=1e-7)
 
 
-def test_confidence_is_size_over_mean_size_times_decay_per_round_since() -> None:
+def test_confidence_is_size_over_mean_size_times_decay_per_round_of_all_since() -> None:
     who, config = clients(), mira("random", strength=0.8)
     method = build_method(config, who)
     state = play(method, fresh(method), who.names, ROUNDS[:3])
     assert state.last_round_K == (3, 2, 3, 3, 2, 3)
     size = np.array(who.num_examples_K) / np.mean(who.num_examples_K)
-    decay = config.staleness_decay
+    # the third was a round of four of the six
+    decay = config.staleness_decay ** (4 / 6)
     confidence = size * np.array([1, decay, 1, 1, decay, 1])
     matrix = implicit_matrix(known.random(6, 0), 0.8, confidence.tolist())
     expected = matrix @ state.memory["uploads"].numpy()
@@ -184,12 +185,12 @@ def test_stored_uploads_stay_as_sent_so_that_nobody_is_mixed_twice() -> None:
     assert same_bytes(later.memory["uploads"][[0, 1, 3]], sent[[0, 1, 3]])
     # but what an absent client would get follows its neighbours
     assert not torch.allclose(later.adapters.values_KP[0], state.adapters.values_KP[0], atol=1e-3)
-    # and with nobody new, mixing again changes nothing but the confidences: the same for all, so nothing
+    # and where nobody returned, mixing again changes nothing, not even the confidences
     nobody = Participants(2, (4,))
     empty = trained(method.plan(state, nobody), who.names, failed={4})
     again, _ = method.merge(state, nobody, empty)
-    stale = implicit_matrix(known.uniform(6), 0.7, [0.7 * c for c in _confidence_after_first_round()])
-    assert np.allclose(again.adapters.values_KP, stale @ sent.numpy(), rtol=0, atol=1e-12)
+    expected = implicit_matrix(known.uniform(6), 0.7, _confidence_after_first_round())
+    assert np.allclose(again.adapters.values_KP, expected @ sent.numpy(), rtol=0, atol=1e-12)
 
 
 def _confidence_after_first_round() -> list[float]:

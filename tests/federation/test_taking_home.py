@@ -54,12 +54,13 @@ def test_it_is_the_weighted_mean_of_all_rounds_and_changes_nothing_else(name: st
         assert same_bytes(one.adapters.values_KP, other.adapters.values_KP)
         taken.append(plain.personalise(one).values_KP.double().numpy())
         # twin: the weights of each client written out; its first round has what is left, rounds before it nothing
+        kept = [decay ** (len(returned) / 6) for returned in ROUNDS[: len(taken)]]
         expected = np.zeros_like(taken[0])
         for k in range(6):
             begun = min(int(first_round_K[k]), len(taken) - 1)
             for index in range(begun, len(taken)):
-                age = len(taken) - 1 - index
-                expected[k] += decay**age * (1.0 if index == begun else 1 - decay) * taken[index][k]
+                weight = np.prod(kept[index + 1 :]) * (1.0 if index == begun else 1 - kept[index])
+                expected[k] += weight * taken[index][k]
         np.testing.assert_allclose(method.personalise(other).values_KP.double().numpy(), expected, atol=1e-5)
 
 
@@ -92,7 +93,9 @@ def test_one_that_joins_has_no_past_before_its_first_round() -> None:
     after = play(method, grown, everybody.names, [(0, 4)], first=3)
     assert same_bytes(plain.personalise(after).values_KP[4:], method.personalise(after).values_KP[4:])
     later = play(method, after, everybody.names, [(4,)], first=4)
-    expected = (plain.personalise(after).values_KP + plain.personalise(later).values_KP) / 2
+    # one of six came back
+    kept = 0.5 ** (1 / 6)
+    expected = kept * plain.personalise(after).values_KP + (1 - kept) * plain.personalise(later).values_KP
     torch.testing.assert_close(method.personalise(later).values_KP[4], expected[4])
     assert same_bytes(plain.personalise(later).values_KP[5], method.personalise(later).values_KP[5])
 
@@ -151,7 +154,8 @@ def test_the_average_is_taken_home_where_clients_do_better_with_it(
     decided, info = decide(merged, trial, Losses(torch.stack(losses, dim=1), (3,) * 6, 0, 0))
     assert info.numbers["takes_average"] == float(averaged)
     merged, own, decide = asked_after(always, state, last, who.names)
-    expected, _ = decide(merged, own, Losses(torch.stack(losses[2:], dim=1), (3,) * 6, 0, 0))
+    answers = losses[:2] if averaged else losses[2:]
+    expected, _ = decide(merged, own, Losses(torch.stack(answers, dim=1), (3,) * 6, 0, 0))
     other = always if averaged else never
     assert same_bytes(method.personalise(decided).values_KP, other.personalise(expected).values_KP)
     assert not same_bytes(always.personalise(expected).values_KP, never.personalise(expected).values_KP)
@@ -167,7 +171,10 @@ INF, NAN = float("inf"), float("nan")
         # The mean of losses falls by 0.07, though that of the first is eleven times what it was
         ([[0.11, 9], [0.9, 9], [9, 0.9], [9, 0.9]], [[0.01, 2], [1, 2], [2, 1], [2, 1]], True),
         # it rises by 0.01, though three of four losses fall by a tenth
-        ([[4.34, 0], [0.09, 0], [0, 0.9], [0, 0.9]], [[4.0, 5], [0.1, 5], [5, 1], [5, 1]], False),
+        ([[4.34, 9], [0.09, 9], [9, 0.9], [9, 0.9]], [[4.0, 5], [0.1, 5], [5, 1], [5, 1]], False),
+        # of the average the first two would take their mixture, the others their own, and all are better off
+        ([[9, 0.009], [9, 0.9], [0.9, 9], [0.9, 9]], [[0.01, 2], [1, 2], [2, 1], [2, 1]], True),
+        ([[9, 0.02], [9, 1], [1, 9], [1, 9]], [[0.01, 2], [1, 2], [2, 1], [2, 1]], False),
         ([[NAN, 9], [0.9, 9], [9, 0.9], [9, 0.9]], [[0.01, 2], [1, 2], [2, 1], [2, 1]], False),
         ([[INF, 9], [INF, 9], [9, INF], [9, 0.5]], [[0.01, 2], [1, 2], [2, 1], [2, 1]], False),
         ([[5, 9], [9, 9], [9, 9], [9, 9]], [[0.01, 2], [1, 2], [2, 1], [9, INF]], False),

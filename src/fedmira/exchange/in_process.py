@@ -20,23 +20,16 @@ from fedmira.exchange.messages import crossing_bytes
 from fedmira.exchange.seam import Kept, Seam, uncompressed_bytes
 from fedmira.training.cohort import Progress, StopRequested, train
 from fedmira.training.continuity import Continuity, Place
+from fedmira.training.progress import ignore, never
 from fedmira.types import Arena, Job, Layout, Losses, Results, Trial
 
 if TYPE_CHECKING:
-    from fedmira.config.run import TrainingConfig
+    from fedmira.config.training import TrainingConfig
     from fedmira.data.tokenization import TokenizedClient, TokenizedExample
     from fedmira.model.base import BaseModel
 
 _ANSWER_BYTES = 4
 """A loss crosses as one float32, and so does how sure a comparison with it is."""
-
-
-def _never() -> bool:
-    return False
-
-
-def _ignore(done: int, total: int) -> None:
-    pass
 
 
 class InProcess:
@@ -70,8 +63,8 @@ class InProcess:
         job: Job,
         *,
         progress: Progress | None = None,
-        should_stop: Callable[[], bool] = _never,
-        on_step: Callable[[int, int], None] = _ignore,
+        should_stop: Callable[[], bool] = never,
+        on_step: Callable[[int, int], None] = ignore,
     ) -> Results:
         """See `fedmira.exchange.Exchange.run`."""
         # a round that goes on where it was stopped took the time before that too
@@ -132,7 +125,7 @@ class InProcess:
         examples = [examples_asked(trial, client) for client in asked]
         tokens_S = [sum(example.num_supervised for example in of_client) for of_client in examples]
         mean_SQ = torch.full((len(asked), trial.num_candidates), torch.nan, dtype=torch.float64)
-        scatter_SQ = None if trial.versus is None else mean_SQ.clone()
+        scatter_SQ = mean_SQ.clone() if trial.versus else None
         versus_SN: list[list[float]] = []
         crossed = (0, 0)
         for number in range(trial.num_candidates):
@@ -140,7 +133,7 @@ class InProcess:
             if number == 0:
                 crossed = trial_bytes(trial, self._layout, arena.values_KP)
             losses_SN = example_losses(self._base, arena, examples, self._batch_tokens)
-            if number == trial.versus:
+            if number in trial.versus:
                 versus_SN = losses_SN
             for row, losses_N in enumerate(losses_SN):
                 if losses_N:
@@ -172,6 +165,6 @@ def trial_bytes(trial: Trial, layout: Layout, rows_SP: torch.Tensor) -> tuple[in
         rows_SP: one of the candidates; all are of one size.
     """
     groups = layout.groups if trial.groups is None else trial.groups
-    compared = 0 if trial.versus is None else trial.num_candidates - 1 - trial.versus
+    compared = trial.num_candidates - trial.versus[0] - len(trial.versus) if trial.versus else 0
     answers = len(trial.ids) * (trial.num_candidates + compared) * _ANSWER_BYTES
     return answers, trial.sent * crossing_bytes(layout, groups, rows_SP) if trial.sent else 0

@@ -16,7 +16,7 @@ from dataclasses import replace
 
 import torch
 
-from fedmira.config.method import ChoiceConfig
+from fedmira.config.mira import ChoiceConfig
 from fedmira.federation.method import Info, State
 from fedmira.federation.questions import only_to_judge
 from fedmira.types import Arena, Losses, Participants, Results, Trial
@@ -110,7 +110,7 @@ def ask(
         return blended(state, alpha_K, ids).values_KP
 
     sent = only_to_judge(participants, num_clients)
-    versus = 0 if config.shrinkage else None
+    versus = (0,) if config.shrinkage else ()
     return Trial(ids, len(config.grid), candidate, sent, groups=groups, versus=versus) if ids else None
 
 

@@ -5,8 +5,12 @@ Knows nothing about what is asked. Axes: S asked, Q candidates, P parameters of 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+
 import torch
 
+from fedmira.federation.method import Info, Method, State
 from fedmira.types import Losses, Participants, Trial
 
 
@@ -33,7 +37,8 @@ def together(first: Trial | None, rest: Trial | None) -> Trial | None:
     """Return both questions as one; `apart` undoes it. None if there is nothing to ask.
 
     Raises:
-        ValueError: the two go to other clients, or to other examples, or the first compares its candidates.
+        ValueError: the two go to other clients, or to other examples, or the first compares its candidates and would
+            compare the other's as well.
     """
     if first is None and rest is None:
         return None
@@ -42,8 +47,8 @@ def together(first: Trial | None, rest: Trial | None) -> Trial | None:
     if rest is not None and (one.ids, one.split) != (rest.ids, rest.split):
         raise ValueError("questions that are asked together go to other clients, or to other examples")
     before = 0 if first is None else first.num_candidates
-    if rest is not None and first is not None and first.versus is not None:
-        raise ValueError("a question that compares its candidates is asked after all others")
+    if first is not None and first.versus and rest is not None and rest.versus[:1] != (0,):
+        raise ValueError("a question that compares its candidates is asked after all others, or before one that does")
 
     def candidate(number: int) -> torch.Tensor:
         part, place = (first, number) if number < before else (rest, number - before)
@@ -54,7 +59,7 @@ def together(first: Trial | None, rest: Trial | None) -> Trial | None:
         num_candidates=before + (rest.num_candidates if rest is not None else 0),
         candidate=candidate,
         sent=sum(part.sent for part in (first, rest) if part is not None),
-        versus=one.versus if rest is None or rest.versus is None else before + rest.versus,
+        versus=(*(first.versus if first else ()), *(before + number for number in (rest.versus if rest else ()))),
         parts=(before, *((rest.parts or (rest.num_candidates,)) if rest is not None else ())),
     )
 
@@ -64,16 +69,41 @@ def apart(trial: Trial, losses: Losses) -> tuple[tuple[Trial | None, Losses], tu
     before, *others = trial.parts
     first = rest = None
     if before or trial.compare_SP is not None:
-        first = trial._replace(num_candidates=before, parts=(), versus=None if others else trial.versus)
+        own = tuple(number for number in trial.versus if number < before)
+        first = trial._replace(num_candidates=before, parts=(), versus=own)
     if others:
         rest = trial._replace(
             num_candidates=trial.num_candidates - before,
             candidate=lambda number: trial.candidate(before + number),
             parts=tuple(others),
             compare_SP=None,
-            versus=None if trial.versus is None else trial.versus - before,
+            versus=tuple(number - before for number in trial.versus if number >= before),
         )
     return (first, _columns(losses, slice(None, before))), (rest, _columns(losses, slice(before, None)))
+
+
+def answered(
+    method: Method,
+    state: State,
+    trial: Trial,
+    losses: Losses,
+    hear: Callable[[Trial, Losses], Mapping[str, torch.Tensor]],
+) -> tuple[State, Info]:
+    """Return what follows from the answers to a trial of `together`: `hear` remembers, then `method` decides its own.
+
+    Args:
+        method: whose own question is the rest of the trial, if it has one.
+        state: before the answers.
+        trial: the question.
+        losses: the answers.
+        hear: from the first question and its answers to what replaces parts of the memory.
+    """
+    (first, first_losses), (own, own_losses) = apart(trial, losses)
+    if first is not None:
+        state = replace(state, memory={**state.memory, **hear(first, first_losses)})
+    if own is None or method.decide is None:
+        return state, Info({})
+    return method.decide(state, own, own_losses)
 
 
 def _columns(losses: Losses, candidates: slice) -> Losses:

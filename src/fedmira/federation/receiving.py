@@ -5,7 +5,7 @@ Knows nothing about how they are mixed. Axes: K clients, S returned, P parameter
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -107,3 +107,8 @@ def exchange_groups(groups: frozenset[str] | None) -> Callable[[State, Participa
 def own_adapters(state: State) -> Arena:
     """Return the adapters of the state: each client is judged by its own row."""
     return state.adapters
+
+
+def share_of(last_round_K: Sequence[int], round_: int) -> float:
+    """How much of a round the last one was: the share of the clients that returned in it, 0 .. 1."""
+    return sum(last == round_ for last in last_round_K) / len(last_round_K)

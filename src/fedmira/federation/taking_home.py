@@ -17,20 +17,23 @@ import torch
 
 from fedmira.federation.method import Info, Method, State
 from fedmira.federation.questions import apart, together
+from fedmira.federation.receiving import share_of
 from fedmira.types import Arena, Clients, Losses, Participants, Results, Trial
 
 
 def over_rounds(method: Method, decay: float, *, judged: bool = False) -> Method:
-    """Return `method` whose clients take home decay h + (1 - decay) x: x what they would, h what they had a round ago.
+    """Return `method` whose clients take home d h + (1 - d) x: x what they would, h what they had a round ago.
 
-    A client that had not returned by then has no h, and takes home x.
+    d is `decay` to the power of the share of the clients that returned: a round of a quarter of them is a quarter of a
+    round. A client that had not returned by then has no h, and takes home x.
 
     Args:
         method: any that leaves the base as it is; to another base earlier adapters do not fit.
         decay: in [0, 1); 0 returns `method` itself, and costs nothing.
-        judged: after the last round clients judge x and the average, and all take home x if the mean of their losses is
-            smaller with it: one client's few examples could not tell. Needs a method whose own question is about what
-            clients may take home.
+        judged: after the last round clients judge x and the average, each as `method` asks about it; all take home what
+            `method` decides about x if the mean of their losses is smaller with it than with what it decides about the
+            average: one client's few examples could not tell. Needs a method whose own question is about what clients
+            may take home.
     """
     if not decay:
         return method
@@ -39,24 +42,29 @@ def over_rounds(method: Method, decay: float, *, judged: bool = False) -> Method
         state = method.init(initial, clients)
         before = {
             "home": initial.values_KP.clone(),
-            "has_home": torch.zeros(initial.num_clients),
+            "home_share": torch.zeros(initial.num_clients, dtype=torch.float64),
             "takes_average": torch.ones(1),
         }
         return replace(state, memory={**state.memory, **before})
 
     def merge(state: State, participants: Participants, results: Results) -> tuple[State, Info]:
         after, info = method.merge(state, participants, results)
-        has_home_K = torch.tensor([float(last > 0) for last in state.last_round_K]).to(state.memory["has_home"])
+        share = decay ** share_of(after.last_round_K, participants.round)
+        shares_K = [share if last else 0.0 for last in state.last_round_K]
         # the average goes on as if clients had not been asked whether they want it
         home_KP = averaged(state, method.personalise(state).values_KP, slice(None))
-        before = {"home": home_KP, "has_home": has_home_K, "takes_average": torch.ones(1)}
+        before = {
+            "home": home_KP,
+            "home_share": torch.tensor(shares_K).to(state.memory["home_share"]),
+            "takes_average": torch.ones(1),
+        }
         return replace(after, memory={**after.memory, **before}), info
 
     def averaged(state: State, now_SP: torch.Tensor, rows: Sequence[int] | slice) -> torch.Tensor:
-        has_home_S = state.memory["has_home"][rows]
-        if not has_home_S.any():
+        share_S = state.memory["home_share"][rows]
+        if not share_S.any():
             return now_SP
-        return torch.lerp(now_SP, state.memory["home"][rows], (decay * has_home_S[:, None]).to(now_SP))
+        return torch.lerp(now_SP, state.memory["home"][rows], share_S[:, None].to(now_SP))
 
     def personalise(state: State) -> Arena:
         now = method.personalise(state)
@@ -64,15 +72,11 @@ def over_rounds(method: Method, decay: float, *, judged: bool = False) -> Method
 
     def trial(state: State, participants: Participants, results: Results) -> Trial | None:
         own = method.trial(state, participants, results) if method.trial else None
-        if own is None or not participants.last or not state.memory["has_home"][list(own.ids)].any():
+        if own is None or not participants.last or not state.memory["home_share"][list(own.ids)].any():
             return together(None, own)
         rows, sent = list(own.ids), int(len(participants.ids) < state.adapters.num_clients)
         candidates = own._replace(
-            candidate=lambda number: averaged(state, own.candidate(number), rows),
-            sent=sent,
-            parts=(),
-            compare_SP=None,
-            versus=None,
+            candidate=lambda number: averaged(state, own.candidate(number), rows), sent=sent, parts=(), compare_SP=None
         )
         return together(candidates, own)
 
@@ -80,23 +84,29 @@ def over_rounds(method: Method, decay: float, *, judged: bool = False) -> Method
         (average, average_losses), (own, own_losses) = apart(trial, losses)
         assert own is not None
         assert method.decide is not None
-        state, info = method.decide(state, own, own_losses)
+        without, info = method.decide(state, own, own_losses)
         if average is None:
-            return state, info
-        # which candidate each client took; nearest and not equal, as candidates may have been cut to a client's rank
-        taken_SP = method.personalise(state).values_KP[list(trial.ids)]
-        distance_SQ = [(own.candidate(q) - taken_SP).square().sum(dim=1) for q in range(own.num_candidates)]
-        taken_S1 = torch.stack(distance_SQ, dim=1).argmin(dim=1, keepdim=True).cpu()
+            return without, info
+        with_, its_info = method.decide(state, own, average_losses)
         heard_S = torch.tensor(losses.examples_S) > 0
-        with_S, without_S = (
-            answers.mean_SQ.gather(1, taken_S1)[heard_S, 0].nan_to_num(nan=torch.inf)
-            for answers in (average_losses, own_losses)
+        without_S, with_S = (
+            what_was_taken(after, own, answers)[heard_S].nan_to_num(nan=torch.inf)
+            for after, answers in ((without, own_losses), (with_, average_losses))
         )
         # a loss that is not finite any more is worse than any that is, and two of them are equal
         gain = (without_S - with_S).nan_to_num(nan=0.0).sum()
-        better = float(gain.isnan() or gain >= 0)
-        state = replace(state, memory={**state.memory, "takes_average": torch.full((1,), better)})
-        return state, info._replace(numbers={**info.numbers, "takes_average": better})
+        if gain.isnan() or gain >= 0:
+            return with_, its_info._replace(numbers={**its_info.numbers, "takes_average": 1.0})
+        without = replace(without, memory={**without.memory, "takes_average": torch.zeros(1)})
+        return without, info._replace(numbers={**info.numbers, "takes_average": 0.0})
+
+    def what_was_taken(after: State, own: Trial, answers: Losses) -> torch.Tensor:
+        """Losses (S,) with the candidates that clients took; nearest and not equal, as candidates may have been cut to
+        a client's rank."""
+        taken_SP = method.personalise(after).values_KP[list(own.ids)]
+        distance_SQ = [(own.candidate(q) - taken_SP).square().sum(dim=1) for q in range(own.num_candidates)]
+        taken_S1 = torch.stack(distance_SQ, dim=1).argmin(dim=1, keepdim=True).cpu()
+        return answers.mean_SQ.gather(1, taken_S1)[:, 0]
 
     over = method._replace(init=init, merge=merge, personalise=personalise)
     return over._replace(trial=trial, decide=decide) if judged else over

@@ -1,8 +1,9 @@
 """MIRA with an implicit, confidence-weighted server step over all clients with stored adapters.
 
 Theta <- (C + tau L)^-1 C Theta. Theta holds the last upload of every client, so nobody's old adapter is mixed twice;
-C = diag(n_k / mean n * decay^rounds since), 0 for clients never seen. The graph is learned from the uploads unless one
-is given. Stable for any strength. Knows nothing about models, data or how the uploads were made.
+C = diag(n_k / mean n * decay^rounds since), 0 for clients never seen; a round of a part of the clients counts as that
+part. The graph is learned from the uploads unless one is given. Stable for any strength. Knows nothing about models,
+data or how the uploads were made.
 """
 
 from __future__ import annotations
@@ -12,12 +13,12 @@ from functools import partial
 
 import numpy as np
 
-from fedmira.config.method import MiraConfig
+from fedmira.config.mira import MiraConfig
 from fedmira.federation.choosing import ask, choose, first_choice, taken
 from fedmira.federation.graph import Graph
 from fedmira.federation.learned_graphs import Seen, learner
 from fedmira.federation.method import Info, Method, State
-from fedmira.federation.receiving import exchange_groups, first_state, received
+from fedmira.federation.receiving import exchange_groups, first_state, received, share_of
 from fedmira.federation.server_step import Mixture, server_step
 from fedmira.federation.strengths import chosen_together, in_use
 from fedmira.types import Arena, Clients, Job, Participants, Results
@@ -49,7 +50,8 @@ def build(config: MiraConfig, clients: Clients, graph: Graph | None) -> Method:
     def mixtures(
         related: Graph, uploads: Arena, last_round_K: tuple[int, ...], round_: int
     ) -> Callable[[float], Mixture]:
-        faded_K = [max(decay ** (round_ - last), _LEAST) if last else 0.0 for last in last_round_K]
+        fading = decay ** share_of(last_round_K, round_)
+        faded_K = [max(fading ** (round_ - last), _LEAST) if last else 0.0 for last in last_round_K]
         confidence_K = [
             0.0 if not last else np.inf if not factor else n / mean_examples * faded / factor
             for n, last, faded, factor in zip(clients.num_examples_K, last_round_K, faded_K, factors_K, strict=True)
