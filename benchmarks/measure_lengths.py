@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 from benchmarks.lengths import LENGTHS_FILE
-from fedmira.config.run import DollyConfig, NaturalInstructionsConfig
+from fedmira.config.data import DollyConfig, NaturalInstructionsConfig
 from fedmira.data.prompts import render
 from fedmira.data.sources import dolly, natural_instructions
 from fedmira.randomness import generator

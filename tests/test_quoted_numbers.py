@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from decimal import Decimal
 from pathlib import Path
 from typing import TypeAlias
@@ -16,7 +16,7 @@ CONCEPTS = " ".join((DOCS / "concepts.md").read_text("utf-8").split())
 
 
 def number(page: str, section: str, row: str, column: str) -> Decimal:
-    """What a table says; of a cell with an interval or an error its first number, without its sign.
+    """What a table says; of a cell with an interval or an error its first number.
 
     Args:
         page: of `docs/results`.
@@ -30,8 +30,13 @@ def number(page: str, section: str, row: str, column: str) -> Decimal:
     lines = [line for line in part.splitlines() if line.startswith("|")]
     head, _, *rows = [[cell.strip(" `") for cell in line.strip("|").split("|")] for line in lines]
     [cells] = [cells for cells in rows if cells[0] == row]
-    found = re.search(r"\d+(?:\.\d+)?", cells[head.index(column)])
-    assert found, cells
+    return first_number(cells[head.index(column)])
+
+
+def first_number(cell: str) -> Decimal:
+    """With its sign."""
+    found = re.search(r"[+-]?\d+(?:\.\d+)?", cell)
+    assert found, cell
     return Decimal(found[0])
 
 
@@ -43,8 +48,13 @@ def loss(row: str, section: str = "planted") -> Source:
     return source("methods", section, row, "mean loss")
 
 
-def versus_mira(row: str, section: str = "planted") -> Source:
+def above_mira(row: str, section: str = "planted") -> Source:
     return source("methods", section, row, "vs mira [95 %]")
+
+
+def below_alone(row: str, section: str = "planted") -> Source:
+    above = source("methods", section, row, "vs local_only [95 %]")
+    return lambda: -above()
 
 
 def attacked(row: str, column: str) -> Source:
@@ -66,8 +76,8 @@ def most(cells: Iterable[Source]) -> Source:
 FEDERATIONS = ("flan", "flan_few", "instruction_induction", "natural_instructions", "planted", "planted_unequal")
 BY_CHANCE = [source("methods", one, "local_only-other-batches", "harmed") for one in FEDERATIONS]
 JOINED = ("joined, welcomed", "joined, fresh", "there from the start")
-SHARED_A = [versus_mira(row, "instruction_induction") for row in ("mira-shared-a", "mira-shared-a-asks-nobody")]
-UNRELATED = [versus_mira(row) for row in ("mira-uniform", "mira-random", "mira-permuted", "mira-embeddings")]
+SHARED_A = [above_mira(row, "instruction_induction") for row in ("mira-shared-a", "mira-shared-a-asks-nobody")]
+UNRELATED = [above_mira(row) for row in ("mira-uniform", "mira-random", "mira-permuted", "mira-embeddings")]
 QUOTED: tuple[tuple[str, tuple[Source, ...]], ...] = (
     ("on planted tasks it comes to {}", (loss("mira"),)),
     ("the true graph, learned clusters and smooth graphs to {}", (loss("mira-true"),)),
@@ -76,7 +86,7 @@ QUOTED: tuple[tuple[str, tuple[Source, ...]], ...] = (
     ("prompts' embeddings cost {} to {} nats there", (least(UNRELATED), most(UNRELATED))),
     (
         "On planted tasks 1 costs {}, 4 a little ({}",
-        tuple(versus_mira(row) for row in ("mira-strength-1", "mira-strength-4")),
+        tuple(above_mira(row) for row in ("mira-strength-1", "mira-strength-4")),
     ),
     (
         "2, 4, 8, 16 and 32 come to {}, {}, {}, {} and {}",
@@ -99,7 +109,7 @@ QUOTED: tuple[tuple[str, tuple[Source, ...]], ...] = (
     ("It leaves {}, where `pfedgraph` has {}", (attacked("mira-krum", "turned"), attacked("pfedgraph", "turned"))),
     (
         "`mira` is {} below training alone and {} below one model for all",
-        (source("methods", "flan_few", "mira", "vs local_only [95 %]"), versus_mira("fedit", "flan_few")),
+        (below_alone("mira", "flan_few"), above_mira("fedit", "flan_few")),
     ),
     (
         "end at {} so, at {} if they start from the initial adapter, and at {} if they were there",
@@ -116,11 +126,40 @@ def found(words: str) -> re.Match[str]:
     return matches[0]
 
 
+def correction(words: str, quoted: Sequence[str], values: Sequence[Decimal]) -> str:
+    """What the page must say instead; empty where all that it quotes is what the results have, to its digits."""
+    right = []
+    for text, value in zip(quoted, values, strict=True):
+        last_digit = Decimal(10) ** -len(text.partition(".")[2])
+        right.append(text if abs(Decimal(text) - value) <= last_digit / 2 else f"{value.quantize(last_digit)}")
+    if right == list(quoted):
+        return ""
+    message = f'docs/concepts.md says "{words.format(*quoted)}"; write "{words.format(*right)}"'
+    if any(value.startswith("-") for value in right):
+        message += ". A minus sign means that the opposite is true: say so in words"
+    return message
+
+
 @pytest.mark.parametrize(("words", "sources"), QUOTED, ids=[words for words, _ in QUOTED])
 def test_what_the_page_quotes_stands_in_the_results(words: str, sources: tuple[Source, ...]) -> None:
-    for quoted, of_page in zip(found(words).groups(), sources, strict=True):
-        half_a_digit = Decimal(10) ** -len(quoted.partition(".")[2]) / 2
-        assert abs(Decimal(quoted) - of_page()) <= half_a_digit, f"{quoted}: the page of results has {of_page()}"
+    wrong = correction(words, found(words).groups(), [of_page() for of_page in sources])
+    assert not wrong, wrong
+
+
+def test_a_number_or_a_sign_that_changed_is_named_with_what_to_write() -> None:
+    words, quoted = "1 costs {}, 4 a little ({}", ("0.17", "0.06")
+    assert not correction(words, quoted, [Decimal("0.165"), Decimal("0.064")])
+    changed = correction(words, quoted, [Decimal("0.172"), Decimal("0.083")])
+    assert changed == 'docs/concepts.md says "1 costs 0.17, 4 a little (0.06"; write "1 costs 0.17, 4 a little (0.08"'
+    turned = correction(words, quoted, [Decimal("-0.166"), Decimal("0.060")])
+    assert turned.endswith(
+        '; write "1 costs -0.17, 4 a little (0.06". A minus sign means that the opposite is true: say so in words'
+    )
+    assert [first_number(cell) for cell in ("-0.19 [-0.24, -0.13]", "+0.02", "7.5%")] == [
+        Decimal("-0.19"),
+        Decimal("0.02"),
+        Decimal("7.5"),
+    ]
 
 
 def test_every_decimal_number_of_these_sections_is_looked_up() -> None:

@@ -271,6 +271,20 @@ def test_what_runs_of_before_wrote_down_means_what_they_did() -> None:
     assert parse_resolved(resolved_yaml(default)) == default
 
 
+@pytest.mark.parametrize("method", ["fedlease", "fedtreelora"])
+def test_what_is_refused_today_can_be_read_where_it_was_done(method: str) -> None:
+    written = resolved_yaml(RunConfig.model_validate({"method": {"name": method}}))
+    of_before = written.replace("client_ranks: []", "client_ranks: [2, 8]")
+    assert parse_resolved(of_before).model.adapter.client_ranks == (2, 8)
+    with pytest.raises(
+        ConfigError, match=r"more alike among clients of one rank .*; remove model\.adapter\.client_ranks"
+    ):
+        parse_config(of_before)
+    # what could never be is no config, and damage is no wish
+    with pytest.raises(ConfigError, match="no such key"):
+        parse_resolved(f"{of_before}a_key_of_another_version: 1\n")
+
+
 @pytest.mark.parametrize(("source", "name"), [("jsonl", "a73865ee"), ("huggingface", "06dafe11")])
 def test_keys_of_records_that_came_later_leave_the_hash_as_it_was_while_unused(source: str, name: str) -> None:
     before = parse_config(f"data: {{source: {source}, path: x}}")

@@ -22,6 +22,7 @@ class ByName(InProcess):
 
     def run(self, job: Job, **more: Any) -> Results:
         results = super().run(job, **more)
+        rows = [row for row, report in enumerate(results.reports) if not report.failure]
         names = [self._clients[id_].name for id_ in results.ids]
         specs = [spec for spec in self._layout.specs if spec.group in job.upload]
         uploads = [
@@ -31,10 +32,12 @@ class ByName(InProcess):
             for name, row_P in zip(names, results.values_SP, strict=True)
         ]
         ratio = self._seam._config.max_norm_ratio
-        admitted = admit(self._layout, job.upload, uploads, names, job.start_SP, ratio)
+        admitted = admit(self._layout, job.upload, uploads, names, job.start_SP[rows], ratio)
         reasons = {results.ids[place]: reason for place, reason in admitted.rejected.items()}
         return results._replace(
             ids=tuple(results.ids[place] for place in admitted.accepted),
             values_SP=admitted.values_SP,
-            reports=tuple(report._replace(failure=reasons.get(report.id, "")) for report in results.reports),
+            reports=tuple(
+                report._replace(failure=reasons.get(report.id, report.failure)) for report in results.reports
+            ),
         )

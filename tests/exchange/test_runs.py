@@ -274,6 +274,22 @@ def test_sound_uploads_by_name_come_to_the_same_bits_as_in_process(
     assert all(torch.equal(tensors[name], plain[0][name]) for name in plain[0])
 
 
+def test_who_never_came_to_send_by_name_is_told_as_in_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def hurt(values_SP: torch.Tensor, ids: tuple[int, ...]) -> None:
+        values_SP[ids.index(1), -1] = math.nan
+
+    damaged(monkeypatch, hurt)
+    config = tiny({}, federation={"rounds": 2})
+    plain = run(config, directory=tmp_path / "plain")
+    monkeypatch.setattr(assembly, "InProcess", ByName)
+    by_name = run(config, directory=tmp_path / "by name")
+    failures = [event["failures"] for event in events(by_name)]
+    assert failures == [event["failures"] for event in events(plain)]
+    assert [failure["client"] for of_round in failures for failure in of_round] == [CLIENTS[1]] * 2
+    tensors, expected = outcome(config, by_name)[0], outcome(config, plain)[0]
+    assert all(torch.equal(tensors[name], expected[name]) for name in expected)
+
+
 def test_a_round_in_which_all_are_rejected_stops_the_run_and_names_the_first(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from fedmira import assembly, embedded_base_path
 from fedmira.assembly import assemble
+from fedmira.config.file import parse_resolved, resolved_yaml
 from fedmira.config.run import RunConfig
 from fedmira.errors import SetupError
 from fedmira.experiment import run
@@ -100,6 +101,17 @@ def test_a_whole_model_keeps_the_dtype_it_was_trained_in(tmp_path: Path, monkeyp
     del manifest["model"]["dtype"]
     (path / "manifest.json").write_text(json.dumps(manifest))
     assert load_trained(path).base.dtype == torch.float32
+
+
+def test_a_run_that_would_be_refused_today_is_exported(tmp_path: Path) -> None:
+    """Clusters of clients with different ranks were found before anybody knew that they show the ranks."""
+    of_before = resolved_yaml(config()).replace("name: local_only", "name: fedlease")
+    path = run(parse_resolved(of_before.replace("client_ranks: []", "client_ranks: [1, 2]")), directory=tmp_path)
+    assert load_trained(path).config.model.adapter.client_ranks == (1, 2)
+    assert (
+        json.loads((export_clients(path, CLIENT, tmp_path / "out")[CLIENT] / "adapter_config.json").read_text())["r"]
+        == 1
+    )
 
 
 def test_a_rank_beyond_what_vllm_serves_is_said(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -175,6 +177,29 @@ def test_confidence_is_size_over_mean_size_times_decay_per_round_of_all_since() 
     matrix = implicit_matrix(known.random(6, 0), 0.8, confidence.tolist())
     expected = matrix @ state.memory["uploads"].numpy()
     assert np.allclose(state.adapters.values_KP, expected, rtol=0, atol=1e-12)
+
+
+def test_a_round_of_few_clients_makes_nobody_fresh_again() -> None:
+    who, everybody = clients(), (0, 1, 2, 3, 4, 5)
+    method = build_method(mira_with("labels", staleness_decay=0.5), who)
+
+    def after(state: State, participants: Participants, failed: tuple[int, ...] = ()) -> State:
+        results = trained(method.plan(state, participants), who.names, set(failed))
+        return method.merge(state, participants, results)[0]
+
+    state = fresh(method)
+    for round_, failed in enumerate([(), (0,), (0, 1, 2), (0, 2, 3, 4, 5)], start=1):
+        state = after(state, Participants(round_, everybody), failed)
+    # what has gone by since each returned, in rounds of all: 5/6, 3/6 and 1/6
+    assert state.memory["away"].tolist() == pytest.approx([9 / 6, 0, 4 / 6, 1 / 6, 1 / 6, 1 / 6])
+    size = np.array(who.num_examples_K) / np.mean(who.num_examples_K)
+    confidence = (size * 0.5 ** state.memory["away"].numpy()).tolist()
+    expected = implicit_matrix(known.labels(who.tasks), 1.0, confidence) @ state.memory["uploads"].numpy()
+    assert np.allclose(state.adapters.values_KP, expected, rtol=0, atol=1e-12)
+    # a checkpoint of before this was kept counts rounds, whoever took part
+    older = replace(state, memory={name: value for name, value in state.memory.items() if name != "away"})
+    later = after(older, Participants(5, (1,)))
+    assert later.memory["away"].tolist() == pytest.approx([3 + 1 / 6, 0, 2 + 1 / 6, 1 + 1 / 6, 1 + 1 / 6, 1 + 1 / 6])
 
 
 def test_stored_uploads_stay_as_sent_so_that_nobody_is_mixed_twice() -> None:

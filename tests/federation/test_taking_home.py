@@ -202,6 +202,43 @@ def test_one_mean_of_losses_decides_for_all(
     assert again.memory["takes_average"] == 1
 
 
+def test_what_they_train_on_from_is_not_decided_by_answers_about_the_average() -> None:
+    who, everybody = clients(), (0, 1, 2, 3, 4, 5)
+    section = {"shrinkage": False, "memory": 0.0, "tolerance": 0.1}
+    method, plain = (build_method(mira_with("labels", ema_decay=decay, choice=section), who) for decay in (0.5, 0.0))
+    state, other = (play(one, one.init(initial(), who), who.names, [everybody] * 2) for one in (method, plain))
+    last = Participants(3, everybody, last=True)
+    merged, trial, decide = asked_after(method, state, last, who.names)
+    other, own, decide_plain = asked_after(plain, other, last, who.names)
+    # of x everybody would lose a fifth by its mixture, of the average it gains half, and the average is better
+    answers_SQ = torch.tensor([[0.9, 0.45, 1.0, 1.2]]).double().expand(6, -1)
+    decided, info = decide(merged, trial, Losses(answers_SQ, (3,) * 6, 0, 0))
+    expected, numbers = decide_plain(other, own, Losses(answers_SQ[:, 2:], (3,) * 6, 0, 0))
+    assert info.numbers == {"mean_alpha": 1.0, "start_from_own": 1.0, "takes_average": 1.0}
+    assert numbers.numbers == {"mean_alpha": 0.0, "start_from_own": 1.0}
+    # all of the mixture in what is taken home
+    torch.testing.assert_close(method.personalise(decided).values_KP, trial.candidate(1))
+    following = Participants(4, everybody)
+    assert same_bytes(method.plan(decided, following).start_SP, plain.plan(expected, following).start_SP)
+    # and what later averages are made of is what was decided of x
+    before = method.personalise(replace(merged, memory={**merged.memory, "average.alpha": torch.zeros(6)}))
+    later, _ = one_round(method, decided, who.names, following)
+    torch.testing.assert_close(later.memory["home"], before.values_KP)
+
+
+def test_a_checkpoint_of_before_shares_were_kept_goes_on() -> None:
+    who, everybody = clients(), (0, 1, 2, 3, 4, 5)
+    method = build_method(mira_with("labels", ema_decay=0.3, choice={"enabled": True}), who)
+    state = play(method, method.init(initial(), who), who.names, [everybody] * 2)
+    newer = ("home_share", "average.alpha")
+    older = replace(state, memory={name: value for name, value in state.memory.items() if name not in newer})
+    assert len(older.memory) == len(state.memory) - 2
+    assert same_bytes(method.personalise(older).values_KP, method.personalise(state).values_KP)
+    one, other = (play(method, before, who.names, [(0, 3)], first=3) for before in (state, older))
+    assert one.memory.keys() == other.memory.keys()
+    assert same_bytes(method.personalise(one).values_KP, method.personalise(other).values_KP)
+
+
 def test_where_nobody_has_a_past_nobody_is_asked_about_it() -> None:
     who, last = clients(), Participants(1, (0, 1, 2), last=True)
     method = build_method(mira_with("labels", ema_decay=0.5, choice={"enabled": True}), who)

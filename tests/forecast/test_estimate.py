@@ -13,6 +13,7 @@ import pytest
 from fedmira.config.run import RunConfig
 from fedmira.errors import ConfigError
 from fedmira.experiment import run
+from fedmira.forecast import estimate as estimating
 from fedmira.forecast.estimate import dry_run
 from fedmira.runs.store import RunStore
 
@@ -56,6 +57,21 @@ def test_bytes_are_predicted_exactly_and_nothing_is_left(
     parts = [getattr(estimate, f"{part}_seconds") for part in ("training", "mixing", "evaluation", "disk")]
     assert all(seconds > 0 for seconds in parts)
     assert estimate.seconds == pytest.approx(sum(parts))
+
+
+@pytest.mark.parametrize("patience", [0.0, estimating._PATIENCE_SECONDS])
+@pytest.mark.parametrize("rounds", [1, 2, 4])
+def test_the_average_of_the_last_round_is_predicted_where_a_run_of_that_length_has_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rounds: int, patience: float
+) -> None:
+    """However many rounds were mixed for the forecast: 0 seconds of patience are one, else they are two."""
+    monkeypatch.setattr(estimating, "_PATIENCE_SECONDS", patience)
+    data = {"source": "planted", "families": 2, "clients_per_family": 2, "examples": 12}
+    wanted = config("mira", data=data, federation={"rounds": rounds, "participation": 0.5})
+    estimate = dry_run(wanted)
+    events = [event for event in RunStore.open(run(wanted, directory=tmp_path)).events() if event["event"] == "round"]
+    assert sum(event["upload_bytes"] for event in events) // rounds == estimate.upload_bytes_per_round
+    assert sum(event["download_bytes"] for event in events) // rounds == estimate.download_bytes_per_round
 
 
 HEAVY = {

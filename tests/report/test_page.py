@@ -19,6 +19,7 @@ import pytest
 from fedmira.errors import IntegrityError, UsageError
 from fedmira.report.page import render, write_report
 from fedmira.report.reading import read
+from fedmira.runs.manifest import MANIFEST, SCHEMA
 
 Make = Callable[..., Path]
 
@@ -345,6 +346,19 @@ def test_nothing_is_written_for_other_or_damaged_folders(tmp_path: Path, make_ru
         write_report(run)
     assert not (run / "report").exists()
     assert not (tmp_path / "report").exists()
+
+
+def test_a_run_whose_manifest_is_of_a_later_schema_is_not_read(make_run: Make, make_study: Make) -> None:
+    run, study = make_run(), make_study()
+    for path in (run, next(study.glob("runs/*"))):
+        manifest = json.loads((path / MANIFEST).read_text())
+        (path / MANIFEST).write_text(json.dumps(manifest | {"schema": SCHEMA}))
+        read(path)
+        (path / MANIFEST).write_text(json.dumps(manifest | {"schema": SCHEMA + 1}))
+    for path in (run, study):
+        with pytest.raises(IntegrityError, match=r"manifest\.json has schema 2, this version of fedmira reads 1"):
+            write_report(path)
+        assert not (path / "report").exists()
 
 
 def test_a_run_that_failed_before_its_first_round_is_said_to_have_none(make_run: Make) -> None:

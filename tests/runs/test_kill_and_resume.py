@@ -25,8 +25,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from fedmira.cli.main import main
 from fedmira.config.file import config_hash, load_config
 from fedmira.runs.checkpoint import FACTS, FOLDER, TENSORS, load_latest
+from fedmira.runs.manifest import MANIFEST
 from fedmira.runs.naming import run_directory
-from fedmira.runs.store import LOCK, LOG, MANIFEST, METRICS, RunStore
+from fedmira.runs.store import LOCK, LOG, METRICS, RunStore
 
 pytestmark = pytest.mark.slow
 

@@ -25,8 +25,9 @@ from fedmira.config.training import FederationConfig, TrainingConfig
 from fedmira.errors import IntegrityError, SetupError, UsageError
 from fedmira.runs.checkpoint import save
 from fedmira.runs.lock import LOCK
+from fedmira.runs.manifest import MANIFEST, SCHEMA
 from fedmira.runs.naming import run_directory
-from fedmira.runs.store import GRAPH, LOG, MANIFEST, METRICS, RESOLVED, SCHEMA, UPLOADS, RunStore
+from fedmira.runs.store import GRAPH, LOG, METRICS, RESOLVED, UPLOADS, RunStore
 from fedmira.studies.compare import study_directory
 
 CONFIG = RunConfig(name="trial", seed=3)

@@ -52,15 +52,17 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
     return parse_config(text, overrides, source=Path(path).name)
 
 
-def parse_config(text: str, overrides: Sequence[str] = (), source: str = "config") -> RunConfig:
-    """Like `load_config`, from text; `source` names it in messages."""
+def parse_config(
+    text: str, overrides: Sequence[str] = (), source: str = "config", *, recorded: bool = False
+) -> RunConfig:
+    """Like `load_config`, from text; `source` names it in messages, and `recorded` says that a run began with it."""
     mistakes = Mistakes(source)
     raw, lines = parse_yaml(text, source, mistakes)
     mistakes.lines = lines
     _forget_other_method(raw, overrides)
     for override in overrides:
         _apply_override(raw, override, mistakes)
-    return _validate(raw, mistakes)
+    return _validate(raw, mistakes, recorded)
 
 
 def resolved_yaml(config: RunConfig) -> str:
@@ -107,12 +109,13 @@ def config_difference(old: RunConfig, new: RunConfig) -> list[str]:
 
 
 def parse_resolved(text: str) -> RunConfig:
-    """Parse what a run or a study wrote down of its config: keys that it lacks mean what was done before they came.
+    """Parse what a run or a study wrote down of its config: keys that it lacks mean what was done before they came, and
+    what has been found since to lead nowhere was done all the same.
 
     Raises:
         ConfigError: as `parse_config`.
     """
-    config = parse_config(text, source="config.resolved.yaml")
+    config = parse_config(text, source="config.resolved.yaml", recorded=True)
     if "cut" in config.data.model_fields_set:
         return config
     return config.model_copy(update={"data": config.data.model_copy(update={"cut": "beginning"})})
@@ -208,10 +211,10 @@ def _apply_override(raw: dict[str, Any], override: str, mistakes: Mistakes) -> N
 # ----------------------------------------------------------------------------------------------------------- validation
 
 
-def _validate(raw: dict[str, Any], mistakes: Mistakes) -> RunConfig:
+def _validate(raw: dict[str, Any], mistakes: Mistakes, recorded: bool) -> RunConfig:
     known = {key: value for key, value in raw.items() if not str(key).startswith("x-")}
     checked = _check_keys(known, RunConfig, (), mistakes)
-    config = _check_values(checked, mistakes)
+    config = _check_values(checked, mistakes, recorded)
     if mistakes.found or config is None:
         raise ConfigError(mistakes.message())
     return config
@@ -281,12 +284,12 @@ def _check_section(
     return _check_keys({**values, section.tag_field: tag}, section.variants[tag], path, mistakes)
 
 
-def _check_values(checked: dict[str, Any], mistakes: Mistakes) -> RunConfig | None:
+def _check_values(checked: dict[str, Any], mistakes: Mistakes, recorded: bool) -> RunConfig | None:
     """Validate until nothing new turns up, each time without the values already known to be wrong."""
     _settle_booleans(checked, RunConfig, (), mistakes)
     while True:
         try:
-            return RunConfig.model_validate(checked)
+            return RunConfig.model_validate(checked, context={"recorded": recorded})
         except ValidationError as error:
             noted = len(mistakes.found)
             for detail in error.errors(include_url=False):

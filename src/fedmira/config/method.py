@@ -130,7 +130,6 @@ class FedLEASEConfig(MethodSection):
     """Clusters found once from B; each shares one adapter."""
 
     clusters_by_factors: ClassVar[bool] = True
-    shows_new_graphs: ClassVar[bool] = True
     name: Literal["fedlease"]
     warmup_rounds: PositiveInt = 1
     """Rounds of training alone, after the last of which clusters are found. The authors: a few epochs."""
@@ -142,7 +141,6 @@ class FedTreeLoRAConfig(MethodSection):
     """One tree of clients, cut deeper for deeper layers; each layer is averaged within its clusters."""
 
     clusters_by_factors: ClassVar[bool] = True
-    shows_new_graphs: ClassVar[bool] = True
     name: Literal["fedtreelora"]
     warmup_rounds: PositiveInt = 1
     """Rounds of training alone, after the last of which the tree is grown."""

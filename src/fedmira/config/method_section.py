@@ -52,8 +52,8 @@ class MethodSection(Section):
 
     ema_decay: Share = 0.0
     """Share of what a client had after the round before in what it takes home: a moving average over rounds, counted by
-    the share of the clients that take part: after four of a quarter it is what one round of all leaves. Clients train
-    on from the last round all the same. 0: what the last round gave it."""
+    the share of the clients that returned: after four of a quarter it is what one round of all leaves. Clients train on
+    from the last round all the same. 0: what the last round gave it."""
 
     @model_validator(mode="after")
     def _average_fits_the_base(self) -> MethodSection:

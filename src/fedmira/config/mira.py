@@ -96,8 +96,8 @@ class MiraConfig(MethodSection):
     client_strength: dict[str, NonNegativeFloat] = Field(default={})
     """Factors on the strength of some clients by name, such as `{anna: 2.0}`; with 0 a client keeps its own upload."""
     staleness_decay: Fraction = 0.7
-    """Confidence of a stored adapter falls by this factor for each round its client was not sampled. Rounds are counted
-    by the share of the clients that take part: four of a quarter are one."""
+    """Confidence of a stored adapter falls by this factor for each round its client did not return. Rounds are counted
+    by the share of the clients that returned: four of a quarter are one."""
     ema_decay: Share = 0.5
     choice: ChoiceConfig = ChoiceConfig()
     """How much of the mixed adapter each client takes; all of it unless `enabled`."""

@@ -9,7 +9,7 @@ import re
 from collections.abc import Sequence
 from typing import Annotated, Literal
 
-from pydantic import Field, PositiveInt, field_validator, model_validator
+from pydantic import Field, PositiveInt, ValidationInfo, field_validator, model_validator
 
 from fedmira.config.basics import (
     RUN_NAME,
@@ -19,9 +19,7 @@ from fedmira.config.basics import (
     Share,
     refuse_strangers,
 )
-
-# two of them for benchmarks/measure_lengths.py
-from fedmira.config.data import DataConfig, DollyConfig, NaturalInstructionsConfig, PlantedConfig  # noqa: F401
+from fedmira.config.data import DataConfig, PlantedConfig
 from fedmira.config.exchange import ExchangeConfig
 from fedmira.config.method import METHOD_NAMES, MethodConfig, method_with_defaults
 from fedmira.config.method_section import AdapterKind
@@ -216,7 +214,7 @@ class RunConfig(Section):
         return self.model
 
     @model_validator(mode="after")
-    def _across_sections(self) -> RunConfig:
+    def _across_sections(self, info: ValidationInfo) -> RunConfig:
         graph = getattr(self.method, "graph", None)
         if graph is not None and graph.kind in ("true", "permuted") and self.data.source != "planted":
             raise ValueError(
@@ -232,7 +230,9 @@ class RunConfig(Section):
                 "has weights of its own and is trained alone; use auto or 1"
             )
         ranks, moments = bool(self.model.adapter.client_ranks), self.training.keep_moments
-        reason = refusal_beside(self.method, self.exchange, ranks, moments)
+        # a run that was done is there to be read, whatever has been learnt since
+        recorded = bool(info.context and info.context.get("recorded"))
+        reason = "" if recorded else refusal_beside(self.method, self.exchange, ranks, moments)
         if reason := reason or refusal_of_dtype(self.method, self.model.dtype):
             raise ValueError(reason)
         if self.exchange.privacy.enabled:

@@ -26,6 +26,9 @@ _HOPELESS = 5.0
 _FURTHEST = 2.0
 """Standard errors by which what all say may move an answer (docs/log.md)."""
 
+KEPT = ("alpha",)
+"""What of its memory says what clients keep; the rest says where they train on from."""
+
 
 def first_choice(num_clients: int) -> dict[str, torch.Tensor]:
     """What is remembered before round 1: everybody keeps all of its mixture and trains on from it; nobody was asked."""

@@ -5,7 +5,7 @@ Knows nothing about how they are mixed. Axes: K clients, S returned, P parameter
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 
@@ -109,6 +109,20 @@ def own_adapters(state: State) -> Arena:
     return state.adapters
 
 
-def share_of(last_round_K: Sequence[int], round_: int) -> float:
-    """How much of a round the last one was: the share of the clients that returned in it, 0 .. 1."""
-    return sum(last == round_ for last in last_round_K) / len(last_round_K)
+def share_of_round(results: Results, num_clients: int) -> float:
+    """How much of a round this one was: the share of all clients that returned, 0 .. 1."""
+    return len(set(results.ids)) / num_clients
+
+
+def away(state: State, results: Results) -> torch.Tensor:
+    """Return how many rounds have gone by since each client returned, (K,), each counted by its share of the clients.
+
+    Args:
+        state: before the round; its memory holds what this returned for the round before as `away`.
+        results: of the round.
+    """
+    # a checkpoint of before it was kept knows rounds, whoever took part in them
+    rounds_K = torch.tensor([float(max(state.last_round_K) - last) for last in state.last_round_K])
+    away_K = state.memory.get("away", rounds_K) + share_of_round(results, state.adapters.num_clients)
+    away_K[list(results.ids)] = 0.0
+    return away_K

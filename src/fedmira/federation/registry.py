@@ -10,6 +10,7 @@ from fedmira.config.method import MethodConfig
 from fedmira.config.training import FederationConfig
 from fedmira.errors import ConfigError
 from fedmira.federation.asked_graphs import asking
+from fedmira.federation.choosing import KEPT
 from fedmira.federation.diagnostics import diagnosed
 from fedmira.federation.graph import Graph, Matrix
 from fedmira.federation.known_graphs import resolve_graph
@@ -122,7 +123,8 @@ def build_method(
     method = METHODS[config.name](config, clients, graph, federation)
     # innermost, so that the average is of what clients keep before ranks cut it and diagnostics look at it
     choice = getattr(config, "choice", None)
-    method = over_rounds(method, config.ema_decay, judged=choice is not None and choice.enabled and choice.average)
+    judged = KEPT if choice is not None and choice.enabled and choice.average else ()
+    method = over_rounds(method, config.ema_decay, judged)
     if clients.ranks_K is not None:
         method = within_ranks(method, clients.ranks_K, pooled=config.pools_examples)
     if section is None:

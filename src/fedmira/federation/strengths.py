@@ -35,7 +35,7 @@ def in_use(strength: float | str, memory: Mapping[str, torch.Tensor]) -> float:
 
 def chosen_together(
     method: Method,
-    mixtures: Callable[[Graph, Arena, tuple[int, ...], int], Callable[[float], Mixture]],
+    mixtures: Callable[[Graph, Arena, tuple[int, ...], torch.Tensor], Callable[[float], Mixture]],
     groups: frozenset[str] | None = None,
 ) -> Method:
     """Return `method` with the question which strength to use in the next round, asked together with its own.
@@ -46,8 +46,9 @@ def chosen_together(
     at hand when clients are asked, so the graph is remembered by blocks of layers.
 
     Args:
-        method: keeps what it mixes in its memory as `uploads`, and mixes with `in_use` on the graph of its `Info`.
-        mixtures: the mixture of each strength, from the graph, the uploads, their rounds and the round.
+        method: keeps what it mixes in its memory as `uploads`, how long ago that was as `away`, and mixes with `in_use`
+            on the graph of its `Info`.
+        mixtures: the mixture of each strength, from the graph, the uploads, their rounds and how long ago they were.
         groups: of tensors that cross; None means all.
     """
 
@@ -74,7 +75,7 @@ def chosen_together(
             return together(None, own)
         rows, uploads = list(results.ids), state.adapters.replace(state.memory["uploads"])
         related = from_blocks(state.memory["relations"], uploads.layout.layers, "remembered")
-        of_strength = mixtures(related, uploads, state.last_round_K, participants.round)
+        of_strength = mixtures(related, uploads, state.last_round_K, state.memory["away"])
 
         def candidate(number: int) -> torch.Tensor:
             return of_strength(GRID[number]).adapters.values_KP[rows]

@@ -10,18 +10,21 @@ Axes: K clients, S asked, Q candidates, P parameters of one adapter.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 import torch
 
 from fedmira.federation.method import Info, Method, State
 from fedmira.federation.questions import apart, together
-from fedmira.federation.receiving import share_of
+from fedmira.federation.receiving import share_of_round
 from fedmira.types import Arena, Clients, Losses, Participants, Results, Trial
 
+_ABOUT_AVERAGE = "average."
+"""Begins the names of what is decided about the average."""
 
-def over_rounds(method: Method, decay: float, *, judged: bool = False) -> Method:
+
+def over_rounds(method: Method, decay: float, judged: Collection[str] = ()) -> Method:
     """Return `method` whose clients take home d h + (1 - d) x: x what they would, h what they had a round ago.
 
     d is `decay` to the power of the share of the clients that returned: a round of a quarter of them is a quarter of a
@@ -30,10 +33,10 @@ def over_rounds(method: Method, decay: float, *, judged: bool = False) -> Method
     Args:
         method: any that leaves the base as it is; to another base earlier adapters do not fit.
         decay: in [0, 1); 0 returns `method` itself, and costs nothing.
-        judged: after the last round clients judge x and the average, each as `method` asks about it; all take home what
-            `method` decides about x if the mean of their losses is smaller with it than with what it decides about the
-            average: one client's few examples could not tell. Needs a method whose own question is about what clients
-            may take home.
+        judged: what `method` remembers of a decision what clients keep. After the last round they then judge x and the
+            average, each as `method` asks about it, and keep of each what it decides about it; all take home x if the
+            mean of their losses is smaller with it: one client's few examples could not tell. Where they train on from
+            and what later averages are made of is decided about x. Empty where nobody is asked.
     """
     if not decay:
         return method
@@ -42,37 +45,46 @@ def over_rounds(method: Method, decay: float, *, judged: bool = False) -> Method
         state = method.init(initial, clients)
         before = {
             "home": initial.values_KP.clone(),
-            "home_share": torch.zeros(initial.num_clients, dtype=torch.float64),
+            "has_home": torch.zeros(initial.num_clients),
+            "home_share": torch.full((1,), decay, dtype=torch.float64),
             "takes_average": torch.ones(1),
         }
-        return replace(state, memory={**state.memory, **before})
+        return replace(state, memory={**state.memory, **before, **about_average(state)})
 
     def merge(state: State, participants: Participants, results: Results) -> tuple[State, Info]:
         after, info = method.merge(state, participants, results)
-        share = decay ** share_of(after.last_round_K, participants.round)
-        shares_K = [share if last else 0.0 for last in state.last_round_K]
+        has_home_K = torch.tensor([float(last > 0) for last in state.last_round_K]).to(state.memory["has_home"])
+        share = decay ** share_of_round(results, state.adapters.num_clients)
         # the average goes on as if clients had not been asked whether they want it
         home_KP = averaged(state, method.personalise(state).values_KP, slice(None))
         before = {
             "home": home_KP,
-            "home_share": torch.tensor(shares_K).to(state.memory["home_share"]),
+            "has_home": has_home_K,
+            "home_share": torch.full((1,), share, dtype=torch.float64),
             "takes_average": torch.ones(1),
         }
-        return replace(after, memory={**after.memory, **before}), info
+        return replace(after, memory={**after.memory, **before, **about_average(after)}), info
 
     def averaged(state: State, now_SP: torch.Tensor, rows: Sequence[int] | slice) -> torch.Tensor:
-        share_S = state.memory["home_share"][rows]
-        if not share_S.any():
+        has_home_S = state.memory["has_home"][rows]
+        if not has_home_S.any():
             return now_SP
-        return torch.lerp(now_SP, state.memory["home"][rows], share_S[:, None].to(now_SP))
+        # a checkpoint of before it was kept has none
+        share = float(state.memory.get("home_share", torch.tensor([decay])))
+        return torch.lerp(now_SP, state.memory["home"][rows], (share * has_home_S[:, None]).to(now_SP))
 
     def personalise(state: State) -> Arena:
-        now = method.personalise(state)
-        return now.replace(averaged(state, now.values_KP, slice(None))) if state.memory["takes_average"] else now
+        if not state.memory["takes_average"]:
+            return method.personalise(state)
+        decided = {
+            name: state.memory[_ABOUT_AVERAGE + name] for name in judged if _ABOUT_AVERAGE + name in state.memory
+        }
+        now = method.personalise(replace(state, memory={**state.memory, **decided}))
+        return now.replace(averaged(state, now.values_KP, slice(None)))
 
     def trial(state: State, participants: Participants, results: Results) -> Trial | None:
         own = method.trial(state, participants, results) if method.trial else None
-        if own is None or not participants.last or not state.memory["home_share"][list(own.ids)].any():
+        if own is None or not participants.last or not state.memory["has_home"][list(own.ids)].any():
             return together(None, own)
         rows, sent = list(own.ids), int(len(participants.ids) < state.adapters.num_clients)
         candidates = own._replace(
@@ -86,7 +98,7 @@ def over_rounds(method: Method, decay: float, *, judged: bool = False) -> Method
         assert method.decide is not None
         without, info = method.decide(state, own, own_losses)
         if average is None:
-            return without, info
+            return replace(without, memory={**without.memory, **about_average(without)}), info
         with_, its_info = method.decide(state, own, average_losses)
         heard_S = torch.tensor(losses.examples_S) > 0
         without_S, with_S = (
@@ -95,10 +107,17 @@ def over_rounds(method: Method, decay: float, *, judged: bool = False) -> Method
         )
         # a loss that is not finite any more is worse than any that is, and two of them are equal
         gain = (without_S - with_S).nan_to_num(nan=0.0).sum()
-        if gain.isnan() or gain >= 0:
-            return with_, its_info._replace(numbers={**its_info.numbers, "takes_average": 1.0})
-        without = replace(without, memory={**without.memory, "takes_average": torch.zeros(1)})
-        return without, info._replace(numbers={**info.numbers, "takes_average": 0.0})
+        better = float(gain.isnan() or gain >= 0)
+        taken = {"takes_average": torch.full((1,), better), **about_average(with_)}
+        kept = {
+            name: number for name, number in its_info.numbers.items() if better and name.removeprefix("mean_") in judged
+        }
+        numbers = {**info.numbers, **kept, "takes_average": better}
+        return replace(without, memory={**without.memory, **taken}), info._replace(numbers=numbers)
+
+    def about_average(decided: State) -> dict[str, torch.Tensor]:
+        """What is remembered of a decision as the one about the average."""
+        return {_ABOUT_AVERAGE + name: decided.memory[name].clone() for name in judged}
 
     def what_was_taken(after: State, own: Trial, answers: Losses) -> torch.Tensor:
         """Losses (S,) with the candidates that clients took; nearest and not equal, as candidates may have been cut to

@@ -191,18 +191,16 @@ def _mix(parts: Assembly, state: State, round_: int) -> tuple[State, float, Call
     """The state after round `round_` with made-up results and answers, the seconds of planning, merging and deciding,
     and what clients are asked after each round."""
     method, federation, seed = parts.method, parts.config.federation, parts.config.seed
-    num_clients, last = len(parts.clients.names), federation.rounds
-    participants = participation.draw(num_clients, federation, seed, round_)
+    participants = participation.draw(len(parts.clients.names), federation, seed, round_)
     job, planning = timed(parts, lambda: method.plan(state, participants))
     results = _made_up_results(job, seed)
     del job
     (mixed, _), merging = timed(parts, lambda: method.merge(state, participants, results))
 
     def asked(number: int) -> Trial | None:
-        here, then = participants._replace(round=number, last=number == last), mixed
+        here, then = participants._replace(round=number, last=number == federation.rounds), mixed
         if here.last:
-            drawn = {k for r in range(1, last + 1) for k in participation.draw(num_clients, federation, seed, r).ids}
-            then = replace(mixed, last_round_K=tuple(last * (k in drawn) for k in range(num_clients)))
+            then = _of_the_last_round(mixed, parts.config)
         trial = method.trial(then, here, results) if method.trial else None
         return bounded(trial, here, parts.config.evaluation.examples_per_question) if trial else None
 
@@ -212,6 +210,20 @@ def _mix(parts: Assembly, state: State, round_: int) -> tuple[State, float, Call
     losses, decide = _made_up_losses(trial, seed), method.decide
     (decided, _), deciding = timed(parts, lambda: decide(mixed, trial, losses))
     return decided, planning + merging + deciding, asked
+
+
+def _of_the_last_round(state: State, config: RunConfig) -> State:
+    """`state`, remembering who will have returned by the last round and who before it: on that rests whom it asks and
+    about what."""
+    before, drawn = set[int](), set[int]()
+    for round_ in range(1, config.federation.rounds + 1):
+        before = set(drawn)
+        drawn |= set(participation.draw(len(state.last_round_K), config.federation, config.seed, round_).ids)
+    memory = dict(state.memory)
+    if (has_home_K := memory.get("has_home")) is not None:
+        memory["has_home"] = torch.tensor([float(k in before) for k in range(len(has_home_K))]).to(has_home_K)
+    last_round_K = tuple(config.federation.rounds * (k in drawn) for k in range(len(state.last_round_K)))
+    return replace(state, last_round_K=last_round_K, memory=memory)
 
 
 def _tokens_of(parts: Assembly, trial: Trial) -> int:

@@ -19,6 +19,7 @@ import yaml
 from fedmira.errors import IntegrityError, UsageError
 from fedmira.evaluation.meters import ClientRecord, Mean, mean
 from fedmira.runs.lines import read_events, recorded_epsilon
+from fedmira.runs.manifest import MANIFEST, refuse_other_schema
 from fedmira.runs.store import no_finished_round
 from fedmira.runs.telling import read_left_out
 
@@ -290,9 +291,11 @@ def read_run(path: Path, *, method: str | None = None, seed: int | None = None) 
     except yaml.YAMLError as error:
         raise IntegrityError(f"{path / 'config.resolved.yaml'} is not YAML: {error}") from error
     events = read_events(path / "metrics.jsonl")
-    if not events and not (path / "manifest.json").exists():
+    if not events and not (path / MANIFEST).exists():
         raise no_finished_round(path)
     try:
+        manifest = _json(path / MANIFEST)
+        refuse_other_schema(path, manifest)
         final, rounds = _by_round(events, "final"), _by_round(events, "round")
         run = RunRecord(
             path=path,
@@ -300,7 +303,7 @@ def read_run(path: Path, *, method: str | None = None, seed: int | None = None) 
             seed=seed if seed is not None else int(config["seed"]),
             config=config,
             config_text=config_text,
-            manifest=_json(path / "manifest.json"),
+            manifest=manifest,
             graph=_graph(path / "graph.json"),
             rounds=rounds,
             evaluations=_by_round(events, "evaluation"),

@@ -41,15 +41,15 @@ from fedmira.runs.generations import FOLDER as CHECKPOINTS
 from fedmira.runs.generations import has_checkpoints
 from fedmira.runs.lines import add_line, cut_back, event_line, open_lines, plain, read_events, synced_size
 from fedmira.runs.lock import LOCK, lock_folder
+from fedmira.runs.manifest import MANIFEST, SCHEMA, refuse_other_schema
 from fedmira.runs.naming import run_directory, run_stem
 from fedmira.stages import stage
 
-CONFIG, RESOLVED, MANIFEST = "config.yaml", "config.resolved.yaml", "manifest.json"
+CONFIG, RESOLVED = "config.yaml", "config.resolved.yaml"
 METRICS, GRAPH, PROFILE, LOG = "metrics.jsonl", "graph.json", "profile.json", "run.log"
 SPLITS_FILE, ANSWERS = "splits.json", "answers.jsonl"
 UPLOADS = "uploads.json"
 REPORT = "report"
-SCHEMA = 1
 
 _OWN_NAMES = {CONFIG, RESOLVED, MANIFEST, METRICS, GRAPH, PROFILE, UPLOADS, SPLITS_FILE, ANSWERS}
 _OWN_NAMES |= {LOG, LOCK, CHECKPOINTS, REPORT}
@@ -145,11 +145,6 @@ class RunStore:
         store = cls(path, config)
         if MANIFEST in names:
             manifest = store.manifest()
-            if (schema := manifest.get("schema", SCHEMA)) != SCHEMA:
-                raise IntegrityError(
-                    f"{path / MANIFEST} has schema {schema!r}, this version of fedmira reads {SCHEMA}; use the one "
-                    "that wrote it, or a later one"
-                )
             store._begun_rounds = manifest.get("begun_rounds", config.federation.rounds)
             if (recorded := manifest.get("config_hash")) != store.config_hash:
                 raise IntegrityError(
@@ -294,9 +289,10 @@ class RunStore:
         """Return the content of manifest.json; {} if none was written yet.
 
         Raises:
-            IntegrityError: it is damaged, or lost: it is written before the first checkpoint.
+            IntegrityError: it is damaged, of another version, or lost: it is written before the first checkpoint.
         """
         manifest = self._read_json(MANIFEST)
+        refuse_other_schema(self.path, manifest)
         if not manifest and has_checkpoints(self.path):
             raise IntegrityError(
                 f"{self.path / MANIFEST} was lost; put it back, or remove the run directory and start again"

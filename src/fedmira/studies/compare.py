@@ -34,10 +34,11 @@ from fedmira.experiment import Display, SilentDisplay, carry_out
 from fedmira.paths import home_expanded
 from fedmira.runs.atomic import make_folder, write_bytes_atomically
 from fedmira.runs.lock import locked
+from fedmira.runs.manifest import MANIFEST
 from fedmira.runs.naming import run_directory
 from fedmira.runs.same_base import recorded_commit
 from fedmira.runs.signals import StopFlag, stop_on_signals
-from fedmira.runs.store import MANIFEST, RunStore, has_run
+from fedmira.runs.store import RunStore, has_run
 
 STUDY, RESOLVED = "study.json", "config.resolved.yaml"
 SHOWN = 5

@@ -1,9 +1,9 @@
 """MIRA with an implicit, confidence-weighted server step over all clients with stored adapters.
 
 Theta <- (C + tau L)^-1 C Theta. Theta holds the last upload of every client, so nobody's old adapter is mixed twice;
-C = diag(n_k / mean n * decay^rounds since), 0 for clients never seen; a round of a part of the clients counts as that
-part. The graph is learned from the uploads unless one is given. Stable for any strength. Knows nothing about models,
-data or how the uploads were made.
+C = diag(n_k / mean n * decay^rounds since), 0 for clients never seen; a round in which a part of the clients returned
+counts as that part. The graph is learned from the uploads unless one is given. Stable for any strength. Knows nothing
+about models, data or how the uploads were made.
 """
 
 from __future__ import annotations
@@ -12,13 +12,14 @@ from collections.abc import Callable
 from functools import partial
 
 import numpy as np
+import torch
 
 from fedmira.config.mira import MiraConfig
 from fedmira.federation.choosing import ask, choose, first_choice, taken
 from fedmira.federation.graph import Graph
 from fedmira.federation.learned_graphs import Seen, learner
 from fedmira.federation.method import Info, Method, State
-from fedmira.federation.receiving import exchange_groups, first_state, received, share_of
+from fedmira.federation.receiving import away, exchange_groups, first_state, received
 from fedmira.federation.server_step import Mixture, server_step
 from fedmira.federation.strengths import chosen_together, in_use
 from fedmira.types import Arena, Clients, Job, Participants, Results
@@ -40,7 +41,7 @@ def build(config: MiraConfig, clients: Clients, graph: Graph | None) -> Method:
 
     def init(initial: Arena, clients: Clients) -> State:
         state = first_state(initial, clients)
-        memory = {"uploads": initial.values_KP.clone()}
+        memory = {"uploads": initial.values_KP.clone(), "away": torch.zeros(initial.num_clients, dtype=torch.float64)}
         if learns is not None:
             memory |= {"starts": initial.values_KP.clone(), **learns.init(initial)}
         if choice.enabled:
@@ -48,10 +49,10 @@ def build(config: MiraConfig, clients: Clients, graph: Graph | None) -> Method:
         return State(state.adapters, state.last_round_K, memory)
 
     def mixtures(
-        related: Graph, uploads: Arena, last_round_K: tuple[int, ...], round_: int
+        related: Graph, uploads: Arena, last_round_K: tuple[int, ...], away_K: torch.Tensor
     ) -> Callable[[float], Mixture]:
-        fading = decay ** share_of(last_round_K, round_)
-        faded_K = [max(fading ** (round_ - last), _LEAST) if last else 0.0 for last in last_round_K]
+        since = zip(last_round_K, away_K.tolist(), strict=True)
+        faded_K = [max(decay**rounds, _LEAST) if last else 0.0 for last, rounds in since]
         confidence_K = [
             0.0 if not last else np.inf if not factor else n / mean_examples * faded / factor
             for n, last, faded, factor in zip(clients.num_examples_K, last_round_K, faded_K, factors_K, strict=True)
@@ -61,7 +62,8 @@ def build(config: MiraConfig, clients: Clients, graph: Graph | None) -> Method:
     def merge(state: State, participants: Participants, results: Results) -> tuple[State, Info]:
         stored = state.adapters.replace(state.memory["uploads"])
         uploads, last_round_K = received(stored, state, participants, results)
-        memory = {**state.memory, "uploads": uploads.values_KP}
+        away_K = away(state, results)
+        memory = {**state.memory, "uploads": uploads.values_KP, "away": away_K}
         related = graph
         if learns is not None:
             starts = state.adapters.replace(memory["starts"].clone())
@@ -71,7 +73,7 @@ def build(config: MiraConfig, clients: Clients, graph: Graph | None) -> Method:
             memory |= {"starts": starts.values_KP, **learned}
         assert related is not None
         related = step.faded(related, uploads)
-        mixture = mixtures(related, uploads, last_round_K, participants.round)(in_use(config.strength, memory))
+        mixture = mixtures(related, uploads, last_round_K, away_K)(in_use(config.strength, memory))
         numbers = {"returned": float(len(results.ids)), **mixture.numbers()}
         return State(mixture.adapters, last_round_K, memory), Info(numbers, related)
 
