@@ -44,7 +44,7 @@ pages: .venv/installed-dev
 bench: .venv/installed-dev
 	$(BENCH_ENV) $(BIN)/python -W ignore::FutureWarning -m benchmarks.run --out benchmarks/results
 
-# rows that carry no target: GPT-2 124M at batch 1 and 8, 80 clients that generate, bfloat16
+# rows that carry no target: 15M shape at batch 8, GPT-2 124M at batch 1 and 8, 80 clients that generate, bfloat16
 bench-more: .venv/installed-dev
 	$(BENCH_ENV) $(BIN)/python -W ignore::FutureWarning -m benchmarks.run --more --out benchmarks/results
 

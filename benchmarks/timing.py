@@ -29,6 +29,8 @@ class Times:
     wall: list[float] = field(default_factory=list)
     processor: list[float] = field(default_factory=list)
     """Of the process that did the work."""
+    missing: str = ""
+    """Why it did not get to the end; empty if it did."""
 
     @property
     def median(self) -> float:
@@ -52,6 +54,7 @@ def interleave(
     repeats: int,
     device: str = "cpu",
     prepare: Callable[[], object] = gc.collect,
+    failure: type[Exception] | tuple[type[Exception], ...] = (),
 ) -> dict[str, Times]:
     """Time all contestants, each once per repetition, starting with another one each time.
 
@@ -61,16 +64,23 @@ def interleave(
         repeats: repetitions that are.
         prepare: called before each, not timed.
         device: waited for before and after each call where it is a GPU.
+        failure: what a contestant may raise: it is left out from then on, and its times say why.
     """
     times = {name: Times() for name in contestants}
     names = list(contestants)
     for repetition in range(warm_up + repeats):
         turn = repetition % max(1, len(names))
         for name in names[turn:] + names[:turn]:
+            if times[name].missing:
+                continue
             prepare()
             wait_for(device)
             processor, wall = time.process_time(), time.perf_counter()
-            result = contestants[name]()
+            try:
+                result = contestants[name]()
+            except failure as error:
+                times[name].missing = str(error)
+                continue
             wait_for(device)
             lap = Lap(time.perf_counter() - wall, time.process_time() - processor)
             lap = result if isinstance(result, Lap) else lap

@@ -109,7 +109,7 @@ class PeftOneByOne:
     """
 
     def __init__(self, task: Task, prompts: list[list[np.ndarray]], new_tokens: int, *, apart: bool = False) -> None:
-        self._model = make_peft_model(task).eval()
+        self._model = make_peft_model(task, merges=not apart).eval()
         self._parameters = adapter_parameters(self._model, task, FIRST)
         self._start_SP, self._prompts, self._new_tokens = task.start_SP, prompts, new_tokens
         self._decode, self._apart = task.base.tokenizer.decode, apart

@@ -91,11 +91,16 @@ def measure_training(
             warm_up=warm_up,
             repeats=options.repeats,
             device=options.device,
+            failure=PeerMissingError,
         )
+    if times[OURS].missing:
+        raise PeerMissingError(f"{OURS}: {times[OURS].missing}")
     section.rows = [_row(one, times[one.name]) for one in ready] + section.rows
     for row in section.rows:
         if row.seconds is not None:
             say(f"  {row.contestant}: {row.seconds:.3f} s")
+        elif row.contestant in times:
+            say(f"  {row.contestant}: {row.note}")
     section.add_ratios(OURS)
     section.facts |= {"warm_up": warm_up + 1, "repeats": options.repeats}
     _add_facts(section, task)
@@ -169,7 +174,8 @@ def _prepare(
     processes: Processes,
     ending: ExitStack,
 ) -> _Ready | None:
-    """Make a contestant and let it do one round; of several forms each does one, and the fastest stays.
+    """Make a contestant and let it do one round; of several forms each does one as long as they can, and the fastest
+    stays.
 
     Returns:
         The contestant, to be closed by `ending`; None if it cannot do a round, with a row that says why.
@@ -188,17 +194,23 @@ def _prepare(
             if contestant == OURS:
                 raise
             missing = "out of memory" if isinstance(error, torch.OutOfMemoryError) else str(error)
-            continue
+            if form is not None:
+                say(f"  {contestant}: not with {form} clients in a batch: {missing}")
+            # larger batches take more
+            break
         if form is not None:
             say(f"  {contestant}: {found[-1].seconds:.2f} s with {form} clients in a batch")
+    if found and len(choices) > 1:
+        best = min(found, key=lambda one: one.seconds)
+        try:
+            peer = ending.enter_context(closing(make_peer(contestant, task, workload, options, processes, best.form)))
+        except (PeerMissingError, torch.OutOfMemoryError) as error:
+            found, missing = [], str(error)
     if not found:
         section.rows.append(Row(contestant, note=f"not measured: {missing}"))
         say(f"  {contestant}: {section.rows[-1].note}")
         return None
-    best = min(found, key=lambda one: one.seconds)
-    if len(choices) > 1:
-        peer = ending.enter_context(closing(make_peer(contestant, task, workload, options, processes, best.form)))
-    return _Ready(contestant, peer, best)
+    return _Ready(contestant, peer, min(found, key=lambda one: one.seconds))
 
 
 def _judge(contestant: str, form: int | None, peer: Peer, task: Task, options: Options) -> _Judged:
@@ -216,6 +228,8 @@ def _judge(contestant: str, form: int | None, peer: Peer, task: Task, options: O
 
 
 def _row(one: _Ready, times: Times) -> Row:
+    if times.missing:
+        return Row(one.name, note=f"not measured: {times.missing}")
     row = Row.timed(one.name, times)
     row.peak_bytes, row.final_loss = one.judged.peak_bytes, one.judged.final_loss
     row.settings = dict(getattr(one.peer, "settings", {}))

@@ -20,11 +20,11 @@ class Seat:
 
     def __init__(self, contestant: str) -> None:
         self._contestant = contestant
-        self._held: tuple[tuple[Workload, bool], Task, str] | None = None
+        self._held: tuple[Workload, Task, str] | None = None
         self.call: Any = None
 
     def take(self, request: dict[str, Any]) -> dict[str, Any]:
-        """Make what the request describes; the task itself is kept for the next request if it is the same."""
+        """Make what the request describes; a task of training is kept for the next request if it is the same."""
         from benchmarks.groups.generation import Generation, answering_here, without_end
         from benchmarks.peers.peer import make_here
         from benchmarks.peers.serving import read_workload
@@ -32,15 +32,17 @@ class Seat:
 
         self.call = None
         workload, answers = read_workload(request["workload"]), request.get("answers")
-        wanted = (workload, answers is not None)
-        if self._held is None or self._held[0] != wanted:
-            self._held = None
-            task = build(workload, "cpu") if answers is None else without_end(build(workload, "cpu"))
-            self._held = wanted, task, fingerprint(task)
-        _, task, found = self._held
         if answers is not None:
+            # not kept: PEFT has a copy of the weights to merge into, and would be counted with two
+            self._held = None
+            task = without_end(build(workload, "cpu"))
             self.call = answering_here(self._contestant, task, Generation(workload, **answers)).answer
-            return {"fingerprint": found}
+            return {"fingerprint": fingerprint(task)}
+        if self._held is None or self._held[0] != workload:
+            self._held = None
+            task = build(workload, "cpu")
+            self._held = workload, task, fingerprint(task)
+        _, task, found = self._held
         peer = make_here(self._contestant, task, request["form"])
         self.call = lambda: peer.round().numpy()
         return {"fingerprint": found, "cohort_size": getattr(peer, "cohort_size", None)}

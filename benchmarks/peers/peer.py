@@ -48,6 +48,8 @@ _IN_PROCESS: dict[str, Callable[[Task, int | None], Peer]] = {
 }
 PREPARED = frozenset({OURS, ONE_CLIENT, KEPT})
 """Contestants whose process prepares itself as the command line of fedmira does; users of the others have none such."""
+SPINNING = frozenset({KEPT})
+"""Those of them whose threads wait as peers' do all the same, so that only the allocator differs."""
 SEVERAL_PROCESSES = frozenset({FLOWER})
 """Contestants that work in children of their process."""
 _CLIENTS_PER_BATCH = (1, 2, 4)
@@ -88,7 +90,7 @@ def make_here(contestant: str, task: Task, form: int | None) -> Peer:
 def start_processes(contestants: Iterable[str], options: Options) -> Processes:
     """A process for each contestant that shares this environment, none where all are to share this process."""
     own = [contestant for contestant in contestants if runs_here(contestant)] if options.own_processes else []
-    return Processes(own, PREPARED, options.threads)
+    return Processes(own, PREPARED, SPINNING, options.threads)
 
 
 def make_peer(
@@ -124,7 +126,7 @@ def make_peer(
         return make_here(contestant, task, form)
     if options.peers_python is None:
         raise PeerMissingError(options.peers_note)
-    worker = Worker(options.peers_python, _WORKERS[contestant], described, options.threads, prepared=False)
+    worker = Worker(options.peers_python, _WORKERS[contestant], described, options.threads, prepared=False, spins=True)
     try:
         return WorkerPeer(worker, worker.ready, fingerprint(task), ends=True)
     except BaseException:

@@ -18,9 +18,16 @@ FIRST = "default"
 _PEFT_NAMES = {"lora_a": "lora_A", "lora_b": "lora_B"}
 
 
-def make_peft_model(task: Task) -> Any:
-    """A PEFT model with one adapter, `FIRST`, on the layers of the task's layout; the task's base stays as it is."""
-    return get_peft_model(copy.deepcopy(task.base.model), lora_config(task))
+def make_peft_model(task: Task, *, merges: bool = False) -> Any:
+    """A PEFT model with one adapter, `FIRST`, on the layers of the task's layout; the task's base stays as it is.
+
+    Args:
+        task: whose frozen weights it shares: a user of PEFT has them once.
+        merges: whether adapters will be merged into the weights, which then are a copy.
+    """
+    model = task.base.model
+    frozen = {} if merges else {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    return get_peft_model(copy.deepcopy(model, frozen), lora_config(task))
 
 
 def lora_config(task: Task) -> LoraConfig:

@@ -39,8 +39,9 @@ class Order:
 
     @property
     def settings(self) -> dict[str, str]:
-        """How threads wait and what becomes of freed memory."""
-        kept = "kept" if self.content["prepared"] else "given back"
+        """How threads wait and what was asked for freed memory."""
+        # whether it did as it was asked, glibc does not tell
+        kept = "asked to be kept" if self.content["prepared"] else "left to glibc"
         return {"GOMP_SPINCOUNT": os.environ.get("GOMP_SPINCOUNT", ""), "freed memory": kept}
 
 

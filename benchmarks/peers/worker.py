@@ -5,22 +5,24 @@ therefore outside of every round, rounds can be interleaved with those of others
 its process. Flower and pfl-research have an environment of their own beside; the others run in this one.
 
 Every process has the same number of threads. Ours is prepared as the command line of fedmira prepares itself; users of
-the others have no such preparation.
+the others have no such preparation. One that died or does not answer is ended with all its children.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import select
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 
 from benchmarks.gate import UnequalError
@@ -32,6 +34,8 @@ SPINS = "10000"
 times as long where something else runs too, and nothing less where nothing does."""
 _LAST_WORDS = 160
 """Characters of a dead worker's last line that are shown."""
+_LONGEST_ANSWER_SECONDS = 20 * 60.0
+"""Of any start or round; who takes longer is stuck."""
 
 
 class PeerMissingError(Exception):
@@ -41,11 +45,21 @@ class PeerMissingError(Exception):
 class Worker:
     """A process that runs `module` and answers.
 
+    Args:
+        python: its interpreter.
+        module: what it runs.
+        order: what it is told.
+        threads: how many it has.
+        prepared: whether it prepares itself as the command line of fedmira does.
+        spins: whether its threads spin `SPINS` times; else as it prepares them.
+
     Raises:
-        PeerMissingError: the process ended, when it was started or while it was asked.
+        PeerMissingError: the process ended or was silent for too long, when it was started or while it was asked.
     """
 
-    def __init__(self, python: Path, module: str, order: dict[str, Any], threads: int, *, prepared: bool) -> None:
+    def __init__(
+        self, python: Path, module: str, order: dict[str, Any], threads: int, *, prepared: bool, spins: bool
+    ) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="fedmira-benchmark-")
         self.rows_file = Path(self._folder.name) / "rows.npy"
         self.answers_file = Path(self._folder.name) / "answers.json"
@@ -55,7 +69,7 @@ class Worker:
             self._process = subprocess.Popen(
                 [str(python), "-m", module, json.dumps({**order, **files, "threads": threads, "prepared": prepared})],
                 cwd=REPOSITORY,
-                env=environment(dict(os.environ), threads, self._folder.name, prepared=prepared),
+                env=environment(dict(os.environ), threads, self._folder.name, spins=spins),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
@@ -81,6 +95,11 @@ class Worker:
             self._process.stdin.flush()
         return self._answer()
 
+    @property
+    def ended(self) -> bool:
+        """Whether the process is no more."""
+        return self._process.poll() is not None
+
     def lap(self) -> tuple[Lap, int]:
         """Let it do what it has taken; the time, and the highest memory of all the process, as it measures them."""
         answer = self.ask({"do": "lap"})
@@ -95,49 +114,84 @@ class Worker:
         try:
             self._process.wait(timeout=60)
         except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+            self._kill()
         self._process.stdout.close()
         self._folder.cleanup()
 
     def _answer(self) -> dict[str, Any]:
         assert self._process.stdout is not None
+        # an answer is one line, so that nothing can wait in the buffer
+        answering, _, _ = select.select([self._process.stdout], [], [], _LONGEST_ANSWER_SECONDS)
+        if not answering:
+            self._kill()
+            raise PeerMissingError(
+                f"its process did not answer in {_LONGEST_ANSWER_SECONDS / 60:g} minutes: {self._last_words()}"
+            )
         line = self._process.stdout.readline()
         if not line:
-            self._process.wait()
-            lines = self._log_file.read_text(encoding="utf-8", errors="replace").split("\n")
-            words = next((line.strip()[:_LAST_WORDS] for line in reversed(lines) if line.strip()), "it said nothing")
-            raise PeerMissingError(f"its process ended with status {self._process.returncode}: {words}")
+            status = self._process.wait()
+            how = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
+            raise PeerMissingError(f"its process {how}: {self._last_words()}")
         answer: dict[str, Any] = json.loads(line)
         return answer
 
+    def _last_words(self) -> str:
+        lines = self._log_file.read_text(encoding="utf-8", errors="replace").split("\n")
+        return next((line.strip()[:_LAST_WORDS] for line in reversed(lines) if line.strip()), "it said nothing")
+
+    def _kill(self) -> None:
+        """End the process and its children, such as a simulation's."""
+        family: list[psutil.Process] = []
+        with suppress(psutil.Error):
+            family = psutil.Process(self.process_id).children(recursive=True)
+        self._process.kill()
+        self._process.wait()
+        for child in family:
+            with suppress(psutil.Error):
+                child.kill()
+
 
 class Processes:
-    """Of the contestants of a section that share this environment, a process each; all start at once.
+    """Of the contestants of a section that share this environment, a process each; all start at once, and anew for
+    whoever is asked for after it died.
 
     Args:
         contestants: who gets one.
         prepared: those that prepare it as the command line of fedmira does.
+        spinning: those whose threads spin `SPINS` times even so, as those of all that are not prepared.
         threads: of each.
     """
 
-    def __init__(self, contestants: Iterable[str], prepared: Iterable[str], threads: int) -> None:
-        module, python = "benchmarks.peers.own_process", Path(sys.executable)
-        self._workers = {
-            contestant: Worker(python, module, {"contestant": contestant}, threads, prepared=contestant in prepared)
-            for contestant in contestants
-        }
+    def __init__(
+        self, contestants: Iterable[str], prepared: Collection[str], spinning: Collection[str], threads: int
+    ) -> None:
+        self._prepared, self._spinning, self._threads = prepared, spinning, threads
+        self._workers = {contestant: self._start(contestant) for contestant in contestants}
 
     def __contains__(self, contestant: str) -> bool:
         return contestant in self._workers
 
     def __getitem__(self, contestant: str) -> Worker:
+        if self._workers[contestant].ended:
+            self._workers[contestant].close()
+            self._workers[contestant] = self._start(contestant)
         return self._workers[contestant]
 
     def close(self) -> None:
         """End all."""
         for worker in self._workers.values():
             worker.close()
+
+    def _start(self, contestant: str) -> Worker:
+        prepared = contestant in self._prepared
+        return Worker(
+            Path(sys.executable),
+            "benchmarks.peers.own_process",
+            {"contestant": contestant},
+            self._threads,
+            prepared=prepared,
+            spins=not prepared or contestant in self._spinning,
+        )
 
 
 class WorkerPeer:
@@ -180,10 +234,10 @@ class WorkerPeer:
             self._worker.close()
 
 
-def environment(ours: Mapping[str, str], threads: int, folder: str, *, prepared: bool) -> dict[str, str]:
+def environment(ours: Mapping[str, str], threads: int, folder: str, *, spins: bool) -> dict[str, str]:
     """The environment `ours` for a worker: sources on the path, pinned threads, nothing sent anywhere.
 
-    How threads wait and memory is kept is left to the process that prepares itself; the others get `SPINS` and glibc's
+    Threads spin `SPINS` times, or as the process prepares them; memory is kept as it prepares that, or by glibc's
     defaults.
     """
     kept = {
@@ -193,7 +247,7 @@ def environment(ours: Mapping[str, str], threads: int, folder: str, *, prepared:
     }
     return {
         **kept,
-        **({} if prepared else {"GOMP_SPINCOUNT": SPINS}),
+        **({"GOMP_SPINCOUNT": SPINS} if spins else {}),
         "PYTHONPATH": os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "src")]),
         "OMP_NUM_THREADS": str(threads),
         "FLWR_HOME": folder,

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import signal
 import sys
+import tempfile
 import time
-from contextlib import closing
+from collections.abc import Callable
+from contextlib import closing, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import psutil
 import pytest
 import torch
 from benchmarks.gate import UnequalError, check_adapters, check_loss, final_loss
@@ -31,9 +38,10 @@ from benchmarks.peers.peer import (
 )
 from benchmarks.peers.peft_mixed import PeftMixed
 from benchmarks.peers.peft_sequential import PeftSequential
-from benchmarks.peers.worker import Worker, environment
+from benchmarks.peers.worker import Processes, Worker, environment
 from benchmarks.results import Section
 from benchmarks.table import render_section
+from benchmarks.timing import Lap, Times
 from benchmarks.workloads import Task, Workload, build, fingerprint
 
 from fedmira.model.attention import Packing, plan_packing
@@ -175,8 +183,9 @@ def test_everyone_has_a_process_of_its_own() -> None:
     options = replace(OPTIONS, own_processes=True)
     section = group.measure_training("tiny", workload, [OURS, PEFT, KEPT], options, silent)
     ours, peft, kept = section.rows
-    assert ours.settings == kept.settings == {"GOMP_SPINCOUNT": "1000", "freed memory": "kept"}
-    assert peft.settings == {"GOMP_SPINCOUNT": "10000", "freed memory": "given back"}
+    assert ours.settings == {"GOMP_SPINCOUNT": "1000", "freed memory": "asked to be kept"}
+    assert peft.settings == {"GOMP_SPINCOUNT": "10000", "freed memory": "left to glibc"}
+    assert kept.settings == peft.settings | {"freed memory": "asked to be kept"}, "only the allocator differs"
     for row in section.rows:
         assert row.seconds is not None
         assert row.processor_seconds is not None
@@ -185,9 +194,7 @@ def test_everyone_has_a_process_of_its_own() -> None:
     assert section.facts["gate_difference"] < 5e-6
     assert section.facts["cohort_size"] == 2
     page = render_section(section)
-    assert (
-        "GOMP_SPINCOUNT 1000, freed memory kept: `ours`, `PEFT, sequential, memory kept`; GOMP_SPINCOUNT 10000" in page
-    )
+    assert "GOMP_SPINCOUNT 1000, freed memory asked to be kept: `ours`; GOMP_SPINCOUNT 10000" in page
     here = group.measure_training("tiny", workload, [OURS, PEFT], OPTIONS, silent)
     for row in here.rows:
         assert row.final_loss == pytest.approx(section.row(row.contestant).final_loss, abs=1e-6)
@@ -212,14 +219,132 @@ def test_a_fingerprint_tells_weights_adapters_and_batches() -> None:
 
 
 def test_a_process_that_ends_says_its_last_words() -> None:
-    worker = Worker(Path(sys.executable), "benchmarks.peers.own_process", {"contestant": OURS}, 1, prepared=False)
+    worker = own_process()
     with closing(worker), pytest.raises(PeerMissingError, match="ended with status 1: KeyError: 'workload'"):
         worker.ask({"do": "take"})
 
 
+def own_process(module: str = "benchmarks.peers.own_process") -> Worker:
+    return Worker(Path(sys.executable), module, {"contestant": OURS}, 1, prepared=False, spins=True)
+
+
+def test_a_process_that_is_killed_names_the_signal() -> None:
+    worker = own_process()
+    with closing(worker):
+        assert worker.ready
+        assert not worker.ended
+        os.kill(worker.process_id, signal.SIGKILL)
+        with pytest.raises(PeerMissingError, match="its process was killed by signal 9: it said nothing"):
+            worker.ask({"do": "lap"})
+        assert worker.ended
+
+
+def test_a_process_that_is_stuck_is_ended_with_its_children(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    child = tmp_path / "child"
+    (tmp_path / "stuck.py").write_text(
+        "import pathlib, subprocess, sys, time\n"
+        "one = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
+        f"pathlib.Path({str(child)!r}).write_text(str(one.pid))\n"
+        "print('waiting for a client', file=sys.stderr, flush=True)\n"
+        "time.sleep(600)\n",
+        encoding="utf-8",
+    )
+    monkeypatch.setattr("benchmarks.peers.worker._LONGEST_ANSWER_SECONDS", 3.0)
+    monkeypatch.setattr("benchmarks.peers.worker.REPOSITORY", tmp_path)
+    worker = own_process("stuck")
+    with closing(worker), pytest.raises(PeerMissingError, match=r"not answer in 0\.05 minutes: waiting for a client"):
+        worker.ask({"do": "lap"})
+    assert worker.ended
+    with suppress(psutil.NoSuchProcess):
+        assert psutil.Process(int(child.read_text())).wait(timeout=10) is None
+
+
+class _Dies:
+    """The process of a contestant that is killed for memory with some numbers of clients in a batch."""
+
+    def __init__(self, task: Task, too_many: int, laps: int = 1000) -> None:
+        self.process_id, self.ready, self.ended = os.getpid(), {"settings": {}}, False
+        self._task, self._too_many, self._laps = task, too_many, laps
+        self.rows_file = Path(tempfile.mkdtemp()) / "rows.npy"
+        self.forms: list[int] = []
+
+    def _die(self) -> None:
+        self.ended = True
+        raise PeerMissingError("its process was killed by signal 9: it said nothing")
+
+    def ask(self, request: dict[str, Any]) -> dict[str, Any]:
+        if self.ended:
+            self._die()
+        self.forms.append(request["form"])
+        return {"fingerprint": fingerprint(self._task)}
+
+    def lap(self) -> tuple[Lap, int]:
+        self._laps -= 1
+        if self.ended or self.forms[-1] >= self._too_many or self._laps < 0:
+            self._die()
+        np.save(self.rows_file, Ours(self._task).round().numpy())
+        return Lap(0.1 * self.forms[-1], 0.1), 1
+
+    def close(self) -> None:
+        shutil.rmtree(self.rows_file.parent, ignore_errors=True)
+
+
+def measured_with(started: list[_Dies], monkeypatch: pytest.MonkeyPatch, **limits: int) -> Section:
+    """A section in which only the mixed batch has a process, a new one from `started` after each death."""
+    workload = replace(LLAMA.tiny(), dtype="float32")
+    task = build(workload, "cpu")
+
+    def start(_self: Processes, _contestant: str) -> _Dies:
+        started.append(_Dies(task, **limits))
+        return started[-1]
+
+    monkeypatch.setattr(Processes, "_start", start)
+    monkeypatch.setattr(group, "start_processes", lambda *_: Processes([MIXED], (), (), 1))
+    monkeypatch.setattr(group, "gate", lambda _workload, contestants, *_: contestants)
+    return group.measure_training("tiny", workload, [OURS, PEFT, MIXED], OPTIONS, silent)
+
+
+def test_a_mixed_batch_that_is_killed_at_one_size_is_timed_at_a_smaller_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[_Dies] = []
+    section = measured_with(started, monkeypatch, too_many=4)
+    assert [worker.forms[:3] for worker in started] == [[1, 2, 4], [section.row(MIXED).clients_per_batch]]
+    assert section.row(MIXED).seconds is not None
+    assert section.row(PEFT).seconds is not None
+
+
+@pytest.mark.parametrize("limits", [{"too_many": 1}, {"too_many": 9, "laps": 4}])
+def test_a_contestant_that_dies_has_a_row_that_says_so(limits: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    section = measured_with([], monkeypatch, **limits)
+    assert section.row(MIXED).note == "not measured: its process was killed by signal 9: it said nothing"
+    assert section.row(MIXED).seconds is None
+    assert section.row(PEFT).seconds is not None
+    assert f"over {PEFT}" in section.measures
+
+
+def test_ours_has_to_get_to_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(group, "interleave", lambda rounds, **_: {name: Times(missing="it died") for name in rounds})
+    with pytest.raises(PeerMissingError, match="ours: it died"):
+        group.measure_training("tiny", replace(LLAMA.tiny(), dtype="float32"), [OURS], OPTIONS, silent)
+
+
+@pytest.mark.parametrize("workload", [LLAMA, GPT2], ids=lambda workload: workload.model)
+@pytest.mark.parametrize("make", [PeftSequential, PeftMixed])
+def test_peft_shares_the_frozen_weights(make: Callable[[Task], Any], workload: Workload) -> None:
+    task = build(workload.tiny(), "cpu")
+    before = fingerprint(task)
+    frozen = {id(weight) for weight in task.base.model.parameters()}
+    contestant = make(task)
+    theirs = [weight for name, weight in contestant._model.named_parameters() if "lora_" not in name]
+    assert {id(weight) for weight in theirs} == frozen
+    contestant.round()
+    assert fingerprint(task) == before
+    assert not any(weight.requires_grad for weight in task.base.model.parameters())
+    assert not any("lora" in name for name, _ in task.base.model.named_modules())
+
+
 def test_what_the_caller_set_reaches_no_contestant() -> None:
     ours = {"GOMP_SPINCOUNT": "7", "MALLOC_ARENA_MAX": "1", "OMP_WAIT_POLICY": "active", "HOME": "/root"}
-    prepared, stock = (environment(ours, 2, "/tmp/x", prepared=prepared) for prepared in (True, False))
+    prepared, stock = (environment(ours, 2, "/tmp/x", spins=spins) for spins in (False, True))
     assert stock.pop("GOMP_SPINCOUNT") == "10000"
     assert prepared == stock
     assert prepared["OMP_NUM_THREADS"] == "2"

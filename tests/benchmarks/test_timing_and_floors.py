@@ -47,6 +47,23 @@ def test_what_works_elsewhere_says_how_long_it_took() -> None:
     assert (times.wall, times.processor) == ([4.0, 4.0], [3.0, 3.0])
 
 
+def test_who_fails_is_left_out_from_then_on() -> None:
+    calls: list[str] = []
+
+    def fails_at_its_second() -> None:
+        calls.append("b")
+        if calls.count("b") == 2:
+            raise OSError("it died")
+
+    contestants = {"a": lambda: calls.append("a"), "b": fails_at_its_second}
+    times = interleave(contestants, warm_up=0, repeats=4, failure=OSError)
+    assert (times["a"].missing, len(times["a"].wall)) == ("", 4)
+    assert (times["b"].missing, calls.count("b")) == ("it died", 2)
+    calls.clear()
+    with pytest.raises(OSError, match="it died"):
+        interleave(contestants, warm_up=0, repeats=4)
+
+
 def test_median_and_quartiles() -> None:
     times = Times([5.0, 1.0, 2.0, 4.0, 3.0], [1.0, 1.0, 2.0])
     assert times.median == 3.0

@@ -9,12 +9,26 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tests.reference.tiny_models import client_of, ragged_clients, random_arena, random_examples, tiny_base, tiny_layout
+from tests.reference.tiny_models import (
+    FAMILIES,
+    client_of,
+    ragged_clients,
+    random_arena,
+    random_examples,
+    tiny_base,
+    tiny_layout,
+)
 
+from fedmira.config.run import AdapterConfig
 from fedmira.config.training import TrainingConfig
-from fedmira.data.packing import pack
+from fedmira.data.packing import PackedBatch, pack
+from fedmira.data.tokenization import TokenizedExample
+from fedmira.model.adapted import AdaptedModel
+from fedmira.model.base import BaseModel
 from fedmira.model.full import full_layout
+from fedmira.model.kinds import adapter_layout
 from fedmira.training import memory, objective
+from fedmira.types import Layout
 
 TRAINING = TrainingConfig(batch_size=2)
 
@@ -144,6 +158,53 @@ def test_where_a_step_is_computed_in_parts_two_of_them_are_in_memory(
     clients = [client_of(f"client-{k}", random_examples(1, seed=k)) for k in range(4)]
     found = memory.estimate(base, tiny_layout(base, "llama"), clients, TrainingConfig(), 4, 10, dropout)
     assert found.activation_bytes == int(1.3 * tokens * 10)
+
+
+def kept_bytes(base: BaseModel, layout: Layout, batch: PackedBatch) -> int:
+    """What one forward pass of all clients saves for its backward pass."""
+    arena = random_arena(layout, len(batch.rows_per_client), base.adapter_dtype)
+    held = [*base.model.parameters(), *base.model.buffers(), arena.values_KP]
+    known = {tensor.untyped_storage().data_ptr() for tensor in held}
+    saved: dict[int, torch.UntypedStorage] = {}
+
+    def count(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            saved[storage.data_ptr()] = storage
+        return tensor.detach()
+
+    gradient_CP, groups = torch.zeros_like(arena.values_KP), frozenset(layout.groups)
+    with (
+        torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor),
+        AdaptedModel(base, arena, gradient_CP=gradient_CP, trainable=groups) as adapted,
+    ):
+        adapted.hidden(batch)
+    return sum(storage.nbytes() for storage in saved.values())
+
+
+@pytest.mark.parametrize("virtual_tokens", [20, 100])
+@pytest.mark.parametrize("kind", ["prompt", "p_tuning"])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_what_examples_behind_virtual_tokens_keep_stays_within_the_estimate(
+    family: str, kind: str, virtual_tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All sequences behind the first keep the keys of the virtual tokens again, and short ones share calls."""
+    monkeypatch.setitem(FAMILIES[family][1], "n_positions" if family == "gpt2" else "max_position_embeddings", 512)
+    base = tiny_base(family, torch.float32)
+    settings = {"kind": kind, "num_virtual_tokens": virtual_tokens}
+    encoder = {"encoder_hidden_size": 16} if kind == "p_tuning" else {}
+    layout = adapter_layout(base, AdapterConfig.model_validate(settings | encoder))
+    for length in (10, 20, 50, 120):
+        token_bytes = memory.activation_bytes_per_token(base, layout, 0.0, length)
+        for count in (1, 4, 16):
+            examples = tuple(
+                TokenizedExample(np.full(length + 1, 3 + k, dtype=np.int32), 1 + length // 2, f"{k}")
+                for k in range(count)
+            )
+            batch = pack([examples] * 2, virtual_tokens=virtual_tokens)
+            kept = kept_bytes(base, layout, batch)
+            tokens = 2 * (virtual_tokens + count * length)
+            assert 0.4 * tokens * token_bytes < kept < 1.3 * tokens * token_bytes, (length, count)
 
 
 def test_measuring_activations_leaves_none_behind() -> None:

@@ -4,12 +4,14 @@ Registered once with transformers under `PACKED`; a model whose config selects i
 `packing` made by `plan_packing`. Knows nothing about clients, adapters or losses.
 
 Sequences of similar length share one call of the attention kernel: they are laid out right-padded in a bucket, and
-because attention is causal no real row can see the padding behind it. Padding repeats a row of the same sequence, so a
-non-finite sequence cannot reach its neighbours. A prefix that sequences share fills its slots in each of them.
+because attention is causal no real row can see the padding behind it. Padding repeats a row of the same sequence. A
+prefix that sequences share fills its slots in each of them.
 
 On a CPU, where calls are cheap and copies are not, a caller may have sequences stand alone: they are read where they
 lie, without padding, and a shared prefix only answers in them and asks nothing again. Short ones behind one prefix
-share a call, in which no sequence sees another.
+share a call, in which no finite sequence sees another.
+
+A non-finite sequence reaches those behind the same prefix at most, never one of another client.
 
 Axes: N packed rows, n rows of the sequences in buckets, B sequences of a bucket, T positions (of the longest sequence
 of a bucket), Q positions that ask, K positions that answer (the last Q of them ask), H heads, G key-value heads,
@@ -36,7 +38,8 @@ padding on a CPU."""
 _SHORTEST_SLACK = 16
 """Positions that a sequence may always be shorter than the longest of its bucket, so that short ones share a call."""
 _LEAST_ALONE = 2048
-"""A sequence without a prefix stands alone if each head and thread has more weights than these to compute for it."""
+"""A sequence stands alone if each head and thread has more weights than these to compute for it; behind a prefix within
+reach, always."""
 MOST_TOGETHER = 100
 """Rows of sequences that share a call, their prefix left out: what they compute of one another is in vain."""
 

@@ -133,7 +133,7 @@ class BaseModel:
         Raises:
             DataError: a sequence is longer than the base's context.
         """
-        reach = MOST_BEHIND if self.body is None else min(MOST_BEHIND, self.body.reach)
+        reach = 0 if self.body is None else min(MOST_BEHIND, self.body.reach)
         packing = plan_packing(batch.sequence_lengths, self.device, batch.prefixes, stand_alone, reach)
         if packing.longest > self.max_length:
             raise DataError(

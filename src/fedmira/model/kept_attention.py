@@ -159,7 +159,7 @@ def _future(dtype: torch.dtype) -> torch.Tensor:
     return torch.full((_MOST_QUERIES, _MOST_QUERIES), -torch.inf, dtype=dtype).triu(1)
 
 
-@lru_cache(64)
+@lru_cache(512)  # of 40 kB each at most in float32
 def _others(dtype: torch.dtype, lengths: tuple[int, ...]) -> torch.Tensor:
     """-inf for what is later or another sequence's."""
     unseen = torch.full((sum(lengths), sum(lengths)), -torch.inf, dtype=dtype)

@@ -19,6 +19,7 @@ from fedmira.config.training import TrainingConfig
 from fedmira.data.packing import common_prefix, pack
 from fedmira.data.tokenization import TokenizedClient, TokenizedExample
 from fedmira.model.adapted import AdaptedModel, computes_in_parts
+from fedmira.model.attention import MOST_TOGETHER
 from fedmira.model.base import BaseModel
 from fedmira.model.full import is_full
 from fedmira.model.kept_attention import MOST_KEPT
@@ -81,13 +82,16 @@ def activation_bytes_per_token(
     """Bytes that the body saves for backward per packed token of a sequence of `length`, measured; the output head is
     left out.
 
-    With dropout it goes through the stock model, and each pair has a mask of its inputs.
+    With dropout it goes through the stock model, and each pair has a mask of its inputs. Behind virtual tokens as many
+    sequences are measured as share two calls of attention: each call keeps keys of all virtual tokens, and weights for
+    what its sequences do not see of one another.
     """
     virtual = layout.num_virtual_tokens
     length = min(length, base.max_length - virtual)
     # half of the tokens are supervised: behind the last attention a fused body keeps nothing of the others
     example = TokenizedExample(torch.zeros(length + 1, dtype=torch.int32).numpy(), 1 + length // 2, "probe")
-    batch = pack([[example]], virtual_tokens=virtual)
+    examples = [example] * (1 + 2 * max(1, MOST_TOGETHER // length) if virtual else 1)
+    batch = pack([examples], share_prefixes=False, virtual_tokens=virtual)
     values_CP = torch.zeros(1, layout.num_parameters, dtype=base.adapter_dtype, device=base.device)
     weights = {parameter.untyped_storage().data_ptr() for parameter in base.model.parameters()}
     weights |= {buffer.untyped_storage().data_ptr() for buffer in base.model.buffers()}
@@ -115,7 +119,7 @@ def activation_bytes_per_token(
     ):
         adapted.hidden(batch, Dropout(dropout, lambda client, name: torch.Generator()) if dropout else None)
     masks = sum(spec.shape[1] for spec, _ in layout.pairs) * values_CP.element_size() if dropout else 0
-    return math.ceil(sum(saved.values()) / (virtual + length)) + masks
+    return math.ceil(sum(saved.values()) / (virtual + len(examples) * length)) + masks
 
 
 def estimate(
