@@ -60,7 +60,7 @@ _LLAMA_1B = Workload("llama-1.3b", DOLLY, 8, 16, ("q_proj",), local_steps=1, dty
 
 CPU: dict[str, Measurement] = {
     "train-15m": Training(_LLAMA_15M, (OURS, ONE_CLIENT, PEFT, KEPT, MIXED, FLOWER, PFL)),
-    "train-15m-ni": Training(_NATURAL_15M, _AGAINST_PEFT),
+    "train-15m-ni": Training(_NATURAL_15M, (OURS, ONE_CLIENT, PEFT, KEPT)),
     "train-15m-batch-1": Training(replace(_LLAMA_15M, batch_size=1, local_steps=2), _AGAINST_PEFT),
     "train-gpt2": Training(_GPT2, contestants=(OURS, PEFT)),
     "train-embedded-batch-1": Training(replace(_EMBEDDED, batch_size=1, local_steps=4)),
