@@ -16,6 +16,7 @@ from fedmira.data.splits import SPLITS
 from fedmira.errors import IntegrityError, UsageError
 from fedmira.federation.joining import joined
 from fedmira.federation.method import State
+from fedmira.formats import listed
 
 _NAMED = 5
 
@@ -39,7 +40,7 @@ def refuse_other_data(manifest: Mapping[str, Any], parts: Assembly) -> None:
     now, before = json.loads(json.dumps(parts.manifest())), manifest["clients"]
     there = {client["name"]: client for client in now["clients"]}
     if gone := [client["name"] for client in before if client["name"] not in there]:
-        raise _refusal("data", f"it no longer has {_listed(gone)}, whose adapters the run keeps")
+        raise _refusal("data", f"it no longer has {listed(gone, _NAMED)}, whose adapters the run keeps")
     if all("sha256" in client for client in before):
         pairs = [(client, there[client["name"]]) for client in before]
         changed = [f"{old['name']}: {_change(old, new)}" for old, new in pairs if old["sha256"] != new["sha256"]]
@@ -47,10 +48,10 @@ def refuse_other_data(manifest: Mapping[str, Any], parts: Assembly) -> None:
         # begun by a version that wrote down only what the files were
         changed = _differing(manifest["data"], now["data"])
     if changed:
-        raise _refusal("data", f"{_listed(changed)} differ; only new clients may be added")
+        raise _refusal("data", f"{listed(changed, _NAMED)} differ; only new clients may be added")
     graph = parts.graph_facts(first=len(before))
     if changed := _differing(manifest.get("graph", graph), graph):
-        raise _refusal("graph", f"{_listed(changed)} differ")
+        raise _refusal("graph", f"{listed(changed, _NAMED)} differ")
 
 
 def refuse_to_end(names: Sequence[str], rounds: int) -> None:
@@ -60,8 +61,8 @@ def refuse_to_end(names: Sequence[str], rounds: int) -> None:
         UsageError: says what to raise.
     """
     raise UsageError(
-        f"{_listed(names)} joined the data, but all {rounds} rounds of the run are over; raise federation.rounds, for "
-        f"example to {rounds + max(1, rounds // 4)}, and resume again"
+        f"{listed(names, _NAMED)} joined the data, but all {rounds} rounds of the run are over; raise "
+        f"federation.rounds, for example to {rounds + max(1, rounds // 4)}, and resume again"
     )
 
 
@@ -96,11 +97,6 @@ def _change(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
 
 def _differing(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     return sorted(key for key in {**before, **now} if before.get(key) != now.get(key))
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = f", ... ({len(names)} in all)" if len(names) > _NAMED else ""
-    return ", ".join(names[:_NAMED]) + more
 
 
 def _refusal(what: str, how: str) -> IntegrityError:

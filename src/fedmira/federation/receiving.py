@@ -122,7 +122,8 @@ def away(state: State, results: Results) -> torch.Tensor:
         results: of the round.
     """
     # a checkpoint of before it was kept knows rounds, whoever took part in them
-    rounds_K = torch.tensor([float(max(state.last_round_K) - last) for last in state.last_round_K])
+    rounds = [max(state.last_round_K) - last for last in state.last_round_K]
+    rounds_K = torch.tensor(rounds, dtype=torch.float64)
     away_K = state.memory.get("away", rounds_K) + share_of_round(results, state.adapters.num_clients)
     away_K[list(results.ids)] = 0.0
     return away_K

@@ -21,6 +21,7 @@ from fedmira.exchange.messages import crossing
 from fedmira.exchange.privacy import epsilon, max_uploads
 from fedmira.federation import participation
 from fedmira.federation.similarity import MINIMUM_CLIENTS
+from fedmira.formats import counted
 from fedmira.types import Arena, Layout, Participants
 
 _CUT = {"input": "input, or of their prompt where that is not enough", "beginning": "prompt"}
@@ -204,10 +205,9 @@ def _budget_line(parts: Assembly) -> str:
     for round_ in range(1, federation.rounds + 1):
         drawn.update(participation.draw(len(parts.clients.names), federation, parts.config.seed, round_).ids)
         if max(drawn.values()) > most:
-            uploads = f"{most} upload{'' if most == 1 else 's'}"
             return (
-                f"exchange.privacy.budget = {privacy.budget:g} is enough for {uploads} of a client; if all that are "
-                f"drawn send one, round {round_} will be refused. What is spent by then stays spent: lower "
-                "federation.rounds or raise noise_multiplier now"
+                f"exchange.privacy.budget = {privacy.budget:g} is enough for {counted(most, 'upload')} of a client; "
+                f"if all that are drawn send one, round {round_} will be refused. What is spent by then stays "
+                "spent: lower federation.rounds or raise noise_multiplier now"
             )
     return ""
