@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from itertools import takewhile
@@ -217,6 +219,28 @@ def test_rare_looks_change_no_answer(family: str, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(cache, "_CPU_BUCKET_BYTES", 1e8)
     assert generate(base, arena, prompts, 20, batch_sequences=5) == expected
     assert len({len(answer.split()) for client in expected for answer in client}) > 2, "answers must differ in length"
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_two_parts_side_by_side_change_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    base = base_of("llama")
+    arena = random_arena(tiny_layout(base, "llama"), 4, base.dtype)
+    # as many tokens on both sides within the second client's
+    prompts = random_prompts((2, 9, 0, 3))
+    base.model.generation_config.eos_token_id = list(range(50, 60))
+    expected = generate(base, arena, prompts, 20, batch_sequences=6)
+    written: list[tuple[str, int]] = []
+    write = generation._Writer.write
+
+    def noting(self: generation._Writer, answers: Sequence[generation._Answer]) -> None:
+        written.append((threading.current_thread().name, len(answers)))
+        write(self, answers)
+
+    monkeypatch.setattr(generation._Writer, "write", noting)
+    monkeypatch.setattr(generation, "_FEWEST_ROWS", 3)
+    assert generate(base, arena, prompts, 20, batch_sequences=6) == expected
+    assert sum(count for _, count in written) == 14
+    assert len({name for name, _ in written}) == 2, "both parts have a thread"
 
 
 def test_without_memory_answers_are_written_one_after_another(monkeypatch: pytest.MonkeyPatch) -> None:

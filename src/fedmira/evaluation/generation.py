@@ -8,22 +8,26 @@ Axes: K clients, P parameters of one adapter, B rows of a step, T tokens, d hidd
 
 from __future__ import annotations
 
+from bisect import bisect
 from collections import deque
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import groupby
+from functools import partial
+from itertools import accumulate, groupby
 
 import numpy as np
 import torch
 
 from fedmira.data.packing import pack
 from fedmira.data.tokenization import TokenizedExample
+from fedmira.model.adapted import computes_in_parts
 from fedmira.model.base import BaseModel
 from fedmira.model.buckets import Growing
 from fedmira.model.cache import KeyValueCache
 from fedmira.model.full import is_full, one_by_one
 from fedmira.model.shift import shifted
-from fedmira.training.memory import available_bytes
+from fedmira.side_by_side import side_by_side
+from fedmira.training.memory import AT_ONCE, available_bytes
 from fedmira.types import Arena, Layout
 
 _CPU_STEPS_BETWEEN_LOOKS = 1
@@ -36,6 +40,8 @@ _READ_TOKENS = 16384
 """Prompt tokens that are read together at most; a longer prompt is read alone."""
 _MEMORY_SHARE = 0.4
 """Of the free memory, what keys and values may take."""
+_FEWEST_ROWS = 32
+"""Answers are written in two parts, side by side, where each has this many: with 16 each it took longer."""
 _GROUP_ROWS = 2
 """A group of rows costs a step as much as this many rows more: its adapter is read once."""
 
@@ -96,9 +102,18 @@ def generate(
     new_tokens, room = tokens_for(base, arena.layout, max_new_tokens)
     answers = list(_waiting(prompts_per_client, room, getattr(base.tokenizer, "bos_token_id", None)))
     # outside of inference mode, so that the weights stay ordinary tensors
-    with shifted(base, arena.layout, arena.shift_W), torch.inference_mode():
+    with shifted(base, arena.layout, arena.shift_W):
         on_device = arena.replace(arena.values_KP.to(base.device))
-        _Writer(base, on_device, new_tokens, batch_sequences, _end_tokens(base).union(ends)).write(answers)
+        parts = _parts(answers, batch_sequences, new_tokens) if computes_in_parts(base, arena.layout) else [answers]
+        ends = _end_tokens(base).union(ends)
+        limits = _Limits(new_tokens, batch_sequences // len(parts), ends, _MEMORY_SHARE / len(parts))
+
+        def write(part: Sequence[_Answer]) -> None:
+            # holds for one thread
+            with torch.inference_mode():
+                _Writer(base, on_device, limits).write(part)
+
+        side_by_side([partial(write, part) for part in parts], AT_ONCE)
     texts = [[""] * len(prompts) for prompts in prompts_per_client]
     for answer in answers:
         texts[answer.client][answer.index] = base.tokenizer.decode(
@@ -143,19 +158,42 @@ def _end_tokens(base: BaseModel) -> frozenset[int]:
     return frozenset(token for token in (*listed, base.tokenizer.eos_token_id) if token is not None)
 
 
+@dataclass(frozen=True, slots=True)
+class _Limits:
+    """Of what is written together."""
+
+    new_tokens: int
+    """Of one answer, at most."""
+    rows: int
+    """Answers at the same time, at most."""
+    ends: frozenset[int]
+    """Tokens that end an answer."""
+    memory_share: float
+    """Of the free memory, what keys and values may take."""
+
+
+def _parts(answers: list[_Answer], most_rows: int, new_tokens: int) -> list[list[_Answer]]:
+    """All answers in one part, or in two of about as many tokens if there are enough; at most one client is in both."""
+    if min(len(answers), most_rows) < AT_ONCE * _FEWEST_ROWS:
+        return [answers]
+    tokens = list(accumulate(len(answer.prompt) + new_tokens for answer in answers))
+    half = bisect(tokens, tokens[-1] / 2)
+    return [answers[:half], answers[half:]]
+
+
 class _Writer:
     """Writes answers, as many at a time as are allowed."""
 
-    def __init__(self, base: BaseModel, arena: Arena, new_tokens: int, most_rows: int, ends: frozenset[int]) -> None:
+    def __init__(self, base: BaseModel, arena: Arena, limits: _Limits) -> None:
         self._base = base
         self._on_cpu = base.device.type == "cpu"
         self._num_clients = arena.num_clients
-        self._new_tokens = new_tokens
-        self._most_rows = most_rows
-        self._ends = ends
+        self._new_tokens = limits.new_tokens
+        self._most_rows = limits.rows
+        self._ends = limits.ends
         self._virtual_tokens = arena.layout.num_virtual_tokens
         self._cache = KeyValueCache(base, arena)
-        self._most_tokens = int(_MEMORY_SHARE * available_bytes(base.device) / _bytes_per_token(base, arena))
+        self._most_tokens = int(limits.memory_share * available_bytes(base.device) / _bytes_per_token(base, arena))
 
     def write(self, answers: Sequence[_Answer]) -> None:
         """Fill `written` of every answer."""

@@ -58,7 +58,7 @@ class PackedRows:
 
     def move(self, bucket: CacheBucket, places: Sequence[tuple[int, int]]) -> Move:
         """What brings members to a bucket; `places` are (index here, index there)."""
-        device = bucket.rows_b.device
+        device = bucket.device
         lengths = [len(self._rows[here]) for here, _ in places]
         row_N = torch.cat([self._rows[here] for here, _ in places]).to(device)
         member_N = torch.cat([torch.full((n,), there) for n, (_, there) in zip(lengths, places, strict=True)]).to(
@@ -75,17 +75,21 @@ class PackedRows:
 class CacheBucket:
     """Sequences that end at the same column, a pair (b, G, S, D) per attention module."""
 
-    def __init__(self, members: Sequence[Growing], rows: Sequence[int], device: torch.device) -> None:
+    def __init__(self, members: Sequence[Growing], device: torch.device) -> None:
         self._first = tuple(members)
         self._first_filled = max(member.length for member in members)
         self.filled = self._first_filled
         """Columns in use."""
         self.num_columns = self.filled + max(member.room for member in members)
-        self.rows_b = torch.tensor(rows, device=device)
-        """The rows of a call that are these sequences."""
+        self.device = device
         self.pairs: dict[Hashable, Pair] = {}
         self._start_b = torch.tensor([self.filled - member.length for member in members], device=device)
         self._masks: dict[tuple[int, torch.dtype], torch.Tensor] = {}
+
+    @property
+    def size(self) -> int:
+        """How many sequences it holds."""
+        return len(self._first)
 
     @property
     def members(self) -> tuple[Growing, ...]:
@@ -108,7 +112,7 @@ class CacheBucket:
         longest = max(members[here].length for here, _ in places)
         from_columns = slice(self.filled - longest, self.filled)
         to_columns = slice(bucket.filled - longest, bucket.filled)
-        here_b, there_b = torch.tensor(places, device=self.rows_b.device).unbind(1)
+        here_b, there_b = torch.tensor(places, device=self.device).unbind(1)
 
         def move(from_bGSD: torch.Tensor, to_bGSD: torch.Tensor) -> None:
             to_bGSD[there_b, :, to_columns] = from_bGSD[here_b, :, from_columns]

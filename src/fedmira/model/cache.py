@@ -5,8 +5,8 @@ Sequences may join and leave between calls. Known families run through their bod
 through the stock model, with attention registered with transformers under `CACHED`, which is also the slow twin of the
 former. Knows nothing about how a token is chosen.
 
-Axes: K clients, P parameters of one adapter, B rows of a call, N packed rows, H heads, G key-value heads, D features
-of a head, d hidden features.
+Axes: K clients, P parameters of one adapter, B rows of a call, n of them with a sequence, N packed rows, H heads,
+G key-value heads, D features of a head, d hidden features.
 """
 
 from __future__ import annotations
@@ -61,6 +61,8 @@ class KeyValueCache:
         self._arena = arena if self._body is None else arena.replace(arena.values_KP.to(self._body.dtype))
         self._read: list[PackedRows] = []
         self._buckets: list[CacheBucket] = []
+        self._rows_n = torch.zeros(0, dtype=torch.int64, device=base.device)
+        """The rows of a call that are sequences, in the order in which these lie in the buckets."""
         self._position_B = torch.zeros(0, dtype=torch.int64, device=base.device)
         self._longest = 0
         self._add_low_rank_: inference.LowRank | None = None
@@ -152,18 +154,17 @@ class KeyValueCache:
         settings: Settings,
     ) -> torch.Tensor:
         """Attention of the newest tokens, (B, H, D)."""
+        # bucket by bucket, so that each takes slices
+        sizes = [bucket.size for bucket in self._buckets]
+        queries, keys, values = (
+            torch.split(states.index_select(0, self._rows_n), sizes) for states in (query_BHD, key_BGD, value_BGD)
+        )
+        seen = [
+            bucket.attend(module, query_bHD, key_bGD, value_bGD, settings)
+            for bucket, query_bHD, key_bGD, value_bGD in zip(self._buckets, queries, keys, values, strict=True)
+        ]
         output_BHD = query_BHD.new_zeros(*query_BHD.shape[:2], value_BGD.shape[2])
-        for bucket in self._buckets:
-            rows_b = bucket.rows_b
-            output_bHD = bucket.attend(
-                module,
-                query_BHD.index_select(0, rows_b),
-                key_BGD.index_select(0, rows_b),
-                value_BGD.index_select(0, rows_b),
-                settings,
-            )
-            output_BHD.index_copy_(0, rows_b, output_bHD)
-        return output_BHD
+        return output_BHD.index_copy_(0, self._rows_n, torch.cat(seen))
 
     def _arrange(self, names_B: Sequence[int | None]) -> None:
         """Bring the sequences that go on into buckets, and let go of the others."""
@@ -179,13 +180,16 @@ class KeyValueCache:
         self._longest = max((held[name][0].length + held[name][0].room for name in names), default=0)
         self._read, self._buckets = [], []
         moves = []
+        order: list[int] = []
         for group in group_by_length([held[name][0].length for name in names], self._bucket_tokens(sources)):
-            bucket = CacheBucket([held[names[i]][0] for i in group], [rows[i] for i in group], self._base.device)
+            bucket = CacheBucket([held[names[i]][0] for i in group], self._base.device)
             self._buckets.append(bucket)
+            order += [rows[i] for i in group]
             for source in sources:
                 places = [(held[names[i]][2], there) for there, i in enumerate(group) if held[names[i]][1] is source]
                 if places:
                     moves.append((source, bucket, source.move(bucket, places)))
+        self._rows_n = torch.tensor(order, dtype=torch.int64, device=self._base.device)
         for module in list(sources[0].pairs) if sources else []:
             for bucket in self._buckets:
                 bucket.allocate(module, sources[0].pairs[module])
