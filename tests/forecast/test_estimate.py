@@ -10,12 +10,15 @@ from typing import Any
 
 import pytest
 
+from fedmira.assembly import Assembly, assemble
 from fedmira.config.run import RunConfig
 from fedmira.errors import ConfigError
 from fedmira.experiment import run
+from fedmira.federation.method import Info, State
 from fedmira.forecast import estimate as estimating
 from fedmira.forecast.estimate import dry_run
 from fedmira.runs.store import RunStore
+from fedmira.types import Losses, Trial
 
 METHODS: dict[str, dict[str, Any]] = {
     "local_only": {"name": "local_only"},
@@ -72,6 +75,27 @@ def test_the_average_of_the_last_round_is_predicted_where_a_run_of_that_length_h
     events = [event for event in RunStore.open(run(wanted, directory=tmp_path)).events() if event["event"] == "round"]
     assert sum(event["upload_bytes"] for event in events) // rounds == estimate.upload_bytes_per_round
     assert sum(event["download_bytes"] for event in events) // rounds == estimate.download_bytes_per_round
+
+
+def test_what_all_clients_are_asked_after_the_last_round_is_decided_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a part of the clients a round, nothing before it holds so many adapters at once."""
+    decided: list[int] = []
+
+    def watched(parts: Assembly) -> Assembly:
+        decide = parts.method.decide
+
+        def counting(state: State, trial: Trial, losses: Losses) -> tuple[State, Info]:
+            decided.append(trial.num_candidates * len(trial.ids))
+            assert decide is not None
+            return decide(state, trial, losses)
+
+        return parts._replace(method=parts.method._replace(decide=counting))
+
+    monkeypatch.setattr(estimating, "assemble", lambda config: watched(assemble(config)))
+    dry_run(config("mira"))
+    assert decided[-1] == 2 * 2 * 5 > decided[0], (
+        "two shares of the mixture and of the average, of all that ever returned"
+    )
 
 
 HEAVY = {

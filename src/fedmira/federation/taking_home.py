@@ -123,8 +123,14 @@ def over_rounds(method: Method, decay: float, judged: Collection[str] = ()) -> M
         """Losses (S,) with the candidates that clients took; nearest and not equal, as candidates may have been cut to
         a client's rank."""
         taken_SP = method.personalise(after).values_KP[list(own.ids)]
-        distance_SQ = [(own.candidate(q) - taken_SP).square().sum(dim=1) for q in range(own.num_candidates)]
-        taken_S1 = torch.stack(distance_SQ, dim=1).argmin(dim=1, keepdim=True).cpu()
+
+        def distances(candidate_SP: torch.Tensor) -> torch.Tensor:
+            # row by row, as differences of all would take the memory of all adapters twice more
+            pairs = zip(candidate_SP, taken_SP, strict=True)
+            return torch.stack([torch.linalg.vector_norm(one_P - taken_P) for one_P, taken_P in pairs])
+
+        distance_SQ = torch.stack([distances(own.candidate(q)) for q in range(own.num_candidates)], dim=1)
+        taken_S1 = distance_SQ.argmin(dim=1, keepdim=True).cpu()
         return answers.mean_SQ.gather(1, taken_S1)[:, 0]
 
     over = method._replace(init=init, merge=merge, personalise=personalise)

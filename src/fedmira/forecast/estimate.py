@@ -36,6 +36,9 @@ _HEAP_GROWTH = 0.1
 """A heap that has served batches of many sizes holds more than one that has served a few: 0 to 20 % in runs of minutes
 (`python -m benchmarks.dry_run`). A GPU's peak counts what is in use and does not grow."""
 
+_Asked = Callable[[int], tuple[State, Trial | None]]
+"""A round to the state after it and what clients are asked then."""
+
 
 class Estimate(NamedTuple):
     """Predicted needs of a run."""
@@ -108,12 +111,15 @@ def dry_run(config: RunConfig) -> Estimate:
     asked_tokens, crossing = 0, []
     for round_ in range(1, rounds + 1):
         # one at a time: a question may hold adapters
-        trial = asked(round_)
+        then, trial = asked(round_)
         if trial is not None:
             asked_tokens += _tokens_of(parts, trial)
             if trial.num_candidates:
                 crossing.append(trial_bytes(trial, parts.layout, trial.candidate(0)))
-        del trial
+            if round_ == rounds and method.decide is not None:
+                # the last round asks the most clients about the most: memory may be at its peak there
+                method.decide(then, trial, _made_up_losses(trial, config.seed))
+        del then, trial
     del asked
     participants = participation.draw(len(parts.clients.names), config.federation, config.seed, 1)
     job = method.plan(state, participants)
@@ -187,7 +193,7 @@ def _of_a_long_run(device: torch.device, loaded_bytes: int, peak_bytes: int) -> 
     return peak_bytes + round(growth * max(0, peak_bytes - loaded_bytes))
 
 
-def _mix(parts: Assembly, state: State, round_: int) -> tuple[State, float, Callable[[int], Trial | None]]:
+def _mix(parts: Assembly, state: State, round_: int) -> tuple[State, float, _Asked]:
     """The state after round `round_` with made-up results and answers, the seconds of planning, merging and deciding,
     and what clients are asked after each round."""
     method, federation, seed = parts.method, parts.config.federation, parts.config.seed
@@ -197,14 +203,15 @@ def _mix(parts: Assembly, state: State, round_: int) -> tuple[State, float, Call
     del job
     (mixed, _), merging = timed(parts, lambda: method.merge(state, participants, results))
 
-    def asked(number: int) -> Trial | None:
+    def asked(number: int) -> tuple[State, Trial | None]:
         here, then = participants._replace(round=number, last=number == federation.rounds), mixed
         if here.last:
             then = _of_the_last_round(mixed, parts.config)
         trial = method.trial(then, here, results) if method.trial else None
-        return bounded(trial, here, parts.config.evaluation.examples_per_question) if trial else None
+        limit = parts.config.evaluation.examples_per_question
+        return then, bounded(trial, here, limit) if trial else None
 
-    trial = asked(round_)
+    _, trial = asked(round_)
     if trial is None or method.decide is None:
         return mixed, planning + merging, asked
     losses, decide = _made_up_losses(trial, seed), method.decide
