@@ -30,8 +30,9 @@ _BLOCK_ROWS = 256
 
 def in_cache(*tensors_N: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
     """Views of a block of rows of each tensor after the other, on a CPU; elsewhere of all rows at once."""
-    rows = _BLOCK_ROWS if tensors_N[0].device.type == "cpu" else max(1, len(tensors_N[0]))
-    return zip(*(torch.split(tensor, rows) for tensor in tensors_N), strict=True)
+    if tensors_N[0].device.type != "cpu" or len(tensors_N[0]) <= _BLOCK_ROWS:
+        return iter([tensors_N])
+    return zip(*(torch.split(tensor, _BLOCK_ROWS) for tensor in tensors_N), strict=True)
 
 
 class Stack(NamedTuple):

@@ -66,8 +66,10 @@ def product(
     if _ONEDNN:
         result: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x_NI, weight_OI, bias_O, "none", [], "")
         return result
+    if room is None:
+        return F.linear(x_NI, weight_OI, None if bias_O is None else bias_O.detach())
     shape = (len(x_NI), len(weight_OI))
-    out_NO = x_NI.new_empty(shape) if room is None else room[: shape[0] * shape[1]].view(shape)
+    out_NO = room[: shape[0] * shape[1]].view(shape)
     if bias_O is None:
         return torch.mm(x_NI, weight_OI.T, out=out_NO)
     return torch.addmm(bias_O.detach(), x_NI, weight_OI.T, out=out_NO)
