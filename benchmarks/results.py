@@ -13,11 +13,6 @@ from typing import Any
 
 from benchmarks.timing import Times
 
-METHOD = 2
-"""The way of measuring, a number that grows when a peer gets better or a task harder: 2 since every contestant has a
-process of its own, PEFT's mixed batch its best size, Flower an actor for each thread, PEFT merges adapters to generate,
-and neighbours to mix with lie anywhere."""
-
 
 @dataclass(slots=True)
 class Row:
@@ -33,8 +28,7 @@ class Row:
     """Median processor seconds of the process that does the work; None where several do."""
     peak_bytes: int | None = None
     """Highest memory in one round, of all processes that do the work, with interpreter, libraries and model; what the
-    round adds to what was held before, where contestants share a process (on a GPU, of what torch allocated; and before
-    `METHOD` 2)."""
+    round adds to what was held before, where contestants share a process: on a GPU, of what torch allocated."""
     final_loss: float | None = None
     """Of the trained adapters, nats per supervised token; the same judge for all contestants."""
     note: str = ""
@@ -66,8 +60,6 @@ class Section:
     """What was measured; empty if unknown."""
     date: str = ""
     """When, as in 2026-11-30; empty if unknown."""
-    method: int = 0
-    """`METHOD` when it was measured; 0 before there were numbers."""
 
     def row(self, contestant: str) -> Row:
         return next(row for row in self.rows if row.contestant == contestant)

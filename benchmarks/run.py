@@ -33,7 +33,7 @@ from benchmarks.groups.mixing import measure_mixing_in_memory
 from benchmarks.groups.training import measure_training
 from benchmarks.options import Options
 from benchmarks.peers.peer import needs_environment
-from benchmarks.results import METHOD, Results, Section, read_results, write_results
+from benchmarks.results import Results, Section, read_results, write_results
 from benchmarks.suite import MORE, SUITES, ClientMemory, DiskMixing, Measurement, MemoryMixing, Training
 from benchmarks.table import write_pages
 
@@ -64,7 +64,7 @@ def main(arguments: list[str] | None = None) -> int:
         say(name)
         section, measured = _measured_or_why(name, measurement, options, say)
         all_measured &= measured
-        section.commit, section.date, section.method = commit, date.today().isoformat(), METHOD
+        section.commit, section.date = commit, date.today().isoformat()
         results.put(section)
         write_results(file, results)
         write_pages(parsed.out)

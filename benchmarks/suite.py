@@ -14,7 +14,7 @@ from benchmarks.groups.memory import OVER_FLOOR
 from benchmarks.groups.mixing import SHARE_IN_TASKS, SHARE_OF_COPY, SHARE_SCATTERED
 from benchmarks.groups.training import SHARE_OF_GEMM
 from benchmarks.peers.peer import FLOWER, KEPT, MIXED, ONE_CLIENT, OURS, PADDED, PEFT, PFL
-from benchmarks.results import METHOD, Results, Section
+from benchmarks.results import Results, Section
 from benchmarks.workloads import Workload
 
 DOLLY, NATURAL = "dolly", "natural_instructions"
@@ -124,16 +124,6 @@ class Target:
     at_least: bool = True
     """False: at most."""
 
-    @property
-    def compared(self) -> str:
-        """What `METHOD` 2 changed: `peer` or `graph`, which became harder to beat, or `process`, which both sides have
-        since; empty if it left this as it was."""
-        if self.measure in (SHARE_OF_COPY, OVER_COPY):
-            return "graph"
-        if self.measure == f"over {ONE_CLIENT}":
-            return "process"
-        return "peer" if self.measure.startswith("over ") else ""
-
     def reached(self, value: float) -> bool:
         """Whether a measured value meets the bound."""
         return value >= self.bound if self.at_least else value <= self.bound
@@ -194,13 +184,10 @@ class Verdict(NamedTuple):
 
     @property
     def word(self) -> str:
-        """`met`, `missed` or `not measured`; with `older` if it was met before what it names changed."""
+        """`met`, `missed` or `not measured`."""
         if self.value is None:
             return "not measured"
-        if not self.target.reached(self.value):
-            return "missed"
-        older = self.section is not None and self.section.method < METHOD and self.target.compared
-        return f"older {older}" if older else "met"
+        return "met" if self.target.reached(self.value) else "missed"
 
 
 def machines(found: dict[str, Results]) -> dict[str, str]:

@@ -10,17 +10,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.peers.peer import OURS
-from benchmarks.results import METHOD, Results, Row, Section, read_results
+from benchmarks.results import Results, Row, Section, read_results
 from benchmarks.suite import Target, Verdict, judge, machines
 
 PAGE = "README.md"
 RESULTS = Path(__file__).resolve().parent / "results"
 DOCS_PAGE = Path(__file__).resolve().parents[1] / "docs" / "performance.md"
-_OLDER = (
-    "After each number the commit that was measured, and the day where it was noted. `older peer`: reached before "
-    "peers had their best forms and everyone a process as its users have it; `older process`: before both sides had "
-    "such a process; `older graph`: reached when neighbours lay in order. None has been measured since."
-)
 BEGIN, END = "<!-- written by python -m benchmarks.table -->", "<!-- end -->"
 
 
@@ -58,8 +53,7 @@ def render_verdicts(found: dict[str, Results]) -> str:
         )
         for target, by_machine in cells.items()
     ]
-    table = markdown_table(("target", "bound", *names), rows)
-    return f"{table}\n\n{_OLDER}" if any(" older " in cell for row in rows for cell in row) else table
+    return markdown_table(("target", "bound", *names), rows)
 
 
 def _verdict(verdict: Verdict) -> str:
@@ -144,12 +138,10 @@ def _about_contestants(section: Section) -> list[str]:
     if settings:
         told = "; ".join(f"{words}: {', '.join(contestants)}" for words, contestants in settings.items())
         notes.append(f"Each in a process of its own, whose whole memory is told ({told}).")
-    elif section.method >= METHOD and any(row.contestant == OURS and row.peak_bytes for row in section.rows):
+    elif any(row.contestant == OURS and row.peak_bytes for row in section.rows):
         notes.append(
             "All in one process; `peak MiB` is what a round adds, on a GPU in bytes that torch's allocator gave out."
         )
-    if section.rows and section.method < METHOD:
-        notes.append("Measured before peers and graphs were improved: all in one process, memory is what a round adds.")
     return notes
 
 

@@ -45,7 +45,7 @@ from benchmarks.groups.mixing import (
 from benchmarks.options import Options
 from benchmarks.peers.own_process import Seat
 from benchmarks.peers.peer import OURS, PEFT
-from benchmarks.results import METHOD, Results, Row, Section, read_results, write_results
+from benchmarks.results import Results, Row, Section, read_results, write_results
 from benchmarks.suite import MORE, SUITES, TARGETS, Target, Training, judge
 from benchmarks.table import DOCS_PAGE, PAGE, RESULTS, found_in, render, render_section, with_targets, write_pages
 from benchmarks.workloads import Task, Workload, build, fingerprint
@@ -93,16 +93,10 @@ def test_targets_are_met_missed_or_not_measured() -> None:
     found = {"cpu-fast": results_with("train-15m", **{f"over {PEFT}": 4.5, "over PEFT, mixed batch": 2.4})}
     verdicts = {(one.target.section, one.target.measure, one.target.device): one.word for one in judge(found)}
     assert {(one.target.device, one.machine) for one in judge(found)} == {("cpu", "cpu-fast"), ("cuda", "cuda")}
-    assert verdicts["train-15m", f"over {PEFT}", "cpu"] == "older peer", "without a number: of before"
+    assert verdicts["train-15m", f"over {PEFT}", "cpu"] == "met"
     assert verdicts["train-15m", "over PEFT, mixed batch", "cpu"] == "missed"
     assert verdicts["train-15m", "over Flower simulation", "cpu"] == "not measured"
     assert verdicts["train-1.3b", f"over {PEFT}", "cuda"] == "not measured"
-    found["cpu-fast"].sections[0].method = METHOD
-    assert next(one.word for one in judge(found) if one.value == 4.5) == "met"
-    compared = {target.section: target.compared for target in TARGETS if target.device == "cpu"}
-    assert compared["generate-embedded"] == "peer"
-    assert (compared["train-embedded-batch-1"], compared["client-memory"]) == ("process", "")
-    assert {target.compared for target in TARGETS if target.section.startswith("mix-")} == {"graph", ""}
     memory = Target("cpu", "memory", "m", "bytes", 1.1, at_least=False)
     assert memory.reached(1.05)
     assert not memory.reached(1.2)
@@ -119,16 +113,11 @@ def test_the_page_shows_targets_and_rows(tmp_path: Path) -> None:
     page = (tmp_path / PAGE).read_text(encoding="utf-8")
     assert page == render({"cpu-fast": results, "cpu-slow": slow})
     assert "| target | bound | cpu-fast | cpu-slow | cuda |" in page
-    assert "| 15M shape, batch 4, over stock PEFT | at least 4 | 4.50 older peer | 3.50 missed |  |" in page
-    assert "`older peer`" in page
-    assert "Measured before peers and graphs were improved" in page
-    for one in (results, slow):
-        one.sections[0].method, one.sections[0].commit = METHOD, "abc1234"
+    assert "| 15M shape, batch 4, over stock PEFT | at least 4 | 4.50 met | 3.50 missed |  |" in page
+    results.sections[0].commit = slow.sections[0].commit = "abc1234"
     slow.sections[0].date = "2026-12-01"
     page = render({"cpu-fast": results, "cpu-slow": slow})
     assert "| 4.50 met, abc1234 | 3.50 missed, abc1234 of 2026-12-01 |  |" in page
-    assert "older peer" not in page
-    assert "were improved" not in page
     assert "| ours | 2.000 | 1.500 - 2.500 | 1.00 | 500 | 125 | 1 | 3.2500 |" in page
     assert "| PEFT, sequential | not measured: out of memory |" in page
 
@@ -142,20 +131,20 @@ def test_notes_tell_the_size_of_cohorts_and_what_was_measured(tmp_path: Path) ->
     results.sections[0].commit = "abc1234"
     write_results(tmp_path / "cpu.json", results)
     assert read_results(tmp_path / "cpu.json") == results
-    results.sections[0].method, results.sections[0].date = METHOD, "2026-12-01"
+    results.sections[0].date = "2026-12-01"
     page = render_section(results.sections[0])
     assert page.endswith(
         "Ours trains 4 clients at a time. All in one process; `peak MiB` is what a round adds, on a GPU in bytes that "
         "torch's allocator gave out. Measured at abc1234 of 2026-12-01."
     )
     older = json.loads((tmp_path / "cpu.json").read_text(encoding="utf-8"))
-    for unknown in ("commit", "date", "method"):
+    for unknown in ("commit", "date"):
         del older["sections"][0][unknown]
     for unknown in ("settings", "clients_per_batch"):
         del older["sections"][0]["rows"][0][unknown]
     (tmp_path / "cpu.json").write_text(json.dumps(older), encoding="utf-8")
     section = read_results(tmp_path / "cpu.json").sections[0]
-    assert (section.commit, section.date, section.method) == ("", "", 0)
+    assert (section.commit, section.date) == ("", "")
 
 
 def test_the_commit_is_empty_where_git_does_not_know(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -264,7 +253,7 @@ def test_a_run_into_the_committed_results_brings_the_docs_up_to_date(
     assert " old " in page.read_text(encoding="utf-8")
     assert run.main([*arguments, str(tmp_path / "results")]) == 0
     assert f"| 1.05 met, {run.sources_commit()} of {date.today().isoformat()} |" in page.read_text(encoding="utf-8")
-    assert found_in(tmp_path / "results")["cpu-a-machine"].sections[0].method == METHOD
+    assert found_in(tmp_path / "results")["cpu-a-machine"].sections[0].name == "client-memory"
 
 
 def test_a_package_that_is_missing_or_of_another_python_is_named(
