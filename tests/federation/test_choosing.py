@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tests.federation.builders import clients, initial, mira, play, same_bytes
+from tests.federation.builders import clients, initial, mira, play, same_bytes, trained
 
 from fedmira.config.mira import ChoiceConfig
 from fedmira.federation.choosing import ask, asked, blend, choose, expected, first_choice
@@ -84,6 +84,13 @@ def test_a_small_gain_is_not_taken() -> None:
     assert after.memory["alpha"].tolist() == [0.0, 1.0, 1.0]
 
 
+def test_the_margin_is_a_share_of_the_loss() -> None:
+    # the logarithm of 0.81 is -0.21
+    config = ChoiceConfig(grid=(0.0, 1.0), margin=0.2)
+    after, _ = choose(config, state(), question(config, 0, 1), answers([[1.0, 0.81], [1.0, 0.79]], (10, 10)))
+    assert after.memory["alpha"].tolist() == [0.0, 1.0, 1.0]
+
+
 def scattered(rows: list[list[float]], scatter: list[list[float]], examples: tuple[int, ...]) -> Losses:
     return answers(rows, examples)._replace(scatter_SQ=torch.tensor(scatter, dtype=torch.float64))
 
@@ -153,6 +160,14 @@ def test_who_answers_nothing_follows_those_that_are_not_in_trouble() -> None:
         after, _ = choose(config, start, trial, losses)
         assert after.memory["alpha"].tolist() == [1.0, 1.0, 0.0, 1.0, 1.0]
         assert after.memory["start_alpha"].tolist() == [1.0, 1.0, 0.0, 1.0, 1.0]
+
+
+def test_one_whose_loss_vanishes_does_not_decide_for_those_who_answer_nothing() -> None:
+    rows = [[1.0, 0.0], *[[1.0, 2.0]] * 9, [torch.nan, torch.nan]]
+    start = State(OWN, (1,) * 11, {**first_choice(11), "uploads": OWN.values_KP})
+    trial = Trial(tuple(range(11)), 2, lambda number: OWN.values_KP, sent=0)
+    after, _ = choose(ChoiceConfig(shrinkage=False), start, trial, answers(rows, (*(5,) * 10, 0)))
+    assert after.memory["alpha"].tolist() == [1.0, *[0.0] * 10]
 
 
 @pytest.mark.parametrize(
@@ -267,6 +282,18 @@ def test_what_a_client_keeps_and_starts_from_is_as_it_chose() -> None:
     expected = blend(uploads, state.adapters, 1 - start_K).values_KP[[0, 5]]
     assert same_bytes(job.start_SP, expected)
     assert not same_bytes(job.start_SP, state.adapters.values_KP[[0, 5]])
+
+
+def test_a_learned_graph_compares_uploads_with_what_clients_trained_on_from() -> None:
+    who, some = clients(), Participants(3, (0, 2, 5))
+    method = build_method(mira("gram").model_copy(update={"choice": ChoiceConfig()}), who)
+    state = play(method, method.init(initial(), who), who.names, [(0, 1, 2, 3, 4, 5)] * 2)
+    ones = torch.ones(6, dtype=torch.float64)
+    state = replace(state, memory={**state.memory, "alpha": 0 * ones, "start_alpha": ones})
+    job = method.plan(state, some)
+    after, _ = method.merge(state, some, trained(job, who.names))
+    assert same_bytes(after.memory["starts"][[0, 2, 5]], job.start_SP)
+    assert not same_bytes(job.start_SP, state.memory["uploads"][[0, 2, 5]])
 
 
 def test_one_that_tolerates_everything_leaves_all_starts_as_they_are_without_choice() -> None:

@@ -13,7 +13,9 @@ from tests.reference import mixing_twin, products_twin
 
 from fedmira.config.method import FedAdamConfig, FedKSeedConfig, FedProxConfig, FloristConfig
 from fedmira.federation.method import Method, State
+from fedmira.federation.products import in_products
 from fedmira.federation.registry import build_method
+from fedmira.federation.shifting import pair_bytes
 from fedmira.types import Arena, Job, Participants, Results, SeedPool
 
 ROUNDS = [(0, 1, 3), (1, 2, 4), (0, 2, 3, 5), (0, 1, 2, 3, 4, 5)]
@@ -232,6 +234,13 @@ def test_alignment_keeps_flexlora_near_what_clients_had() -> None:
     assert moved < unaligned
 
 
+def test_flexlora_turns_its_pair_towards_that_of_before_the_round() -> None:
+    job, results, state = one_round("flexlora")
+    before = Arena(layout(), job.start_SP[:1])
+    expected = in_products(np.array([SHARES]), reference=before)(Arena(layout(), results.values_SP))
+    torch.testing.assert_close(state.adapters.values_KP, expected.values_KP.expand(6, -1), rtol=0, atol=1e-12)
+
+
 def test_hetlora_weighs_clients_by_the_norm_of_their_products() -> None:
     _, results, state = one_round("hetlora")
     arena = Arena(layout(), results.values_SP)
@@ -241,6 +250,24 @@ def test_hetlora_weighs_clients_by_the_norm_of_their_products() -> None:
     ]
     expected = mixing_twin.weighted_mean(list(results.values_SP), norms)
     torch.testing.assert_close(state.adapters.values_KP, expected.expand(6, -1), rtol=0, atol=1e-13)
+
+
+def test_hetlora_hears_those_that_returned_this_round_alone() -> None:
+    method, who = build_method(CONFIGS["hetlora"], clients()), clients()
+    state = play(method, fresh(method), who.names, [IDS])
+    results = trained(method.plan(state, Participants(2, (1, 2))), who.names)
+    after, _ = method.merge(state, Participants(2, (1, 2)), results)
+    norms = [
+        math.sqrt(
+            sum(
+                float(part.square().sum())
+                for part in products_twin.dense(Arena(layout(), results.values_SP), row).values()
+            )
+        )
+        for row in range(2)
+    ]
+    expected = mixing_twin.weighted_mean(list(results.values_SP), norms)
+    torch.testing.assert_close(after.adapters.values_KP, expected.expand(6, -1), rtol=0, atol=1e-13)
 
 
 def test_hetlora_of_clients_that_do_nothing_yet_weighs_examples() -> None:
@@ -289,6 +316,18 @@ def test_rounds_of_flora_add_up_and_start_from_fresh_pairs() -> None:
     assert not torch.equal(starts[0], starts[1])
 
 
+def test_fresh_pairs_are_drawn_as_far_as_first_ones() -> None:
+    method, who = build_method(CONFIGS["flora"], clients()), clients()
+    of = layout(rank=4, features=((50, 4), (30, 6)))
+    state = method.init(initial(dtype=torch.float64, of=of), who)
+    results = trained(method.plan(state, Participants(1, IDS)), who.names)
+    state, _ = method.merge(state, Participants(1, IDS), results)
+    for spec in of.specs:
+        # A is uniform in +-1/sqrt(I)
+        bound = spec.shape[1] ** -0.5 if spec.group == "lora_a" else 0.0
+        assert 0.9 * bound <= float(state.adapters.view(spec).abs().max()) <= bound
+
+
 def test_florist_keeps_the_share_of_the_energy_and_all_of_it_is_flora() -> None:
     _, results, exact = one_round("flora")
     everything = build_method(FloristConfig(name="florist", energy=1.0), clients())
@@ -327,6 +366,17 @@ def test_the_shift_costs_the_factors_that_a_client_misses_and_never_more_than_th
     # three clients of rank 2 would need 9 * 6 numbers a layer: dense is less
     state = play(method, state, who.names, [(0, 4, 5)], first=3)
     assert method.plan(state, Participants(4, (4,))).shift_bytes == 8 * 38
+
+
+def test_a_component_costs_its_bytes_unless_it_is_0_in_both_factors() -> None:
+    b_OQ, a_QI = torch.tensor([[0.0, 1.0, 0.0]]), torch.tensor([[1.0, 1.0], [0.0, 0.0], [0.0, 0.0]])
+    assert pair_bytes(b_OQ, a_QI, 4) == 2 * (1 + 2) * 4
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_the_shift_is_kept_in_float32_at_least(dtype: torch.dtype) -> None:
+    state = fresh(build_method(CONFIGS["flora"], clients()), dtype)
+    assert state.memory["shift"].dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
 
 
 def test_clients_are_judged_over_the_shifted_base() -> None:

@@ -171,6 +171,15 @@ def test_permuted_keeps_the_spectrum_and_changes_who_is_related(families: int, s
     assert shuffled.provenance["weight_kept"] < 0.7
 
 
+def test_what_permuted_keeps_is_counted_in_weight() -> None:
+    weights = np.random.default_rng(0).random((6, 6)) * (np.random.default_rng(1).random((6, 6)) < 0.4)
+    original = graphs.validated(np.triu(weights, 1) + np.triu(weights, 1).T, 6, "true")
+    shuffled = known.permuted(original, 0)
+    kept = shuffled.adjacency_KK[original.adjacency_KK > 0].sum() / original.adjacency_KK.sum()
+    assert 0 < kept < 1
+    assert shuffled.provenance["weight_kept"] == pytest.approx(kept)
+
+
 @pytest.mark.parametrize("graph", [known.uniform(4), known.uniform(2), known.labels(["a", "b"])])
 def test_a_graph_that_no_shuffle_changes_is_refused(graph: graphs.Graph) -> None:
     with pytest.raises(DataError, match="looks the same however its clients are shuffled"):

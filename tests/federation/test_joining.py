@@ -37,11 +37,14 @@ EVERYBODY = (0, 1, 2, 3)
 SHARED = ("fedit", "fedprox", "ffa_lora", "rolora", "fedadam", "fedkseed", "flexlora", "hetlora", "fedex_lora", "flora")
 
 
-def grown(config: MethodConfig, rounds: Sequence[tuple[int, ...]], ranks: tuple[int, ...] | None = None) -> State:
+def grown(
+    config: MethodConfig, rounds: Sequence[tuple[int, ...]], ranks: tuple[int, ...] | None = None, tasks: str = "ababab"
+) -> State:
     """Four clients play `rounds`, then a fifth and a sixth join."""
 
     def some(count: int) -> Clients:
-        return clients(count)._replace(ranks_K=None if ranks is None else ranks[:count])
+        its_ranks = None if ranks is None else ranks[:count]
+        return clients(count)._replace(ranks_K=its_ranks, tasks=tuple(tasks[:count]))
 
     before = build_method(config, some(4))
     state = play(before, before.init(initial(4, of=layout_for(config)), some(4)), some(4).names, list(rounds))
@@ -112,10 +115,11 @@ def test_nobody_joins_once_there_is_no_common_adapter() -> None:
         grown(config, [EVERYBODY] * 4)
 
 
-def test_who_joins_an_oracles_cluster_gets_its_adapter() -> None:
-    rows_KP = grown(CONFIGS["oracle_clusters-labels"], [EVERYBODY] * 2).adapters.values_KP
-    assert same_bytes(rows_KP[4], rows_KP[0])
-    assert same_bytes(rows_KP[5], rows_KP[1])
+@pytest.mark.parametrize(("tasks", "kin"), [("ababab", (0, 1)), ("aabbba", (2, 0))])
+def test_who_joins_an_oracles_cluster_gets_its_adapter(tasks: str, kin: tuple[int, int]) -> None:
+    rows_KP = grown(CONFIGS["oracle_clusters-labels"], [EVERYBODY] * 2, tasks=tasks).adapters.values_KP
+    assert same_bytes(rows_KP[4:], rows_KP[list(kin)])
+    assert not same_bytes(rows_KP[4], rows_KP[5])
 
 
 def test_with_fedalt_the_rest_of_the_world_is_there_at_once() -> None:

@@ -40,7 +40,7 @@ from fedmira.federation.ranks import trimmed
 from fedmira.federation.registry import build_method
 from fedmira.federation.similarity import over_layers
 from fedmira.randomness import torch_generator
-from fedmira.types import Arena, Clients, Losses, Participants, Results
+from fedmira.types import Arena, Clients, Layout, Losses, Participants, Results
 
 FROM_ADAPTERS = ("gram", "gram_layers", "pfedgraph", "kalofolias", "mtrl", "clusters")
 ASKED = ("trust", "probe")
@@ -275,6 +275,16 @@ def test_only_pairs_that_were_looked_at_again_say_whether_graphs_agree() -> None
     assert after["pairs_known"].sum() == 14
 
 
+def test_two_clients_are_too_few_to_be_looked_at() -> None:
+    uploads, _ = families((3, 3))
+    learns, start = learner(graph_section("gram"), clients()), initial(of=uploads.layout)
+    memory, _ = learns.learn(learns.init(start), Seen(uploads, start, (1, 1, 0, 0, 0, 0), (0, 1), 1))
+    assert not memory["pairs_known"].any()
+    memory, _ = learns.learn(memory, Seen(uploads, start, (2,) * 6, tuple(range(6)), 2))
+    assert memory["pairs_known"].sum() == 30
+    assert not memory["evidence"].any()
+
+
 @pytest.mark.parametrize("kind", ["gram", "trust", "probe"])
 @pytest.mark.parametrize("returning", [5, 10])
 def test_where_the_published_method_asks_few_a_true_graph_settles_and_one_of_chance_does_not(
@@ -376,7 +386,8 @@ def test_starts_are_compared_as_clients_of_a_smaller_rank_got_them() -> None:
 
 @pytest.mark.parametrize("kind", ["gram", "gram_layers", "clusters"])
 def test_what_clients_of_like_rank_have_in_common_is_taken_away(kind: str) -> None:
-    seen, ranks = list(range(1, 12)), (1, 2) * 6
+    # the first one missing leaves ranks in turn, one missing among them does not
+    seen, ranks = [k for k in range(12) if k != 5], (1, 2) * 6
     who = Clients(tuple(f"client-{k}" for k in range(12)), (5,) * 12, ("one",) * 12, 0, ranks_K=ranks)
     noise = torch_generator(7, "uploads")
     starts, uploads = (
@@ -385,7 +396,9 @@ def test_what_clients_of_like_rank_have_in_common_is_taken_away(kind: str) -> No
     )
     starts, uploads = (arena.replace(trimmed(arena.layout, arena.values_KP, ranks)) for arena in (starts, uploads))
     learns = learner(graph_section(kind), who)
-    memory, _ = learns.learn(learns.init(starts), Seen(uploads, starts, (0, *(1,) * 11), tuple(seen), 1))
+    memory, _ = learns.learn(
+        learns.init(starts), Seen(uploads, starts, tuple(int(k in seen) for k in range(12)), tuple(seen), 1)
+    )
     groups = [ranks[k] for k in seen]
     expected = np.mean(
         [
@@ -556,9 +569,11 @@ def test_neighbours_beyond_a_small_family_do_not_count(kind: str) -> None:
     assert "clusters" not in blurred.provenance
 
 
-@pytest.mark.parametrize(("inside", "beyond", "clear"), [(0.2, 0.2, False), (0.3, 0.1, False), (0.6, 0.1, True)])
+@pytest.mark.parametrize(
+    ("inside", "beyond", "clear"), [(0.2, 0.2, False), (0.3, 0.1, False), (0.25, 0.0, False), (0.6, 0.1, True)]
+)
 def test_where_clusters_are_not_clear_all_neighbours_count(inside: float, beyond: float, clear: bool) -> None:
-    # the silhouette of two pairs is 1 - (1 - inside) / (1 - beyond): 0, 0.22 and 0.56
+    # the silhouette of two pairs is 1 - (1 - inside) / (1 - beyond): 0, 0.22, 0.25 and 0.56
     pairs = np.kron(np.eye(2), np.ones((2, 2)))
     similarity = np.where(pairs > 0, inside, beyond)
     np.fill_diagonal(similarity, 1.0)
@@ -672,7 +687,10 @@ def test_regrets_are_centred_as_squared_distances() -> None:
     few = heard_KK.copy()
     few[0, 4] = few[4, 0] = False
     assert similarity_of_regrets(distance, few)[0, 4] == 0
-    assert similarity_of_regrets(distance, few)[0, 1] != 0
+    # in the centring the pair counts as the mean of what is known of both
+    filled = distance.copy()
+    filled[0, 4] = filled[4, 0] = (distance[0, 1:4].mean() + distance[4, 1:4].mean()) / 2
+    assert np.allclose(similarity_of_regrets(distance, few)[few], similarity_of_regrets(filled, heard_KK)[few])
 
 
 def test_each_client_judges_all_others_in_turn() -> None:
@@ -688,6 +706,40 @@ def test_each_client_judges_all_others_in_turn() -> None:
     assert trial is not None
     assert (trial.num_candidates, trial.sent) == (2, 1)
     assert torch.equal(trial.candidate(1), uploads.values_KP[[1, 0]])
+
+
+def test_regrets_are_a_moving_average_that_begins_with_the_first() -> None:
+    uploads, _ = families((3,))
+    learns = learner(graph_section("trust", judged=2, memory=0.75), clients(3))
+    assert learns.ask is not None
+    assert learns.hear is not None
+    everybody = Results((0, 1, 2), uploads.values_KP, (), 0, 0, 0.0, 0)
+    memory = learns.init(uploads)
+    # with its own, that of the next client and that of the one after
+    told = (
+        [[1.0, 3.0, 2.0], [4.0, 2.0, 7.0], [5.0, 5.5, torch.nan]],
+        [[1.0, 2.0, 2.0], [4.0, 4.0, 5.0], [5.0, 5.5, 6.0]],
+    )
+    for round_, rows in enumerate(told, start=1):
+        trial = learns.ask(Participants(round_, everybody.ids), everybody)
+        assert trial is not None
+        memory |= learns.hear(memory, round_, trial, Losses(torch.tensor(rows, dtype=torch.float64), (3,) * 3, 0, 0))
+        if round_ == 1:
+            assert memory["regret"].tolist() == [[0.0, 2.0, 1.0], [5.0, 0.0, 0.0], [0.5, 0.0, 0.0]]
+            assert memory["heard"].tolist() == [[0.0, 1.0, 1.0], [1.0, 0.0, 1.0], [1.0, 0.0, 0.0]]
+    assert memory["regret"].tolist() == [[0.0, 1.75, 1.0], [4.0, 0.0, 0.0], [0.5, 1.0, 0.0]]
+
+
+@pytest.mark.parametrize("kind", ASKED)
+def test_what_three_clients_said_is_looked_at_once(kind: str) -> None:
+    uploads, _ = families((3,))
+    learns = learner(graph_section(kind), clients(3))
+    memory = learns.init(uploads)
+    memory |= heard(learns, memory, uploads, 1)
+    for round_ in (2, 3):
+        memory, _ = learns.learn(memory, Seen(uploads, uploads, (1,) * 3, (), round_))
+        assert memory["pairs_known"].sum() == 6
+        assert not memory["evidence"].any()
 
 
 def test_clients_without_validation_examples_are_not_heard() -> None:
@@ -842,6 +894,30 @@ def test_the_graph_by_layer_sees_what_holds_in_one_block_only() -> None:
     assert weight_inside(layer_of["layer0"], labels) > 0.95
     assert weight_inside(layer_of["layer1"], [*labels[-1:], *labels[:-1]]) > 0.95
     assert np.allclose(graph.adjacency_KK, np.mean([g.adjacency_KK for g in layer_of.values()], axis=0))
+
+
+def test_the_graph_of_all_layers_is_their_mean_however_many_are_in_a_block() -> None:
+    names = {"layer0": "h.0.attn", "layer1": "h.0.mlp", "layer2": "h.1.attn"}
+    plain = layout(features=((12, 10), (9, 14), (8, 11)))
+    of = Layout.of(((s.name, s.group, names[s.layer], s.shape) for s in plain.specs), plain.scaling)
+    noise_KP = torch.randn(6, of.num_parameters, generator=torch_generator(8, "uploads"), dtype=torch.float64)
+    graph = learned("gram_layers", Arena(of, noise_KP), pooling=0.0)
+    assert len(parts(graph)) == 2
+    of_layers = [graph.by_layer[layer] for layer in of.layers]
+    assert np.allclose(graph.adjacency_KK, np.mean(of_layers, axis=0), rtol=0, atol=1e-15)
+
+
+def test_where_a_block_says_nothing_of_a_client_all_layers_speak_for_it() -> None:
+    uploads, _ = families((3, 3))
+    for spec in uploads.layout.specs:
+        if (spec.layer, spec.group) == ("layer1", "lora_b"):
+            uploads.view(spec)[2] = 0.0
+    learns, start = learner(graph_section("gram_layers", pooling=0.0), clients()), initial(of=uploads.layout)
+    memory, _ = learns.learn(learns.init(start), Seen(uploads, start, (1,) * 6, tuple(range(6)), 1))
+    first_KK, second_KK = memory["similarity"]
+    assert first_KK[2].all()
+    assert torch.equal(second_KK[2], first_KK[2])
+    assert not torch.allclose(second_KK[0, 1], first_KK[0, 1])
 
 
 def test_full_pooling_of_layers_is_the_gram_graph() -> None:

@@ -93,6 +93,17 @@ def test_published_step_on_the_complete_graph_is_the_mean() -> None:
     assert torch.allclose(state.adapters.values_KP, values_SP.mean(dim=0).expand(6, -1), rtol=0, atol=1e-14)
 
 
+def test_the_published_method_learns_of_those_alone_that_take_part() -> None:
+    who, ids = clients(), (0, 2, 3, 5)
+    method = build_method(published("gram"), who)
+    state = play(method, fresh(method), who.names, [EVERYBODY.ids])
+    _, info = method.merge(state, some := Participants(2, ids), trained(method.plan(state, some), who.names))
+    assert info.graph is not None
+    related = set(np.flatnonzero(info.graph.adjacency_KK.any(axis=1)).tolist())
+    assert related
+    assert related <= set(ids)
+
+
 def test_disagreement_of_the_published_step_falls_by_the_predicted_factor() -> None:
     # every eigenvalue of the complete unit graph but one is 6
     method = build_method(published("uniform", strength=1.0, server_lr=0.05), clients())
@@ -231,6 +242,8 @@ def test_who_was_seen_long_ago_is_not_a_stranger() -> None:
     sent_SP = initial(4, torch.float64).values_KP + torch.tensor([[10.0], [0.0], [0.0], [10.0]])
     everybody = Participants(1, (0, 1, 2, 3))
     state, _ = method.merge(state, everybody, Results(everybody.ids, sent_SP, (), 0, 0, 0.0))
+    # 0.01 to the power of 400 is less than any number
+    state = replace(state, memory={**state.memory, "away": torch.full((4,), 400.0, dtype=torch.float64)})
     later = Participants(400, (1, 2))
     state, _ = method.merge(state, later, Results(later.ids, sent_SP[1:3], (), 0, 0, 0.0))
     assert torch.allclose(state.adapters.values_KP[[0, 3]], sent_SP[[0, 3]])

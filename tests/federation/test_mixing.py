@@ -144,6 +144,8 @@ def test_edges_that_nobody_would_notice_do_not_join_groups(seed: int) -> None:
     # edges a million times weaker than others still count
     weak = validated([[0, 1, 1e-6], [1, 0, 0], [1e-6, 0, 0]], 3, "given")
     assert weak.num_edges == 2
+    # and so does one that is nothing to one of its clients and all that the other has
+    assert validated([[0, 1, 1e-15], [1, 0, 0], [1e-15, 0, 0]], 3, "given").num_edges == 2
 
 
 def test_who_is_in_a_component_without_confidence_gets_the_mean_of_all() -> None:

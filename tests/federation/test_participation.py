@@ -58,3 +58,9 @@ def test_planned_ids_are_those_drawn() -> None:
     federation = FederationConfig(rounds=7, participation=0.3)
     assert planned_ids(9, federation, 4) == {draw(9, federation, 4, round_).ids for round_ in range(1, 8)}
     assert planned_ids(9, FederationConfig(rounds=100), 4) == {tuple(range(9))}
+
+
+@pytest.mark.parametrize("participation", [0.3, 1.0])
+def test_the_last_round_is_known_as_such(participation: float) -> None:
+    federation = FederationConfig(rounds=3, participation=participation)
+    assert [draw(9, federation, 0, round_).last for round_ in (1, 2, 3)] == [False, False, True]

@@ -36,10 +36,11 @@ from fedmira.federation.clustering import partitions
 from fedmira.federation.method import Method, State
 from fedmira.federation.methods.fedamp import attention
 from fedmira.federation.methods.fedtreelora import cut_layers
+from fedmira.federation.receiving import split
 from fedmira.federation.registry import build_method
 from fedmira.federation.similarity import row_distances
 from fedmira.federation.simplex import collaboration, project_to_simplex
-from fedmira.types import Arena, Job, Losses, Participants, Results, Trial
+from fedmira.types import Arena, ClientReport, Job, Losses, Participants, Results, Trial
 
 EVERYBODY = tuple(range(6))
 ROUNDS = [(0, 1, 3), (1, 2, 4), (0, 2, 3, 5), EVERYBODY]
@@ -155,6 +156,14 @@ def test_ditto_without_a_pull_is_local_training_and_fedit_each_with_half_the_wor
         job = averaging.plan(averaged, Participants(round_, ids))._replace(work=0.5)
         averaged, _ = averaging.merge(averaged, Participants(round_, ids), descended(job, optimum_KP))
     assert torch.allclose(state.memory["global"][0], averaged.adapters.values_KP[0], atol=1e-12)
+
+
+def test_a_client_that_lost_one_of_its_two_rows_is_missing_in_both() -> None:
+    lost = [ClientReport(k, 3, 1, 1.0, 1, 1, failure) for k, failure in ((0, ""), (2, ""), (0, ""), (2, "lost"))]
+    values_SP = torch.tensor([[1.0], [2.0], [3.0]])
+    of_global, personal = split(Results((0, 2, 0), values_SP, tuple(lost), 0, 0, 0.0), 2)
+    assert of_global.ids == personal.ids == (0,)
+    assert (of_global.values_SP.tolist(), personal.values_SP.tolist()) == ([[1.0]], [[3.0]])
 
 
 def test_mr_mtl_pulls_to_the_mean_of_those_seen() -> None:
@@ -361,6 +370,31 @@ def test_pfedgraph_by_hand_on_three_clients() -> None:
     assert info.numbers["mixing_share"] == pytest.approx(1 - np.trace(weights) / 3, abs=1e-4)
 
 
+def test_pfedgraph_takes_those_that_moved_nearly_the_same_way_for_equal() -> None:
+    method, state = fresh(section("pfedgraph", strength=0.8), 3)
+    moved_SP = torch.zeros_like(state.adapters.values_KP)
+    # cosines of 0.95, 0.5 and 0.475
+    moved_SP[:, :3] = torch.tensor([[1.0, 0, 0], [0.95, 0.0975**0.5, 0], [0.5, 0, 0.75**0.5]], dtype=torch.float64)
+    participants = Participants(1, (0, 1, 2))
+    results = returned(state.adapters.values_KP + moved_SP, method.plan(state, participants))
+    mixed, _ = method.merge(state, participants, results)
+    sizes = np.array(clients(3).num_examples_K)
+    cosine = np.array([[1.0, 1.0, 0.5], [1.0, 1.0, 0.475], [0.5, 0.475, 1.0]])
+    weights = collaboration(cosine, (sizes / sizes.sum()).tolist(), 0.8)
+    assert np.allclose(mixed.adapters.values_KP, weights @ results.values_SP.numpy(), rtol=0, atol=1e-12)
+
+
+def test_pfedgraph_pulls_each_client_to_its_own_mean() -> None:
+    method, state = fresh(section("pfedgraph", pull=0.1))
+    state = play(method, state, clients().names, [EVERYBODY])
+    job = method.plan(state, Participants(2, (1, 4)))
+    assert job.pull is not None
+    assert job.pull.strength_S == (0.1, 0.1)
+    assert same_bytes(job.pull.target_SP, job.start_SP)
+    assert same_bytes(job.start_SP, state.adapters.values_KP[[1, 4]])
+    assert not same_bytes(job.start_SP[:1], job.start_SP[1:])
+
+
 def test_pfedgraph_with_boundless_strength_is_fedit_and_with_none_is_local() -> None:
     names = clients().names
     for strength, other in ((1e9, FEDIT), (1e-6, LOCAL)):
@@ -411,12 +445,21 @@ def test_the_best_cut_is_the_one_with_the_highest_silhouette() -> None:
         for least, most in ((1, 6), (2, 4), (3, 6)):
             labels = best_cut(distance, tree, most, least)
             assert len(set(labels.tolist())) == clusters_twin.best_cut(distance, list(tree), least, most)
+    # where nothing else is left each is alone
+    pair = np.array([[0.0, 1.0], [1.0, 0.0]])
+    assert best_cut(pair, partitions(pair), 4, 2).tolist() == [0, 1]
 
 
 def test_far_apart_spreads_over_the_groups() -> None:
     values = np.array([[0.0, 0.1], [0.0, 0.0], [9.0, 0.0], [9.1, 0.0], [0.0, 9.0], [0.1, 9.0]])
     chosen = far_apart(clusters_twin.squared_distances(values), 3)
     assert sorted(k // 2 for k in chosen) == [0, 1, 2]
+    # the third is far from both: the one beside the second is not, though far from the first
+    assert far_apart(clusters_twin.squared_distances(np.array([[0.0]] * 10 + [[5.0], [10.0], [10.1]])), 3) == [
+        0,
+        12,
+        10,
+    ]
 
 
 def test_fedlease_finds_families_after_the_warm_up_and_averages_inside_them() -> None:
@@ -585,6 +628,21 @@ def test_ifca_starts_from_clients_that_differ_and_averages_those_that_chose_alik
     assert torch.allclose(state.memory["models"][0], mean_P, atol=1e-14)
     assert torch.allclose(state.adapters.values_KP[4], mean_P, atol=1e-14)
     assert torch.allclose(state.memory["models"][1], results.values_SP[1], atol=1e-14)
+
+
+def test_with_ifca_nobody_chooses_a_model_whose_loss_is_not_finite() -> None:
+    method, state = fresh(section("ifca", models=2))
+    participants = Participants(1, EVERYBODY)
+    results = returned(two_families(), method.plan(state, participants))
+    state, _ = method.merge(state, participants, results)
+    assert method.trial is not None
+    assert method.decide is not None
+    trial = method.trial(state, participants, results)
+    assert trial is not None
+    nan, inf = float("nan"), float("inf")
+    told = [[nan, 2.0], [1.0, nan], [inf, 2.0], [1.0, inf], [1.0, 2.0], [2.0, 1.0]]
+    state, _ = method.decide(state, trial, answers(trial, told))
+    assert state.memory["choice"].tolist() == [1, 0, 1, 0, 0, 1]
 
 
 def test_with_ifca_who_is_away_when_the_models_begin_takes_the_nearest_and_does_not_train_in_vain() -> None:

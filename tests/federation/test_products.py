@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from tests.federation.builders import initial, layout, same_bytes
 from tests.reference import products_twin
 
+from fedmira.federation import products
 from fedmira.federation.products import by_least_squares, energy_rank, in_products, spectrum, squared_norms
 from fedmira.federation.similarity import low_rank_pairs
 from fedmira.types import Arena
@@ -53,6 +54,14 @@ def test_two_clients_of_rank_one_by_hand() -> None:
     assert float(a.norm()) == pytest.approx(float(b.norm()))
     # the mean of the factors would be (e1 * 1.5) (f1 / 2 + f2)^T
     assert not torch.allclose(b @ a, torch.tensor([[0.75, 1.5], [0.0, 0.0]], dtype=torch.float64))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_without_alignment_the_largest_entry_of_each_component_of_b_is_positive(seed: int) -> None:
+    mixed = in_products(np.full((4, 4), 0.25), align=False)(random_arena(4, seed=seed))
+    for _, spec_b in low_rank_pairs(mixed.layout):
+        b_OR = mixed.view(spec_b)[0]
+        assert (b_OR.gather(0, b_OR.abs().argmax(dim=0, keepdim=True)) > 0).all()
 
 
 def test_alignment_keeps_the_product_and_moves_the_factors_less() -> None:
@@ -142,6 +151,15 @@ def test_least_squares_keeps_a_and_finds_the_best_b() -> None:
             torch.testing.assert_close(mixed.view(spec_b)[row], best, rtol=0, atol=1e-11)
 
 
+def test_least_squares_of_a_few_clients_at_a_time_is_that_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    arena = random_arena(5)
+    matrix = np.random.default_rng(1).dirichlet(np.ones(5), size=5)
+    at_once = by_least_squares(matrix)(arena)
+    # two results at a time: each takes the products of the two components of five clients with its own two
+    monkeypatch.setattr(products, "_BLOCK_ELEMENTS", 2 * 5 * 2 * 2)
+    torch.testing.assert_close(by_least_squares(matrix)(arena).values_KP, at_once.values_KP, rtol=0, atol=1e-12)
+
+
 def test_least_squares_is_the_mean_of_b_where_a_is_shared() -> None:
     arena = initial(3, torch.float64)
     for spec in arena.layout.specs[1::2]:
@@ -160,10 +178,24 @@ def test_the_spectrum_is_that_of_the_dense_product_even_when_the_stack_is_wider_
     torch.testing.assert_close(whole.values_Q, torch.linalg.svdvals(b_OQ @ a_QI), rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("count", [2, 3])
+def test_a_few_singular_values_are_as_exact_as_all(count: int) -> None:
+    draw = torch.Generator().manual_seed(3)
+    u_OQ, v_IQ, turn_QQ = (
+        torch.linalg.qr(torch.randn(size, 8, generator=draw, dtype=torch.float64))[0] for size in (9, 10, 8)
+    )
+    values_Q = torch.logspace(0, -21, 8, dtype=torch.float64)
+    few = spectrum(u_OQ @ turn_QQ, turn_QQ.T @ (values_Q[:, None] * v_IQ.T), count)
+    torch.testing.assert_close(few.values_Q, values_Q[:count], rtol=1e-8, atol=0)
+    torch.testing.assert_close(few.v_QI @ few.v_QI.T, torch.eye(count, dtype=torch.float64), rtol=0, atol=1e-8)
+
+
 def test_energy_is_the_share_of_the_squares() -> None:
     values = torch.tensor([2.0, 1.0, 1.0, 0.0])
     assert [energy_rank(values, share) for share in (0.5, 0.66, 0.67, 0.84, 1.0)] == [1, 1, 2, 3, 3]
     assert energy_rank(torch.zeros(3), 0.9) == 0
+    # that 0.1 * 3 is a little more than 0.3 takes no further one
+    assert energy_rank(torch.ones(10, dtype=torch.float64), 0.1 * 3) == 3
     assert energy_rank(torch.empty(0), 1.0) == 0
 
 

@@ -10,6 +10,7 @@ from tests.federation.builders import (
     CONFIGS,
     clients,
     initial,
+    judged,
     layout,
     layout_for,
     mira_with,
@@ -65,6 +66,25 @@ def test_clients_start_from_and_keep_no_more_than_their_rank(name: str) -> None:
         assert beyond(of, kept.values_KP, tuple(range(6))) == 0
         # those of full rank have not lost theirs
         assert float(kept.values_KP.abs().max()) > 0
+
+
+@pytest.mark.parametrize("name", ["pcl", "ifca", "mira-labels-auto"])
+def test_clients_judge_no_more_than_their_rank(name: str) -> None:
+    who, of, asked = mixed_clients(), layout_for(CONFIGS[name]), 0
+    method = build(name, who)
+    state = method.init(initial(of=of), who)
+    assert method.trial is not None
+    assert method.decide is not None
+    for round_, ids in enumerate(ROUNDS, start=1):
+        participants = Participants(round_, ids)
+        results = trained(method.plan(state, participants), who.names)
+        state, _ = method.merge(state, participants, results)
+        trial = method.trial(state, participants, results)
+        if trial is not None:
+            asked += 1
+            assert all(beyond(of, trial.candidate(number), trial.ids) == 0 for number in range(trial.num_candidates))
+            state, _ = method.decide(state, trial, judged(trial, who.names))
+    assert asked > 2
 
 
 @pytest.mark.parametrize("name", list(CONFIGS))

@@ -85,6 +85,14 @@ def test_clipping_is_that_of_the_vectors_themselves(seed: int, num_clients: int)
     np.testing.assert_allclose(mixed_KP, robust_twin.clipped(matrix_KK, values_KP), atol=1e-9)
 
 
+def test_of_as_many_nearer_as_farther_others_clipping_takes_the_nearer() -> None:
+    values_KP = np.array([[0.0], [1.0], [2.0], [3.0], [100.0]])
+    mixed_KP = clip(np.full((5, 5), 0.2), distances(values_KP)) @ values_KP
+    # client 0: distances 1, 2, 3 and 100; client 4: 97, 98, 99 and 100
+    assert mixed_KP[0, 0] == pytest.approx((1 + 2 + 2 + 2) / 5)
+    assert mixed_KP[4, 0] == pytest.approx(100 - (97 + 98 + 98 + 98) / 5)
+
+
 @given(seed=st.integers(0, 1000), num_clients=st.integers(3, 9), sizes=st.sampled_from([(10,), (10, 10, 400)]))
 def test_krum_leaves_out_those_whose_score_is_four_times_the_median(
     seed: int, num_clients: int, sizes: tuple[int, ...]

@@ -272,8 +272,9 @@ def test_where_the_lower_half_is_wide_the_zero_stays(alike: np.ndarray) -> None:
     assert similarity.strangers(alike) == 0
 
 
-def test_rounding_makes_no_kin() -> None:
-    alike = groups_of_clients((1,) * 12, -1 / 11, -1 / 11, 1e-16)
+@pytest.mark.parametrize("seed", range(5))
+def test_rounding_makes_no_kin(seed: int) -> None:
+    alike = groups_of_clients((1,) * 12, -1 / 11, -1 / 11, 1e-14, seed)
     assert not similarity.mutual_neighbours(alike - similarity.strangers(alike), 5, 1.0).any()
 
 

@@ -12,6 +12,7 @@ from tests.federation.builders import clients, initial, layout, mira_with, one_r
 from fedmira.config.mira import MiraConfig
 from fedmira.config.run import RunConfig
 from fedmira.federation.known_graphs import labels
+from fedmira.federation.method import Method, State
 from fedmira.federation.mixing import laplacian_implicit
 from fedmira.federation.questions import apart, together
 from fedmira.federation.registry import build_method
@@ -87,6 +88,40 @@ def test_each_candidate_is_what_mira_of_that_strength_would_have_made(settings: 
         fixed = build_method(mira_with("labels", strength=strength, **settings), who)
         made, _ = fixed.merge(fixed.init(initial(), who), everybody, results)
         assert torch.allclose(trial.candidate(number), made.adapters.values_KP, atol=1e-6)
+
+
+def test_who_was_away_counts_for_less_in_every_candidate() -> None:
+    who, last = clients(), Participants(2, (0, 2, 5))
+    noise_KP = torch.randn(6, layout().num_parameters, generator=torch_generator(3, "uploads"))
+    later = Results(last.ids, 2 * noise_KP[list(last.ids)], (), 0, 0, 0.0)
+
+    def after(strength: float | str) -> tuple[Method, State]:
+        method = build_method(mira_with("labels", strength=strength, staleness_decay=0.5), who)
+        everybody = Participants(1, tuple(range(6)))
+        first = Results(everybody.ids, noise_KP, (), 0, 0, 0.0)
+        state, _ = method.merge(method.init(initial(), who), everybody, first)
+        return method, method.merge(state, last, later)[0]
+
+    method, state = after("auto")
+    assert method.trial is not None
+    trial = method.trial(state, last, later)
+    assert trial is not None
+    for number, strength in enumerate(GRID):
+        made_KP = after(strength)[1].adapters.values_KP
+        torch.testing.assert_close(trial.candidate(number), made_KP[list(last.ids)], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("choice", [True, False])
+def test_every_mixture_crosses_once(choice: bool) -> None:
+    # what clients choose a share of is that of the strength in use
+    who, some = clients(), Participants(1, (0, 2, 5))
+    method = build_method(mira_with("labels", strength="auto", choice={"enabled": choice}), who)
+    results = trained(method.plan(method.init(initial(), who), some), who.names)
+    state, _ = method.merge(method.init(initial(), who), some, results)
+    assert method.trial is not None
+    trial = method.trial(state, some, results)
+    assert trial is not None
+    assert (trial.num_candidates, trial.sent) == (len(GRID) + 2 * choice, len(GRID))
 
 
 def test_the_strength_that_was_chosen_is_used_in_the_next_round() -> None:
