@@ -297,6 +297,8 @@ def test_what_differs_of_the_machine_is_told_and_recorded() -> None:
     was = {"fedmira": fedmira.__version__, "device": "cuda", **versions(), "torch": "1.0"}
     assert after == {**manifest, "versions_before": [was]}
     assert moved(after, base) == ("", after)
+    _, last = moved({**after, "versions": {**versions(), "torch": "2.0"}}, base)
+    assert last["versions_before"] == [was, {**was, "device": "cpu", "torch": "2.0"}]
 
 
 def test_the_config_says_what_a_long_prompt_loses(tmp_path: Path) -> None:

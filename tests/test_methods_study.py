@@ -79,6 +79,10 @@ def test_rates_that_are_close_are_tried_on_two_more_draws(study: ModuleType) -> 
     assert rate == 3e-3
 
 
+def test_of_equal_rates_the_smaller_is_chosen(study: ModuleType) -> None:
+    assert tried(study, lambda rate, _: 2.0 if rate in (1e-3, 3e-3) else 3.0, GRID)[1] == 1e-3
+
+
 def test_a_variant_runs_at_the_rate_of_its_method(study: ModuleType) -> None:
     for path in sorted((REPOSITORY / "studies").glob("*.yaml")):
         of = study.load_study(path, None)
@@ -162,6 +166,28 @@ def test_a_task_is_harmed_by_the_mean_of_its_clients_in_all_draws(study: ModuleT
     assert study.tasks_harmed(alone, alone) == "0 of 2"
 
 
+def test_clients_are_paired_by_name_and_answers_weighed_alike(study: ModuleType) -> None:
+    clients = {"b": ["t", 4.0, 2, 1.0, 0, 2], "a": ["t", 3.0, 3, 3.0, 0, 4], "c": ["t", 5.0, 1, 0.0, 0, 0]}
+    run = study.judged({"clients": clients})
+    assert run.losses_K.tolist() == [1.0, 2.0, 5.0]
+    assert run.rouge_l == pytest.approx((0.75 + 0.5) / 2)
+
+
+def test_what_mira_should_reach_is_judged_by_hand(study: ModuleType) -> None:
+    losses = {"mira": (1.0, 1.2), "local_only": (2.0, 2.0), "fedit": (1.15, 1.25), "mira-true": (0.9, 0.9)}
+    told = {
+        name: [study.judged({"clients": {"a": ["t", loss, 1, 0.0, 0, 0]}}) for loss in draws]
+        for name, draws in losses.items()
+    }
+    cells = dict(zip(study._AIMS, study._reached(told, {}), strict=True))
+    assert cells["best method but `mira`"] == "fedit"
+    # gaps of -0.15 and -0.05, and draws of fedit 0.1 apart: both standard errors are 0.05
+    assert cells["best, or within one standard error of the paired difference"] == "met (0.050)"
+    assert cells["the same, of the best's own mean"] == "met (0.050)"
+    # 2 - 1.1 of 2 - 0.9
+    assert cells["80 % of the gap to the true graph or clusters closed"] == "met: 82% of mira-true"
+
+
 @pytest.mark.parametrize("lost", [math.nan, math.inf])
 def test_a_loss_that_is_not_finite_is_a_harm_unless_training_alone_is_lost_too(study: ModuleType, lost: float) -> None:
     """As `share_harmed` counts."""
@@ -195,6 +221,8 @@ def test_a_line_without_a_hash_does_not_turn_the_check_of_the_data_off(
     old, one, other = {}, {"data": "a"}, {"data": "b"}
     same = reported(study, monkeypatch, {"local_only": [old, one], "fedit": [one, one], "mira": [one, one]})
     assert list(study.chosen(same)) == ["local_only", "fedit", "mira"]
+    each = reported(study, monkeypatch, {"local_only": [one, other], "fedit": [one, other]})
+    assert list(study.chosen(each)) == ["local_only", "fedit"], "another draw has other examples"
     differs = reported(study, monkeypatch, {"local_only": [old, one], "fedit": [one, one], "mira": [other, one]})
     with pytest.raises(SystemExit, match="mira, seed 0: not the examples"):
         study.chosen(differs)

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedmira.data.packing import PackedBatch, local_batches, pack
+from fedmira.data.packing import PackedBatch, local_batches, num_rows, pack
 from fedmira.data.tokenization import TokenizedExample
 from fedmira.errors import DataError, UsageError
 
@@ -46,6 +46,7 @@ def unpack(batch: PackedBatch) -> list[tuple[list[int], int]]:
 def test_packing_round_trips(clients: list[list[TokenizedExample]]) -> None:
     batch = pack(clients)
     assert unpack(batch) == [(e.tokens.tolist(), e.prompt_length) for client in clients for e in client]
+    assert tuple(map(num_rows, clients)) == batch.rows_per_client
     tokens = tuple(sum(len(e.tokens) - 1 for e in client) for client in clients)
     assert batch.tokens_per_client == pack(clients, share_prefixes=False).rows_per_client == tokens
     assert len(batch.tokens_N) + sum(prefix.length for prefix in batch.prefixes) == sum(tokens)

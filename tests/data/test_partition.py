@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from fedmira.config.data import PartitionConfig
 from fedmira.data.partition import check_names, partition
 from fedmira.data.sources.source import Source
-from fedmira.data.splits import SPLITS, content_key
+from fedmira.data.splits import SPLITS, content_key, split_sizes
 from fedmira.errors import DataError
 from fedmira.types import Client, Example, Federation
 
@@ -73,6 +73,15 @@ def test_sizes_follow_the_shares() -> None:
     federation = build((example(i) for i in range(80)), clients_per_task=2, validation=0.15, test=0.25)
     assert [(len(c.train), len(c.validation), len(c.test)) for c in federation.clients] == [(24, 6, 10)] * 2
     assert federation.names == ("t-0", "t-1")
+
+
+def test_sizes_count_examples_however_many_have_one_text() -> None:
+    [client] = build(example(i, prompt=f"question {i % 20}") for i in range(40)).clients
+    assert (len(client.train), len(client.validation), len(client.test)) == (24, 6, 10)
+
+
+def test_sizes_are_rounded_half_up() -> None:
+    assert split_sizes(10, PartitionConfig(validation=0.15, test=0.25)) == (5, 2, 3)
 
 
 def test_the_same_seed_gives_the_same_splits_and_another_seed_others() -> None:
@@ -136,12 +145,20 @@ def test_the_same_text_at_two_clients_is_in_the_same_split() -> None:
 
 
 def test_duplicates_with_other_case_spacing_or_answer_stay_together() -> None:
-    pairs = [(f"Say {i}", f"say  {i} ") for i in range(20)]
+    # the other one has a wide letter
+    pairs = [(f"Say {i}", f"\uff53ay  {i} ") for i in range(20)]
     examples = [Example(instruction=p, output=str(k), task="t", id=p) for pair in pairs for k, p in enumerate(pair)]
     [client] = build(examples).clients
     for split in SPLITS:
         counts = Counter(e.instruction.lower().split()[1] for e in getattr(client, split))
         assert set(counts.values()) == {2}
+
+
+def test_the_input_and_earlier_turns_make_another_text() -> None:
+    asked = {"instruction": "q", "output": "a"}
+    turns = (("user", "hello"), ("assistant", "hi"))
+    texts = [Example(**asked), Example(**asked, input="i"), Example(**asked, turns=turns)]
+    assert len({content_key(text) for text in texts}) == 3
 
 
 def test_a_cap_is_kept_and_what_is_left_out_is_counted() -> None:
@@ -177,6 +194,13 @@ def test_a_cap_cuts_a_large_group_of_duplicates() -> None:
     assert_no_text_in_two_splits(federation.clients)
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_a_group_that_is_cut_leaves_no_room_unused(seed: int) -> None:
+    examples = [example(i, prompt="the same") for i in range(50)] + [example(i) for i in range(2)]
+    [client] = build(examples, seed, examples_per_client=12).clients
+    assert len(held(client)) == 12
+
+
 @pytest.mark.parametrize("seed", range(8))
 @pytest.mark.parametrize("cap", [None, 20])
 def test_one_large_group_of_duplicates_leaves_every_split_something(seed: int, cap: int | None) -> None:
@@ -200,6 +224,19 @@ def test_small_alpha_means_one_label_and_large_alpha_means_all() -> None:
 
     assert largest_share(0.001) > 0.95
     assert largest_share(1000.0) < 0.5
+
+
+def test_each_client_draws_its_own_shares_and_its_own_examples() -> None:
+    examples = [example(i, task) for task in "abcd" for i in range(200)]
+
+    def counts(alpha: float) -> list[Counter[str]]:
+        clients = build(examples, by="dirichlet", num_clients=8, alpha=alpha, examples_per_client=20).clients
+        return [Counter(e.task for e in held(client)) for client in clients]
+
+    # nearly all of one label, which is not the same for all
+    assert {count.most_common(1)[0][0] for count in counts(0.001)} == set("abcd")
+    # labels are as likely as each other, and yet fall otherwise for each
+    assert len({tuple(sorted(count.items())) for count in counts(1e6)}) > 4
 
 
 def test_a_client_has_a_task_only_if_all_its_examples_do() -> None:

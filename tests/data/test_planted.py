@@ -9,7 +9,7 @@ import pytest
 
 from fedmira.config.data import PartitionConfig, PlantedConfig
 from fedmira.data.partition import build_federation
-from fedmira.data.sources.planted import codebooks, load, made_up_codes, made_up_words
+from fedmira.data.sources.planted import codebooks, load, made_up_codes, made_up_words, seen_words
 from fedmira.data.splits import SPLITS, content_key
 from fedmira.errors import ConfigError
 from fedmira.types import Client, Example
@@ -54,6 +54,10 @@ def test_training_shows_part_of_the_words_and_the_held_out_examples_ask_for_all(
         assert len(words_of(client.test) - words_of(client.train)) >= 2
     for clients in by_family.values():
         assert len(set().union(*(words_of(c.train) for c in clients))) >= 15
+
+
+def test_three_quarters_of_the_words_are_seen_rounded_up() -> None:
+    assert [len(seen_words(made_up_words(0, count), 0, "a")) for count in (8, 9, 10)] == [6, 7, 8]
 
 
 def test_every_word_is_tested_where_there_are_examples_enough() -> None:

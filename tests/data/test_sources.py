@@ -468,7 +468,7 @@ def dolly(path: Path | str) -> DollyConfig:
 
 
 def test_dolly_takes_the_category_as_task(tmp_path: Path) -> None:
-    record = {"instruction": "q", "context": "c", "response": "r", "category": "open_qa"}
+    record = {"instruction": "q", "context": "c", "response": "r", "category": "open_qa", "client": "not of Dolly"}
     [example] = load_examples(dolly(write_lines(tmp_path / "d.jsonl", record)), 0).examples
     assert example == Example(
         instruction="q", input="c", output="r", task="open_qa", category="open_qa", id="d.jsonl:1"

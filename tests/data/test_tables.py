@@ -307,6 +307,13 @@ def test_a_cap_keeps_the_shares_that_the_data_names(tmp_path: Path, cap: int, si
         assert (len(client.train), len(client.validation), len(client.test)) == sizes
 
 
+def test_a_cap_keeps_shares_to_the_nearest_example(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text(rows(*["train"] * 16, *["validation", "test"] * 2))
+    partition = PartitionConfig(by="field", examples_per_client=12)
+    [client] = build_federation(table(tmp_path, split_field="part", partition=partition), 0).clients
+    assert (len(client.train), len(client.validation), len(client.test)) == (10, 1, 1)
+
+
 @pytest.mark.parametrize("drawn", [0, 3])
 def test_a_cap_leaves_every_split_something_however_little_is_named(tmp_path: Path, drawn: int) -> None:
     held_out = [""] * drawn if drawn else ["validation", "test"] * 2

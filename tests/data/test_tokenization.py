@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedmira.data.prompts import render
-from fedmira.data.tokenization import TokenizedExample, end_token, prompt_tokens, tokenize_federation
+from fedmira.data.tokenization import (
+    TokenizedExample,
+    _cut_within,
+    digest,
+    end_token,
+    prompt_tokens,
+    tokenize_federation,
+)
 from fedmira.errors import DataError, SetupError
 from fedmira.types import Client, Example, Federation
 
@@ -113,6 +121,10 @@ def test_a_cut_prompt_fills_its_room_with_its_own_tokens(
     assert kept[: len(kept) - behind] == whole[: len(kept) - behind]
 
 
+def test_a_token_counts_to_what_stands_before_or_behind_and_never_to_both() -> None:
+    assert _cut_within([1, 2, 2, 2, 3], [[1, 2, 3]], 4) == [1, 2, 2, 3]
+
+
 def test_without_a_start_token_the_whole_room_is_the_prompts(make_tokenizer: Callable[..., Any]) -> None:
     sequence = first(make_tokenizer(adds="$A"), example("abcdefghij", "xyz"), 13)
     assert spelt(make_tokenizer(), sequence.tokens) == "cdefghij\nxyz</s>"
@@ -193,6 +205,17 @@ def test_special_tokens_spelt_in_the_data_stay_text(tokenizer: Any, template: st
     assert list(sequence.tokens).count(END) == 1
     assert sequence.tokens[-1] == END
     assert spelt(tokenizer, sequence.tokens[sequence.prompt_length :]) == "x</s>y</s>"
+
+
+def test_other_references_or_another_task_are_other_data_and_names_are_not(tokenizer: Any) -> None:
+    def digest_of(**changes: Any) -> str:
+        one = replace(example("a", "b"), **{key: changes.pop(key) for key in ("references", "id") if key in changes})
+        client = replace(federation(one).clients[0], **changes)
+        [tokenized], _ = tokenize_federation(Federation((client,)), tokenizer, "plain", 40)
+        return digest(tokenized)
+
+    assert digest_of() == digest_of(name="other", id="elsewhere")
+    assert len({digest_of(), digest_of(references=("b", "c")), digest_of(task="t")}) == 3
 
 
 def test_tokens_are_the_same_whoever_else_is_in_the_federation(tokenizer: Any) -> None:

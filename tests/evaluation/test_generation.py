@@ -157,6 +157,10 @@ def test_an_answer_ends_at_the_end_token() -> None:
     (answers,) = generate(base, arena, prompts, 12)
     assert answers == [" ".join(takewhile(lambda word: word != str(stop), answer.split())) for answer in full[0]]
     assert len(answers[0].split()) == 3
+    never = next(token for token in range(97) if str(token) not in " ".join(full[0]).split())
+    assert generate(base, arena, prompts, 12, ends=[never]) == [answers], "the model's own count as well"
+    base.model.generation_config.eos_token_id = END
+    assert generate(base, arena, prompts, 12, ends=[stop]) == [answers]
 
 
 def test_sampling_and_penalties_of_the_model_are_left_out_and_put_back() -> None:
@@ -185,6 +189,22 @@ def test_a_prompt_that_fills_the_context_loses_its_beginning() -> None:
     prompt = np.random.default_rng(0).integers(3, 97, size=140).astype(np.int32)
     answers = generate(base, arena, [[prompt]], 10)
     assert answers == one_by_one(base, arena, [[prompt[-118:]]], 10, END)
+
+
+def test_a_prompt_that_loses_its_beginning_keeps_its_start_token() -> None:
+    base = base_of("llama")
+    base.tokenizer.bos_token_id = 1
+    arena = random_arena(tiny_layout(base, "llama"), 1)
+    draw = np.random.default_rng(0)
+    prompts = [np.append(1, draw.integers(3, 97, size=139)).astype(np.int32) for _ in range(6)]
+    kept = [np.append(prompt[:1], prompt[-117:]) for prompt in prompts]
+    expected = one_by_one(base, arena, [kept], 10, END)
+    assert generate(base, arena, [prompts], 10) == expected
+    assert expected != one_by_one(base, arena, [[prompt[-118:] for prompt in prompts]], 10, END)
+
+
+def test_a_prompt_with_room_for_one_token_keeps_its_last() -> None:
+    assert generation._shortened(np.array([1, 5]), 1, 1).tolist() == [5]
 
 
 def test_prompts_of_very_different_lengths_and_numbers_do_not_disturb_each_other(

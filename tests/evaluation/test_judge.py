@@ -136,6 +136,23 @@ def test_generation_is_asked_the_prompts_alone_and_no_more_than_the_cap(
     assert [(record.loss_sum, record.tokens) for record in records] == everything
 
 
+def test_an_answer_ends_with_what_all_were_taught_to_end_one_with(
+    clients: list[TokenizedClient], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ends: list[Any] = []
+
+    def generate(*_: Any, **named: Any) -> list[list[str]]:
+        ends.append(set(named["ends"]))
+        return [[] for _ in clients]
+
+    monkeypatch.setattr(judge, "generate", generate)
+    model = base()
+    final_records(model, arena_for(model), clients, settings())
+    clients[1].test[0].tokens[-1] = 7
+    final_records(model, arena_for(model), clients, settings())
+    assert ends == [{2}, set()]
+
+
 def test_without_generation_nothing_is_answered(
     clients: list[TokenizedClient], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -79,7 +79,7 @@ def test_harmed_is_more_than_one_percent_above_the_same_client_after_local_train
     local = [record("a", 2.0), record("b", 2.0), record("c", 2.0), record("d", 1.0)]
     other = [record("d", 2.0), record("a", 2.019), record("b", 2.021), record("c", 0.5)]
     assert share_harmed(other, local) == 0.5
-    assert share_harmed(local, local) == 0.0
+    assert share_harmed(local, local) == share_harmed([record("a", 101.0)], [record("a", 100.0)]) == 0.0
     assert summarise(other, local).share_harmed == 0.5
     assert relative_changes(other, local)["c"] == pytest.approx(-0.75)
 

@@ -113,6 +113,8 @@ def test_other_scripts_are_compared_by_words_and_cjk_by_characters() -> None:
         "\u6f22",
         "\ud55c\uad6d\uc5b4",
     ]
+    # a sigma is a sigma wherever it stands
+    assert rouge_l("\u03a3", ["\u03c2"]) == 1.0
     # another vowel sign is another word: ki, kii
     assert rouge_l("\u0915\u0940", ["\u0915\u093f"]) == 0.0
     assert rouge_l("-", ["+"]) == rouge_l("\u2600\ufe0f", ["\u2764\ufe0f"]) == 0.0

@@ -130,10 +130,12 @@ def updates(*norms: float) -> torch.Tensor:
     ("norms", "ratio", "rejected"),
     [
         ((1.0, 1.0, 99.0), 100.0, []),
+        ((1.0, 1.0, 100.0), 100.0, []),
         ((1.0, 1.0, 101.0), 100.0, [2]),
         ((1.0, 1.0, 101.0), None, []),
         # two clients cannot say which of them is wrong
         ((1.0, 1e6), 100.0, []),
+        ((1.0, 3.0), 1.2, []),
         # most did not move at all: no scale to compare with
         ((0.0, 0.0, 1.0), 100.0, []),
         ((1.0, math.nan, 2.0, 900.0), 100.0, [1, 3]),
@@ -151,6 +153,11 @@ def test_the_norm_is_compared_with_the_median_of_the_finite(
 def test_tensors_that_do_not_cross_have_no_norm() -> None:
     values_SP = updates(1.0, 1.0, 1e6)
     assert sound(LAYOUT, {"lora_b"}, values_SP, NAMES[:3], torch.zeros_like(values_SP), 2.0).rejected == {}
+
+
+def test_tensors_that_do_not_cross_must_be_finite_too() -> None:
+    values_SP = updates(1.0, math.nan, 1.0)
+    assert list(sound(LAYOUT, {"lora_b"}, values_SP, NAMES[:3], torch.zeros_like(values_SP), 2.0).rejected) == [1]
 
 
 def test_of_rows_that_stay_with_their_clients_nobody_knows_the_norm() -> None:

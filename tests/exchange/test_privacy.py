@@ -108,7 +108,7 @@ def test_epsilon_is_never_below_nothing() -> None:
 
 
 def test_a_budget_is_spent_client_by_client_and_then_refused_before_anything_crosses() -> None:
-    budget = epsilon(2, 4.0, 1e-5) + 1e-9
+    budget = epsilon(2, 4.0, 1e-5)
     privacy = PrivacyConfig(enabled=True, noise_multiplier=4.0, budget=budget)
     assert max_uploads(privacy) == 2
     one = Seam(ExchangeConfig(privacy=privacy), LAYOUT, NAMES, 0)
@@ -129,6 +129,28 @@ def test_a_budget_is_spent_client_by_client_and_then_refused_before_anything_cro
     # two rows of a client are two uploads
     with pytest.raises(ParticipationError, match="first ben"):
         one.refuse(job(rows(0, 4), 3, ids=(1, 3, 1, 3)))
+    # and rows that stay are none
+    one.refuse(job(rows(0, 4), 3, ids=(1, 3, 1, 3), local_rows=2))
+
+
+def test_each_row_that_crosses_is_an_upload_with_noise_of_its_own() -> None:
+    config, ids = ExchangeConfig(privacy=PrivacyConfig(enabled=True)), (1, 3, 1, 3)
+
+    def noise(round_: int, *lost: int) -> tuple[torch.Tensor, list[int]]:
+        one, asked = Seam(config, LAYOUT, NAMES, 0), job(rows(0), round_, ids=ids)
+        came = [row for row in range(4) if row not in lost]
+        told = tuple(r._replace(failure="gone" if row in lost else "") for row, r in enumerate(reports(ids)))
+        got = one.receive(asked, rows(0)[came], told)
+        return got.values_SP - rows(0)[came], one.state().facts["uploads"]
+
+    first_SP, uploads = noise(1)
+    assert uploads == [0, 2, 0, 2]
+    for row, other in ((0, 1), (0, 2), (1, 3)):
+        assert not torch.isclose(first_SP[row], first_SP[other]).any()
+    assert not torch.isclose(first_SP, noise(2)[0]).any()
+    fewer_SP, uploads = noise(1, 0)
+    assert torch.equal(fewer_SP, first_SP[1:])
+    assert uploads == [0, 1, 0, 2]
 
 
 def test_who_failed_gave_nothing_away_and_who_was_rejected_did() -> None:

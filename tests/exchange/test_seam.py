@@ -11,6 +11,7 @@ import torch
 from tests.exchange.builders import GROUPS, LAYOUT, NAMES, job, reports, rows
 
 from fedmira.config.exchange import Compression, ExchangeConfig
+from fedmira.exchange import seam as seam_module
 from fedmira.exchange.messages import decode, encode
 from fedmira.exchange.seam import Kept, Seam, planned_bytes, uncompressed_bytes
 from fedmira.federation.ranks import trimmed
@@ -46,6 +47,15 @@ def test_of_a_job_with_seeds_pairs_go_up_and_the_sums_of_the_pool_come_down() ->
     assert torch.equal(got.values_SP, trained)
     assert planned_bytes(ExchangeConfig(), LAYOUT, asked, 6) == (got.upload_bytes, sent.download_bytes)
     assert one.send(asked._replace(download=frozenset())).download_bytes == 0, "nobody has returned yet"
+
+
+def test_what_changed_in_the_shift_goes_to_each_client_once() -> None:
+    ids = (1, 3, 1, 3)
+    asked = job(rows(0), ids=ids, shift_bytes=7)
+    for one in (seam(), seam(download_compression="int8")):
+        assert one.send(asked).download_bytes == rows(0).nbytes + 2 * 7
+    assert planned_bytes(ExchangeConfig(), LAYOUT, asked, 0) == (rows(0).nbytes, rows(0).nbytes + 2 * 7)
+    assert uncompressed_bytes(LAYOUT, asked, reports(ids)) == 2 * rows(0).nbytes + 2 * 7
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -180,6 +190,18 @@ def test_a_restored_seam_goes_on_bit_for_bit(form: Compression) -> None:
     assert kept_whole.facts == kept_parts.facts
     assert kept_whole.tensors.keys() == kept_parts.tensors.keys() == {"error.0", "copy.0", "known.0"}
     assert all(torch.equal(kept_whole.tensors[name], kept_parts.tensors[name]) for name in kept_whole.tensors)
+
+
+def test_rows_taken_one_at_a_time_come_to_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    ends = []
+    for elements in (1 << 24, LAYOUT.num_parameters):
+        monkeypatch.setattr(seam_module, "_CHUNK_ELEMENTS", elements)
+        one = seam(compression="int8", download_compression="int8")
+        for round_ in (1, 2):
+            sent = one.send(job(rows(round_), round_))
+            got = one.receive(sent.job, sent.job.start_SP + rows(10 + round_), reports())
+        ends.append((sent.job.start_SP, got.values_SP, *(one.state().tensors[name] for name in ("error.0", "copy.0"))))
+    assert all(torch.equal(*both) for both in zip(*ends, strict=True))
 
 
 def test_uploads_of_clients_that_have_yet_to_join_again_are_not_forgotten() -> None:

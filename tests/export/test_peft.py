@@ -121,13 +121,14 @@ def test_the_folder_follows_the_rules_of_vllm(tmp_path: Path) -> None:
     from safetensors import safe_open
 
     base = freeze(tiny_model("llama"), None, "llama")
-    adapter = AdapterConfig(rank=4, alpha=6)
+    adapter = AdapterConfig(rank=4, alpha=6, dropout=0.05)
     export(trained_arena(base, adapter), adapter, tmp_path / "adapter")
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert config["modules_to_save"] is None
     assert config["use_dora"] is False
     assert config["bias"] == "none"
     assert (config["r"], config["lora_alpha"], config["base_model_name_or_path"]) == (4, 6, "some/base")
+    assert config["lora_dropout"] == 0.05
     assert list(config) == sorted(config)
     with safe_open(str(tmp_path / "adapter" / "adapter_model.safetensors"), "pt") as tensors:
         names = set(tensors.keys())

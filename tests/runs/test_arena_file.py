@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from tests.runs.faults import trace
 
 from fedmira.errors import IntegrityError, SetupError
 from fedmira.federation.multiply import sparse
@@ -166,6 +167,11 @@ def test_everything_is_durable_before_the_rename(tmp_path: Path, monkeypatch: py
     assert calls.count("pwrite") == 1 + len(arena.blocks)
     # the file, its name, the folder
     assert calls[-3:] == ["fsync", "replace", "fsync"]
+
+
+def test_rows_are_durable_when_they_are_written(tmp_path: Path) -> None:
+    arena, values = filled(tmp_path / "a")
+    assert [name for name, _ in trace(lambda: write_rows(arena, [3], values[:1]))] == ["open", "fsync"]
 
 
 def test_mixing_holds_four_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -43,6 +43,12 @@ def test_dying_at_any_moment_leaves_the_old_bytes_or_the_new(tmp_path: Path) -> 
     assert set(seen) == {b"old", b"new bytes"}
 
 
+def test_everything_is_durable_in_order(tmp_path: Path) -> None:
+    """The new bytes before they get their name, and then the name."""
+    calls = [name for name, _ in trace(lambda: write_bytes_atomically(tmp_path / "facts.json", b"new"))]
+    assert calls == ["open", "write", "fsync", "replace", "open", "fsync"]
+
+
 def test_a_failing_disk_is_reported_and_leaves_nothing_beside(tmp_path: Path) -> None:
     path = tmp_path / "facts.json"
     write_bytes_atomically(path, b"old")
@@ -117,6 +123,14 @@ def test_a_folder_is_tried_without_a_trace(tmp_path: Path) -> None:
         assert "could not write to" in unwritable_line(path)
         assert "file: Not a directory (ENOTDIR)" in unwritable_line(path)
     assert os.listdir(tmp_path) == ["file"]
+
+
+def test_what_is_removed_loses_its_name_first(tmp_path: Path) -> None:
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "part").write_text("x")
+    name, arguments = trace(lambda: remove_tree(tmp_path / "old"))[0]
+    assert (name, arguments[0]) == ("rename", tmp_path / "old")
+    assert os.listdir(tmp_path) == []
 
 
 def test_removing_what_is_not_there_is_no_error(tmp_path: Path) -> None:

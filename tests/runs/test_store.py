@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests.runs.faults import failing_at
+from tests.runs.faults import failing_at, trace
 
 from fedmira.config.file import config_hash, parse_config
 from fedmira.config.method import FedITConfig
@@ -521,6 +521,12 @@ def test_metrics_are_cut_back_to_a_checkpoint(store: RunStore) -> None:
     assert store.events() == [{"round": 1}, {"round": 3}]
     store.truncate_metrics(0)
     assert store.events() == []
+
+
+def test_events_are_durable_before_a_checkpoint_remembers_them(store: RunStore) -> None:
+    store.append({"event": "round"})
+    assert [name for name, _ in trace(store.metrics_position)] == ["fsync"]
+    assert [name for name, _ in trace(lambda: store.truncate_metrics(0))] == ["ftruncate", "fsync"]
 
 
 @pytest.mark.parametrize("position", [-1, 5, 11, 13, 10**12])

@@ -271,6 +271,7 @@ def test_comparisons_that_make_no_sense_are_config_mistakes(
     ("sections", "words"),
     [
         ({"seed": 999, "compare": {"seeds": 3, "learning_rates": RATES}}, "tuning_seed = 1000 is one of the seeds"),
+        ({"seed": 1000, "compare": {"learning_rates": RATES}}, "tuning_seed = 1000 is one of the seeds"),
         ({"data": NO_VALIDATION, "compare": {"learning_rates": RATES}}, "leaves nothing to choose by"),
         (
             {"compare": {"variants": {"local_only": {"name": "mira"}}}},

@@ -9,14 +9,15 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load, save
-from tests.reference.tiny_models import ragged_clients, random_arena, tiny_base, tiny_layout
+from tests.reference.tiny_models import client_of, ragged_clients, random_arena, tiny_base, tiny_layout
 
 from fedmira.config.run import AdapterConfig
 from fedmira.config.training import TrainingConfig
-from fedmira.data.tokenization import TokenizedClient
+from fedmira.data.tokenization import TokenizedClient, TokenizedExample
 from fedmira.errors import IntegrityError
 from fedmira.model import fused, low_rank
 from fedmira.model.arena import lora_layout
@@ -166,6 +167,40 @@ def test_dropout_changes_the_result_and_is_drawn_anew_in_every_round() -> None:
     assert not torch.equal(once_SP, next_round_SP)
 
 
+def test_dropout_is_drawn_anew_for_every_client_step_and_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[tuple[str | int, ...]] = []
+    original = cohort.torch_generator
+
+    def spy(seed: int, *purpose: str | int) -> torch.Generator:
+        drawn.append(purpose)
+        return original(seed, *purpose)
+
+    monkeypatch.setattr(cohort, "torch_generator", spy)
+    setup = Setup()
+    _, reports = setup.train(setup.job(), 8, dropout=0.3)
+    num_masks = sum(report.num_steps for report in reports) * len(setup.layout.layers)
+    assert len(set(drawn)) == len(drawn) == num_masks
+
+
+def test_examples_that_begin_alike_share_rows_and_no_dropout(monkeypatch: pytest.MonkeyPatch) -> None:
+    shared: list[int] = []
+    original = cohort.pack
+
+    def spy(*arguments: Any, **named: Any) -> Any:
+        batch = original(*arguments, **named)
+        shared.extend(prefix.length for prefix in batch.prefixes)
+        return batch
+
+    monkeypatch.setattr(cohort, "pack", spy)
+    setup = Setup()
+    alike = (np.array([*range(3, 15), last, 2], dtype=np.int32) for last in (20, 21))
+    setup.clients = (client_of("alike", tuple(TokenizedExample(tokens, 12, "e") for tokens in alike)),)
+    once = TrainingConfig(local_steps=1, batch_size=2)
+    setup.train(setup.job(ids=(0,)), 1, training=once)
+    setup.train(setup.job(ids=(0,)), 1, training=once, dropout=0.3)
+    assert shared == [0, 11, 0, 0]
+
+
 def test_another_data_seed_is_another_order_of_the_examples_and_nothing_else() -> None:
     setup = Setup()
     of_run_SP, _ = setup.train(setup.job(), 8, dropout=0.3)
@@ -182,8 +217,8 @@ def test_another_data_seed_is_another_order_of_the_examples_and_nothing_else() -
 def test_a_client_trains_the_same_in_any_company(dropout: float) -> None:
     setup = Setup()
     everyone_SP, _ = setup.train(setup.job(), 8, dropout=dropout)
-    few_SP, _ = setup.train(setup.job(ids=(2, 6)), 8, dropout=dropout)
-    torch.testing.assert_close(few_SP, everyone_SP[[2, 6]], rtol=0, atol=1e-9)
+    few_SP, _ = setup.train(setup.job(ids=(4, 6)), 8, dropout=dropout)
+    torch.testing.assert_close(few_SP, everyone_SP[[4, 6]], rtol=0, atol=1e-9)
 
 
 def test_an_interruption_before_any_step_changes_no_bit() -> None:

@@ -138,6 +138,7 @@ def test_the_merged_adapter_is_rebuilt_from_the_sums_of_what_was_uploaded() -> N
 # --------------------------------------------------------------------------------------------- what decides the result
 
 
+@pytest.mark.usefixtures("two_threads")
 def test_a_client_moves_the_same_in_any_company() -> None:
     setup = Setup()
     alone_SP, alone = setup.train(setup.job(), 1)
