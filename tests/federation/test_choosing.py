@@ -268,6 +268,12 @@ def test_a_client_trains_on_from_its_mixture_unless_that_is_much_worse(loss: flo
     assert after.memory["alpha"].tolist() == [1.0, float(loss < 1), 1.0]
 
 
+def test_without_tolerance_a_client_trains_on_from_a_mixture_that_is_as_good() -> None:
+    config = ChoiceConfig(tolerance=0.0)
+    after, _ = choose(config, state(), question(config, 0, 1), answers([[1.0, 1.0], [1.0, 1.001]], (10, 10)))
+    assert after.memory["start_alpha"].tolist() == [1.0, 0.0, 1.0]
+
+
 def test_what_a_client_keeps_and_starts_from_is_as_it_chose() -> None:
     who = clients()
     section = ChoiceConfig(margin=0.2, tolerance=0.2)

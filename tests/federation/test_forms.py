@@ -63,6 +63,16 @@ def test_where_rank_suffices_mixed_products_are_exactly_the_mixture_of_products(
     assert (gap < 1e-12) == exact
 
 
+@pytest.mark.parametrize("mixing", ["products", "least_squares"])
+def test_where_products_are_mixed_clients_are_as_far_apart_as_these_are(mixing: str) -> None:
+    arena, pair_KK = random_arena(2), np.array([[0.0, 1.0], [1.0, 0.0]])
+    one, other = (products_twin.dense(arena, row) for row in (0, 1))
+    squares = {layer: float((2.0 * (one[layer] - other[layer])).square().sum()) for layer in one}
+    assert form(mixing).distances(arena) == pytest.approx(sum(squares.values()) * pair_KK)
+    graph = Graph(2 * pair_KK, "gram_layers", {}, {"layer0": pair_KK, "layer1": 3 * pair_KK})
+    assert form(mixing).energy(graph, arena) == pytest.approx(squares["layer0"] + 3 * squares["layer1"])
+
+
 @pytest.mark.parametrize("mixing", MIXINGS)
 @pytest.mark.parametrize("settings", [{}, {"depth": 1.0, "robust": "geometric_median"}])
 def test_without_strength_every_form_is_training_alone_bit_for_bit(mixing: str, settings: dict[str, object]) -> None:

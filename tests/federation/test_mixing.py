@@ -14,6 +14,7 @@ from tests.reference import mixing_twin
 from fedmira.errors import ConfigError
 from fedmira.federation import known_graphs as known
 from fedmira.federation.graph import (
+    Graph,
     connected_components,
     degrees,
     disagreement,
@@ -178,6 +179,12 @@ def test_a_component_nobody_has_confidence_in_keeps_its_bits_and_vanishing_confi
     assert same_bytes(mixed[:2], values.values_KP[:2])
     mean = mixing_twin.weighted_mean(list(values.values_KP[2:]), [1, 3])
     assert torch.allclose(mixed[2:], mean.expand(2, -1), atol=1e-6)
+
+
+def test_clients_unseen_for_long_agree_on_their_mean_along_a_path() -> None:
+    path = validated([[0, 1, 0], [1, 0, 3], [0, 3, 0]], 3, "given")
+    for confidence in ([1e-20, 3e-20, 0.0], [1e-300, 3e-300, 0.0]):
+        assert np.allclose(implicit_matrix(path, 1.0, confidence), [[0.25, 0.75, 0.0]] * 3, rtol=0, atol=1e-8)
 
 
 def test_clients_without_neighbours_keep_their_bits() -> None:
@@ -356,3 +363,16 @@ def test_step_numbers() -> None:
     assert alone["mixing_share"] == 0
     everybody = step_numbers(graph, average([1] * 4), values, values)
     assert everybody["mixing_share"] == pytest.approx(0.75)
+
+
+def test_the_mixing_share_is_the_mean_over_layers_however_they_share_graphs() -> None:
+    everybody_KK, pair_KK = known.uniform(4).adjacency_KK, np.zeros((4, 4))
+    pair_KK[0, 1] = pair_KK[1, 0] = 1
+    by_layer = {"layer0": everybody_KK, "layer1": everybody_KK, "layer2": pair_KK}
+    graph = Graph(np.mean(list(by_layer.values()), axis=0), "gram_layers", {}, by_layer)
+    of = layout(features=((5, 4), (3, 6), (2, 3)))
+    values = Arena(of, torch.zeros(4, of.num_parameters, dtype=torch.float64))
+    mixer = laplacian_implicit(graph, 0.5, [1, 1, 1, 1])
+    # a half as above in two layers; in the third (I + L/2)^-1 gives each of the two a quarter of the other
+    share = step_numbers(graph, mixer, values, mixer(values))["mixing_share"]
+    assert share == pytest.approx((0.5 + 0.5 + 2 * 0.25 / 4) / 3)

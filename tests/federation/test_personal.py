@@ -158,6 +158,13 @@ def test_ditto_without_a_pull_is_local_training_and_fedit_each_with_half_the_wor
     assert torch.allclose(state.memory["global"][0], averaged.adapters.values_KP[0], atol=1e-12)
 
 
+def test_ditto_keeps_its_global_adapter_through_a_round_in_which_nobody_returns() -> None:
+    method, state = descend(section("ditto"), [(0, 2)])
+    after, _ = one_round(method, state, clients().names, Participants(2, (0, 1)), failed={0, 1})
+    assert same_bytes(after.memory["global"], state.memory["global"])
+    assert not torch.allclose(after.memory["global"], after.adapters.values_KP[:1])
+
+
 def test_a_client_that_lost_one_of_its_two_rows_is_missing_in_both() -> None:
     lost = [ClientReport(k, 3, 1, 1.0, 1, 1, failure) for k, failure in ((0, ""), (2, ""), (0, ""), (2, "lost"))]
     values_SP = torch.tensor([[1.0], [2.0], [3.0]])

@@ -119,6 +119,14 @@ def test_krum_hears_clients_with_many_examples(steps: tuple[int, ...], far: tupl
     assert set(range(9)) - set(heard(revised_KK)) == set(far)
 
 
+@pytest.mark.parametrize(("examples", "listened_to"), [(9, [0, 1, 2]), (19, [0, 1, 2, 3])])
+def test_distances_count_by_the_examples_of_both_ends_together(examples: int, listened_to: list[int]) -> None:
+    # scores with the two nearest: 2.5, 1, 2.5 and (8^2 + 9^2) / (1 + examples); beyond 4 * 2.5 it is outlying
+    values_KP = np.array([[0.0], [1.0], [2.0], [10.0]])
+    revised_KK = krum(np.full((4, 4), 0.25), distances(values_KP), (1, 1, 1, examples))
+    assert heard(revised_KK) == listened_to
+
+
 @given(sizes=st.lists(st.integers(1, 10**6), min_size=3, max_size=30))
 def test_where_all_went_as_far_examples_silence_nobody(sizes: list[int]) -> None:
     num_clients = len(sizes)
@@ -147,6 +155,11 @@ def test_the_median_is_the_one_that_small_steps_find() -> None:
 def test_distances_of_rows_are_those_of_the_rows() -> None:
     arena = Arena(layout(), torch.randn(5, layout().num_parameters, generator=torch.Generator().manual_seed(0)))
     np.testing.assert_allclose(row_distances(arena.values_KP), distances(arena.values_KP.double().numpy()), atol=1e-10)
+
+
+def test_distances_keep_their_digits_where_rows_share_large_numbers() -> None:
+    values_KP = torch.randn(5, 40, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    np.testing.assert_allclose(row_distances(values_KP + 2**20), row_distances(values_KP), rtol=0, atol=1e-7)
 
 
 # ------------------------------------------------------------------------------------------ what hostile clients can do

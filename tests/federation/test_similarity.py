@@ -260,6 +260,13 @@ def test_strangers_end_two_deviations_above_their_middle_and_never_above_zero(
     assert similarity.strangers(alike) == pytest.approx(min(0.0, middle + 2 * spread), abs=1e-3 * noise)
 
 
+def test_pairs_that_were_never_compared_do_not_say_where_strangers_end() -> None:
+    alike = groups_of_clients((1,) * 12, -0.1, -0.1, 0.02)
+    more = np.eye(16)
+    more[:12, :12] = alike
+    assert similarity.strangers(more) == similarity.strangers(alike) < 0
+
+
 @pytest.mark.parametrize(
     "alike",
     [

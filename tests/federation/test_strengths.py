@@ -47,6 +47,12 @@ def test_what_was_said_before_outweighs_one_round() -> None:
     assert chosen == [GRID[0], GRID[1], GRID[1]]
 
 
+def test_a_client_that_a_mixture_ruins_leaves_the_choice_to_the_others() -> None:
+    sound = [2.0, 1.0, 3.0, 4.0]
+    heard = judged(memory(), answers([sound, [1.0, 2.0, torch.inf, 2.0]]))
+    assert torch.equal(heard["strength_evidence"], judged(memory(), answers([sound]))["strength_evidence"])
+
+
 def test_without_validation_examples_the_strength_stays() -> None:
     assert judged(memory(), answers([[torch.nan] * 4])) == {}
 

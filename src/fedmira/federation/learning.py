@@ -140,8 +140,7 @@ def everyone_joined(memory: Memory, num_seen: int) -> float:
     graphs: with less, a graph of chance that joins few would keep clients apart, and with more, clients that nobody
     resembles would be drawn into one.
     """
-    others = max(0.0, num_seen - 1.0)
-    return min(_SETTLED_DEGREE, others) if memory["evidence"][3] > 0 else others
+    return _SETTLED_DEGREE if memory["evidence"][3] > 0 else max(0.0, num_seen - 1.0)
 
 
 def filled_up(graph: Graph, share: float, ids: Sequence[int], degree: float) -> Graph:

@@ -40,10 +40,9 @@ def chosen_together(
 ) -> Method:
     """Return `method` with the question which strength to use in the next round, asked together with its own.
 
-    The last round does not ask it.
-    All mixtures but one cross for it: that of the strength in use is what clients start from, and the method's own
-    question may be about it already. What they were made of must be
-    at hand when clients are asked, so the graph is remembered by blocks of layers.
+    The last round does not ask it. All mixtures but one cross for it: that of the strength in use is what clients start
+    from, and the method's own question may be about it already. What they were made of must be at hand when clients are
+    asked, so the graph is remembered by blocks of layers.
 
     Args:
         method: keeps what it mixes in its memory as `uploads`, how long ago that was as `away`, and mixes with `in_use`
