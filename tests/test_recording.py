@@ -10,6 +10,7 @@ import pytest
 
 from fedmira.assembly import assemble
 from fedmira.config.run import RunConfig
+from fedmira.exchange import in_process
 from fedmira.experiment import run
 from fedmira.runs.store import RunStore
 
@@ -56,3 +57,19 @@ def test_answers_are_kept_with_the_scores_that_are_recorded(tmp_path: Path) -> N
 def test_without_answers_none_are_kept(tmp_path: Path) -> None:
     path = run(tiny(generation={"enabled": False}), directory=tmp_path)
     assert not (path / "answers.jsonl").exists()
+
+
+def test_of_a_round_only_what_came_of_it_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original, sound = in_process.train, []
+
+    def one_fails(*arguments: Any, **named: Any) -> Any:
+        values_SP, (first, second) = original(*arguments, **named)
+        assert 0 < first.num_supervised_tokens < first.num_tokens
+        sound.append(second)
+        return values_SP[1:], (first._replace(failure="training diverged"), second)
+
+    monkeypatch.setattr(in_process, "train", one_fails)
+    path = run(tiny(generation={"enabled": False}), directory=tmp_path)
+    [event], [report] = [event for event in RunStore.open(path).events() if event["event"] == "round"], sound
+    assert event["train_loss_sum"] == report.loss_sum
+    assert (event["train_tokens"], event["tokens"]) == (report.num_supervised_tokens, report.num_tokens)

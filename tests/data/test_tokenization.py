@@ -137,6 +137,15 @@ def test_an_end_token_after_the_prompt_is_removed(make_tokenizer: Callable[..., 
     np.testing.assert_array_equal(sequence.tokens, first(tokenizer, example("ab", "xy"), 20).tokens)
 
 
+def test_an_end_token_after_the_prompt_is_removed_where_sequences_begin_with_it_too(
+    make_tokenizer: Callable[..., Any],
+) -> None:
+    alike = make_tokenizer(adds="<s> $A <s>")
+    alike.eos_token = "<s>"
+    assert spelt(alike, first(alike, example("ab", "xy"), 20).tokens) == "<s>ab\nxy<s>"
+    assert spelt(alike, prompt_tokens(example("ab", ""), alike, "plain", 20)) == "<s>ab\n"
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.text("abc ", max_size=30), st.text("xyz", min_size=1, max_size=12), st.integers(15, 40))
 def test_the_answer_and_its_end_are_always_whole(tokenizer: Any, question: str, answer: str, max_length: int) -> None:

@@ -590,6 +590,9 @@ def test_clients_say_how_their_examples_scatter_around_a_comparison() -> None:
             ]
             for values_KP in (moved_KP, start_KP)
         )
+        tokens = sum(example.num_supervised for example in examples)
+        means = [sum(start) / tokens, sum(moved) / tokens]
+        assert losses.mean_SQ[client, 1:].tolist() == pytest.approx(means, rel=1e-5)
         ratio = sum(moved) / sum(start)
         residuals = np.array(moved) - ratio * np.array(start)
         by_hand = residuals.var(ddof=1) / np.mean(moved) ** 2

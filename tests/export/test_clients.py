@@ -94,3 +94,21 @@ def test_a_question_that_makes_room_for_its_answer_loses_what_prompts_lose_in_tr
     assert text.endswith("and then blue\n")
     assert ("Which colour?" in text) == (cut == "input")
     assert f"room for {room} beside {length - room:,} new ones" in line
+
+
+def test_an_answer_ends_with_what_ends_a_turn_of_the_chat(monkeypatch: pytest.MonkeyPatch) -> None:
+    base = load_base(RunConfig().base_model)
+    turns = "{% for m in messages %}{{ m.content }}{% if m.role == 'assistant' %}<pad>{% endif %}{% endfor %}"
+    monkeypatch.setattr(base.tokenizer, "chat_template", turns)
+    config = RunConfig.model_validate({"data": {"source": "planted", "template": "chat"}})
+    arena = initial_arena(lora_layout(base, config.model.adapter), 1, 0)
+    monkeypatch.setattr(clients, "load_trained", lambda path: Trained(config, ("a",), arena, base, 10**6))
+    ends: list[Any] = []
+
+    def generate(*_: Any, **named: Any) -> list[list[str]]:
+        ends.append(set(named.get("ends", ())))
+        return [["blue"]]
+
+    monkeypatch.setattr(generation, "generate", generate)
+    assert answer(Path("run"), "a", "Which colour?") == "blue"
+    assert ends == [{base.tokenizer.pad_token_id}]

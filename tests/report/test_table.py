@@ -72,9 +72,13 @@ def test_a_run_alone_gives_one_row_without_comparison(make_run: Make) -> None:
 def test_unfinished_runs_are_left_out_and_counted(make_study: Make) -> None:
     study = make_study(methods=("local_only", "mira"), seeds=(0, 1))
     metrics = study / "runs/1-seed1/metrics.jsonl"
-    metrics.write_text("".join(metrics.read_text().splitlines(keepends=True)[:-1]))
+    metrics.write_text("".join(metrics.read_text().splitlines(keepends=True)[:2]))
     row = rows_of(read(study))[1]
     assert (row.seeds, row.num_unfinished) == ((0,), 1)
+    # not the one round of the other run
+    judged = read_run(study / "runs/1-seed0")
+    assert row.upload_bytes == row.download_bytes == (8 * 16 * 786_432, None)
+    assert row.seconds == (judged.seconds, None)
     assert "1 run without test numbers left out" in render_table(rows_of(read(study)))
 
 

@@ -180,6 +180,15 @@ def test_the_same_round_again_replaces_without_overwriting(tmp_path: Path) -> No
     assert same(get(tmp_path), 2)
 
 
+def test_a_round_that_is_there_twice_counts_once(tmp_path: Path) -> None:
+    """As where a process was killed before it removed the earlier one."""
+    put(tmp_path, 1, keep=3)
+    earlier = put(tmp_path, 2, keep=3)
+    shutil.copytree(earlier, earlier.with_name("round-00002-r2"))
+    put(tmp_path, 3, keep=3)
+    assert names(tmp_path) == ["round-00001", "round-00002-r2", "round-00003"]
+
+
 def test_a_save_after_falling_back_removes_the_damaged_future(tmp_path: Path) -> None:
     for round_ in (1, 2, 3):
         put(tmp_path, round_, keep=3)

@@ -10,13 +10,14 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from tests.runs.faults import failing_at, trace
+from tests.runs.faults import Crash, dying_at, failing_at, trace
 
 from fedmira.config.file import config_hash, parse_config
 from fedmira.config.method import FedITConfig
@@ -261,15 +262,33 @@ def with_rounds(rounds: int) -> RunConfig:
     return CONFIG.model_copy(update={"federation": FederationConfig(rounds=rounds)})
 
 
+def begun(directory: Path) -> None:
+    """A run of 2 rounds."""
+    with RunStore.create(with_rounds(2), None, directory) as store:
+        store.append({"event": "round", "round": 1})
+        store.write_manifest({})
+
+
 @pytest.fixture
 def prolonged(tmp_path: Path) -> Path:
     """A run begun with 2 rounds that got 4 since."""
-    with RunStore.create(with_rounds(2), None, tmp_path) as store:
-        store.append({"event": "round", "round": 1})
-        store.write_manifest({})
+    begun(tmp_path)
     with RunStore.resume(with_rounds(4), None, tmp_path) as store:
         store.write_rounds()
         return store.path
+
+
+def test_dying_while_a_run_is_prolonged_leaves_one_that_can_be(tmp_path: Path) -> None:
+    seen = []
+    for number in range(1, 30):
+        begun(tmp_path / str(number))
+        with RunStore.resume(with_rounds(4), "", tmp_path / str(number)) as store, suppress(Crash), dying_at(number):
+            store.write_rounds()
+        seen.append(RunStore.open(store.path).config.federation.rounds)
+        with RunStore.resume(with_rounds(4), None, tmp_path / str(number)) as again:
+            assert again.path == store.path
+    assert seen == sorted(seen)
+    assert set(seen) == {2, 4}
 
 
 def test_a_prolonged_run_says_how_it_goes_on(prolonged: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -17,7 +18,7 @@ from fedmira import experiment
 from fedmira.assembly import Assembly
 from fedmira.config.file import load_config
 from fedmira.config.run import EvaluationConfig, RunConfig
-from fedmira.errors import ConfigError, DivergedError, IntegrityError, Interrupted, UsageError
+from fedmira.errors import ConfigError, DataError, DivergedError, IntegrityError, Interrupted, UsageError
 from fedmira.exchange.in_process import InProcess
 from fedmira.experiment import SilentDisplay
 from fedmira.recording import Recorder
@@ -151,6 +152,25 @@ def test_validation_loss_is_the_mean_over_clients_of_their_own_ratio(study: Path
     last = [event for event in RunStore.open(path).events() if event["event"] == "evaluation"][-1]
     ratios = [client["loss_sum"] / client["tokens"] for client in last["clients"].values()]
     assert final_validation_loss(path) == pytest.approx(sum(ratios) / 4)
+
+
+@pytest.mark.parametrize(("loss", "expected"), [(4.0, 3.0), (None, math.inf)])
+def test_validation_loss_is_that_after_the_last_round_of_those_that_hold_such_examples(
+    tmp_path: Path, loss: float | None, expected: float
+) -> None:
+    with RunStore.create(config(), None, tmp_path) as store:
+        for round_, first in ((1, 9.0), (2, 6.0)):
+            clients = {"a": (first, 3), "b": (0.0, 0), "c": (loss, 1)}
+            told_of = {name: {"loss_sum": summed, "tokens": tokens} for name, (summed, tokens) in clients.items()}
+            store.append({"event": "evaluation", "round": round_, "split": "validation", "clients": told_of})
+    assert final_validation_loss(store.path) == expected
+
+
+def test_without_validation_examples_no_rate_is_chosen(tmp_path: Path) -> None:
+    with RunStore.create(config(), None, tmp_path) as store:
+        store.append({"event": "evaluation", "round": 1, "clients": {"a": {"loss_sum": 0.0, "tokens": 0}}})
+    with pytest.raises(DataError, match=r"no client of .* has validation examples to choose a learning rate by"):
+        final_validation_loss(store.path)
 
 
 # ------------------------------------------------------------------------------------------ one grid for all of a study

@@ -140,6 +140,14 @@ def test_a_client_that_failed_keeps_what_it_had_and_rows_of_one_client_do_not_sh
     assert memory.begin([Place(0, 1)], values_CP[:1]).steps_C.tolist() == [0]
 
 
+def test_of_a_client_with_two_rows_only_the_one_that_was_rejected_begins_afresh() -> None:
+    memory, both = Continuity(LAYOUT, 1, ADAM), [Place(0, 0), Place(0, 1)]
+    moments = Moments(torch.ones_like(START_SP), torch.ones_like(START_SP), torch.tensor([2.0, 3.0]).double())
+    memory.end(both, START_SP, moments, [True, True])
+    memory.forget([Place(0, 1), Place(0, 2)])
+    assert memory.begin(both, START_SP).steps_C.tolist() == [2, 0]
+
+
 def test_memory_survives_being_stored_and_clients_that_joined_remember_nothing() -> None:
     mine, others = Continuity.parted({**kept_by(ADAM).tensors(), "error.0": START_SP})
     assert list(others) == ["error.0"]

@@ -89,3 +89,9 @@ def test_a_gradient_next_to_nothing_stays_exact_in_16_bits() -> None:
     share = torch.softmax(wide.logits(hidden_Md), 1)[0, 5]
     assert 0.99 < share < 1.0
     assert (found.double() - wanted).norm() < 0.02 * wanted.norm()
+
+
+def test_sums_of_narrow_losses_are_wide() -> None:
+    """The next number of 32 bits after 2^24 is 2^24 + 2."""
+    losses_M = torch.tensor([2.0**24, 1.0, 3.0])
+    assert objective.sums_of_parts(losses_M, (2, 0, 1)).tolist() == [2.0**24 + 1, 0.0, 3.0]

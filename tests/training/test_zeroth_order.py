@@ -20,7 +20,7 @@ from fedmira.federation.method import State
 from fedmira.federation.registry import build_method
 from fedmira.model.base import BaseModel
 from fedmira.training.cohort import Progress, StopRequested, train
-from fedmira.training.zeroth_order import direction, direction_number
+from fedmira.training.zeroth_order import direction, direction_number, slopes
 from fedmira.types import Arena, ClientReport, Clients, Job, Layout, Participants, Pull, Results, SeedPool
 
 SEED = 5
@@ -98,6 +98,18 @@ def test_a_step_is_the_slope_along_the_direction_up_to_the_square_of_epsilon(kin
     assert max(errors[2:]) < 1e-3
     assert errors[0] / errors[2] == pytest.approx(100, rel=0.05)
     assert errors[1] / errors[3] == pytest.approx(100, rel=0.05)
+
+
+def test_slopes_and_losses_of_squares_by_hand() -> None:
+    """Two clients: one with four tokens, each of them losing |theta|^2, and one that has none in this step."""
+    values_CP = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    z_CP = torch.tensor([[1.0, -2.0], [0.0, 0.0]])
+    moved_CP, tokens_C = torch.empty(2, 2), torch.tensor([4, 0])
+    slope_C, losses_C = slopes(values_CP, z_CP, moved_CP, 0.5, lambda: tokens_C * moved_CP.square().sum(1), (4, 0))
+    # 2 <theta, z>, and 4 * (|theta|^2 + |z|^2 / 4)
+    assert slope_C.tolist() == [-6.0, 0.0]
+    assert losses_C.tolist() == [25.0, 0.0]
+    assert torch.equal(moved_CP, values_CP - z_CP / 2)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -251,9 +251,7 @@ def _prompt_ids(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase,
     encoded = _encode(prompts, tokenizer, add_special_tokens=True)
     end = tokenizer.eos_token_id
     # some tokenizers also append the end token, which must not stand between prompt and answer
-    if end != tokenizer.bos_token_id:
-        encoded = [ids[:-1] if ids and ids[-1] == end else ids for ids in encoded]
-    return encoded
+    return [ids[:-1] if ids and ids[-1] == end else ids for ids in encoded]
 
 
 def _encode(
