@@ -40,7 +40,7 @@ pages: .venv/installed-dev
 	$(BIN)/python tools/configuration_page.py
 	$(BIN)/python -m benchmarks.table
 
-# ours against the peers on this machine's processor, near an hour on a slow one with two cores
+# ours against the peers on this machine's processor, half an hour to an hour on two cores
 bench: .venv/installed-dev
 	$(BENCH_ENV) $(BIN)/python -W ignore::FutureWarning -m benchmarks.run --out benchmarks/results
 

@@ -41,7 +41,7 @@ _READ_TOKENS = 16384
 _MEMORY_SHARE = 0.4
 """Of the free memory, what keys and values may take."""
 _FEWEST_ROWS = 32
-"""Answers are written in two parts, side by side, where each has this many: with 16 each it took no less."""
+"""Answers are written in two parts, side by side, where each has this many: with 16 each little is gained or lost."""
 _GROUP_ROWS = 2
 """A group of rows costs a step as much as this many rows more: its adapter is read once."""
 
