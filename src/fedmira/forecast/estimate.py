@@ -144,6 +144,10 @@ def dry_run(config: RunConfig) -> Estimate:
         judged += sum(e.num_inputs for client in parts.tokenized for e in client.test)
         if evaluation.generation.enabled:
             answers = try_generation(parts, adapters, per_token)
+    del adapters
+    if mixing < _PATIENCE_SECONDS:
+        # once more, beside what training and evaluation left in the heap
+        _mix(parts, state, 2)
     judged += asked_tokens
     upload_bytes += sum(answers_bytes for answers_bytes, _ in crossing) // rounds
     download_bytes += sum(sent_bytes for _, sent_bytes in crossing) // rounds
