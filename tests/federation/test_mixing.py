@@ -235,6 +235,11 @@ def test_implicit_matrix_is_row_stochastic_and_non_negative(
     assert np.allclose(matrix.sum(axis=1), 1, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("tau", [5e-324, 1e-308])
+def test_the_least_strength_still_leads_those_without_confidence(tau: float) -> None:
+    assert implicit_matrix(PAIR, tau, [0.0, 2.0]).tolist() == [[0.0, 1.0], [0.0, 1.0]]
+
+
 @pytest.mark.parametrize("tau", [1e-9, 1.0, 1e9])
 def test_hundreds_of_clients_keep_the_signs_and_the_sums(tau: float) -> None:
     confidence = np.random.Generator(np.random.Philox(0)).lognormal(sigma=4, size=300)

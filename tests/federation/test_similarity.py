@@ -257,7 +257,7 @@ def test_strangers_end_two_deviations_above_their_middle_and_never_above_zero(
     off = sorted(alike[one, other] for one in range(size) for other in range(one))
     middle = np.median(off)
     spread = middle - np.quantile(off, norm.cdf(-1))
-    assert similarity.strangers(alike) == pytest.approx(min(0.0, middle + 2 * spread), abs=1e-3 * noise)
+    assert similarity.strangers(alike) == pytest.approx(min(0.0, middle + 2 * spread), abs=1e-2 * noise)
 
 
 def test_pairs_that_were_never_compared_do_not_say_where_strangers_end() -> None:

@@ -137,6 +137,20 @@ def test_a_missing_tokenizer_is_refused(folder: Path) -> None:
         load_base(ModelConfig(path=str(folder)))
 
 
+def test_a_tokenizer_of_special_tokens_alone_is_refused(folder: Path) -> None:
+    """What transformers 5.3 makes of missing files: every word is unknown to it."""
+    tokenizer = Tokenizer(models.WordLevel({"<pad>": 0, "</s>": 1}, unk_token="<pad>"))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", pad_token="<pad>").save_pretrained(folder)
+    with pytest.raises(SetupError, match=r"special tokens alone; its files are missing"):
+        load_base(ModelConfig(path=str(folder)))
+
+
+def test_fused_attention_of_older_transformers_does_not_leave_out_the_soft_cap() -> None:
+    model = tiny_model("gemma2", torch.float32)
+    model.config._attn_implementation = "sdpa"
+    assert freeze(model, tokenizer=None, name="capped").model.config._attn_implementation == "eager"
+
+
 @pytest.mark.parametrize("name", ["cuda:99", "gpu", "meta:x"])
 def test_a_device_that_is_not_there_is_refused(name: str) -> None:
     with pytest.raises(SetupError, match=r"model\.device = .*allowed: auto, cpu, cuda"):

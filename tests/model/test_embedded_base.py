@@ -202,6 +202,7 @@ def _train(corpus: Path, out: Path, *options: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch before 2.9 has no Muon")
 def test_tool_trains_exports_and_resumes(tmp_path: Path) -> None:
     corpus = tmp_path / "corpus.jsonl.gz"
     with gzip.open(corpus, "wt", encoding="utf-8") as lines:

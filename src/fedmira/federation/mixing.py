@@ -33,6 +33,8 @@ Mixer: TypeAlias = Callable[[Arena], Arena]
 
 _LARGEST_CONDITION = 1e10
 """Beyond this ratio of coupling to confidence a component has reached its mean to the last digits of float32."""
+_LEAST_FACTOR = 1e-290
+"""Below this one of coupling to confidence products with weights of a graph could become 0."""
 
 
 def keep() -> Mixer:
@@ -135,7 +137,8 @@ def implicit_matrix(graph: Graph, tau: float, confidence_K: Sequence[float]) -> 
         # only tau / c matters: scaling keeps long unseen components, whose c underflows, solvable
         relative = confidence[list(members)] / highest
         coupling = laplacian_KK[block]
-        factor = min(tau, _LARGEST_CONDITION / (2 * coupling.max()) * highest) / highest
+        # the least moves nobody, but those who have no confidence at all still follow the others
+        factor = max(min(tau, _LARGEST_CONDITION / (2 * coupling.max()) * highest) / highest, _LEAST_FACTOR)
         lower = torch.linalg.cholesky(torch.from_numpy(np.diag(relative) + factor * coupling))
         # the factor has no positive weight off its diagonal, so substitution adds and never subtracts: no sign is lost
         solved = torch.cholesky_solve(torch.from_numpy(np.diag(relative)), lower).numpy()

@@ -260,6 +260,9 @@ def _load(config: ModelConfig, source: str, revision: str | None) -> BaseModel:
             f"the weights of {config.path} lack {len(missing)} tensors of its architecture, such as {missing[0]}; "
             "the download is incomplete or the folder is not a causal language model"
         )
+    if not tokenizer.get_vocab().keys() - tokenizer.get_added_vocab().keys():
+        # what some versions of transformers make up where its files are missing
+        raise SetupError(f"the tokenizer of {config.path} knows special tokens alone; its files are missing or empty")
     return freeze(model.to(device), tokenizer, config.path, str(folder), commit_of(folder) if hub else None)
 
 
@@ -271,6 +274,9 @@ def freeze(model: Any, tokenizer: Any, name: str, source: str = "", commit: str 
     """
     model.requires_grad_(False)
     model.eval()
+    if getattr(model.config.get_text_config(), "attn_logit_softcapping", None) is not None:
+        # the fused attention that older transformers take for such a model leaves the soft cap out
+        model.set_attn_implementation("eager")
     base = BaseModel(model, tokenizer, name, source, fused_body(model), commit)
     _self_check(base)
     return base
