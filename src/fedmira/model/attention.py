@@ -230,27 +230,30 @@ def _packed_attention_forward(
     value_1GND: torch.Tensor,
     attention_mask: torch.Tensor | None,
     *,
-    packing: Packing,
+    fedmira_packing: Packing,
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
     **_unused: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attend within each sequence. Returns (1, N, H, D), as transformers expects, and no weights."""
+    """Attend within each sequence. Returns (1, N, H, D), as transformers expects, and no weights.
+
+    Transformers hands on what it does not know, so what is ours bears our name: it took `cache` for itself in 5.24.
+    """
     if sliding_window is None and (at := getattr(module, "layer_idx", None)) is not None:
         _refuse_window_in_the_mask(module, int(at))
     settings = Settings(scaling, sliding_window, softcap)
-    assert not packing.alone, "sequences stand alone in the body written out only"
-    if packing.slots_n is None and packing.buckets[0].num_sequences == 1:
+    assert not fedmira_packing.alone, "sequences stand alone in the body written out only"
+    if fedmira_packing.slots_n is None and fedmira_packing.buckets[0].num_sequences == 1:
         return attend(query_1HND, key_1GND, value_1GND, settings).transpose(1, 2), None
     states = [states_1HND.squeeze(0).transpose(0, 1) for states_1HND in (query_1HND, key_1GND, value_1GND)]
     outputs = []
-    for bucket in packing.buckets:
+    for bucket in fedmira_packing.buckets:
         query_BHTD, key_BGTD, value_BGTD = (_to_bucket(states_NHD, bucket) for states_NHD in states)
         outputs.append(attend(query_BHTD, key_BGTD, value_BGTD, settings).transpose(1, 2).flatten(0, 1))
     output_NHD = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-    if packing.slots_n is not None:
-        output_NHD = output_NHD.index_select(0, packing.slots_n)
+    if fedmira_packing.slots_n is not None:
+        output_NHD = output_NHD.index_select(0, fedmira_packing.slots_n)
     return output_NHD[None], None
 
 

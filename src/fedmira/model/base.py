@@ -160,7 +160,7 @@ class BaseModel:
             output = self.model.base_model(
                 **self.inputs(batch.tokens_N.to(device), soften),
                 position_ids=batch.positions_N.to(device)[None],
-                packing=packing,
+                fedmira_packing=packing,
                 use_cache=False,
             )
         hidden_Nd: torch.Tensor = output.last_hidden_state.squeeze(0)

@@ -89,7 +89,8 @@ class KeyValueCache:
         soften = None if self._prompts is None else self._prompts.into(batch.rows_per_client)
         if self._body is None:
             with attached(base, self._arena, batch.rows_per_client):
-                hidden_Bd = self._stock(tokens_N, positions_N, soften, cache=rows, packing=packing)[last_B]
+                hidden_Nd = self._stock(tokens_N, positions_N, soften, fedmira_cache=rows, fedmira_packing=packing)
+                hidden_Bd = hidden_Nd[last_B]
         else:
 
             def look_back(
@@ -134,7 +135,7 @@ class KeyValueCache:
     def advance(self, tokens_B: torch.Tensor) -> torch.Tensor:
         """Add one token to every sequence and return the final hidden state of each row, (B, d)."""
         if self._body is None:
-            hidden_Bd = self._stock(tokens_B, self._position_B, cache=self)
+            hidden_Bd = self._stock(tokens_B, self._position_B, fedmira_cache=self)
         else:
             assert self._add_low_rank_ is not None, "advance is called inside rows"
             hidden_Bd = inference.hidden(
@@ -272,7 +273,7 @@ def _read(
     rows.pairs[module] = Pair(key_1GND, value_1GND)
     output_1NHD: torch.Tensor
     output_1NHD, _ = ALL_ATTENTION_FUNCTIONS[PACKED](
-        None, query_1HND, key_1GND, value_1GND, None, packing=packing, **settings._asdict()
+        None, query_1HND, key_1GND, value_1GND, None, fedmira_packing=packing, **settings._asdict()
     )
     return output_1NHD
 
@@ -284,8 +285,8 @@ def _cached_attention_forward(
     value_1GND: torch.Tensor,
     attention_mask: torch.Tensor | None,
     *,
-    cache: PackedRows | KeyValueCache,
-    packing: Packing | None = None,
+    fedmira_cache: PackedRows | KeyValueCache,
+    fedmira_packing: Packing | None = None,
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
@@ -293,11 +294,11 @@ def _cached_attention_forward(
 ) -> tuple[torch.Tensor, None]:
     """Keep the keys and values of prompts, or look back over those kept; (1, N, H, D), as transformers expects."""
     settings = Settings(scaling, sliding_window, softcap)
-    if isinstance(cache, PackedRows):
-        assert packing is not None
-        return _read(cache, module, query_1HND, key_1GND, value_1GND, packing, settings), None
+    if isinstance(fedmira_cache, PackedRows):
+        assert fedmira_packing is not None
+        return _read(fedmira_cache, module, query_1HND, key_1GND, value_1GND, fedmira_packing, settings), None
     query_BHD, key_BGD, value_BGD = (states[0].transpose(0, 1) for states in (query_1HND, key_1GND, value_1GND))
-    return cache.attend(module, query_BHD, key_BGD, value_BGD, settings)[None], None
+    return fedmira_cache.attend(module, query_BHD, key_BGD, value_BGD, settings)[None], None
 
 
 ALL_ATTENTION_FUNCTIONS.register(CACHED, _cached_attention_forward)
