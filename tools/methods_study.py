@@ -51,6 +51,10 @@ _LATER: Mapping[str, Mapping[str, Any]] = {
 """Keys that came after the first results, with the values that leave everything as it was before them."""
 _GONE = {"warmup_rounds": 3}
 """What learned graphs were made with before they counted by their agreement: see methods_made.md."""
+_ASKED_ABOUT_ALL = frozenset(
+    ("flan", "flan_few", "instruction_induction", "natural_instructions", "planted", "planted_unequal")
+)
+"""Studies that were made before `mira` asked clients about few examples a round (method.choice.examples)."""
 _TUNED_ALONE = (
     *("mira-true", "mira-labels", "mira-shared-a", "mira-shared-a-asks-nobody"),
     *("mira-private-weak", "mira-private", "mira-private-full"),
@@ -109,6 +113,8 @@ def digest(config: Mapping[str, Any]) -> str:
         of_section = kept[section].items()
         kept[section] = {key: value for key, value in of_section if key not in later or value != later[key]}
     choice = kept["method"].get("choice")
+    if choice and (choice["examples"] is None or not choice["enabled"]):
+        choice = kept["method"]["choice"] = {key: choice[key] for key in choice if key != "examples"}
     if choice and (not choice["enabled"] or choice["shrinkage"] == bool(choice["memory"])):
         # results of before there was shrinkage stay, see methods_made.md; without memory each answer counted alone
         kept["method"]["choice"] = {**{key: choice[key] for key in choice if key != "shrinkage"}, "pooling": 0.0}
@@ -141,6 +147,8 @@ def task_of(study: Study, name: str, seed: int, rate: float, *, tuning: bool) ->
     differs = dict(study.settings.get(name, {"method": name}))
     chosen = variant(study.config, differs.pop("method"), seed, rate, tuning=tuning).model_dump(mode="json")
     chosen["compare"] = {}
+    if study.name in _ASKED_ABOUT_ALL and (choice := chosen["method"].get("choice")) and choice["enabled"]:
+        choice["examples"] = None
     if differs:
         changed = {section: {**chosen[section], **values} for section, values in differs.items()}
         chosen = RunConfig.model_validate({**chosen, **changed}).model_dump(mode="json")

@@ -261,12 +261,15 @@ def test_resolved_yaml_names_every_field() -> None:
 
 
 def test_what_runs_of_before_wrote_down_means_what_they_did() -> None:
-    default, beginning = RunConfig(), parse_config("data: {cut: beginning}")
+    default, beginning = RunConfig(), parse_config("{data: {cut: beginning}, method: {choice: {examples: null}}}")
     # the name that a run with all defaults had before there was a choice
     assert config_hash(beginning) == "0fa832ac"
     assert config_hash(default) != config_hash(beginning)
-    assert config_difference(beginning, default) == ["data.cut: 'beginning' -> 'input'"]
-    of_before = resolved_yaml(default).replace("  cut: input\n", "")
+    assert config_difference(beginning, default) == [
+        "data.cut: 'beginning' -> 'input'",
+        "method.choice.examples: null -> 4",
+    ]
+    of_before = resolved_yaml(default).replace("  cut: input\n", "").replace("    examples: 4\n", "")
     assert parse_resolved(of_before) == beginning
     assert parse_resolved(resolved_yaml(default)) == default
 
@@ -287,7 +290,7 @@ def test_what_is_refused_today_can_be_read_where_it_was_done(method: str) -> Non
 
 @pytest.mark.parametrize(("source", "name"), [("jsonl", "a73865ee"), ("huggingface", "06dafe11")])
 def test_keys_of_records_that_came_later_leave_the_hash_as_it_was_while_unused(source: str, name: str) -> None:
-    before = parse_config(f"data: {{source: {source}, path: x}}")
+    before = parse_config(f"{{data: {{source: {source}, path: x}}, method: {{choice: {{examples: null}}}}}}")
     assert config_hash(before) == name
     assert "fields" not in resolved_yaml(before)
     used = parse_config(resolved_yaml(before), ["data.fields.output=Antwort", "data.split_field=part"])

@@ -545,15 +545,21 @@ def test_each_turn_of_a_question_goes_to_the_next_examples_until_all_were_asked(
     assert turns == [[0, 1], [2, 3], [0, 4], [1, 2]]
     assert places(bounded(trial, drawn, 5)) == places(bounded(trial, drawn, None)) == list(range(5))
     assert places(bounded(trial, drawn._replace(last=True), 2)) == list(range(5))
+    # the smaller of what the question wants and what the run allows
+    few = trial._replace(most_examples=2)
+    assert places(bounded(few, drawn, 3)) == places(bounded(few, drawn, None)) == [0, 1]
+    assert places(bounded(few, drawn, 1)) == [0]
+    assert places(bounded(few, drawn._replace(last=True), 3)) == list(range(5))
     of_training = trial._replace(split="train")
     assert bounded(of_training, drawn, 2) == of_training
 
 
+@pytest.mark.parametrize(("of_the_run", "of_the_choice", "asked"), [(1, 4, 1), (16, 3, 3), (2, None, 2)])
 def test_a_run_judges_as_many_examples_as_it_was_told_and_all_of_them_in_the_end(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    of_the_run: int, of_the_choice: int | None, asked: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asking = {"name": "mira", "graph": {"kind": "true"}}
-    limited = {"examples_per_question": 1, "generation": {"enabled": False}}
+    asking = {"name": "mira", "graph": {"kind": "true"}, "choice": {"examples": of_the_choice}}
+    limited = {"examples_per_question": of_the_run, "generation": {"enabled": False}}
     data = {"source": "planted", "families": 2, "clients_per_family": 2, "examples": 16}
     held = {"by": "field", "validation": 0.25, "test": 0.25}
     everybody = {"rounds": 3}
@@ -570,7 +576,7 @@ def test_a_run_judges_as_many_examples_as_it_was_told_and_all_of_them_in_the_end
     run(config, directory=tmp_path)
     clients = assemble(config).tokenized
     assert {len(client.validation) for client in clients} == {4}
-    assert judged == [(1,) * 4, (1,) * 4, (4,) * 4]
+    assert judged == [(asked,) * 4, (asked,) * 4, (4,) * 4]
 
 
 def test_clients_say_how_their_examples_scatter_around_a_comparison() -> None:

@@ -84,3 +84,14 @@ def test_one_question_alone_is_itself() -> None:
     (first, _), (rest, _) = apart(alone, Losses(torch.zeros(2, 2), (4, 4), 0, 0))
     assert first is not None
     assert (first.num_candidates, rest) == (2, None)
+
+
+@pytest.mark.parametrize(("first", "rest", "both"), [(4, 2, 4), (None, 2, None), (4, None, None), (None, None, None)])
+def test_together_they_go_to_the_examples_of_the_one_that_wants_more(
+    first: int | None, rest: int | None, both: int | None
+) -> None:
+    one, other = question(1)._replace(most_examples=first), question(2)._replace(most_examples=rest)
+    assert together(one, other).most_examples == both  # type: ignore[union-attr]
+    # what the server compares by itself asks nobody about examples
+    by_itself = question(0)._replace(compare_SP=torch.zeros(2, 1))
+    assert together(by_itself, other).most_examples == rest  # type: ignore[union-attr]

@@ -29,6 +29,7 @@ from fedmira.config.messages import (
     literal_values,
     nearest_names,
 )
+from fedmira.config.mira import MiraConfig
 from fedmira.config.run import RunConfig
 from fedmira.errors import ConfigError
 
@@ -86,9 +87,11 @@ def config_hash(config: RunConfig) -> str:
     False
     """
     identity = _identity(config)
+    # what runs did before there was a choice; they keep their names
     if config.data.cut == "beginning":
-        # what runs did before there was a choice; they keep their names
         del identity["data"]["cut"]
+    if (choice := identity["method"].get("choice")) and (choice["examples"] is None or not choice["enabled"]):
+        del choice["examples"]
     canonical = json.dumps(identity, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(canonical.encode()).hexdigest()[:8]
 
@@ -116,9 +119,12 @@ def parse_resolved(text: str) -> RunConfig:
         ConfigError: as `parse_config`.
     """
     config = parse_config(text, source="config.resolved.yaml", recorded=True)
-    if "cut" in config.data.model_fields_set:
-        return config
-    return config.model_copy(update={"data": config.data.model_copy(update={"cut": "beginning"})})
+    data, method = config.data, config.method
+    if "cut" not in data.model_fields_set:
+        data = data.model_copy(update={"cut": "beginning"})
+    if isinstance(method, MiraConfig) and method.choice.enabled and "examples" not in method.choice.model_fields_set:
+        method = method.model_copy(update={"choice": method.choice.model_copy(update={"examples": None})})
+    return config.model_copy(update={"data": data, "method": method})
 
 
 def with_rounds(config: RunConfig, rounds: int) -> RunConfig:

@@ -39,6 +39,10 @@ class ChoiceConfig(Section):
     adapter it keeps, and whether it trains on from it."""
     every: PositiveInt = 1
     """Rounds from one question to the next. In the last round all clients with a stored adapter are asked."""
+    examples: PositiveInt | None = 4
+    """At most this many of a client's validation examples are judged after a round, others the next time; its answers
+    of several rounds count (`memory`). null: as many as `evaluation.examples_per_question` says. After the last round
+    it judges all of them in any case."""
     average: bool = True
     """After the last round clients answer for the average over rounds (`ema_decay`), too, and each keeps as much of its
     mixture in it as these answers say; all of them take home what the last round alone would give them if the mean of

@@ -139,7 +139,8 @@ class EvaluationConfig(Section):
     """Rounds between two evaluations of the validation loss; the last round is always evaluated."""
     examples_per_question: PositiveInt | None = 16
     """At most this many validation examples per client are judged when the method asks clients after a round, others
-    the next time; null, and in any case after the last round: all of them."""
+    the next time (`mira` asks about fewer, see method.choice.examples); null, and in any case after the last round: all
+    of them."""
     test: bool = True
     """Judge the test split after the last round; comparisons switch it off while they choose settings."""
     batch_tokens: PositiveInt = 4096

@@ -114,7 +114,9 @@ def ask(
 
     sent = only_to_judge(participants, num_clients)
     versus = (0,) if config.shrinkage else ()
-    return Trial(ids, len(config.grid), candidate, sent, groups=groups, versus=versus) if ids else None
+    if not ids:
+        return None
+    return Trial(ids, len(config.grid), candidate, sent, groups=groups, versus=versus, most_examples=config.examples)
 
 
 def choose(config: ChoiceConfig, state: State, trial: Trial, losses: Losses) -> tuple[State, Info]:

@@ -26,11 +26,14 @@ def only_to_judge(participants: Participants, num_clients: int) -> int:
 def bounded(trial: Trial, participants: Participants, most_examples: int | None) -> Trial:
     """Return the question put to at most that many validation examples of each client, or to all after the last round.
 
-    Questions about training examples stay as they are.
+    Where it wants fewer itself, it gets those. Questions about training examples stay as they are.
     """
-    if participants.last or trial.split == "train":
+    if trial.split == "train":
         return trial
-    return trial._replace(most_examples=most_examples, turn=participants.round - 1)
+    if participants.last:
+        return trial._replace(most_examples=None)
+    limits = [limit for limit in (trial.most_examples, most_examples) if limit is not None]
+    return trial._replace(most_examples=min(limits, default=None), turn=participants.round - 1)
 
 
 def together(first: Trial | None, rest: Trial | None) -> Trial | None:
@@ -50,6 +53,9 @@ def together(first: Trial | None, rest: Trial | None) -> Trial | None:
     if first is not None and first.versus and rest is not None and rest.versus[:1] != (0,):
         raise ValueError("a question that compares its candidates is asked after all others, or before one that does")
 
+    asking = [part for part in (first, rest) if part is not None and part.num_candidates]
+    limits = [part.most_examples for part in asking if part.most_examples is not None]
+
     def candidate(number: int) -> torch.Tensor:
         part, place = (first, number) if number < before else (rest, number - before)
         assert part is not None
@@ -58,6 +64,7 @@ def together(first: Trial | None, rest: Trial | None) -> Trial | None:
     return one._replace(
         num_candidates=before + (rest.num_candidates if rest is not None else 0),
         candidate=candidate,
+        most_examples=max(limits) if limits and len(limits) == len(asking) else None,
         sent=sum(part.sent for part in (first, rest) if part is not None),
         versus=(*(first.versus if first else ()), *(before + number for number in (rest.versus if rest else ()))),
         parts=(before, *((rest.parts or (rest.num_candidates,)) if rest is not None else ())),
