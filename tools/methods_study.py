@@ -51,9 +51,7 @@ _LATER: Mapping[str, Mapping[str, Any]] = {
 """Keys that came after the first results, with the values that leave everything as it was before them."""
 _GONE = {"warmup_rounds": 3}
 """What learned graphs were made with before they counted by their agreement: see methods_made.md."""
-_ASKED_ABOUT_ALL = frozenset(
-    ("flan", "flan_few", "instruction_induction", "natural_instructions", "planted", "planted_unequal")
-)
+_ASKED_ABOUT_ALL = frozenset(("flan", "instruction_induction", "natural_instructions", "planted"))
 """Studies that were made before `mira` asked clients about few examples a round (method.choice.examples)."""
 _TUNED_ALONE = (
     *("mira-true", "mira-labels", "mira-shared-a", "mira-shared-a-asks-nobody"),
