@@ -132,6 +132,12 @@ def runs(losses: Any) -> list[Any]:
     return [study.Judged(np.asarray(losses_K, dtype=float), math.nan, {}) for losses_K in losses]
 
 
+def test_commits_stand_in_the_order_of_the_runs_whatever_the_hash_seed(study: ModuleType) -> None:
+    commits = [f"commit-{number % 9}" for number in range(40)]
+    runs = [study.Judged(np.zeros(1), math.nan, {"commit": commit}) for commit in commits]
+    assert study.origins(runs) == [(f"commit-{number}", "") for number in range(9)]
+
+
 def test_an_interval_is_students_over_the_draws(study: ModuleType) -> None:
     """As scipy's paired test says it; however many clients there are, 3 draws are 3 draws."""
     random = np.random.default_rng(5)

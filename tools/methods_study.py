@@ -496,9 +496,9 @@ def section(study: Study) -> str:
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
-def origins(runs: Sequence[Judged]) -> set[tuple[str, str]]:
-    """Commit and processor of the runs; the first lines do not name the latter."""
-    return {(str(run.line.get("commit", "")), str(run.line.get("processor", ""))) for run in runs}
+def origins(runs: Sequence[Judged]) -> list[tuple[str, str]]:
+    """Commits and processors of the runs, each once, in their order; the first lines do not name the latter."""
+    return list(dict.fromkeys((str(run.line.get("commit", "")), str(run.line.get("processor", ""))) for run in runs))
 
 
 def judged_part(line: Mapping[str, Any] | None, keep: Callable[[str], bool]) -> Judged | None:
