@@ -13,49 +13,37 @@ import os
 import tempfile
 from pathlib import Path
 
-from benchmarks.dry_run import call, make_model
-from benchmarks.lengths import read_lengths
+from benchmarks.dry_run import PLANTED, RECORDED, call, make_model
 
 MANY, FEW = 5, 2
 
-DOLLY = [
-    "data.path={data}/dolly/dolly-mini-1600.jsonl", "data.partition.clients_per_task=1", "federation.participation=1",
-    "training.local_steps=10",
-]  # fmt: skip
 WORKLOADS = {
-    "dolly-embedded": ("dolly", DOLLY),
-    "dolly-15m": ("dolly", ["model.path={llama-15m}", *DOLLY]),
-    "dolly-15m-batch-1": ("dolly", ["model.path={llama-15m}", *DOLLY, "training.batch_size=1"]),
-    "dolly-gpt2": ("dolly", ["model.path={gpt2-124m}", *DOLLY]),
-    "natural-15m": (
-        "natural_instructions",
-        [
-            "model.path={llama-15m}", "data.path={data}/natural_instructions/tasks",
-            f"data.tasks=[{', '.join(read_lengths('natural_instructions'))}]", "data.template=alpaca",
-            "data.max_length=512", "training.local_steps=10", "training.batch_size=8",
-        ],
-    ),
-    "planted": ("planted", []),
-    "flan": ("flan", ["data.path={data}/flan/*.train.jsonl", "data.partition.clients_per_task=2"]),
-}  # fmt: skip
-"""A recipe and what differs from it: eight clients but for the last two, which train for less."""
+    "dolly-embedded": ("dolly", [*RECORDED["dolly-15m"], "model.path=embedded"]),
+    "dolly-15m": ("dolly", RECORDED["dolly-15m"]),
+    "dolly-15m-batch-1": ("dolly", [*RECORDED["dolly-15m"], "training.batch_size=1"]),
+    "natural-15m": ("natural_instructions", RECORDED["natural-15m"]),
+    "planted": ("planted", PLANTED["planted"]),
+    "flan": ("flan", RECORDED["flan"]),
+}
+"""A recipe and what differs from it, the last of equal keys."""
 
 
 def main() -> None:
     """Print a line for each workload that the command line names, all by default."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", metavar="NAME", choices=[[], *WORKLOADS])
+    parser.add_argument("names", nargs="*", metavar="NAME")
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a further override")
     options = parser.parse_args()
+    if unknown := sorted(set(options.names) - set(WORKLOADS)):
+        parser.error(f"unknown: {', '.join(unknown)}; allowed: {', '.join(WORKLOADS)}")
     os.environ["OMP_NUM_THREADS"] = "1"
     with tempfile.TemporaryDirectory() as folder:
         places = {"data": str(options.data.resolve())}
         for name in options.names or WORKLOADS:
             recipe, overrides = WORKLOADS[name]
-            for model in ("llama-15m", "gpt2-124m"):
-                if model not in places and any(f"{{{model}}}" in text for text in overrides):
-                    places[model] = make_model(model, Path(folder))
+            if "llama-15m" not in places and any("{llama-15m}" in text for text in overrides):
+                places["llama-15m"] = make_model("llama-15m", Path(folder))
             filled = [text.format(**places) if "{" in text else text for text in overrides]
             seconds = middle_round(recipe, [*filled, *options.set], Path(folder) / name)
             shares = sorted(((part / sum(seconds.values()), stage) for stage, part in seconds.items()), reverse=True)
