@@ -79,6 +79,23 @@ def test_rates_that_are_close_are_tried_on_two_more_draws(study: ModuleType) -> 
     assert rate == 3e-3
 
 
+def test_the_search_goes_on_where_the_mean_of_the_draws_says_that_the_outermost_is_best(
+    study: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(study._NEAR, "s", 1.05)
+    losses = {1e-3: [2.5], 3e-3: [2.00, 2.4, 2.4], 1e-2: [2.05, 2.1, 2.0], 3e-2: [2.02, 2.0, 2.1]}
+    batches, rate = tried(study, lambda rate, draw: losses[rate][draw], GRID)
+    assert batches == [[1e-3, 3e-3, 1e-2], [3e-3, 3e-3, 1e-2, 1e-2], [3e-2], [3e-2, 3e-2]]
+    assert rate == 3e-2
+
+
+def test_how_close_is_close_can_differ_by_federation(study: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    losses = {1e-3: [2.5], 3e-3: [2.00, 2.4, 2.4], 1e-2: [2.3, 2.1, 2.0], 3e-2: [2.5]}
+    assert tried(study, lambda rate, draw: losses[rate][draw], GRID)[1] == 3e-3
+    monkeypatch.setitem(study._NEAR, "s", 1.2)
+    assert tried(study, lambda rate, draw: losses[rate][draw], GRID)[1] == 1e-2
+
+
 def test_of_equal_rates_the_smaller_is_chosen(study: ModuleType) -> None:
     assert tried(study, lambda rate, _: 2.0 if rate in (1e-3, 3e-3) else 3.0, GRID)[1] == 1e-3
 
