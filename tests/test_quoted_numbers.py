@@ -80,12 +80,12 @@ SHARED_A = [above_mira(row, "instruction_induction") for row in ("mira-shared-a"
 UNRELATED = [above_mira(row) for row in ("mira-uniform", "mira-random", "mira-permuted", "mira-embeddings")]
 QUOTED: tuple[tuple[str, tuple[Source, ...]], ...] = (
     ("on planted tasks it comes to {}", (loss("mira"),)),
-    ("the true graph, learned clusters and smooth graphs to {}", (loss("mira-true"),)),
-    ("learned clusters and smooth graphs to {}", (loss("mira-clusters"),)),
+    ("the true graph to {}", (loss("mira-true"),)),
     ("smooth graphs to {}", (loss("mira-kalofolias"),)),
+    ("learned clusters to {}", (loss("mira-clusters"),)),
     ("prompts' embeddings cost {} to {} nats there", (least(UNRELATED), most(UNRELATED))),
     (
-        "On planted tasks 1 costs {}, 4 a little ({}",
+        "On planted tasks 1 costs {} and 4 costs {}",
         tuple(above_mira(row) for row in ("mira-strength-1", "mira-strength-4")),
     ),
     (
