@@ -251,6 +251,17 @@ def test_a_line_without_a_hash_does_not_turn_the_check_of_the_data_off(
         study.chosen(differs)
 
 
+def test_who_trains_on_other_examples_is_tested_on_the_same(study: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    one, more = {"data": "a"}, {"data": "b"}
+    of = reported(study, monkeypatch, {"local_only": [one, one], "mira": [one, one], "ditto": [more, more]})
+    trains_on_more = of._replace(settings={"ditto": {"method": "ditto", "data": {}}})
+    assert list(study.chosen(trains_on_more)) == ["local_only", "mira", "ditto"]
+    longer = {"data": "a", "clients": {"a": ["task", 1.0, 2, 0.0, 0, 0]}}
+    of = reported(study, monkeypatch, {"local_only": [one, one], "mira": [one, longer]})
+    with pytest.raises(SystemExit, match="mira, seed 1: not the examples"):
+        study.chosen(of)
+
+
 def test_a_method_that_diverged_is_not_one_that_was_not_run(study: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     of = reported(study, monkeypatch, {"local_only": [{}, {}], "fedit": [{}, {"diverged": "nan"}], "mira": [{}]})
     assert study.section(of).endswith("Diverged: fedit (draws 1).\n\nNot run yet: mira.")

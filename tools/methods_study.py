@@ -268,8 +268,10 @@ def outcome(path: Path) -> dict[str, Any]:
     from fedmira.runs.store import RunStore
     from fedmira.studies.compare import final_validation_loss
 
-    record, loss = read(path), final_validation_loss(path)
+    record = read(path)
     assert isinstance(record, RunRecord)
+    holds_some = record.config["data"]["partition"]["validation"] > 0
+    loss = final_validation_loss(path) if holds_some else math.inf
     held = [client["sha256"] for client in RunStore.open(path).manifest()["clients"]]
     return {
         "validation_loss": loss if math.isfinite(loss) else None,
@@ -411,14 +413,16 @@ def difference(ones: Sequence[Judged], others: Sequence[Judged]) -> tuple[float,
 def chosen(study: Study) -> dict[str, tuple[float, list[Judged]]]:
     """Per name the chosen learning rate and the reported runs in the order of their draws; whole ones only."""
     reported: dict[str, tuple[float, list[Judged]]] = {}
-    data: dict[int, str] = {}
+    data: dict[Any, Any] = {}
     for name, (rate, lines) in tuned_lines(study).items():
         if not all(line.get("clients") for line in lines):
             continue
+        splits = str(study.settings.get(name, {}).get("data", ""))
         for seed, line in zip(study.seeds, lines, strict=True):
             # lines of before there was a hash say nothing
-            has = line.get("data")
-            if has and data.setdefault(seed, has) != has:
+            has, tested = line.get("data"), {client: of[2] for client, of in line["clients"].items()}
+            same = (not has or data.setdefault((seed, splits), has) == has) and data.setdefault(seed, tested) == tested
+            if not same:
                 raise SystemExit(f"{study.name}, {name}, seed {seed}: not the examples of other methods")
         reported[name] = (rate, [judged(line) for line in lines])
     return reported
@@ -573,6 +577,9 @@ _AIMS = (
     "best rival with a part of `mira` or more warm-up",
     "`mira` minus it [95 %]",
     "best of all, or within one standard error of that difference",
+    "best rival that trains on the validation examples, too",
+    "`mira` minus it [95 %]",
+    "best, or within one standard error of that difference",
     "better than `local_only`",
     "better than `fedit`",
     "at most 2 % of the clients harmed",
@@ -599,6 +606,7 @@ def _reached(reported: Mapping[str, list[Judged]], settings: Mapping[str, Any]) 
 
     best = lowest([name for name in of_others if "-" not in name])
     helped = [name for name in of_others if "-" in name]
+    with_labels = [name for name in reported if name.endswith("-all-labels")]
     own_error = standard_error(reported[best])
 
     def verdict(holds: bool) -> str:
@@ -625,6 +633,9 @@ def _reached(reported: Mapping[str, list[Judged]], settings: Mapping[str, Any]) 
         lowest(helped) if helped else "-",
         interval(mira, reported[lowest(helped)]) if helped else "-",
         within_error(lowest(helped)) if helped else "-",
+        lowest(with_labels) if with_labels else "-",
+        interval(mira, reported[lowest(with_labels)]) if with_labels else "-",
+        within_error(lowest(with_labels)) if with_labels else "-",
         against("local_only"),
         against("fedit"),
         f"{verdict(harm(mira, local) <= 0.02)}: {harm(mira, local):.1%}",
