@@ -54,6 +54,16 @@ def refuse_other_data(manifest: Mapping[str, Any], parts: Assembly) -> None:
         raise _refusal("graph", f"{listed(changed, _NAMED)} differ")
 
 
+def refuse_newcomers(known: Sequence[str], parts: Assembly) -> None:
+    """Refuse clients beside those that are known, where nobody can join.
+
+    Raises:
+        IntegrityError: names who is new.
+    """
+    if new := [name for name in parts.clients.names if name not in known]:
+        raise _refusal("data", f"{listed(new, _NAMED)} joined")
+
+
 def refuse_to_end(names: Sequence[str], rounds: int) -> None:
     """Refuse to let clients join a run that has no round left for them.
 

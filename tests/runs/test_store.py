@@ -207,14 +207,14 @@ def test_resume_under_a_changed_config_is_refused_with_the_difference(tmp_path: 
         name="trial",
         seed=3,
         training=TrainingConfig(learning_rate=1e-3),
-        federation=FederationConfig(rounds=9, participation=0.5),
+        federation=FederationConfig(rounds=7, participation=0.5),
     )
     with pytest.raises(IntegrityError) as caught:
         RunStore.resume(changed, None, tmp_path)
     assert caught.value.exit_code == 5
     for line in (
         "training.learning_rate: 0.002 -> 0.001",
-        "federation.rounds: 8 -> 9",
+        "federation.rounds: 8 -> 7",
         "federation.participation: 1.0 -> 0.5",
     ):
         assert f"\n  {line}\n" in str(caught.value)
@@ -310,6 +310,13 @@ def test_where_more_than_the_rounds_differs_all_of_it_is_to_be_put_back(prolonge
     other = with_rounds(2).model_copy(update={"training": TrainingConfig(learning_rate=1e-3)})
     with pytest.raises(IntegrityError, match="Put these values back to resume, or leave out --resume"):
         RunStore.resume(other, None, tmp_path)
+
+
+def test_more_rounds_are_not_among_what_is_to_be_put_back(prolonged: Path, tmp_path: Path) -> None:
+    other = with_rounds(9).model_copy(update={"training": TrainingConfig(learning_rate=1e-3)})
+    with pytest.raises(IntegrityError, match="training.learning_rate") as caught:
+        RunStore.resume(other, None, tmp_path)
+    assert "rounds: " not in str(caught.value)
 
 
 class Failure(Exception):

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 from tests.test_experiment import METHODS, tiny
 
-from fedmira import experiment
+from fedmira import embedded_base_path, experiment
 from fedmira.assembly import Assembly
 from fedmira.config.file import load_config
 from fedmira.config.run import EvaluationConfig, RunConfig
@@ -613,3 +614,38 @@ def test_a_warning_that_holds_for_all_runs_is_said_once_and_logged_in_each(tmp_p
     for line in ("seed 0 is left out", "warning: a", "seed 0 is left out", "warning: a", "warning: b"):
         told_twice.message(line)
     assert seen.messages == ["seed 0 is left out", "warning: a", "seed 0 is left out", "warning: b"]
+
+
+@pytest.mark.parametrize("change", ["an answer", "a client", "the base"])
+def test_new_methods_are_not_compared_with_runs_over_other_files(
+    change: str, tmp_path: Path, trained: list[Job]
+) -> None:
+    data, base, out = tmp_path / "data", tmp_path / "base", tmp_path / "study"
+    data.mkdir()
+    for name in ("a", "b", "c"):
+        records = [{"instruction": f"{name} {number}", "output": f"{number + 1}"} for number in range(8)]
+        (data / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    shutil.copytree(embedded_base_path(), base)
+
+    def wanted(method: str) -> RunConfig:
+        return tiny(
+            "fedit",
+            compare={"methods": [method]},
+            data={"source": "jsonl", "path": str(data), "partition": {"by": "field"}},
+            model={"path": str(base), "adapter": {"rank": 1}},
+        )
+
+    compare(wanted("local_only"), directory=out)
+    trained.clear()
+    before = snapshot(out)
+    if change == "the base":
+        weights = load_file(base / "model.safetensors")
+        weights[min(weights)] += 1
+        save_file(weights, base / "model.safetensors")
+    else:
+        file = data / ("a.jsonl" if change == "an answer" else "d.jsonl")
+        file.write_text((data / "a.jsonl").read_text().replace('"1"', '"one"').replace("a ", "other "))
+    with pytest.raises(IntegrityError, match=r"could not be compared with: the .*give another --out"):
+        compare(wanted("fedit"), directory=out)
+    assert not trained
+    assert snapshot(out) == before

@@ -250,10 +250,13 @@ class RunStore:
 
     def refuse_other_config(self, config: RunConfig) -> None:
         """Raise an `IntegrityError` with the differences unless `config` computes the same as this run's config."""
-        differences = config_difference(self.config, config)
+        differences, rounds = config_difference(self.config, config), self.config.federation.rounds
         if differences:
+            if config.federation.rounds > rounds:
+                # more rounds alone would be no reason
+                differences = config_difference(self.config, with_rounds(config, rounds)) or differences
             lines = "".join(f"\n  {line}" for line in differences)
-            how, rounds = "Put these values back", self.config.federation.rounds
+            how = "Put these values back"
             if self._begun_rounds < rounds and not config_difference(self.config, with_rounds(config, rounds)):
                 how = f"This run was prolonged to {rounds} rounds: write federation.rounds={rounds}, also in the file,"
             # without --resume, the config that the run was begun with means this directory too

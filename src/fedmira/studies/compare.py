@@ -16,6 +16,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from fedmira.assembly import assemble
 from fedmira.config.file import config_difference, parse_resolved, resolved_yaml
 from fedmira.config.method import METHOD_NAMES
 from fedmira.config.refusals import refusal, refusal_beside, refusal_of_dtype
@@ -31,12 +32,13 @@ from fedmira.errors import (
     UsageError,
 )
 from fedmira.experiment import Display, SilentDisplay, carry_out
+from fedmira.joining import known_clients, refuse_newcomers, refuse_other_data
 from fedmira.paths import home_expanded
 from fedmira.runs.atomic import make_folder, write_bytes_atomically
 from fedmira.runs.lock import locked
 from fedmira.runs.manifest import MANIFEST
 from fedmira.runs.naming import run_directory
-from fedmira.runs.same_base import recorded_commit
+from fedmira.runs.same_base import recorded_commit, refuse_other_base, refuse_other_dtype
 from fedmira.runs.signals import StopFlag, stop_on_signals
 from fedmira.runs.store import RunStore, has_run
 
@@ -133,6 +135,7 @@ class _Comparison:
             self.display.message(
                 "other learning rates are tried than before, so the study begins anew; earlier runs stay on disk"
             )
+        self._refuse_other_inputs()
         # in this order: stopped in between, no runs stand beside rates that did not tune them
         self._write()
         write_bytes_atomically(self.directory / RESOLVED, resolved_yaml(self.config).encode())
@@ -166,6 +169,29 @@ class _Comparison:
             ]
             self._write()
         return self.failures
+
+    def _refuse_other_inputs(self) -> None:
+        """Refuse to go on where files changed: runs that stay would stand beside new ones over other data."""
+        for path in (self.directory / entry["path"] for entry in self.study["runs"]):
+            try:
+                store = RunStore.open(path)
+                manifest = store.manifest()
+            except FedmiraError:
+                # all were made from the same files, so whichever can be read tells
+                continue
+            known = known_clients(manifest)
+            parts = assemble(store.config, known=known, commit=recorded_commit(manifest))
+            try:
+                refuse_other_data(manifest, parts)
+                refuse_newcomers(known, parts)
+                refuse_other_base(path, manifest["model"], parts.base)
+                refuse_other_dtype(path, manifest["model"], parts.base)
+            except IntegrityError as error:
+                raise IntegrityError(
+                    f"{self.directory} holds runs that new ones could not be compared with: {error}. To compare all "
+                    "methods as things are now, give another --out"
+                ) from error
+            return
 
     def _path(self, config: RunConfig) -> str:
         return str(run_directory(config, self.directory / "runs").relative_to(self.directory))
