@@ -11,6 +11,7 @@ from pathlib import Path
 
 import click
 import pytest
+import torch
 
 from fedmira.cli import main as main_module
 from fedmira.cli import process
@@ -139,6 +140,30 @@ def test_an_unexpected_error_hints_at_debug_and_debug_shows_where(fedmira, monke
     assert "Traceback" not in plain.err
     assert "Traceback" in with_traceback.err
     assert fedmira("--debug", "init").err.count("Traceback") == 1
+
+
+def _of_the_cpu() -> None:
+    torch.empty(2**60)
+
+
+def _of_a_gpu() -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore")
+
+
+def _of_python() -> None:
+    raise MemoryError
+
+
+@pytest.mark.parametrize("ask", [_of_the_cpu, _of_a_gpu, _of_python])
+def test_memory_that_runs_out_is_no_fault_but_says_what_to_lower(fedmira, monkeypatch, ask) -> None:
+    monkeypatch.setattr("fedmira.cli.init.recipe_names", ask)
+    outcome = fedmira("init")
+    assert outcome.code == 4
+    assert outcome.err.startswith("Error: memory ran out (")
+    assert "training.cohort_size" in outcome.err
+    assert "fault in fedmira" not in outcome.err
+    assert "()" not in outcome.err
+    assert "More" not in outcome.err
 
 
 @pytest.mark.parametrize("arguments", [("init", "--colour"), ("run",), ("rum",)])

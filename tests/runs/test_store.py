@@ -314,7 +314,7 @@ def test_where_more_than_the_rounds_differs_all_of_it_is_to_be_put_back(prolonge
 
 def test_more_rounds_are_not_among_what_is_to_be_put_back(prolonged: Path, tmp_path: Path) -> None:
     other = with_rounds(9).model_copy(update={"training": TrainingConfig(learning_rate=1e-3)})
-    with pytest.raises(IntegrityError, match="training.learning_rate") as caught:
+    with pytest.raises(IntegrityError, match=r"training\.learning_rate") as caught:
         RunStore.resume(other, None, tmp_path)
     assert "rounds: " not in str(caught.value)
 

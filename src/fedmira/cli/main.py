@@ -25,7 +25,7 @@ from fedmira.cli.report import report
 from fedmira.cli.run import run
 from fedmira.cli.session import Session, debug_option, printable, tell
 from fedmira.cli.validate import validate
-from fedmira.errors import FedmiraError
+from fedmira.errors import FedmiraError, SetupError
 
 JOURNEY = (quickstart, init, validate, data, run, compare, report, export, predict)
 
@@ -69,6 +69,19 @@ def _answer(session: Session, message: str, exit_code: int) -> int:
     return exit_code
 
 
+_OUT_OF_MEMORY = (
+    "memory ran out ({}). Lower training.cohort_size (clients trained together), training.batch_size, data.max_length "
+    "or evaluation.batch_tokens, or take a smaller model; `fedmira run CONFIG --dry-run` says what a run needs. What "
+    "was saved goes on with --resume where more memory is free, and other settings mean a new run"
+)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Whether Python, torch on a GPU or torch on a CPU was denied memory; the last has no exception of its own."""
+    named = {kind.__name__ for kind in type(error).__mro__}
+    return bool(named & {"MemoryError", "OutOfMemoryError"}) or "DefaultCPUAllocator: can't allocate" in str(error)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code. `arguments`: without the program's name; None for sys.argv."""
     prepare_process()
@@ -89,6 +102,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         discard(sys.stdout)
         return 1
     except Exception as error:
+        if _is_out_of_memory(error):
+            return _fail(
+                session,
+                _OUT_OF_MEMORY.format(str(error).partition("\n")[0] or type(error).__name__),
+                SetupError.exit_code,
+            )
         hint = "" if session.debug else "\nThis is a fault in fedmira. Run again with --debug to see where it happened."
         return _fail(session, f"{type(error).__name__}: {error}{hint}", 1)
     return outcome if isinstance(outcome, int) else 0
