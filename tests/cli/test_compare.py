@@ -52,3 +52,23 @@ def test_a_dry_run_refuses_what_a_comparison_refuses(fedmira) -> None:
     outcome = fedmira("compare", "c.yaml", "--methods", "local_only", "--out", "mine", "--dry-run")
     assert outcome.code == 2
     assert "holds something else (note.txt)" in outcome.err
+
+
+def test_what_was_tuned_is_told_and_where_the_runs_lie(fedmira) -> None:
+    words = ("compare", "c.yaml", "compare.learning_rates=[0.001, 0.01]", "--methods", "local_only", "--out", "mine")
+    told = fedmira(*words)
+    assert told.code == 0, told.err
+    facts = json.loads(fedmira("report", "mine", "--json").out)
+    (method,) = facts["methods"]
+    rates = method["rates_tried"]
+    best = min(rates, key=rates.__getitem__)
+    assert set(rates) == {"0.001", "0.01"}
+    assert method["learning_rate"] == float(best)
+    assert f"Learning rates, chosen by validation loss on another draw: local_only {best}.\n" in told.out
+    assert method["best_rate_at_edge"]
+    assert "at the edge of the grid for local_only:" in told.out
+    (run,) = method["runs"].values()
+    assert fedmira("export", f"mine/{run}", "--all", "--out", "adapters").code == 0
+    again = fedmira("compare", "c.yaml", "--methods", "local_only", "--out", "one")
+    assert "Learning rates" not in again.out
+    assert "edge" not in again.out

@@ -73,8 +73,9 @@ def _estimate(session: Session, config: RunConfig, directory: Path | None) -> No
 def _compare(session: Session, config: RunConfig, directory: Path | None) -> None:
     from fedmira.report.facts import facts_of
     from fedmira.report.page import write_report
-    from fedmira.report.reading import read
+    from fedmira.report.reading import read_study
     from fedmira.report.table import render_table, rows_of
+    from fedmira.report.words import edge_line, rates_line
 
     facts: dict[str, Any] = {}
     failure: FedmiraError | None = None
@@ -89,10 +90,11 @@ def _compare(session: Session, config: RunConfig, directory: Path | None) -> Non
             # what did not fail is shown all the same
             failure = error
             facts = {"error": str(error), "exit_code": error.exit_code, "failures": failures_of(study)}
-    page, record = write_report(study), read(study)
+    page, record = write_report(study), read_study(study)
+    below = [line for line in (rates_line(record), edge_line(record)) if line]
     session.result(
         {"study": str(study), "report": str(page), **facts_of(record), **facts},
-        f"\n{render_table(rows_of(record))}\nReport: {page}",
+        "\n".join(["", render_table(rows_of(record)), *below, f"Report: {page}"]),
     )
     if failure is not None:
         raise failure

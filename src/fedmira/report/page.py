@@ -44,7 +44,7 @@ from fedmira.report.table import (
     rows_of,
     seed_notes,
 )
-from fedmira.report.words import headline
+from fedmira.report.words import edge_line, headline
 from fedmira.runs.atomic import make_folder, write_bytes_atomically
 
 
@@ -89,6 +89,7 @@ def render(record: RunRecord | StudyRecord) -> str:
             several_runs=isinstance(record, StudyRecord) and len(record.runs) > 1,
             sections=[section for section in sections if section.figures],
             tuning=_tuning(record),
+            edge_line=edge_line(record) if isinstance(record, StudyRecord) else "",
             tuned_unlike=tuned_unlike(record) if isinstance(record, StudyRecord) else [],
             tasks=_tasks(record),
             clients=_clients(record),
@@ -199,33 +200,19 @@ def _best(rows: Sequence[Row], column: Column) -> str | None:
 
 
 def _tuning(record: RunRecord | StudyRecord) -> list[dict[str, Any]]:
-    """The rates that were tried, method by method, with the chosen one and a warning if it lies at the grid's edge."""
+    """The rates that were tried, method by method, with the chosen one."""
     if not isinstance(record, StudyRecord):
         return []
-    found = []
-    for method in dict.fromkeys(str(entry["method"]) for entry in record.tuning):
-        tried = sorted(
-            (e for e in record.tuning if str(e["method"]) == method), key=lambda e: float(e["learning_rate"])
-        )
-        chosen = record.learning_rates.get(method)
-        rates = [float(entry["learning_rate"]) for entry in tried]
-        found.append(
-            {
-                "method": method,
-                "tried": [
-                    {
-                        "rate": f"{rate:g}",
-                        "loss": format_loss(
-                            math.nan if entry["validation_loss"] is None else float(entry["validation_loss"])
-                        ),
-                        "chosen": rate == chosen,
-                    }
-                    for rate, entry in zip(rates, tried, strict=True)
-                ],
-                "edge": len(rates) > 1 and chosen in (rates[0], rates[-1]),
-            }
-        )
-    return found
+    return [
+        {
+            "method": method,
+            "tried": [
+                {"rate": f"{rate:g}", "loss": format_loss(loss), "chosen": rate == record.learning_rates.get(method)}
+                for rate, loss in record.rates_tried(method).items()
+            ],
+        }
+        for method in dict.fromkeys(str(entry["method"]) for entry in record.tuning)
+    ]
 
 
 def _clients(record: RunRecord | StudyRecord) -> list[dict[str, str]]:

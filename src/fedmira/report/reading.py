@@ -212,6 +212,16 @@ class StudyRecord:
         """The runs of one method, by seed."""
         return tuple(sorted((run for run in self.runs if run.method == method), key=lambda run: run.seed))
 
+    def rates_tried(self, method: str) -> dict[float, float]:
+        """The rates that one method was tried at, in ascending order, each with its validation loss; nan if lost."""
+        losses = {float(e["learning_rate"]): e["validation_loss"] for e in self.tuning if str(e["method"]) == method}
+        return {rate: math.nan if losses[rate] is None else float(losses[rate]) for rate in sorted(losses)}
+
+    def best_at_edge(self, method: str) -> bool:
+        """Whether the rate that one method ran with is the lowest or the highest of several that were tried."""
+        rates = list(self.rates_tried(method))
+        return len(rates) > 1 and self.learning_rates.get(method) in (rates[0], rates[-1])
+
     @functools.cached_property
     def shared_seeds(self) -> tuple[int, ...]:
         """The seeds on which every method that has test numbers has them; empty where there is none."""

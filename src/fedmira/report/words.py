@@ -22,6 +22,24 @@ def headline(record: RunRecord | StudyRecord) -> list[str]:
     return _run_headline(record) if isinstance(record, RunRecord) else _study_headline(record)
 
 
+def rates_line(study: StudyRecord) -> str:
+    """At which learning rate each method ran that was tried at several; empty where none was."""
+    chosen = [
+        f"{method} {study.learning_rates[method]:g}"
+        for method, tried in ((method, study.rates_tried(method)) for method in study.learning_rates)
+        if len(tried) > 1 and study.learning_rates[method] in tried
+    ]
+    return f"Learning rates, chosen by validation loss on another draw: {', '.join(chosen)}." if chosen else ""
+
+
+def edge_line(study: StudyRecord) -> str:
+    """Whose best rate is the outermost of those tried; empty where nobody's is."""
+    at_edge = [method for method in study.learning_rates if study.best_at_edge(method)]
+    if not at_edge:
+        return ""
+    return f"The best rate lies at the edge of the grid for {', '.join(at_edge)}: a wider grid might do better there."
+
+
 def _study_headline(study: StudyRecord) -> list[str]:
     every = rows_of(study)
     rows = sorted(
