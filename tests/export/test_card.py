@@ -40,7 +40,8 @@ def test_a_template_that_refuses_a_lone_question_is_left_out() -> None:
     assert prompt_lines("chat", tokenizer) == []
 
 
-def test_the_card_of_a_noised_run_states_epsilon(tmp_path: Path) -> None:
+@pytest.mark.parametrize("noise_seed", ["run", "system"])
+def test_the_card_of_a_noised_run_states_epsilon(noise_seed: str, tmp_path: Path) -> None:
     config = RunConfig.model_validate(
         {
             "data": {"source": "planted", "families": 1, "clients_per_family": 3, "examples": 8},
@@ -48,7 +49,7 @@ def test_the_card_of_a_noised_run_states_epsilon(tmp_path: Path) -> None:
             "training": {"local_steps": 1, "batch_size": 2},
             "federation": {"rounds": 2, "clients_per_round": 1},
             "method": {"name": "fedit"},
-            "exchange": {"privacy": {"enabled": True, "noise_multiplier": 2.0}},
+            "exchange": {"privacy": {"enabled": True, "noise_multiplier": 2.0, "noise_seed": noise_seed}},
             "evaluation": {"test": False},
         }
     )
@@ -60,7 +61,9 @@ def test_the_card_of_a_noised_run_states_epsilon(tmp_path: Path) -> None:
     folders = export_clients(str(made), None, str(tmp_path / "out"))
     for name, folder in folders.items():
         promise = f"epsilon {last.get(name, 0.0):.4g} at delta 1e-05"
-        line = f"- differential privacy of what this client sent in the run: {promise}"
+        known = ", for those who do not know the seed, from which the noise follows (noise_seed: run)"
+        limit = known if noise_seed == "run" else ""
+        line = f"- differential privacy of what this client sent in the run: {promise}{limit}"
         card = (folder / "README.md").read_text()
         assert line in card.splitlines()
         assert "## Prompts" in card

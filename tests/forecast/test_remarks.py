@@ -171,29 +171,33 @@ def noised(method: str = "fedit", noise: float = 8.0, **sections: Any) -> tuple[
 
 
 def test_what_noise_promises_and_drowns_is_told_before_the_first_round() -> None:
-    spent, drowned = noised()
+    spent, seed, drowned = noised()
     value = epsilon(4, 8.0, 1e-5)
     assert spent == (
         f"exchange.privacy: a client that takes part in all 4 rounds gives away epsilon {value:.4g} at delta 1e-05"
     )
     # 6 layers of rank 2 between 192 features: 8 * 1 * sqrt(4,608)
+    assert "noise_seed = run: the noise follows from seed = 0," in seed
     assert "has norm 543 (noise_multiplier * clip_norm * sqrt(4,608 numbers))" in drowned
     assert "at most clip_norm = 1:" in drowned
     assert "above about 10 that protects little" in noised(noise=0.5)[0]
     assert "protects little" not in spent
     # too little noise to drown anything promises nothing
-    assert len(noised(noise=0.01)) == 1
+    assert len(noised(noise=0.01)) == 2
+    from_system = {"enabled": True, "noise_multiplier": 8.0, "noise_seed": "system"}
+    told = warnings(assemble(tiny(method={"name": "fedit"}, exchange={"privacy": from_system})))
+    assert told == (spent, drowned)
 
 
 @pytest.mark.parametrize(("method", "uploads", "numbers"), [("feddpa", 2, 4608), ("rolora", 4, 2304)])
 def test_what_is_uploaded_is_what_the_method_plans(method: str, uploads: int, numbers: int) -> None:
-    spent, drowned = noised(method)
+    spent, _, drowned = noised(method)
     assert f"epsilon {epsilon(uploads, 8.0, 1e-5):.4g} " in spent
     assert f"sqrt({numbers:,} numbers)" in drowned
 
 
 def test_of_clients_that_are_drawn_the_one_drawn_most_often_counts() -> None:
-    *_, spent, _ = noised(federation={"rounds": 4, "clients_per_round": 1})
+    *_, spent, _, _ = noised(federation={"rounds": 4, "clients_per_round": 1})
     drawn = [
         id_ for round_ in range(1, 5) for id_ in draw(4, FederationConfig(rounds=4, clients_per_round=1), 0, round_).ids
     ]
@@ -210,7 +214,7 @@ def test_a_dry_run_says_what_the_run_would_say() -> None:
     privacy = {"enabled": True, "noise_multiplier": 2.0, "budget": 1e-3}
     lines = dry_run(tiny(method={"name": "fedit"}, exchange={"privacy": privacy})).lines()
     told = [line for line in lines if line.startswith("warning: ")]
-    assert len(told) == 4
+    assert len(told) == 5
     assert "gives away epsilon" in told[0]
-    assert "budget" in told[2]
-    assert "quadratic" in told[3]
+    assert "budget" in told[3]
+    assert "quadratic" in told[4]

@@ -33,8 +33,8 @@ class PrivacyConfig(Section):
     runs on the same data, such as those of a comparison, add up, and nothing adds them. null: no limit."""
     noise_seed: Literal["run", "system"] = "run"
     """`run`: noise follows from the run's seed, so a simulation can be repeated, and whoever knows the seed, or has
-    another run with it, can remove it. `system`: from the operating system's entropy, for real deployments; a resumed
-    run then differs, and output.checkpoint_every must be 1, so that no upload is forgotten."""
+    another run with it, can remove it. `system`: from the operating system's entropy, for adapters that leave your
+    hands; a resumed run then differs, and output.checkpoint_every must be 1, so that no upload is forgotten."""
 
     @model_validator(mode="after")
     def _switched_on(self) -> PrivacyConfig:

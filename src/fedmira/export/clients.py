@@ -286,6 +286,8 @@ def _card(
     }
     if name in trained.epsilon:
         privacy = f"epsilon {trained.epsilon[name]:.4g} at delta {config.exchange.privacy.delta:g}"
+        if config.exchange.privacy.noise_seed == "run":
+            privacy += ", for those who do not know the seed, from which the noise follows (noise_seed: run)"
         facts["differential privacy of what this client sent in the run"] = privacy
     prompts = prompt_lines(config.data.template, trained.base.tokenizer)
     return model_card(base_path, facts, "full" if merged else adapter.kind, trained.revision, prompts)

@@ -159,11 +159,18 @@ def _privacy_lines(parts: Assembly) -> list[str]:
         line += (
             f"; above about {WEAK_EPSILON:g} that protects little: raise noise_multiplier or lower federation.rounds"
         )
+    lines = [line]
+    if privacy.noise_seed == "run":
+        lines.append(
+            f"exchange.privacy.noise_seed = run: the noise follows from seed = {parts.config.seed}, so that the run can "
+            "be repeated, and whoever knows the seed can take it out of what was sent; before you give adapters away, "
+            "set it to system"
+        )
     most_learned, noise = privacy.clip_norm, privacy.noise_multiplier * privacy.clip_norm * math.sqrt(most_numbers)
     if noise <= most_learned:
-        return [line]
+        return lines
     return [
-        line,
+        *lines,
         f"exchange.privacy: the noise of an upload has norm {_short(noise)} (noise_multiplier * clip_norm * "
         f"sqrt({most_numbers:,} numbers)), what a client learned at most clip_norm = {most_learned:g}: a mean over few "
         "clients is mostly noise, and losses can end above that of the base. A smaller model.adapter.rank, fewer "
