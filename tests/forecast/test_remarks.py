@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -218,3 +219,17 @@ def test_a_dry_run_says_what_the_run_would_say() -> None:
     assert "gives away epsilon" in told[0]
     assert "budget" in told[3]
     assert "quadratic" in told[4]
+
+
+def test_one_client_alone_is_told_how_records_name_theirs(tmp_path: Path) -> None:
+    file = tmp_path / "all.jsonl"
+    file.write_text("".join(f'{{"instruction": "{n}", "output": "x", "site": "{n % 2}"}}\n' for n in range(20)))
+    data = {"source": "jsonl", "path": str(file), "partition": {"by": "field"}}
+    told = warnings(assemble(tiny(data=data, method={"name": "fedit"})))
+    assert told == (
+        "'all' is the only client, so there is nobody to learn from; give each client a file of its own, or set "
+        "data.client_field to the field that names it",
+    )
+    assert not warnings(assemble(tiny(data={**data, "client_field": "site"}, method={"name": "fedit"})))
+    pooled = {**data, "partition": {"by": "iid", "num_clients": 1}}
+    assert "see data.partition.by = iid" in warnings(assemble(tiny(data=pooled, method={"name": "fedit"})))[0]

@@ -33,6 +33,7 @@ def warnings(parts: Assembly) -> tuple[str, ...]:
     """Return what should be said before a run of `parts` begins, in the order of the journey."""
     lines = (
         unusable_line(parts.federation.provenance),
+        _alone_line(parts),
         _shortened_training_line(parts),
         _unanswered_line(parts),
         _graph_line(parts.config, len(parts.clients.names)),
@@ -43,6 +44,17 @@ def warnings(parts: Assembly) -> tuple[str, ...]:
         _budget_line(parts),
     )
     return tuple(line for line in lines if line)
+
+
+def _alone_line(parts: Assembly) -> str:
+    """What one client alone can come from."""
+    names, data = parts.clients.names, parts.config.data
+    if len(names) > 1:
+        return ""
+    by_field = data.partition.by == "field" and hasattr(data, "client_field")
+    where = "give each client a file of its own, or set data.client_field to the field that names it"
+    how = where if by_field else f"see data.partition.by = {data.partition.by}"
+    return f"{names[0]!r} is the only client, so there is nobody to learn from; {how}"
 
 
 def _shortened_training_line(parts: Assembly) -> str:
@@ -162,8 +174,8 @@ def _privacy_lines(parts: Assembly) -> list[str]:
     lines = [line]
     if privacy.noise_seed == "run":
         lines.append(
-            f"exchange.privacy.noise_seed = run: the noise follows from seed = {parts.config.seed}, so that the run can "
-            "be repeated, and whoever knows the seed can take it out of what was sent; before you give adapters away, "
+            f"exchange.privacy.noise_seed = run: the noise follows from seed = {parts.config.seed}, so that the run "
+            "can be repeated, and whoever knows the seed can take it out of what was sent; before you give adapters away, "
             "set it to system"
         )
     most_learned, noise = privacy.clip_norm, privacy.noise_multiplier * privacy.clip_norm * math.sqrt(most_numbers)
