@@ -164,7 +164,7 @@ def test_a_number_or_a_sign_that_changed_is_named_with_what_to_write() -> None:
 
 def test_every_decimal_number_of_these_sections_is_looked_up() -> None:
     looked_up = {place for words, _ in QUOTED for group in found(words).regs[1:] for place in range(*group)}
-    for heading in ("What the paper leaves open", "Few clients", "Clients that come later"):
+    for heading in ("Which graph, strength and rank", "Few clients", "Clients that come later"):
         begin = CONCEPTS.index(f"## {heading}")
         section = re.compile(r"\d+\.\d+").finditer(CONCEPTS, begin, CONCEPTS.index(" ## ", begin))
         left = [match[0] for match in section if match.start() not in looked_up]

@@ -7,7 +7,7 @@ Everything printed comes from the studies; the words around it are written by ha
 
 from __future__ import annotations
 
-import sys
+import argparse
 from pathlib import Path
 
 from fedmira.report.reading import StudyRecord, read
@@ -48,7 +48,9 @@ def _rates(study: StudyRecord) -> str:
 
 
 def main() -> None:
-    for argument in sys.argv[1:]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("studies", nargs="+", metavar="TITLE=STUDY")
+    for argument in parser.parse_args().studies:
         title, _, path = argument.partition("=")
         print(section(title, Path(path)) + "\n")
 

@@ -51,9 +51,9 @@ class MethodSection(Section):
     """What the method makes of losses on validation examples whatever its settings, in words; or nothing."""
 
     ema_decay: Share = 0.0
-    """Share of what a client had after the round before in what it takes home: a moving average over rounds, counted by
-    the share of the clients that returned: after four of a quarter it is what one round of all leaves. Clients train on
-    from the last round all the same. 0: what the last round gave it."""
+    """Weight of the past in a moving average over rounds of what a client takes home; training goes on from the last
+    round, not from the average. A round in which a share p of the clients returned weighs the past by ema_decay^p.
+    0: no average, what the last round gave it."""
 
     @model_validator(mode="after")
     def _average_fits_the_base(self) -> MethodSection:

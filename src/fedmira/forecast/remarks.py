@@ -175,8 +175,8 @@ def _privacy_lines(parts: Assembly) -> list[str]:
     if privacy.noise_seed == "run":
         lines.append(
             f"exchange.privacy.noise_seed = run: the noise follows from seed = {parts.config.seed}, so that the run "
-            "can be repeated, and whoever knows the seed can take it out of what was sent; before you give adapters away, "
-            "set it to system"
+            "can be repeated, and whoever knows the seed can take it out of what was sent; before you give adapters "
+            "away, set it to system"
         )
     most_learned, noise = privacy.clip_norm, privacy.noise_multiplier * privacy.clip_norm * math.sqrt(most_numbers)
     if noise <= most_learned:
