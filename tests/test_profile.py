@@ -54,6 +54,8 @@ def test_all_the_time_of_a_run_is_in_its_profile(tmp_path: Path) -> None:
     judged = sum(timing.get("evaluate_seconds", 0.0) for timing in timings)
     assert 0.5 * judged < profile["seconds"]["evaluation"] < judged
     assert profile["peak_memory_bytes"] >= max(timing.get("peak_memory_bytes", 0) for timing in timings)
+    run(CONFIG, directory=tmp_path, profile=True, resume=True)
+    assert RunStore.open(path).profile() == profile, "nothing was left to do"
 
 
 def test_an_interrupted_run_keeps_the_profile_of_what_it_did(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

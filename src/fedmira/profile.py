@@ -21,7 +21,8 @@ from fedmira.stages import STAGES, Stopwatch, watching
 def profiled(store: RunStore) -> Iterator[None]:
     """Profile the `with` block, which carries out the run of `store`, and keep what was found when it ends.
 
-    A run that was interrupted keeps the profile of what it did; a resumed one that of what was left.
+    A run that was interrupted keeps the profile of what it did; a resumed one that of what was left. Where nothing
+    was trained the profile stays that is there.
     """
     stopwatch = Stopwatch()
     try:
@@ -39,6 +40,8 @@ def _keep(store: RunStore, stopwatch: Stopwatch) -> None:
         "run_seconds": sum(seconds for name, seconds in stopwatch.seconds.items() if name != "start"),
         "peak_memory_bytes": highest_memory_bytes(),
     }
+    if not stopwatch.seconds.get("forward") and store.profile():
+        return
     store.write_profile(facts)
     for line in lines(facts):
         store.log(line)
