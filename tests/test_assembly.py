@@ -39,11 +39,12 @@ def test_a_graph_that_is_not_given_needs_no_file() -> None:
     assert read_graph(GraphConfig(kind="uniform"), NAMES) is None
 
 
-@pytest.mark.parametrize("name", ["g.json", "g.npy", "g.csv", "from-excel.csv"])
+@pytest.mark.parametrize("name", ["g.json", "g.npy", "G.NPY", "g.csv", "G.CSV", "from-excel.csv"])
 def test_json_npy_and_csv_say_the_same(tmp_path: Path, name: str) -> None:
     path = tmp_path / name
-    if name == "g.npy":
-        np.save(path, MATRIX)
+    if name.lower() == "g.npy":
+        with path.open("wb") as file:
+            np.save(file, MATRIX)
     elif name == "g.json":
         path.write_bytes(as_json(adjacency=MATRIX.tolist()))
     else:

@@ -24,7 +24,7 @@ def read_graph_file(path: Path) -> tuple[np.ndarray, list[str] | None]:
         DataError: the file is missing, unreadable, or holds no matrix of numbers.
     """
     try:
-        return _READERS.get(path.suffix, _from_json)(path)
+        return _READERS.get(path.suffix.lower(), _from_json)(path)
     except OSError as error:
         raise DataError(f"method.graph.path: cannot read {path}: {error.strerror or error}") from error
     # damaged files: zipfile, EOF and overflow errors come from inside numpy
