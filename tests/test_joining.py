@@ -18,6 +18,7 @@ import torch
 
 from fedmira import experiment
 from fedmira.config.run import RunConfig
+from fedmira.data.sources import jsonl
 from fedmira.errors import IntegrityError, Interrupted, UsageError
 from fedmira.experiment import SilentDisplay, run
 from fedmira.export.clients import load_trained
@@ -113,6 +114,26 @@ def test_a_run_that_is_prolonged_is_the_run_begun_with_its_rounds(data: Path, me
     assert run(config(data, 4, method), resume=True) == path, "finished again, and found again"
     assert run(config(data, 5, method), resume=True) == path
     assert RunStore.open(path).manifest()["begun_rounds"] == 2
+
+
+def test_a_run_whose_examples_were_called_otherwise_goes_on(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in CLIENTS:
+        lines = [json.loads(line) | {"client": name} for line in (data / f"{name}.jsonl").read_text().splitlines()]
+        (data / name).mkdir()
+        (data / name / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    def of(rounds: int) -> RunConfig:
+        section = config(data, rounds).data.model_copy(update={"path": f"{data}/*/train.jsonl"})
+        return config(data, rounds).model_copy(update={"data": section})
+
+    with monkeypatch.context() as before:
+        # then ids had the file's name alone
+        before.setattr(jsonl, "distinct_names", lambda paths: [path.name for path in paths])
+        path = run(of(1))
+        assert '"train.jsonl:1"' in (path / "splits.json").read_text()
+    assert run(of(2), resume=True) == path
+    assert '"ben/train.jsonl:1"' in (path / "splits.json").read_text()
+    assert same(newest(path), newest(run(of(2), directory=data.parent / "others")))
 
 
 @pytest.mark.parametrize(

@@ -234,6 +234,15 @@ def test_two_files_of_one_name_are_not_merged_silently(tmp_path: Path) -> None:
     assert len(load_examples(jsonl(tmp_path / "*/same.jsonl"), 0).examples) == 16
 
 
+def test_ids_tell_files_of_one_name_apart(tmp_path: Path) -> None:
+    for place in ("a/train.jsonl", "b/c/train.jsonl", "b/more.jsonl"):
+        (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
+        write_lines(tmp_path / place, alpaca(1), {"odd": 1})
+    source = load_examples(jsonl(tmp_path / "**" / "*.jsonl"), 0)
+    assert [e.id for e in source.examples] == ["a/train.jsonl:1", "b/c/train.jsonl:1", "more.jsonl:1"]
+    assert "(a/train.jsonl record 2: no known shape; its fields are odd; b/c/train.jsonl " in unusable_line(source.provenance)
+
+
 def test_a_client_field_that_no_record_has_is_refused(tmp_path: Path) -> None:
     write_lines(tmp_path / "f.jsonl", alpaca(1))
     with pytest.raises(DataError, match="client_field = 'hospital', but no record"):

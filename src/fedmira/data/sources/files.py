@@ -10,6 +10,7 @@ import json
 import os
 import unicodedata
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -129,6 +130,19 @@ def client_of_file(path: Path) -> str:
     'ward-7'
     """
     return unicodedata.normalize("NFC", _without_ending(path))
+
+
+def distinct_names(paths: Sequence[Path]) -> list[str]:
+    """What to call each of the files: its name, or where others have the same, its path from the folder they share.
+
+    >>> distinct_names([Path("d/a/train.jsonl"), Path("d/b/train.jsonl"), Path("d/b/more.jsonl")])
+    ['a/train.jsonl', 'b/train.jsonl', 'more.jsonl']
+    """
+    counts = Counter(path.name for path in paths)
+    if len(counts) == len(paths):
+        return [path.name for path in paths]
+    folder = os.path.commonpath([path.parent for path in paths])
+    return [path.name if counts[path.name] == 1 else path.relative_to(folder).as_posix() for path in paths]
 
 
 def _without_ending(path: Path) -> str:
@@ -277,7 +291,13 @@ def _unusable_records(data: Mapping[str, Any]) -> str:
         return ""
     num_bad = sum(file["unusable_records"] for file in bad)
     num_records = num_bad + sum(file["examples"] for file in files)
-    first = [(Path(file["path"]).name, *found) for file in bad for found in file["first_unusable"]][:NUM_NAMED_BAD]
+    names = distinct_names([Path(file["path"]) for file in files])
+    first = [
+        (name, *found)
+        for file, name in zip(files, names, strict=True)
+        if file["unusable_records"]
+        for found in file["first_unusable"]
+    ][:NUM_NAMED_BAD]
     # a reason may quote names of fields, and these may hold line breaks
     named = [f"{name} record {line}: {' '.join(reason.split())[:120]}" for name, line, reason in first]
     more = "; ..." if num_bad > NUM_NAMED_BAD else ""

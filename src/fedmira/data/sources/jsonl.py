@@ -9,7 +9,14 @@ from dataclasses import replace
 from pathlib import Path
 
 from fedmira.config.data import JsonlConfig
-from fedmira.data.sources.files import client_of_file, file_provenance, find_files, read_records, skipped_provenance
+from fedmira.data.sources.files import (
+    client_of_file,
+    distinct_names,
+    file_provenance,
+    find_files,
+    read_records,
+    skipped_provenance,
+)
 from fedmira.data.sources.records import Fields, examples_of_file, refuse_unused_fields
 from fedmira.data.sources.source import Source
 from fedmira.data.splits import named_splits
@@ -34,9 +41,9 @@ def load(config: JsonlConfig, seed: int, nameable: bool = True) -> Source:
     files = []
     owners: dict[str, Path] = {}
     places = find_files(config.path)
-    for path in places.files:
+    for path, name in zip(places.files, distinct_names(places.files), strict=True):
         read = read_records(path)
-        found, bad, its_splits, its_names = examples_of_file(path.name, read, fields)
+        found, bad, its_splits, its_names = examples_of_file(name, read, fields)
         splits += its_splits
         names |= its_names
         files.append(file_provenance(path, read.sha256, len(found), bad))
