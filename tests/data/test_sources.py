@@ -249,6 +249,20 @@ def test_a_client_field_that_no_record_has_is_refused(tmp_path: Path) -> None:
         load_examples(jsonl(tmp_path, client_field="hospital"), 0)
 
 
+@pytest.mark.parametrize(("key", "given"), [("task_field", "tsk"), ("category_field", "catgory")])
+def test_a_label_field_that_no_record_has_is_refused(tmp_path: Path, key: str, given: str) -> None:
+    usual = key.removesuffix("_field")
+    write_lines(tmp_path / "a.jsonl", alpaca(1))
+    write_lines(tmp_path / "b.jsonl", alpaca(2, **{usual: "t"}))
+    with pytest.raises(DataError, match=f"data.{key} = '{given}', but no record has this field; did you mean '{usual}'"):
+        load_examples(jsonl(tmp_path, **{key: given}), 0)
+    # one file may lack it, and what goes by its usual name need not be there
+    assert len(load_examples(jsonl(tmp_path, **{key: usual}), 0).examples) == 2
+    assert len(load_examples(jsonl(tmp_path / "a.jsonl"), 0).examples) == 1
+    write_lines(tmp_path / "a.jsonl", alpaca(1, **{given: "t"}))
+    assert len(load_examples(jsonl(tmp_path, **{key: given}), 0).examples) == 2
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -587,6 +601,8 @@ def test_what_cannot_be_loaded_is_named(tmp_path: Path, datasets: Any) -> None:
         load_examples(dolly("someone/dolly-of-sorts"), 0)
     with pytest.raises(DataError, match=r"client_field = 'ward', but no record"):
         load_examples(hub(folder, client_field="ward"), 0)
+    with pytest.raises(DataError, match=r"task_field = 'ward', but no record"):
+        load_examples(hub(folder, task_field="ward"), 0)
 
 
 def test_without_the_package_the_message_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

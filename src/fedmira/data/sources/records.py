@@ -163,9 +163,14 @@ def refuse_unused_fields(fields: Fields, names: Iterable[str]) -> None:
     Raises:
         DataError: says which key it is.
     """
-    known = sorted(names)
-    for key, field in (("fields.input", fields.parts.get("input")), ("split_field", fields.split)):
-        if field is not None and field not in known:
+    known, usual = sorted(names), Fields()
+    for key, field, default in (
+        ("fields.input", fields.parts.get("input"), None),
+        ("task_field", fields.task, usual.task),
+        ("category_field", fields.category, usual.category),
+        ("split_field", fields.split, None),
+    ):
+        if field is not None and field not in (default, *known):
             raise DataError(
                 f"data.{key} = {field!r}, but no record has this field{nearest(field, known)}. Correct its name, or "
                 "leave the key out."
