@@ -240,7 +240,9 @@ def test_ids_tell_files_of_one_name_apart(tmp_path: Path) -> None:
         write_lines(tmp_path / place, alpaca(1), {"odd": 1})
     source = load_examples(jsonl(tmp_path / "**" / "*.jsonl"), 0)
     assert [e.id for e in source.examples] == ["a/train.jsonl:1", "b/c/train.jsonl:1", "more.jsonl:1"]
-    assert "(a/train.jsonl record 2: no known shape; its fields are odd; b/c/train.jsonl " in unusable_line(source.provenance)
+    assert "(a/train.jsonl record 2: no known shape; its fields are odd; b/c/train.jsonl " in unusable_line(
+        source.provenance
+    )
 
 
 def test_a_client_field_that_no_record_has_is_refused(tmp_path: Path) -> None:
@@ -254,7 +256,9 @@ def test_a_label_field_that_no_record_has_is_refused(tmp_path: Path, key: str, g
     usual = key.removesuffix("_field")
     write_lines(tmp_path / "a.jsonl", alpaca(1))
     write_lines(tmp_path / "b.jsonl", alpaca(2, **{usual: "t"}))
-    with pytest.raises(DataError, match=f"data.{key} = '{given}', but no record has this field; did you mean '{usual}'"):
+    with pytest.raises(
+        DataError, match=f"data.{key} = '{given}', but no record has this field; did you mean '{usual}'"
+    ):
         load_examples(jsonl(tmp_path, **{key: given}), 0)
     # one file may lack it, and what goes by its usual name need not be there
     assert len(load_examples(jsonl(tmp_path, **{key: usual}), 0).examples) == 2
@@ -553,6 +557,34 @@ def test_a_saved_data_set(tmp_path: Path, datasets: Any, as_dictionary: bool) ->
     (datasets.DatasetDict({"train": made}) if as_dictionary else made).save_to_disk(str(tmp_path / "saved"))
     outputs = [e.output for e in load_examples(hub(tmp_path / "saved"), 0).examples]
     assert outputs == [f"answer {i}" for i in range(5)]
+
+
+def test_what_is_no_text_is_not_decoded(tmp_path: Path, datasets: Any) -> None:
+    stored = {"bytes": b"no picture", "path": None}
+    turns = [{"role": role, "content": [{"type": "text", "text": role, "picture": None}]} for role in ("user", "bot")]
+    shown = [{**turns[0], "content": [{"type": "image", "text": None, "picture": stored}]}, turns[1]]
+    records = [{"messages": turns, "picture": stored, "sounds": [stored]} for _ in range(3)]
+    made = datasets.Dataset.from_list([*records, {"messages": shown, "picture": stored, "sounds": [stored]}])
+    features = made.features.copy()
+    features["picture"], features["sounds"] = datasets.Image(), datasets.List(datasets.Audio())
+    features["messages"].feature["content"].feature["picture"] = datasets.Image()
+    made.cast(features).save_to_disk(str(tmp_path / "saved"))
+    before = sorted(tmp_path.rglob("*"))
+    source = load_examples(hub(tmp_path / "saved"), 0)
+    assert [(e.instruction, e.output) for e in source.examples] == [("user", "bot")] * 3
+    [[line, reason]] = source.provenance["dataset"]["first_unusable"]
+    assert (line, reason) == (4, "content of a turn in messages is list, not text")
+    assert sorted(tmp_path.rglob("*")) == before, "nothing is copied"
+
+
+def test_mixed_values_beside_a_picture_are_read(tmp_path: Path, datasets: Any) -> None:
+    text, stored = datasets.Value("string"), {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}
+    features = datasets.Features({"instruction": text, "output": datasets.Json(), "picture": stored})
+    records = [{**alpaca(0), "output": ["a", "b"]}, alpaca(1)]
+    rows = [{**record, "picture": {"bytes": b"no picture", "path": None}} for record in records]
+    made = datasets.Dataset.from_list(rows, features=features).cast_column("picture", datasets.Image())
+    made.save_to_disk(str(tmp_path / "saved"))
+    assert [e.output for e in load_examples(hub(tmp_path / "saved"), 0).examples] == ["a", "answer 1"]
 
 
 @pytest.mark.parametrize("as_dictionary", [False, True])

@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from fedmira.config.data import HuggingFaceConfig
@@ -79,7 +79,31 @@ def rows(path: str, name: str | None, split: str) -> tuple[Iterator[Mapping[str,
             f"{': '.join(reason.rstrip('.') for reason in reasons)}. Check data.path, data.name and data.split{hub}."
         ) from error
     origin = {"path": path, "name": name, "split": split, "fingerprint": str(loaded._fingerprint)}
-    return iter(loaded), origin
+    return _records(loaded), origin
+
+
+def _records(loaded: Any) -> Iterator[Mapping[str, Any]]:
+    """Its rows one by one; images, sounds and the like as they are stored: decoding them takes time and packages."""
+    import datasets
+
+    features = datasets.Features(_undecoded(loaded.features))
+    if features == loaded.features:
+        return iter(loaded)
+    tables = loaded.with_format("arrow", columns=loaded.format["columns"])
+    return (features.decode_example(table.to_pylist()[0]) for table in tables)
+
+
+def _undecoded(feature: Any) -> Any:
+    """The same columns without the decoding of what is no text."""
+    import datasets
+
+    if isinstance(feature, dict):
+        return {name: _undecoded(inner) for name, inner in feature.items()}
+    if hasattr(feature, "feature"):
+        return replace(feature, feature=_undecoded(feature.feature))
+    # mixed values are stored as JSON, which is text
+    media = getattr(feature, "decode", False) and not isinstance(feature, datasets.Json)
+    return replace(feature, decode=False) if media else feature
 
 
 def _refuse_other_than_saved(
