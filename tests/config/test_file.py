@@ -288,6 +288,51 @@ def test_what_is_refused_today_can_be_read_where_it_was_done(method: str) -> Non
         parse_resolved(f"{of_before}a_key_of_another_version: 1\n")
 
 
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (
+            "data: {partition: {alpha: 0.3}}",
+            r"data\.partition: alpha has no effect with by = field; remove it, or use by",
+        ),
+        (
+            "data: {source: jsonl, path: x, client_field: ward}",
+            r"data\.client_field = 'ward' has no effect with data\.partition\.by = task; remove it, or use by: field",
+        ),
+        ("training: {optimizer: sgd, beta1: 0.8}", "training: beta1 has no effect with optimizer = sgd"),
+        ("training: {optimizer: sgd, beta2: 0.8}", "training: beta2 has no effect with optimizer = sgd"),
+        ("training: {optimizer: sgd, epsilon: 0.1}", "training: epsilon has no effect with optimizer = sgd"),
+        *(
+            (
+                f"{{training: {{{setting}}}, method: {{name: fedkseed}}}}",
+                rf"training\.{setting.split(':')[0]} has no effect with method\.name = fedkseed, .*; remove it, or",
+            )
+            for setting in (
+                "keep_moments: true",
+                "optimizer: adam",
+                "weight_decay: 0.1",
+                "beta1: 0.8",
+                "clip_norm: null",
+            )
+        ),
+    ],
+)
+def test_a_setting_without_effect_is_refused_and_read_where_it_was_done(text: str, words: str) -> None:
+    written = resolved_yaml(parse_config(text, recorded=True))
+    assert resolved_yaml(parse_resolved(written)) == written
+    for refused in (text, written):
+        with pytest.raises(ConfigError, match=words):
+            parse_config(refused)
+
+
+def test_what_acts_on_another_method_of_a_comparison_may_be_set() -> None:
+    training = "training: {optimizer: sgd, momentum: 0.9, weight_decay: 0.1}"
+    parse_config(f"{{{training}, method: {{name: fedit}}, compare: {{methods: [fedit, fedkseed]}}}}")
+    words = r"training\.optimizer, training\.weight_decay, training\.momentum have no effect .*; remove them, or take"
+    with pytest.raises(ConfigError, match=words):
+        parse_config(f"{{{training}, method: {{name: fedkseed}}}}")
+
+
 @pytest.mark.parametrize(("source", "name"), [("jsonl", "a73865ee"), ("huggingface", "06dafe11")])
 def test_keys_of_records_that_came_later_leave_the_hash_as_it_was_while_unused(source: str, name: str) -> None:
     before = parse_config(f"{{data: {{source: {source}, path: x}}, method: {{choice: {{examples: null}}}}}}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo
 
 from fedmira.errors import ConfigError, nearest
 
@@ -29,6 +29,11 @@ class Section(BaseModel):
         """Which fields beside an `enabled` that is false are not as they are by default, in words; or nothing."""
         changed = self.changed(name for name in type(self).model_fields if name != "enabled")
         return f"{' and '.join(changed)} {'have' if len(changed) > 1 else 'has'} no effect" if changed else ""
+
+
+def is_recorded(info: ValidationInfo) -> bool:
+    """Whether a run began with what is validated: that is there to be read, whatever has been learnt since."""
+    return bool(info.context and info.context.get("recorded"))
 
 
 def refuse_strangers(key: str, named: Iterable[str], clients: Sequence[str]) -> None:

@@ -9,11 +9,12 @@ from pydantic import (
     Field,
     PositiveInt,
     SerializerFunctionWrapHandler,
+    ValidationInfo,
     model_serializer,
     model_validator,
 )
 
-from fedmira.config.basics import FinitePositiveFloat, Section, Share
+from fedmira.config.basics import FinitePositiveFloat, Section, Share, is_recorded
 from fedmira.errors import nearest
 
 
@@ -37,7 +38,7 @@ class PartitionConfig(Section):
     """Share of a client's examples held out for the final numbers."""
 
     @model_validator(mode="after")
-    def _consistent(self) -> PartitionConfig:
+    def _consistent(self, info: ValidationInfo) -> PartitionConfig:
         if self.validation + self.test >= 1:
             raise ValueError(
                 f"validation + test = {self.validation + self.test:g} leaves nothing to train on; keep the sum below 1"
@@ -50,6 +51,8 @@ class PartitionConfig(Section):
             )
         if self.by != "task" and self.clients_per_task != 1:
             raise ValueError(f"clients_per_task has no effect with by = {self.by}; remove it, or use by: task")
+        if self.by != "dirichlet" and self.changed(("alpha",)) and not is_recorded(info):
+            raise ValueError(f"alpha has no effect with by = {self.by}; remove it, or use by: dirichlet")
         if self.examples_per_client == ():
             raise ValueError("examples_per_client is an empty list; give it a number for each size, or null for all")
         return self

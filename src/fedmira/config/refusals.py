@@ -11,6 +11,10 @@ from fedmira.config.exchange import ExchangeConfig
 from fedmira.config.graph import LOW_RANK_GRAPHS, GraphKind
 from fedmira.config.method import METHOD_SECTIONS
 from fedmira.config.method_section import AdapterKind, MethodSection
+from fedmira.config.training import TrainingConfig
+
+_OF_GRADIENTS = ("optimizer", "weight_decay", "beta1", "beta2", "epsilon", "momentum", "keep_moments", "clip_norm")
+"""Keys of `training` that say what is made of gradients."""
 
 
 def methods_for(kind: AdapterKind) -> tuple[str, ...]:
@@ -96,6 +100,25 @@ def refusal_beside(method: MethodSection, exchange: ExchangeConfig, client_ranks
         or (_refusal_of_ranks(method) if client_ranks else "")
         or _refusal_of_feedback(method, exchange)
         or (_refusal_under_noise(method) if exchange.privacy.enabled else "")
+    )
+
+
+def refusal_of_training(method: MethodSection, training: TrainingConfig) -> str:
+    """Why `training` cannot be as it is where `method` alone is carried out; empty if it can.
+
+    Not asked for a comparison, in which the same section is meant for its other methods, too.
+
+    >>> from fedmira.config.method import method_with_defaults
+    >>> refusal_of_training(method_with_defaults("fedit"), TrainingConfig(optimizer="adam"))
+    ''
+    """
+    changed = training.changed(_OF_GRADIENTS) if method.sends_scalars else []
+    if not changed:
+        return ""
+    have, them = ("have", "them") if len(changed) > 1 else ("has", "it")
+    return (
+        f"{', '.join(f'training.{key}' for key in changed)} {have} no effect with method.name = {method.name}, whose "
+        f"clients train without gradients; remove {them}, or take a method that trains with them, such as fedit"
     )
 
 

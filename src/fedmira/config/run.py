@@ -17,6 +17,7 @@ from fedmira.config.basics import (
     NonNegativeInt,
     Section,
     Share,
+    is_recorded,
     refuse_strangers,
 )
 from fedmira.config.data import DataConfig, PlantedConfig
@@ -24,7 +25,7 @@ from fedmira.config.exchange import ExchangeConfig
 from fedmira.config.method import METHOD_NAMES, MethodConfig, method_with_defaults
 from fedmira.config.method_section import AdapterKind
 from fedmira.config.mira import MiraConfig
-from fedmira.config.refusals import methods_for, refusal, refusal_beside, refusal_of_dtype
+from fedmira.config.refusals import methods_for, refusal, refusal_beside, refusal_of_dtype, refusal_of_training
 from fedmira.config.training import FederationConfig, TrainingConfig
 from fedmira.errors import nearest
 
@@ -231,10 +232,9 @@ class RunConfig(Section):
                 "has weights of its own and is trained alone; use auto or 1"
             )
         ranks, moments = bool(self.model.adapter.client_ranks), self.training.keep_moments
-        # a run that was done is there to be read, whatever has been learnt since
-        recorded = bool(info.context and info.context.get("recorded"))
-        reason = "" if recorded else refusal_beside(self.method, self.exchange, ranks, moments)
-        if reason := reason or refusal_of_dtype(self.method, self.model.dtype):
+        reason = refusal_beside(self.method, self.exchange, ranks, moments)
+        reason = reason or refusal_of_training(self.method, self.training) or self._unused_client_field()
+        if reason := ("" if is_recorded(info) else reason) or refusal_of_dtype(self.method, self.model.dtype):
             raise ValueError(reason)
         if self.exchange.privacy.enabled:
             if self.exchange.privacy.noise_seed == "system" and self.output.checkpoint_every > 1:
@@ -265,6 +265,13 @@ class RunConfig(Section):
             if name not in known:
                 raise ValueError(f"compare.methods names {name!r}; allowed: {', '.join(known)}{nearest(name, known)}")
         return self
+
+    def _unused_client_field(self) -> str:
+        """Why the field that names clients should not be set; empty if it acts, or is not."""
+        field, by = getattr(self.data, "client_field", None), self.data.partition.by
+        if field is None or by == "field":
+            return ""
+        return f"data.client_field = {field!r} has no effect with data.partition.by = {by}; remove it, or use by: field"
 
     def method_named(self, name: str) -> MethodConfig:
         """The method that a comparison means by `name`: a variant, this config's own, or one with its defaults."""

@@ -4,9 +4,17 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import PositiveInt, model_validator
+from pydantic import PositiveInt, ValidationInfo, model_validator
 
-from fedmira.config.basics import FinitePositiveFloat, Fraction, NonNegativeFloat, NonNegativeInt, Section, Share
+from fedmira.config.basics import (
+    FinitePositiveFloat,
+    Fraction,
+    NonNegativeFloat,
+    NonNegativeInt,
+    Section,
+    Share,
+    is_recorded,
+)
 
 
 class TrainingConfig(Section):
@@ -46,7 +54,7 @@ class TrainingConfig(Section):
     """Clients trained together in one batched computation; `auto` takes as many as fit in memory."""
 
     @model_validator(mode="after")
-    def _one_unit_of_work(self) -> TrainingConfig:
+    def _consistent(self, info: ValidationInfo) -> TrainingConfig:
         if self.local_steps is not None and self.local_epochs is not None:
             raise ValueError(
                 f"local_steps = {self.local_steps} and local_epochs = {self.local_epochs} exclude each other; keep one"
@@ -55,6 +63,9 @@ class TrainingConfig(Section):
             raise ValueError(f"momentum has no effect with optimizer = {self.optimizer}; remove it, or use beta1")
         if self.keep_moments and self.optimizer == "sgd" and not self.momentum:
             raise ValueError("keep_moments has no effect with sgd without momentum; remove it, or use adamw")
+        of_adam = self.changed(("beta1", "beta2", "epsilon")) if self.optimizer == "sgd" else []
+        if of_adam and not is_recorded(info):
+            raise ValueError(f"{of_adam[0]} has no effect with optimizer = sgd; remove it, or use adamw or adam")
         return self
 
     @property

@@ -36,7 +36,7 @@ def load(config: HuggingFaceConfig, seed: int) -> Source:
     if config.client_field is not None and not any(example.client for example in examples):
         raise DataError(
             f"data.client_field = {config.client_field!r}, but no record of {config.path!r} has this field. "
-            "Correct its name, or set data.partition.by to task or iid."
+            "Correct its name, or leave it out and set data.partition.by to task or iid."
         )
     refuse_unused_fields(fields, names)
     provenance = {"source": "huggingface", "dataset": dataset_provenance(origin, examples, bad)}
