@@ -41,6 +41,8 @@ def test_departments_tables_are_trained_on_and_exported(fedmira, tmp_path: Path,
     assert sorted(place.name for place in Path("out").iterdir()) == NAMES
     assert all((Path("out") / name / "adapter_model.safetensors").is_file() for name in NAMES)
     assert fedmira("predict", run, "--client", NAMES[2], "Wer?").code == 0
+    outcome = fedmira("predict", run, "--client", NAMES[2], "--file", f"data/{NAMES[1]}.csv", "--max-new-tokens", "1")
+    assert (outcome.code, outcome.out.count("\n")) == (0, 11), outcome.err
     assert fedmira("report", run).code == 0
 
 

@@ -31,6 +31,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         return [f"{question.instruction}\nagain" for question in questions]
 
     monkeypatch.setattr(clients, "answers", answers)
+    monkeypatch.setattr(clients, "fields_of", lambda run: {"instruction": "Frage"})
     return found
 
 
@@ -47,6 +48,11 @@ def test_one_object_for_each_question(fedmira, calls: list[dict[str, Any]]) -> N
         {"client": "a", "instruction": "one", "input": "for", "answer": "one\nagain"},
         {"client": "a", "instruction": "two", "input": "", "answer": "two\nagain"},
     ]
+
+
+def test_columns_go_by_the_names_of_the_run(fedmira, calls: list[dict[str, Any]]) -> None:
+    Path("in.csv").write_text("Frage;Antwort\nWer?;\n")
+    assert fedmira("predict", "run", "--client", "a", "--file", "in.csv").out == "Wer?\\nagain\n"
 
 
 @pytest.mark.parametrize(

@@ -74,8 +74,8 @@ def export(
     "--file",
     "file",
     metavar="FILE",
-    help="Many questions in place of TEXT: one instruction a line, or JSON records with instruction and input; - reads "
-    "standard input.",
+    help="Many questions in place of TEXT: one instruction a line, or records with instruction and input, as in the "
+    "data of RUN, whose answers are not looked at; - reads standard input.",
 )
 @click.option(
     "--max-new-tokens",
@@ -104,7 +104,7 @@ def predict(
         raise UsageError("give either TEXT or --file FILE")
     if file is not None and context:
         raise UsageError("--input has no effect with --file; write it into the records, as `input`")
-    from fedmira.export.clients import answer, answers
+    from fedmira.export.clients import answer, answers, fields_of
 
     if file is None:
         assert text is not None, "one of the two is given"
@@ -115,7 +115,7 @@ def predict(
     from fedmira.export.questions import read_questions
     from fedmira.formats import printable
 
-    questions = read_questions(file)
+    questions = read_questions(file, fields_of(run))
     replies = answers(run, client, questions, max_new_tokens=max_new_tokens, warn=session.warn)
     for question, reply in zip(questions, replies, strict=True):
         asked = {"client": client, "instruction": question.instruction, "input": question.input}

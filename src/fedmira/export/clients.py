@@ -32,6 +32,7 @@ from fedmira.types import Arena, Example, Layout
 if TYPE_CHECKING:
     from fedmira.config.run import ModelConfig, RunConfig
     from fedmira.model.base import BaseModel
+    from fedmira.runs.store import RunStore
 
 BASE_FOLDER = "base"
 VLLM_MAX_RANK = 512
@@ -100,13 +101,10 @@ def load_trained(run: str | os.PathLike[str]) -> Trained:
     from fedmira.runs.checkpoint import load_latest
     from fedmira.runs.lines import recorded_epsilon
     from fedmira.runs.same_base import recorded_commit, refuse_other_base
-    from fedmira.runs.store import RunStore, no_finished_round
+    from fedmira.runs.store import no_finished_round
 
     run = Path(run)
-    if (run / "study.json").is_file():
-        example = next(iter(sorted((run / "runs").glob("*"))), run / "runs" / "RUN")
-        raise UsageError(f"{run} is a comparison, which holds several runs; name one of them, such as {example}")
-    store = RunStore.open(run)
+    store = _opened(run)
     checkpoint = load_latest(run, config_hash=store.config_hash)
     if checkpoint is None or checkpoint.facts["completed_rounds"] == 0:
         raise no_finished_round(run)
@@ -127,6 +125,26 @@ def load_trained(run: str | os.PathLike[str]) -> Trained:
         spent = dict.fromkeys(names, 0.0)
         spent |= recorded_epsilon(store.events())
     return Trained(store.config, names, adapters, base, rounds, checkpoint.skipped, moved, spent)
+
+
+def fields_of(run: str | os.PathLike[str]) -> Mapping[str, str]:
+    """Return `data.fields` of the run in the folder `run`: which fields of its data are what, if it says so.
+
+    Raises:
+        UsageError: `run` is no run directory.
+        IntegrityError: its config is damaged.
+    """
+    fields: Mapping[str, str] = getattr(_opened(Path(run)).config.data, "fields", {})
+    return fields
+
+
+def _opened(run: Path) -> RunStore:
+    from fedmira.runs.store import RunStore
+
+    if (run / "study.json").is_file():
+        example = next(iter(sorted((run / "runs").glob("*"))), run / "runs" / "RUN")
+        raise UsageError(f"{run} is a comparison, which holds several runs; name one of them, such as {example}")
+    return RunStore.open(run)
 
 
 def _loadable(config: RunConfig, recorded: Mapping[str, object]) -> tuple[ModelConfig, str]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from fedmira.data.sources.files import NUM_NAMED_BAD, Bad, FileRecords
 from fedmira.data.splits import SPLITS
@@ -43,12 +43,17 @@ KNOWN = {
     "output": ("output", "response", "answer", "completion"),
 }
 """Names that each part of an example goes by in the shapes that are no conversations."""
+CONVERSATIONS = (("messages", "role", "content"), ("conversations", "from", "value"))
+"""Fields that are lists of turns, and the fields of a turn for who speaks and what."""
 LISTS = ("messages", "conversations", "history")
-"""Fields that are lists of turns, which no cell of a table is."""
+"""Fields that are lists, which no cell of a table is."""
 _NAME_THEM = (
     "say with data.fields which are question and answer (sources jsonl and huggingface), as in "
     "data.fields: {instruction: NAME, output: NAME}"
 )
+
+Turns: TypeAlias = tuple[tuple[str, str], ...]
+"""(role, text) of what was said before the instruction."""
 
 
 class Fields(NamedTuple):
@@ -208,11 +213,12 @@ def _no_list(name: str, content: Mapping[str, Any]) -> DataError:
     if lists:
         advice = f"Keep only the list in its field {' or '.join(lists)}"
     else:
-        advice = f"Its fields are {_names(content)}. Put the examples into a list, or write one in each line"
+        advice = f"Its fields are {names_of(content)}. Put the examples into a list, or write one in each line"
     return DataError(f"{name!r} is one object, not a list of examples. {advice}; allowed are the shapes {SHAPES}.")
 
 
-def _names(record: Mapping[str, Any]) -> str:
+def names_of(record: Mapping[str, Any]) -> str:
+    """The names of its fields in words, as many as a message has room for."""
     return ", ".join(sorted(map(str, record)))[:200] or "none"
 
 
@@ -243,9 +249,7 @@ def example_from_record(record: Any, fields: Fields, id_: str) -> Example:
     if not isinstance(record, Mapping):
         raise UnusableRecordError(f"a record must be an object with fields, not {type(record).__name__}")
     instruction, input_, references, turns = _parts(record, fields)
-    system = "" if "system" in fields.parts.values() else _text(record, "system", required=False)
-    if system.strip() and "system" not in (role for role, _ in turns):
-        turns = (("system", system), *turns)
+    turns = with_system(turns, record, fields.parts)
     refuse_half_characters(instruction, input_, *references, *(text for _, text in turns))
     return Example(
         instruction=instruction,
@@ -258,6 +262,14 @@ def example_from_record(record: Any, fields: Fields, id_: str) -> Example:
         client=unicodedata.normalize("NFC", _label(record, fields.client)),
         id=id_,
     )
+
+
+def with_system(turns: Turns, record: Mapping[str, Any], parts: Mapping[str, str]) -> Turns:
+    """The turns behind what the record's field `system` says, if it is none of `parts` and none of them says such."""
+    system = "" if "system" in parts.values() else text_of(record, "system", required=False)
+    if system.strip() and "system" not in (role for role, _ in turns):
+        return (("system", system), *turns)
+    return turns
 
 
 def refuse_half_characters(*texts: str) -> None:
@@ -273,7 +285,7 @@ def refuse_half_characters(*texts: str) -> None:
             raise UnusableRecordError(f"a text has half a character: {error.object[error.start]!a}") from error
 
 
-_Parts = tuple[str, str, tuple[str, ...], tuple[tuple[str, str], ...]]
+_Parts = tuple[str, str, tuple[str, ...], Turns]
 
 
 def _parts(record: Mapping[str, Any], fields: Fields) -> _Parts:
@@ -283,28 +295,27 @@ def _parts(record: Mapping[str, Any], fields: Fields) -> _Parts:
     if fields.are_columns:
         record = {field: value for field, value in record.items() if field not in LISTS}
     # some data sets give every record all fields, and leave a list empty where another shape is meant
-    if record.get("messages") not in (None, []):
-        return _conversation(record["messages"], "messages", "role", "content")
-    if record.get("conversations") not in (None, []):
-        return _conversation(record["conversations"], "conversations", "from", "value")
+    for field, role_field, text_field in CONVERSATIONS:
+        if record.get(field) not in (None, []):
+            return _conversation(record[field], field, role_field, text_field)
     if record.get("prompt") is not None and record.get("completion") is not None:
         prompt, completion = record["prompt"], record["completion"]
         if isinstance(prompt, list) and isinstance(completion, list):
             return _conversation(prompt + completion, "prompt + completion", "role", "content")
-        return _text(record, "prompt"), "", (_text(record, "completion"),), ()
+        return text_of(record, "prompt"), "", (text_of(record, "completion"),), ()
     if "instruction" in record:
         answer = "response" if record.get("output") is None and record.get("response") is not None else "output"
         return _asked(record, "instruction", answer)
     for question, answer in PAIRS:
         if question in record and answer in record and (record[question], record[answer]) != (None, None):
             return _asked(record, question, answer)
-    raise _UnknownShapeError(f"no known shape; its fields are {_names(record)}")
+    raise _UnknownShapeError(f"no known shape; its fields are {names_of(record)}")
 
 
 def _asked(record: Mapping[str, Any], instruction: str, output: str) -> _Parts:
     context = "input" if record.get("input") is not None else "context"
     references = _texts(record, output)
-    return _text(record, instruction), _text(record, context, required=False), references, _earlier_turns(record)
+    return text_of(record, instruction), text_of(record, context, required=False), references, earlier_turns(record)
 
 
 def _named_parts(record: Mapping[str, Any], parts: Mapping[str, str]) -> _Parts:
@@ -317,15 +328,15 @@ def _named_parts(record: Mapping[str, Any], parts: Mapping[str, str]) -> _Parts:
     others = {field: value for field, value in record.items() if field not in parts.values()}
 
     def named(part: str) -> tuple[Mapping[str, Any], str]:
-        return (record, parts[part]) if part in parts else (others, _known_name(others, part))
+        return (record, parts[part]) if part in parts else (others, known_name(others, part))
 
     references = _texts(*named("output"))
-    instruction, input_ = _text(*named("instruction")), _text(*named("input"), required=False)
+    instruction, input_ = text_of(*named("instruction")), text_of(*named("input"), required=False)
     # a text of that name is a column like others; who says which fields are what needs no list there
-    return instruction, input_, references, _earlier_turns(others) if isinstance(others.get("history"), list) else ()
+    return instruction, input_, references, earlier_turns(others) if isinstance(others.get("history"), list) else ()
 
 
-def _known_name(others: Mapping[str, Any], part: str) -> str:
+def known_name(others: Mapping[str, Any], part: str) -> str:
     """What a part of which the config says nothing is called among the fields that it uses for no other."""
     there = [name for name in KNOWN[part] if name in others]
     if not there and part != "input":
@@ -335,7 +346,7 @@ def _known_name(others: Mapping[str, Any], part: str) -> str:
     return next((name for name in there if others[name] is not None), (there or KNOWN[part])[0])
 
 
-def _earlier_turns(record: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
+def earlier_turns(record: Mapping[str, Any]) -> Turns:
     """What `history` of an Alpaca record says comes before its instruction."""
     history = record.get("history")
     if history is None:
@@ -349,7 +360,12 @@ def _is_pair_of_texts(value: Any) -> bool:
     return isinstance(value, list) and len(value) == 2 and all(isinstance(text, str) for text in value)
 
 
-def _conversation(turns: Any, field: str, role_field: str, text_field: str) -> _Parts:
+def known_turns(turns: Any, field: str, role_field: str, text_field: str) -> list[tuple[str, str]]:
+    """Return (role, text) of each turn in the field `field`.
+
+    Raises:
+        UnusableRecordError: it is no list of turns, or a turn has an unknown role or no text.
+    """
     if not isinstance(turns, list) or not all(isinstance(turn, Mapping) for turn in turns):
         raise UnusableRecordError(f"{field} must be a list of turns with {role_field} and {text_field}")
     known = []
@@ -360,6 +376,11 @@ def _conversation(turns: Any, field: str, role_field: str, text_field: str) -> _
                 f"unknown {role_field} {turn.get(role_field)!r} in {field}; allowed: {', '.join(ROLES)}"
             )
         known.append((role, _turn_text(turn.get(text_field), field, text_field)))
+    return known
+
+
+def _conversation(turns: Any, field: str, role_field: str, text_field: str) -> _Parts:
+    known = known_turns(turns, field, role_field, text_field)
     while known and known[-1][0] != "assistant":
         known.pop()  # a question without an answer teaches nothing
     if len(known) < 2 or known[-2][0] != "user":
@@ -393,10 +414,15 @@ def _texts(record: Mapping[str, Any], field: str) -> tuple[str, ...]:
         if not texts or len(texts) < len(value):
             raise UnusableRecordError(f"{field} must be text or a list of texts that are not empty")
         return texts
-    return (_text(record, field),)
+    return (text_of(record, field),)
 
 
-def _text(record: Mapping[str, Any], field: str, required: bool = True) -> str:
+def text_of(record: Mapping[str, Any], field: str, required: bool = True) -> str:
+    """Return the text in a field, which must be there and not empty if it is `required`.
+
+    Raises:
+        UnusableRecordError: it is not, or holds no text.
+    """
     value = record.get(field)
     if value is None:
         if not required:
