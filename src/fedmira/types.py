@@ -301,6 +301,8 @@ class Trial(NamedTuple):
     """Examples that each client judges at most; None means all."""
     turn: int = 0
     """Which of its examples those are: each turn goes on where the one before ended, and begins again at the end."""
+    every: int = 1
+    """Rounds from one such question to the next; turns count questions, not rounds."""
     versus: tuple[int, ...] = ()
     """Numbers of the candidates that those after them, up to the next, are compared with, ascending; clients then say
     how sure they are of that."""

@@ -30,7 +30,7 @@ from fedmira.exchange.in_process import InProcess, examples_asked, trial_bytes
 from fedmira.exchange.privacy import epsilon
 from fedmira.experiment import SilentDisplay, run
 from fedmira.export.clients import load_trained
-from fedmira.federation.questions import bounded
+from fedmira.federation.questions import bounded, together
 from fedmira.federation.ranks import trimmed
 from fedmira.forecast.estimate import dry_run
 from fedmira.recording import Recorder
@@ -552,6 +552,12 @@ def test_each_turn_of_a_question_goes_to_the_next_examples_until_all_were_asked(
     assert places(bounded(few, drawn._replace(last=True), 3)) == list(range(5))
     of_training = trial._replace(split="train")
     assert bounded(of_training, drawn, 2) == of_training
+    # turns count questions, also of two that are asked together in some rounds only
+    rarely = trial._replace(every=2)
+    for question in (rarely, together(trial, rarely), together(rarely, trial)):
+        assert question is not None
+        asked = [places(bounded(question, drawn._replace(round=round_), 2)) for round_ in (2, 4, 6, 8)]
+        assert asked == turns
 
 
 @pytest.mark.parametrize(("of_the_run", "of_the_choice", "asked"), [(1, 4, 1), (16, 3, 3), (2, None, 2)])

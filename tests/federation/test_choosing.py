@@ -11,6 +11,7 @@ from tests.federation.builders import clients, initial, mira, play, same_bytes, 
 from fedmira.config.mira import ChoiceConfig
 from fedmira.federation.choosing import ask, asked, blend, choose, expected, first_choice
 from fedmira.federation.method import State
+from fedmira.federation.questions import bounded
 from fedmira.federation.registry import build_method
 from fedmira.types import Arena, Layout, Losses, Participants, Results, TensorSpec, Trial
 
@@ -258,6 +259,17 @@ def test_without_any_validation_examples_everybody_keeps_all() -> None:
 def test_the_last_round_asks_all_that_ever_returned(every: int, round_: int, last: bool, who: tuple[int, ...]) -> None:
     participants = Participants(round_, (1, 2), last)
     assert asked(ChoiceConfig(every=every), participants, returned(2), last_round_K=(1, 0, round_)) == who
+
+
+@pytest.mark.parametrize("every", [1, 2, 3, 4])
+def test_however_rarely_clients_are_asked_each_question_is_a_turn(every: int) -> None:
+    turns = []
+    for round_ in range(1, 4 * every + 1):
+        participants = Participants(round_, (0, 1, 2))
+        trial = ask(ChoiceConfig(every=every), state(), participants, returned(0, 1, 2))
+        if trial is not None:
+            turns.append(bounded(trial, participants, 16).turn)
+    assert turns == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize(("loss", "start"), [(0.9, 1.0), (1.19, 1.0), (1.21, 0.0)])

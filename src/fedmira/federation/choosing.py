@@ -112,11 +112,18 @@ def ask(
         alpha_K = torch.full((num_clients,), config.grid[number], device=state.adapters.values_KP.device)
         return blended(state, alpha_K, ids).values_KP
 
-    sent = only_to_judge(participants, num_clients)
-    versus = (0,) if config.shrinkage else ()
     if not ids:
         return None
-    return Trial(ids, len(config.grid), candidate, sent, groups=groups, versus=versus, most_examples=config.examples)
+    return Trial(
+        ids,
+        len(config.grid),
+        candidate,
+        only_to_judge(participants, num_clients),
+        groups=groups,
+        most_examples=config.examples,
+        every=config.every,
+        versus=(0,) if config.shrinkage else (),
+    )
 
 
 def choose(config: ChoiceConfig, state: State, trial: Trial, losses: Losses) -> tuple[State, Info]:

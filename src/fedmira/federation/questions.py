@@ -33,11 +33,13 @@ def bounded(trial: Trial, participants: Participants, most_examples: int | None)
     if participants.last:
         return trial._replace(most_examples=None)
     limits = [limit for limit in (trial.most_examples, most_examples) if limit is not None]
-    return trial._replace(most_examples=min(limits, default=None), turn=participants.round - 1)
+    return trial._replace(most_examples=min(limits, default=None), turn=participants.round // trial.every - 1)
 
 
 def together(first: Trial | None, rest: Trial | None) -> Trial | None:
     """Return both questions as one; `apart` undoes it. None if there is nothing to ask.
+
+    It goes to the examples whose turn it is with the one that is asked more rarely, so both come to meet all of them.
 
     Raises:
         ValueError: the two go to other clients, or to other examples, or the first compares its candidates and would
@@ -66,6 +68,7 @@ def together(first: Trial | None, rest: Trial | None) -> Trial | None:
         candidate=candidate,
         most_examples=max(limits) if limits and len(limits) == len(asking) else None,
         sent=sum(part.sent for part in (first, rest) if part is not None),
+        every=max(part.every for part in (first, rest) if part is not None),
         versus=(*(first.versus if first else ()), *(before + number for number in (rest.versus if rest else ()))),
         parts=(before, *((rest.parts or (rest.num_candidates,)) if rest is not None else ())),
     )
