@@ -707,6 +707,24 @@ def test_pcl_mixes_by_the_softmax_of_negative_losses() -> None:
     assert same_bytes(after.adapters.values_KP[4], results.values_SP[2])
 
 
+@pytest.mark.parametrize("worst", [float("inf"), float("nan"), 1e30])
+def test_pcl_gives_an_adapter_that_ruins_a_client_no_weight_and_the_others_theirs(worst: float) -> None:
+    method, state = fresh(section("pcl"))
+    participants = Participants(1, (1, 3, 4))
+    results = trained(method.plan(state, participants), clients().names)
+    state, _ = method.merge(state, participants, results)
+    assert method.trial is not None
+    assert method.decide is not None
+    trial = method.trial(state, participants, results)
+    assert trial is not None
+    told = answers(trial, [[1.0, 1.0, worst], [1.0, 1.0, worst], [worst, 1.0, worst]])
+    after, info = method.decide(state, trial, told)
+    mean_P = results.values_SP[:2].mean(dim=0)
+    for k, expected_P in ((1, mean_P), (3, mean_P), (4, results.values_SP[1])):
+        assert torch.allclose(after.adapters.values_KP[k], expected_P, atol=1e-12)
+    assert info.numbers["mixing_share"] == pytest.approx(1 - (0.5 + 0.5 + 0.0) / 3)
+
+
 def test_pcl_is_local_when_nobody_trusts_and_the_plain_mean_when_all_are_alike() -> None:
     method, state = fresh(section("pcl"))
     participants = Participants(1, EVERYBODY)

@@ -47,9 +47,21 @@ def test_what_was_said_before_outweighs_one_round() -> None:
     assert chosen == [GRID[0], GRID[1], GRID[1]]
 
 
-def test_a_client_that_a_mixture_ruins_leaves_the_choice_to_the_others() -> None:
+@pytest.mark.parametrize("worst", [torch.inf, torch.nan, 1e30])
+def test_a_mixture_that_ruins_a_client_is_worse_than_any_other(worst: float) -> None:
+    # the first client alone would take the last one
+    clients_say = [[2.0, 1.9, 1.8, 1.7], [1.0, 1.0, 1.0, worst]]
+    heard = judged(memory(), answers(clients_say))
+    assert float(heard["strength"]) == GRID[2]
+    relative = np.array([[2.0, 1.9, 1.8, 1.7], [0.0, 0.0, 0.0, 1.0]])
+    expected = (relative / relative.mean(axis=1, keepdims=True) - 1).mean(axis=0)
+    np.testing.assert_allclose(heard["strength_evidence"].numpy(), expected, atol=1e-12)
+
+
+@pytest.mark.parametrize("alike", [[torch.inf, torch.nan, torch.inf, torch.inf], [0.0] * 4])
+def test_a_client_to_which_all_mixtures_are_equal_leaves_the_choice_to_the_others(alike: list[float]) -> None:
     sound = [2.0, 1.0, 3.0, 4.0]
-    heard = judged(memory(), answers([sound, [1.0, 2.0, torch.inf, 2.0]]))
+    heard = judged(memory(), answers([sound, alike]))
     assert torch.equal(heard["strength_evidence"], judged(memory(), answers([sound]))["strength_evidence"])
 
 

@@ -26,6 +26,8 @@ FIRST = 4.0
 """Before anybody was heard."""
 _MEMORY = 0.7
 """Weight of the past in the moving average over rounds: some three rounds together decide."""
+_HOPELESS = 1e100
+"""Stands for a loss that is not finite any more: worse than any that is."""
 
 
 def in_use(strength: float | str, memory: Mapping[str, torch.Tensor]) -> float:
@@ -92,11 +94,13 @@ def judged(memory: Mapping[str, torch.Tensor], losses: Losses) -> dict[str, torc
     """Return the evidence after these answers, and the strength of the smallest sum of relative losses.
 
     A client says by what share its loss with a mixture differs from its mean over all of them, so that hard and easy
-    tasks count the same; the mean over clients joins a moving average over rounds. A client without validation examples
-    says nothing.
+    tasks count the same; the mean over clients joins a moving average over rounds. A loss that is not finite any more
+    is the worst there is. A client without validation examples, or without a loss that is finite, says nothing.
     """
-    relative_SQ = losses.mean_SQ / losses.mean_SQ.mean(dim=1, keepdim=True) - 1.0
-    heard_S = torch.isfinite(relative_SQ).all(dim=1)
+    loss_SQ = losses.mean_SQ.nan_to_num(nan=_HOPELESS, posinf=_HOPELESS)
+    relative_SQ = loss_SQ / loss_SQ.mean(dim=1, keepdim=True) - 1.0
+    # where nothing is lost no share can be told
+    heard_S = torch.isfinite(losses.mean_SQ).any(dim=1) & torch.isfinite(relative_SQ).all(dim=1)
     if not heard_S.any():
         return {}
     evidence_Q = memory["strength_evidence"]

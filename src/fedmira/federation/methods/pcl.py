@@ -20,7 +20,8 @@ from fedmira.types import Clients, Job, Losses, Participants, Results, Trial
 def build(config: PCLConfig, clients: Clients) -> Method:
     """Return the method: those that returned judge each other's adapters, all S of them, and mix for themselves.
 
-    A client without validation examples trusts itself alone.
+    A loss that is not finite any more is worse than any that is. A client without validation examples, or without a
+    loss that is finite, trusts itself alone.
     """
     num_clients = len(clients.names)
 
@@ -39,7 +40,8 @@ def build(config: PCLConfig, clients: Clients) -> Method:
         return Trial(results.ids, len(results.ids), candidate, sent=len(results.ids) - 1)
 
     def decide(state: State, trial: Trial, losses: Losses) -> tuple[State, Info]:
-        trust_SS = torch.softmax(-losses.mean_SQ.double() / config.temperature, dim=1).cpu().numpy()
+        loss_SS = losses.mean_SQ.double().nan_to_num(nan=torch.inf, posinf=torch.inf)
+        trust_SS = torch.softmax(-loss_SS / config.temperature, dim=1).cpu().numpy()
         judged_S = np.isfinite(trust_SS).all(axis=1)
         trust_SS = np.where(judged_S[:, None], trust_SS, np.eye(len(trial.ids)))
         trust_KK = np.eye(num_clients)
