@@ -153,6 +153,28 @@ def test_clients_that_have_come_further_are_not_alike_for_that() -> None:
     assert centred[same].min() < centred[strangers].max()
 
 
+@pytest.mark.parametrize("num_clients", [3, 9, 12])
+@pytest.mark.parametrize("times", [1e-3, 1e4, 1e8, 1e12])
+def test_an_upload_counts_by_its_direction_alone_however_long_it_is(times: float, num_clients: int) -> None:
+    before, after = noise(num_clients, 1), noise(num_clients, 2)
+    plain = alike(after, before)
+    for arena in (before, after):
+        for _, spec_b in similarity.low_rank_pairs(arena.layout):
+            arena.view(spec_b)[0] *= times
+    assert np.allclose(alike(after, before), plain, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("num_clients", [4, 12])
+def test_rounding_beside_what_others_moved_is_no_direction(num_clients: int) -> None:
+    updates = np.random.Generator(np.random.Philox(0)).normal(size=(num_clients, 50))
+    # fewer than half: who moved is the measure
+    still = num_clients // 2 - 1
+    updates[:still] *= 1e-9
+    seen = similarity.update_cosines(updates @ updates.T)
+    assert not seen[:still].any()
+    assert np.allclose(np.diagonal(seen)[still:], 1)
+
+
 @given(st.lists(st.sampled_from([1, 2, 4, 8, 16]), max_size=20))
 def test_rank_groups_are_large_enough_and_in_the_order_of_ranks(ranks: list[int]) -> None:
     groups = similarity.rank_groups(ranks)

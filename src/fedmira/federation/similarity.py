@@ -24,7 +24,7 @@ from fedmira.types import Arena, Layout, TensorSpec
 MINIMUM_CLIENTS = 3
 """Two centred vectors always have cosine -1: fewer than three say nothing."""
 _NEGLIGIBLE = 1e-12
-"""A centred squared norm below this share of the largest plain one is rounding."""
+"""A squared norm below this share of what it is measured by is rounding."""
 _ALIKE = 1e-9
 """Clients whose cosines are closer to 1 than this on average differ by rounding."""
 _MANY_CLIENTS = 10
@@ -211,7 +211,7 @@ def update_cosines(gram_CC: Matrix, groups_C: Sequence[int] | None = None) -> Ma
     if len(gram_CC) < MINIMUM_CLIENTS:
         return np.zeros_like(gram_CC)
     group_C = np.unique(groups_C or np.zeros(len(gram_CC)), return_inverse=True)[1]
-    left_CC = _without_the_common(_scaled(gram_CC, float(np.diagonal(gram_CC).max())), group_C)
+    left_CC = _without_the_common(_scaled(gram_CC, _usual_square(gram_CC)), group_C)
     return _above_the_mean(left_CC) if len(gram_CC) < _MANY_CLIENTS else left_CC
 
 
@@ -241,10 +241,16 @@ def _above_the_mean(gram_CC: Matrix) -> Matrix:
     return above_CC + np.diag(np.diagonal(cosine_CC))
 
 
-def _scaled(gram_CC: Matrix, largest: float) -> Matrix:
-    """Return the matrix scaled to unit diagonal, in -1 .. 1; rows whose square is nothing beside `largest` are 0."""
+def _usual_square(gram_CC: Matrix) -> float:
+    """Return the median square of those that moved: beside the largest, one upload could make nothing of all others."""
     squares_C = np.diagonal(gram_CC)
-    there_C = squares_C > _NEGLIGIBLE * max(largest, np.finfo(np.float64).tiny)
+    return float(np.median(squares_C[squares_C > 0])) if (squares_C > 0).any() else 0.0
+
+
+def _scaled(gram_CC: Matrix, measure: float) -> Matrix:
+    """Return the matrix scaled to unit diagonal, in -1 .. 1; rows whose square is nothing beside `measure` are 0."""
+    squares_C = np.diagonal(gram_CC)
+    there_C = squares_C > _NEGLIGIBLE * max(measure, np.finfo(np.float64).tiny)
     inverse_C = np.where(there_C, 1.0 / np.sqrt(np.where(there_C, squares_C, 1.0)), 0.0)
     cosine_CC = np.clip(gram_CC * inverse_C[:, None] * inverse_C[None, :], -1.0, 1.0)
     return np.asarray((cosine_CC + cosine_CC.T) / 2)
