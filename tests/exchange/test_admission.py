@@ -10,8 +10,11 @@ from typing import Any
 import pytest
 import torch
 from tests.exchange.builders import GROUPS, LAYOUT, NAMES, rows
+from tests.federation.builders import CONFIGS, clients, initial, layout, trained
 
 from fedmira.exchange.admission import Admitted, admit, sound
+from fedmira.federation.registry import build_method
+from fedmira.types import Participants
 
 START = rows(0)
 Upload = dict[str, Any]
@@ -79,7 +82,7 @@ DAMAGE: dict[str, tuple[Callable[[Upload], Any], str]] = {
     "nan": (poisoned(math.nan), "values that are not finite in b.lora_b"),
     "inf": (poisoned(-math.inf), "values that are not finite in b.lora_b"),
     "an impossible norm": (poisoned(1e6), "times the median"),
-    "a norm beyond float32": (poisoned(3e38), "times the median"),
+    "a norm beyond float32": (poisoned(3e38), "its norm 3e+38 is too large to compute with, allowed is 1e+16"),
 }
 
 
@@ -139,6 +142,11 @@ def updates(*norms: float) -> torch.Tensor:
         # most did not move at all: no scale to compare with
         ((0.0, 0.0, 1.0), 100.0, []),
         ((1.0, math.nan, 2.0, 900.0), 100.0, [1, 3]),
+        # too large to compute with, whatever the others are
+        ((1.0, 3e19), 100.0, [1]),
+        ((1.0, 3e19), None, [1]),
+        ((3e19,), None, [0]),
+        ((1.0, 3e19, 3e19, 1.0, 101.0), 100.0, [1, 2, 4]),
     ],
 )
 def test_the_norm_is_compared_with_the_median_of_the_finite(
@@ -146,12 +154,38 @@ def test_the_norm_is_compared_with_the_median_of_the_finite(
 ) -> None:
     values_SP = updates(*norms)
     start_SP = torch.zeros_like(values_SP)
-    found = sound(LAYOUT, GROUPS, values_SP, NAMES[: len(norms)], start_SP, ratio)
+    found = sound(LAYOUT, GROUPS, values_SP, (*NAMES, "emil")[: len(norms)], start_SP, ratio)
     assert list(found.rejected) == rejected
 
 
+def test_a_start_that_is_too_large_to_compute_with_is_no_excuse() -> None:
+    start_SP = updates(1.0, 3e19)
+    found = sound(LAYOUT, GROUPS, start_SP + 0.1, NAMES[:2], start_SP, None)
+    assert list(found.rejected) == [1]
+
+
+@pytest.mark.parametrize("size", [1e15, 3e19])
+@pytest.mark.parametrize("name", ["fedadam", "fedex_lora", "flora", "florist", "mira-gram-least_squares"])
+def test_what_is_admitted_leaves_nothing_in_a_state_that_is_not_finite(name: str, size: float) -> None:
+    # the products are scaled as with alpha = 64 at rank 1
+    who, of = clients(2), layout(scaling=64.0)
+    method = build_method(CONFIGS[name], who)
+    state = method.init(initial(2, of=of), who)
+    for round_ in range(1, 4):
+        job = method.plan(state, Participants(round_, (0, 1)))
+        results = trained(job, who.names)
+        if round_ == 1:
+            results.values_SP[0, results.values_SP[0] != job.start_SP[0]] = size
+        admitted = sound(of, job.upload, results.values_SP, who.names, job.start_SP, None)
+        assert admitted.accepted == ((0, 1) if round_ > 1 or size < 1e16 else (1,))
+        came = results._replace(ids=admitted.accepted, values_SP=admitted.values_SP)
+        state, _ = method.merge(state, Participants(round_, (0, 1)), came)
+        kept = (state.adapters.values_KP, *state.memory.values())
+        assert all(torch.isfinite(tensor).all() for tensor in kept)
+
+
 def test_tensors_that_do_not_cross_have_no_norm() -> None:
-    values_SP = updates(1.0, 1.0, 1e6)
+    values_SP = updates(1.0, 1.0, 1e26)
     assert sound(LAYOUT, {"lora_b"}, values_SP, NAMES[:3], torch.zeros_like(values_SP), 2.0).rejected == {}
 
 

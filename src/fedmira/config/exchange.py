@@ -60,7 +60,7 @@ class ExchangeConfig(Section):
     that it judges, are sent as they are."""
     max_norm_ratio: Annotated[float, Field(gt=1, allow_inf_nan=False)] | None = 100.0
     """An upload whose difference to its start is more than this many times the median of its round is rejected, among
-    three clients or more. null: any finite norm is accepted."""
+    three clients or more. null: any that can be computed with, up to a norm of 1e16."""
     privacy: PrivacyConfig = PrivacyConfig()
     """Differential privacy of uploads."""
 

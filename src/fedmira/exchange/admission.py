@@ -18,6 +18,8 @@ from fedmira.types import Layout
 
 _SHOWN = 3
 """Names of tensors that a reason lists."""
+_LARGEST_NORM = 1e16
+"""Squares and products of larger numbers, scaled and summed over rounds, may leave the range of float32 for good."""
 _TENSORS = (torch.Tensor, torch.nn.Parameter)
 """What answers as a tensor does; what is derived from them may do anything."""
 _BEGINS, _REJECTED = "the upload of client", " was rejected: "
@@ -84,20 +86,23 @@ def sound(
     max_norm_ratio: float | None,
     num_crossing: int | None = None,
 ) -> Admitted:
-    """Return the rows whose numbers are finite and whose updates are of a possible size.
+    """Return the rows whose numbers are finite, can be computed with, and whose updates are of a possible size.
 
     Impossible is an update, the difference to the start over the tensors of `groups`, with a norm of more than
-    `max_norm_ratio` times the median of all finite ones; None allows any. Fewer than three say nothing, and neither
-    does a median of 0. Of rows behind the first `num_crossing`, which stay with their clients, nobody knows the size.
+    `max_norm_ratio` times the median of all that can be computed with; None allows any. Fewer than three say nothing,
+    and neither does a median of 0. Of rows behind the first `num_crossing`, which stay with their clients, nobody knows
+    the size.
     """
     columns_P = _columns(layout, groups, values_SP.device)
     crossing_S = slice(num_crossing)
-    norms = [
-        float(torch.linalg.vector_norm(value_P[columns_P].double() - start_P[columns_P].to(value_P).double()))
-        for value_P, start_P in zip(values_SP[crossing_S], start_SP[crossing_S], strict=True)
-    ]
+    norms, largest = list[float](), list[float]()
+    for value_P, start_P in zip(values_SP[crossing_S], start_SP[crossing_S], strict=True):
+        wide_P = value_P[columns_P].double()
+        norms.append(float(torch.linalg.vector_norm(wide_P - start_P[columns_P].to(value_P).double())))
+        largest.append(max(norms[-1], float(torch.linalg.vector_norm(wide_P))))
     finite = [bool(torch.isfinite(value_P).all()) for value_P in values_SP]
-    among = [norm for norm, good in zip(norms, finite, strict=False) if good]
+    too_large = [norm > _LARGEST_NORM for norm in largest]
+    among = [norm for norm, good, large in zip(norms, finite, too_large, strict=False) if good and not large]
     median = statistics.median(among) if len(among) > 2 else 0.0
     rejected: dict[int, str] = {}
     for place, name in enumerate(names):
@@ -105,6 +110,8 @@ def sound(
         if not finite[place]:
             tensors = [spec.name for spec in layout.specs if not torch.isfinite(values_SP[place, spec.columns]).all()]
             reason = f"values that are not finite in {_listed(tensors)}"
+        elif place < len(norms) and too_large[place]:
+            reason = f"its norm {largest[place]:.3g} is too large to compute with, allowed is {_LARGEST_NORM:g}"
         elif place < len(norms) and max_norm_ratio is not None and median and norms[place] > max_norm_ratio * median:
             reason = (
                 f"its norm {norms[place]:.3g} is {norms[place] / median:.3g} times the median {median:.3g} of the "
