@@ -18,7 +18,7 @@ from tests.reference import linkage_twin, mixing_twin
 
 from fedmira.config.graph import GraphConfig
 from fedmira.config.mira import ChoiceConfig, MiraConfig
-from fedmira.errors import ConfigError
+from fedmira.errors import ConfigError, DataError
 from fedmira.federation import drawing
 from fedmira.federation.asked_graphs import similarity_of_regrets
 from fedmira.federation.blocks import block_of
@@ -818,11 +818,25 @@ def test_embeddings_join_like_prompts_whatever_the_template() -> None:
     stream = np.random.Generator(np.random.Philox(0))
     families_Kd = np.repeat(stream.normal(size=(3, 8)), 4, axis=0) + 0.2 * stream.normal(size=(12, 8))
     labels = [str(k // 4) for k in range(12)]
-    plain = embeddings(families_Kd @ families_Kd.T, 12, 3, 1.0)
+    names = clients(12).names
+    plain = embeddings(families_Kd @ families_Kd.T, names, 3, 1.0)
     assert weight_inside(plain, labels) > 0.95
     templated = families_Kd + 50 * stream.normal(size=8)
-    assert np.allclose(embeddings(templated @ templated.T, 12, 3, 1.0).adjacency_KK, plain.adjacency_KK, atol=1e-6)
-    assert embeddings(np.zeros((2, 2)), 2, 3, 1.0).num_edges == 0
+    alike = embeddings(templated @ templated.T, names, 3, 1.0)
+    assert np.allclose(alike.adjacency_KK, plain.adjacency_KK, atol=1e-6)
+    assert embeddings(np.zeros((2, 2)), names[:2], 3, 1.0).num_edges == 0
+
+
+def test_embeddings_that_are_not_finite_are_refused_with_whose_they_are_and_what_to_set() -> None:
+    states_Kd = np.ones((5, 2))
+    states_Kd[1], states_Kd[3] = np.inf, np.nan
+    with np.errstate(invalid="ignore"):
+        gram_KK = states_Kd @ states_Kd.T
+    names = ("anna", "ben", "cleo", "dora", "emil")
+    with pytest.raises(DataError, match=r"not finite at ben, dora; set model\.dtype: float32"):
+        embeddings(gram_KK, names, 3, 1.0)
+    with pytest.raises(DataError, match=r"shape \(5, 5\) for 4 clients"):
+        embeddings(gram_KK, names[:4], 3, 1.0)
 
 
 # ------------------------------------------------------------------------------------------------------ graph by layer

@@ -13,11 +13,14 @@ from fedmira.config.graph import GraphConfig
 from fedmira.errors import ConfigError, DataError
 from fedmira.federation.graph import Graph, Matrix, explained, validated
 from fedmira.federation.similarity import cosines, mutual_neighbours
+from fedmira.formats import listed
 from fedmira.randomness import generator
 from fedmira.types import Clients
 
 _PUBLISHED_THRESHOLD = 0.25
 _DRAWS = 1000
+_SHOWN = 3
+"""Names of clients that a message lists."""
 
 
 def resolve_graph(config: GraphConfig, clients: Clients, given: Matrix | None) -> Graph | None:
@@ -47,7 +50,7 @@ def _known(config: GraphConfig, clients: Clients, given: Matrix | None) -> Graph
         case "embeddings":
             if given is None:
                 raise ConfigError("method.graph.kind = embeddings needs the clients' embeddings; none were computed")
-            return embeddings(given, num_clients, config.neighbours, config.power)
+            return embeddings(given, clients.names, config.neighbours, config.power)
         case "labels":
             return labels(clients.tasks)
         case "uniform":
@@ -62,24 +65,29 @@ def _known(config: GraphConfig, clients: Clients, given: Matrix | None) -> Graph
             return None
 
 
-def embeddings(gram_KK: Matrix, num_clients: int, neighbours: int, power: float) -> Graph:
+def embeddings(gram_KK: Matrix, names: Sequence[str], neighbours: int, power: float) -> Graph:
     """Return the graph of mutual nearest neighbours by the centred cosines of the clients' prompt embeddings.
 
     Args:
         gram_KK: inner products of the embeddings; what all prompts share, such as the template, is centred away.
-        num_clients: K.
+        names: of the K clients.
         neighbours: mutual nearest neighbours kept per client.
         power: exponent on the relative similarity.
 
     Raises:
         DataError: the matrix has another shape, or holds a number that is not finite.
     """
-    if gram_KK.shape != (num_clients, num_clients) or not np.isfinite(gram_KK).all():
+    if gram_KK.shape != (len(names), len(names)):
+        raise DataError(f"graph 'embeddings': inner products of shape {gram_KK.shape} for {len(names)} clients")
+    if not np.isfinite(gram_KK).all():
+        # who is finite has products with the others that are not
+        wrong = [name for name, square in zip(names, np.diagonal(gram_KK), strict=True) if not np.isfinite(square)]
         raise DataError(
-            f"graph 'embeddings': inner products of shape {gram_KK.shape} for {num_clients} clients, or not finite"
+            f"graph 'embeddings': the prompts' hidden states are not finite at {listed(wrong or names, _SHOWN)}; set "
+            "model.dtype: float32, whose range is large enough, or another method.graph.kind, such as gram"
         )
     weights_KK = mutual_neighbours(cosines(gram_KK), neighbours, power)
-    return validated(weights_KK, num_clients, "embeddings", {"neighbours": neighbours, "power": power})
+    return validated(weights_KK, len(names), "embeddings", {"neighbours": neighbours, "power": power})
 
 
 def labels(tasks: Sequence[str]) -> Graph:
