@@ -152,6 +152,33 @@ def test_that_two_clients_are_too_few_for_a_learned_graph_is_told() -> None:
     assert not warnings(assemble(tiny(data=two, method={"name": "mira", "graph": {"kind": "uniform"}})))
 
 
+@pytest.mark.parametrize(
+    ("method", "families", "per_family", "why", "instead"),
+    [
+        ({"name": "mira", "graph": {"kind": "embeddings"}}, 1, 2, "fewer than 3 clients cannot be compared", False),
+        ({"name": "mira", "graph": {"kind": "labels"}}, 3, 1, "no two clients have the same task", True),
+        ({"name": "mira", "graph": {"kind": "labels"}}, 2, 1, "no two clients have the same task", False),
+        ({"name": "oracle_clusters"}, 3, 1, "no two clients have the same task", False),
+        ({"name": "fedu", "graph": {"kind": "true"}}, 3, 1, "it has no edges", False),
+    ],
+)
+def test_that_a_known_graph_joins_nobody_is_told_with_what_to_set(
+    method: dict[str, Any], families: int, per_family: int, why: str, instead: bool
+) -> None:
+    data = {"source": "planted", "families": families, "clients_per_family": per_family, "examples": 12}
+    kind = method.get("graph", {"kind": "labels"})["kind"]
+    (line,) = warnings(assemble(tiny(data=data, method=method)))
+    assert line == (
+        f"method.graph.kind = {kind} joins nobody with anybody, as {why}: everybody trains alone, as with local_only; "
+        "set method.graph.kind: uniform where they are related" + ", or kind: gram to find out who is" * instead
+    )
+
+
+@pytest.mark.parametrize("kind", ["embeddings", "labels", "true", "uniform"])
+def test_of_a_known_graph_with_edges_nothing_is_said(kind: str) -> None:
+    assert not warnings(assemble(tiny(method={"name": "mira", "graph": {"kind": kind}})))
+
+
 @pytest.mark.parametrize(("uploads", "refused"), [(3, None), (2, 3), (1, 2), (0, 1)])
 def test_the_round_that_the_privacy_budget_will_not_allow_is_known_before_the_first(
     uploads: int, refused: int | None

@@ -20,6 +20,7 @@ from fedmira.evaluation.judge import shortened_line
 from fedmira.exchange.messages import crossing
 from fedmira.exchange.privacy import epsilon, max_uploads
 from fedmira.federation import participation
+from fedmira.federation.known_graphs import resolve_graph
 from fedmira.federation.similarity import MINIMUM_CLIENTS
 from fedmira.formats import counted
 from fedmira.types import Arena, Layout, Participants
@@ -36,7 +37,8 @@ def warnings(parts: Assembly) -> tuple[str, ...]:
         _alone_line(parts),
         _shortened_training_line(parts),
         _unanswered_line(parts),
-        _graph_line(parts.config, len(parts.clients.names)),
+        _known_graph_line(parts),
+        _learned_graph_line(parts.config, len(parts.clients.names)),
         *_phase_lines(parts.config),
         _judging_line(parts),
         shortened_line(parts.base, parts.layout, parts.tokenized, parts.config.evaluation),
@@ -84,7 +86,25 @@ def _unanswered_line(parts: Assembly) -> str:
     )
 
 
-def _graph_line(config: RunConfig, num_clients: int) -> str:
+def _known_graph_line(parts: Assembly) -> str:
+    """Whether a graph that is known joins nobody."""
+    method, num_clients = parts.config.method, len(parts.clients.names)
+    section = getattr(method, "graph", None)
+    graph = None if section is None else resolve_graph(section, parts.clients, parts.given_graph)
+    if graph is None or graph.num_edges or num_clients < 2:
+        return ""
+    few = num_clients < MINIMUM_CLIENTS
+    unlike = f"fewer than {MINIMUM_CLIENTS} clients cannot be compared" if few else "no two clients' prompts are alike"
+    why = {"labels": "no two clients have the same task", "embeddings": unlike}.get(graph.name, "it has no edges")
+    learns = not (few or method.needs_known_graph or parts.config.model.adapter.kind != "lora")
+    instead = ", or kind: gram to find out who is" if learns else ""
+    return (
+        f"method.graph.kind = {graph.name} joins nobody with anybody, as {why}: everybody trains alone, as with "
+        f"local_only; set method.graph.kind: uniform where they are related{instead}"
+    )
+
+
+def _learned_graph_line(config: RunConfig, num_clients: int) -> str:
     """Whether nothing comes of a learned graph: clients or rounds are too few."""
     graph, rounds = getattr(config.method, "graph", None), config.federation.rounds
     if graph is None or not graph.is_learned:
