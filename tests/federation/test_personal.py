@@ -365,6 +365,22 @@ def test_the_closed_form_solves_the_quadratic_programme() -> None:
     assert np.allclose(project_to_simplex(inside), inside)
 
 
+@pytest.mark.parametrize("far", [1e3, 1e7, 5e16, 1e300])
+def test_on_the_simplex_only_differences_count_however_far_it_is(far: float) -> None:
+    inside = np.array([[0.2, 0.3, 0.5]])
+    if far < 1e10:
+        assert np.allclose(project_to_simplex([inside[0] + far, inside[0] - far]), inside, atol=1e-15 * far)
+    rows = project_to_simplex(
+        [[far, far, 0.0], [far, far, far], [-far, -far, 0.0], [-far, -far, -far], [0.3, 0.3, -far]]
+    )
+    assert np.allclose(rows, [[0.5, 0.5, 0], [1 / 3] * 3, [0, 0, 1], [1 / 3] * 3, [0.5, 0.5, 0]])
+    # without a regulariser everything goes to the most similar
+    cosine = np.array([[1.0, 0.9, 0.1], [0.9, 1.0, 1.0], [0.1, 1.0, 1.0]])
+    weights = collaboration(cosine, [0.3, 0.3, 0.4], 1 / far)
+    assert np.allclose(weights.sum(axis=1), 1)
+    assert np.allclose(weights, [[1, 0, 0], [0, 0.5, 0.5], [0, 0.5, 0.5]], atol=0.06)
+
+
 def test_pfedgraph_by_hand_on_three_clients() -> None:
     method, state = fresh(section("pfedgraph", strength=0.8), 3)
     results = trained(method.plan(state, Participants(1, (0, 1, 2))), clients(3).names)

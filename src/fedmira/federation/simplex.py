@@ -12,6 +12,9 @@ import numpy.typing as npt
 
 from fedmira.federation.graph import Matrix
 
+_FAR = 1e6
+"""Beside numbers as large the 1 of the sum loses digits that matter."""
+
 
 def project_to_simplex(rows_MC: npt.ArrayLike) -> Matrix:
     """Return for each row the nearest point with entries of at least 0 that sum to 1, by sorting: O(C log C) a row.
@@ -20,8 +23,13 @@ def project_to_simplex(rows_MC: npt.ArrayLike) -> Matrix:
 
     >>> project_to_simplex([[0.5, 0.5], [2.0, 0.0]]).tolist()
     [[0.5, 0.5], [1.0, 0.0]]
+    >>> project_to_simplex([[5e16, 5e16, 0.0]]).tolist()
+    [[0.5, 0.5, 0.0]]
     """
     values_MC = np.atleast_2d(np.asarray(rows_MC, dtype=np.float64))
+    largest_M1 = values_MC.max(axis=1, keepdims=True)
+    # only differences count
+    values_MC = np.where(np.abs(largest_M1) > _FAR, values_MC - largest_M1, values_MC)
     falling_MC = -np.sort(-values_MC, axis=1)
     excess_MC = np.cumsum(falling_MC, axis=1) - 1.0
     counts_C = np.arange(1, values_MC.shape[1] + 1)
