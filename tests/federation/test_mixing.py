@@ -149,6 +149,16 @@ def test_edges_that_nobody_would_notice_do_not_join_groups(seed: int) -> None:
     assert validated([[0, 1, 1e-15], [1, 0, 0], [1e-15, 0, 0]], 3, "given").num_edges == 2
 
 
+def test_beyond_what_float64_solves_a_strength_acts_no_more_and_weak_links_stay_short_of_the_mean() -> None:
+    graph = validated([[0, 1, 0], [1, 0, 1e-9], [0, 1e-9, 0]], 3, "given")
+    # confidence 3 and degree 1 + 1e-9
+    bound = 1e10 * 3 / (2 * (1 + 1e-9))
+    at_bound = implicit_matrix(graph, bound, [3.0] * 3)
+    assert 0.4 < at_bound[2, 2] < 0.42
+    assert np.allclose(implicit_matrix(graph, 1e3 * bound, [3.0] * 3), at_bound, rtol=0, atol=1e-6)
+    assert implicit_matrix(graph, 0.1 * bound, [3.0] * 3)[2, 2] > at_bound[2, 2] + 0.1
+
+
 def test_who_is_in_a_component_without_confidence_gets_the_mean_of_all() -> None:
     edges = np.zeros((5, 5))
     edges[0, 1] = edges[1, 0] = edges[2, 3] = edges[3, 2] = 1

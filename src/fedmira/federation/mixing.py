@@ -32,7 +32,8 @@ from fedmira.types import Arena, Layout, TensorSpec
 Mixer: TypeAlias = Callable[[Arena], Arena]
 
 _LARGEST_CONDITION = 1e10
-"""Beyond this ratio of coupling to confidence a component has reached its mean to the last digits of float32."""
+"""Beyond this ratio of coupling to confidence a component without weak links has reached its mean to the last digits of
+float32, and float64 solves no component much further."""
 _LEAST_FACTOR = 1e-290
 """Below this one of coupling to confidence products with weights of a graph could become 0."""
 
@@ -121,7 +122,11 @@ def laplacian_implicit(
 
 
 def implicit_matrix(graph: Graph, tau: float, confidence_K: Sequence[float]) -> Matrix:
-    """Return (C + tau L)^-1 C, (K, K): row-stochastic and non-negative; solved per component by Cholesky in float64."""
+    """Return (C + tau L)^-1 C, (K, K): row-stochastic and non-negative; solved per component by Cholesky in float64.
+
+    In a component tau acts up to 1e10 c / (2 d), c its largest confidence and d its largest degree: parts that only
+    edges of some 1e-9 d join end short of their common mean, however large tau is.
+    """
     confidence = np.asarray(confidence_K, dtype=np.float64)
     if not (np.isfinite(tau) and tau >= 0 and (confidence >= 0).all()):
         raise ValueError(f"tau must be finite and at least 0, confidences too; given {tau}, {confidence[:8].tolist()}")
