@@ -130,22 +130,22 @@ class Trainer:
         self.loss: Callable[..., torch.Tensor] = torch.compile(next_token_loss) if options.compile else next_token_loss
 
     def batches(self, started: float) -> Iterator[torch.Tensor]:
-        """Batches until the budget is spent; windows grow in the last part of it, the tokens of a batch stay."""
-        options = self.options
+        """Batches until the budget is spent, one at least; windows grow in its last part, tokens of a batch stay."""
+        options, before = self.options, self.progress.step
         while True:
             long = self.spent(started) >= options.long_from
             window = options.long_window if long else options.window
             batch = max(1, options.batch_tokens // window)
             rows = torch.from_numpy(self.stream.windows(self.progress.shard, window))
             for first in range(0, len(rows) - batch + 1, batch):
-                if self.spent(started) >= 1.0:
+                if self.spent(started) >= 1.0 and self.progress.step > before:
                     return
                 yield rows[first : first + batch].to(options.device)
             self.progress.shard += 1
 
     def spent(self, started: float) -> float:
-        """Share of this call's time budget that is over."""
-        return (time.monotonic() - started) / (60 * float(self.options.minutes))
+        """Share of this call's time budget that is over, 1 at most."""
+        return min(1.0, (time.monotonic() - started) / (60 * float(self.options.minutes)))
 
     def run(self, at_snapshot: Callable[[], None]) -> None:
         """Train until the budget is spent; snapshot and checkpoint at the set intervals."""

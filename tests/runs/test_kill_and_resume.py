@@ -290,7 +290,7 @@ def test_resume_under_a_changed_config_is_refused(
         capsys, tmp_path, "--resume", "federation.rounds=13", "training.learning_rate=1e-3"
     )
     assert code == 5, text
-    assert "federation.rounds: 12 -> 13" in text
+    assert "federation.rounds" not in text, "more rounds alone would be no reason"
     assert "training.learning_rate: 0.002 -> 0.001" in text
     assert path.name in text
     assert "Traceback" not in text
