@@ -92,6 +92,10 @@ QUOTED: tuple[tuple[str, tuple[Source, ...]], ...] = (
         "2, 4, 8, 16 and 32 come to {}, {}, {}, {} and {}",
         tuple(loss(row) for row in ("mira-rank-2", "mira-rank-4", "mira", "mira-rank-16", "mira-rank-32")),
     ),
+    (
+        "instruction induction 2, 8 and 32 tie at {}, {} and {}",
+        tuple(loss(row, "instruction_induction") for row in ("mira-rank-2", "mira", "mira-rank-32")),
+    ),
     ("({} with rank 2, {} with 32)", tuple(loss(row) for row in ("local_only-rank-2", "local_only-rank-32"))),
     ("loses {} to {} on instruction induction", (least(SHARED_A), most(SHARED_A))),
     (

@@ -51,13 +51,11 @@ _LATER: Mapping[str, Mapping[str, Any]] = {
 """Keys that came after the first results, with the values that leave everything as it was before them."""
 _GONE = {"warmup_rounds": 3}
 """What learned graphs were made with before they counted by their agreement: see methods_made.md."""
-_ASKED_ABOUT_ALL = frozenset(("flan", "instruction_induction", "natural_instructions"))
-"""Studies that were made before `mira` asked clients about few examples a round (method.choice.examples); on
-instruction induction clients hold three, so that is the same."""
-_NEAR: Mapping[str, float] = {"flan_few": 1.1, "planted": 1.2, "planted_unequal": 1.2}
+_ASKED_ABOUT_ALL = frozenset(("flan", "instruction_induction"))
+"""Studies that were made before `mira` asked clients about few examples a round (method.choice.examples)."""
+_NEAR: Mapping[str, float] = {"flan_few": 1.1, "instruction_induction": 1.1, "planted": 1.2, "planted_unequal": 1.2}
 """How far above the best a rate may be on one draw and still be tried on two more: two standard deviations, from draw
-to draw, of what lies between neighbouring rates. 1.05 elsewhere, where the search also ends with what the first draw
-says is outermost, until those are tuned anew."""
+to draw, of what lies between neighbouring rates. 1.05 elsewhere."""
 _TUNED_ALONE = (
     *("mira-true", "mira-labels", "mira-shared-a", "mira-shared-a-asks-nobody"),
     *("mira-private-weak", "mira-private", "mira-private-full"),
@@ -220,8 +218,6 @@ def choose_rate(study: Study, name: str, found: Mapping[Any, Any]) -> tuple[floa
             if untried:
                 return None, untried
             best = near[int(np.argmin(losses))]
-            if study.name not in _NEAR:
-                return best, []
         if widened(best) == (low, high):
             return best, []
         low, high = widened(best)
