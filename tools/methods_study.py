@@ -601,8 +601,6 @@ def _reached(reported: Mapping[str, list[Judged]], settings: Mapping[str, Any]) 
         return min(names, key=lambda name: mean_loss(reported[name]))
 
     best = lowest([name for name in of_others if "-" not in name])
-    helped = [name for name in of_others if "-" in name]
-    with_labels = [name for name in reported if name.endswith("-all-labels")]
     own_error = standard_error(reported[best])
 
     def verdict(holds: bool) -> str:
@@ -618,20 +616,21 @@ def _reached(reported: Mapping[str, list[Judged]], settings: Mapping[str, Any]) 
         clear = "" if high < 0 or low > 0 else ", not clear"
         return f"{verdict(mean_loss(mira) < mean_loss(reported[name]))}{clear}: {interval(mira, reported[name])}"
 
+    def against_lowest(names: Sequence[str]) -> list[str]:
+        """Who of `names` is lowest, the difference to it, and the verdict on that."""
+        if not names:
+            return ["-"] * 3
+        rival = lowest(names)
+        return [rival, interval(mira, reported[rival]), within_error(rival)]
+
     oracles = [name for name in ("mira-true", "mira-labels", "oracle_clusters") if name in reported]
     gains = {name: mean_loss(local) - mean_loss(reported[name]) for name in ("mira", *oracles)}
     closed = {name: gains["mira"] / gains[name] for name in oracles if gains[name] > 0}
     return [
-        best,
-        interval(mira, reported[best]),
-        within_error(best),
+        *against_lowest([best]),
         f"{verdict(mean_loss(mira) - mean_loss(reported[best]) <= own_error)} ({own_error:.3f})",
-        lowest(helped) if helped else "-",
-        interval(mira, reported[lowest(helped)]) if helped else "-",
-        within_error(lowest(helped)) if helped else "-",
-        lowest(with_labels) if with_labels else "-",
-        interval(mira, reported[lowest(with_labels)]) if with_labels else "-",
-        within_error(lowest(with_labels)) if with_labels else "-",
+        *against_lowest([name for name in of_others if "-" in name]),
+        *against_lowest([name for name in reported if name.endswith("-all-labels")]),
         against("local_only"),
         against("fedit"),
         f"{verdict(harm(mira, local) <= 0.02)}: {harm(mira, local):.1%}",

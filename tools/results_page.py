@@ -8,6 +8,7 @@ Everything printed comes from the studies; the words around it are written by ha
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 
 from fedmira.report.reading import StudyRecord, read
@@ -29,17 +30,15 @@ def section(title: str, path: Path) -> str:
 
 def _rates(study: StudyRecord) -> str:
     """Validation loss of every method at every learning rate tried; the chosen one in bold."""
-    losses = {(entry["method"], entry["learning_rate"]): entry["validation_loss"] for entry in study.tuning}
-    methods = list(dict.fromkeys(method for method, _ in losses))
-    rates = sorted({rate for _, rate in losses})
+    tried_by = {method: study.rates_tried(method) for method in dict.fromkeys(e["method"] for e in study.tuning)}
+    rates = sorted({rate for tried in tried_by.values() for rate in tried})
     lines = [
         "| validation loss on the tuning draw at learning rate | " + " | ".join(f"{rate:g}" for rate in rates) + " |",
         "|---|" + "---:|" * len(rates),
     ]
-    for method in methods:
-        tried = {rate: losses[method, rate] for rate in rates if (method, rate) in losses}
-        shown = {rate: "diverged" if loss is None else f"{loss:.3f}" for rate, loss in tried.items()}
-        trained = {rate: loss for rate, loss in tried.items() if loss is not None}
+    for method, tried in tried_by.items():
+        trained = {rate: loss for rate, loss in tried.items() if not math.isnan(loss)}
+        shown = {rate: f"{loss:.3f}" if rate in trained else "diverged" for rate, loss in tried.items()}
         if trained:
             best = min(trained, key=trained.__getitem__)
             shown[best] = f"**{shown[best]}**"

@@ -5,7 +5,7 @@ Axes: K clients, S rows of a job, P parameters of one adapter.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -702,19 +702,25 @@ def test_ifca_with_one_model_is_fedit_after_the_first_choice() -> None:
     assert torch.allclose(state.memory["models"][0], averaged.adapters.values_KP[0], atol=1e-12)
 
 
-def test_pcl_mixes_by_the_softmax_of_negative_losses() -> None:
-    method, state = fresh(section("pcl", temperature=0.5))
-    participants = Participants(1, (1, 3, 4))
+def pcl_asks(ids: tuple[int, ...], **settings: Any) -> tuple[State, Results, Trial, Callable[..., Any]]:
+    """State and results of a first round in which `ids` take part, what they are asked, and what decides by it."""
+    method, state = fresh(section("pcl", **settings))
+    participants = Participants(1, ids)
     results = trained(method.plan(state, participants), clients().names)
     state, _ = method.merge(state, participants, results)
     assert method.trial is not None
     assert method.decide is not None
     trial = method.trial(state, participants, results)
     assert trial is not None
+    return state, results, trial, method.decide
+
+
+def test_pcl_mixes_by_the_softmax_of_negative_losses() -> None:
+    state, results, trial, decide = pcl_asks((1, 3, 4), temperature=0.5)
     assert (trial.num_candidates, trial.sent, trial.split) == (3, 2, "validation")
     assert same_bytes(trial.candidate(2), results.values_SP[2].expand(3, -1).clone())
     losses = [[1.0, 1.5, 2.0], [2.0, 0.5, 0.5], [float("nan")] * 3]
-    after, _ = method.decide(state, trial, answers(trial, losses))
+    after, _ = decide(state, trial, answers(trial, losses))
     for row, k in ((0, 1), (1, 3)):
         trust = np.exp(-np.array(losses[row]) / 0.5)
         expected_P = (trust / trust.sum()) @ results.values_SP.numpy()
@@ -725,16 +731,9 @@ def test_pcl_mixes_by_the_softmax_of_negative_losses() -> None:
 
 @pytest.mark.parametrize("worst", [float("inf"), float("nan"), 1e30])
 def test_pcl_gives_an_adapter_that_ruins_a_client_no_weight_and_the_others_theirs(worst: float) -> None:
-    method, state = fresh(section("pcl"))
-    participants = Participants(1, (1, 3, 4))
-    results = trained(method.plan(state, participants), clients().names)
-    state, _ = method.merge(state, participants, results)
-    assert method.trial is not None
-    assert method.decide is not None
-    trial = method.trial(state, participants, results)
-    assert trial is not None
+    state, results, trial, decide = pcl_asks((1, 3, 4))
     told = answers(trial, [[1.0, 1.0, worst], [1.0, 1.0, worst], [worst, 1.0, worst]])
-    after, info = method.decide(state, trial, told)
+    after, info = decide(state, trial, told)
     mean_P = results.values_SP[:2].mean(dim=0)
     for k, expected_P in ((1, mean_P), (3, mean_P), (4, results.values_SP[1])):
         assert torch.allclose(after.adapters.values_KP[k], expected_P, atol=1e-12)
@@ -742,17 +741,10 @@ def test_pcl_gives_an_adapter_that_ruins_a_client_no_weight_and_the_others_their
 
 
 def test_pcl_is_local_when_nobody_trusts_and_the_plain_mean_when_all_are_alike() -> None:
-    method, state = fresh(section("pcl"))
-    participants = Participants(1, EVERYBODY)
-    results = trained(method.plan(state, participants), clients().names)
-    state, _ = method.merge(state, participants, results)
-    assert method.trial is not None
-    assert method.decide is not None
-    trial = method.trial(state, participants, results)
-    assert trial is not None
-    alone, _ = method.decide(state, trial, answers(trial, (1000 * (1 - np.eye(6))).tolist()))
+    state, results, trial, decide = pcl_asks(EVERYBODY)
+    alone, _ = decide(state, trial, answers(trial, (1000 * (1 - np.eye(6))).tolist()))
     assert torch.allclose(alone.adapters.values_KP, results.values_SP, atol=1e-12)
-    equal, _ = method.decide(state, trial, answers(trial, np.ones((6, 6)).tolist()))
+    equal, _ = decide(state, trial, answers(trial, np.ones((6, 6)).tolist()))
     assert torch.allclose(equal.adapters.values_KP, results.values_SP.mean(dim=0).expand(6, -1), atol=1e-12)
 
 

@@ -649,3 +649,11 @@ def test_new_methods_are_not_compared_with_runs_over_other_files(
         compare(wanted("fedit"), directory=out)
     assert not trained
     assert snapshot(out) == before
+
+
+def test_a_run_that_lost_its_manifest_does_not_keep_others_from_running(tmp_path: Path, trained: list[Job]) -> None:
+    path = compare(config(methods=["local_only"]), directory=tmp_path / "study")
+    (next((path / "runs").iterdir()) / "manifest.json").unlink()
+    trained.clear()
+    compare(config(methods=["fedit"]), directory=path)
+    assert trained

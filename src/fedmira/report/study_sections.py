@@ -311,10 +311,7 @@ def tuned_unlike(study: StudyRecord) -> list[str]:
 
     No study is made like this any more; one that an earlier version wrote can be.
     """
-    tried: dict[str, set[float]] = {method: set() for method in study.learning_rates}
-    for entry in study.tuning:
-        if str(entry["method"]) in tried:
-            tried[str(entry["method"])].add(float(entry["learning_rate"]))
+    tried = {method: set(study.rates_tried(method)) for method in study.learning_rates}
     # tried and not taken: it ran without a grid later
     given = {method: rates if study.learning_rates[method] in rates else set() for method, rates in tried.items()}
     usual = max(given.values(), key=list(given.values()).count, default=set())

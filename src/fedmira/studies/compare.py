@@ -180,6 +180,8 @@ class _Comparison:
                 # all were made from the same files, so whichever can be read tells
                 continue
             known = known_clients(manifest)
+            if not known:
+                continue
             parts = assemble(store.config, known=known, commit=recorded_commit(manifest))
             try:
                 refuse_other_data(manifest, parts)
