@@ -18,9 +18,11 @@ from fedmira.assembly import Assembly, assemble, cached_federation, read_graph
 from fedmira.config.graph import GraphConfig
 from fedmira.config.run import ModelConfig, RunConfig
 from fedmira.errors import ConfigError, DataError, IntegrityError, SetupError
+from fedmira.exchange.in_process import InProcess
 from fedmira.experiment import run
 from fedmira.model.base import load_base
 from fedmira.runs.same_base import moved, refuse_other_base, refuse_other_dtype, versions
+from fedmira.types import Losses, Trial
 
 NAMES = ("anna", "ben", "cleo")
 MATRIX = np.array([[0.0, 2.0, 0.5], [2.0, 0.0, 0.0], [0.5, 0.0, 0.0]])
@@ -228,6 +230,32 @@ def test_the_server_counts_the_examples_that_are_trained_on() -> None:
     assert parts.clients.names == parts.federation.names
     assert parts.clients.num_examples_K == tuple(len(client.train) for client in parts.tokenized)
     assert parts.clients.tasks == ("family-0", "family-0", "family-1", "family-1")
+
+
+def test_a_question_goes_to_no_more_examples_than_a_training_step_takes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int | None] = []
+    judge = InProcess.judge
+
+    def listening(exchange: InProcess, trial: Trial) -> Losses:
+        asked.append(trial.most_examples)
+        return judge(exchange, trial)
+
+    monkeypatch.setattr(InProcess, "judge", listening)
+    partition = {"by": "field", "validation": 0.5, "test": 0}
+    data = {"source": "planted", "families": 2, "clients_per_family": 2, "examples": 12, "partition": partition}
+    run(
+        tiny(
+            data=data,
+            training={"batch_size": 1, "local_steps": 1},
+            federation={"rounds": 2},
+            evaluation={"test": False, "generation": {"enabled": False}},
+        ),
+        directory=tmp_path,
+    )
+    # after the last round they judge all
+    assert asked == [1, None]
 
 
 def test_a_tokenizer_larger_than_the_model_is_refused_where_its_tokens_are_used(tmp_path: Path) -> None:

@@ -51,7 +51,7 @@ _LATER: Mapping[str, Mapping[str, Any]] = {
 """Keys that came after the first results, with the values that leave everything as it was before them."""
 _GONE = {"warmup_rounds": 3}
 """What learned graphs were made with before they counted by their agreement: see methods_made.md."""
-_ASKED_ABOUT_ALL = frozenset(("flan", "instruction_induction"))
+_ASKED_ABOUT_ALL = frozenset(("flan",))
 """Studies that were made before `mira` asked clients about few examples a round (method.choice.examples)."""
 _NEAR: Mapping[str, float] = {"flan_few": 1.1, "instruction_induction": 1.1, "planted": 1.2, "planted_unequal": 1.2}
 """How far above the best a rate may be on one draw and still be tried on two more: two standard deviations, from draw
@@ -107,6 +107,7 @@ class Task(NamedTuple):
 def digest(config: Mapping[str, Any]) -> str:
     """A short hash of what decides the numbers: not where data lies or results go, nor what a kind of graph ignores."""
     from fedmira.config.graph import GraphConfig
+    from fedmira.config.mira import ChoiceConfig
 
     kept = {key: value for key, value in config.items() if key not in _PATHLESS}
     kept["data"] = {key: value for key, value in kept["data"].items() if key != "path"}
@@ -114,6 +115,10 @@ def digest(config: Mapping[str, Any]) -> str:
         of_section = kept[section].items()
         kept[section] = {key: value for key, value in of_section if key not in later or value != later[key]}
     choice = kept["method"].get("choice")
+    if choice and choice["examples"] == "auto":
+        examples = ChoiceConfig.model_construct(**choice).most_examples(kept["training"]["batch_size"])
+        choice = {**choice, "examples": examples}
+        kept["method"] = {**kept["method"], "choice": choice}
     if choice and (choice["examples"] is None or not choice["enabled"]):
         choice = kept["method"]["choice"] = {key: choice[key] for key in choice if key != "examples"}
     if choice and (not choice["enabled"] or choice["shrinkage"] == bool(choice["memory"])):

@@ -195,7 +195,7 @@ def assemble(
         template, cut = config.data.template, config.data.cut
         texts = probe_texts(graph.probe_path, graph.probe_examples, base.tokenizer, template, longest, cut, config.seed)
         refuse_tokens_without_embedding(base, texts)
-    method = build_method(config.method, clients, given, config.federation)
+    method = build_method(config.settled_method, clients, given, config.federation)
     if cohort_size is None:
         wanted = config.training.cohort_size
         cohort_size = (

@@ -269,9 +269,31 @@ def test_what_runs_of_before_wrote_down_means_what_they_did() -> None:
         "data.cut: 'beginning' -> 'input'",
         "method.choice.examples: null -> 4",
     ]
-    of_before = resolved_yaml(default).replace("  cut: input\n", "").replace("    examples: 4\n", "")
+    of_before = resolved_yaml(default).replace("  cut: input\n", "").replace("    examples: auto\n", "")
     assert parse_resolved(of_before) == beginning
     assert parse_resolved(resolved_yaml(default)) == default
+    nobody_asked = parse_config("method: {choice: {enabled: false}}")
+    with_the_default_of_before = resolved_yaml(nobody_asked).replace("    examples: auto\n", "    examples: 4\n")
+    assert config_hash(parse_resolved(with_the_default_of_before)) == config_hash(nobody_asked)
+
+
+def test_questions_go_to_no_more_examples_than_a_step_trains_on() -> None:
+    def asked(batch_size: int, examples: str = "auto") -> int | None:
+        config = parse_config(
+            f"{{training: {{batch_size: {batch_size}}}, method: {{choice: {{examples: {examples}}}}}}}"
+        )
+        method = config.settled_method
+        assert isinstance(method, MiraConfig)
+        return method.choice.most_examples()
+
+    assert [asked(size) for size in (1, 2, 4, 8)] == [1, 2, 4, 4]
+    assert [asked(1, "7"), asked(8, "7"), asked(1, "null")] == [7, 7, None]
+    # so a config that says the number computes the same, and goes on where the other began
+    assert config_hash(RunConfig()) == config_hash(parse_config("method: {choice: {examples: 4}}"))
+    assert config_hash(parse_config("training: {batch_size: 1}")) == config_hash(
+        parse_config("{training: {batch_size: 1}, method: {choice: {examples: 1}}}")
+    )
+    assert parse_config("method: {name: fedit}").settled_method == parse_config("method: {name: fedit}").method
 
 
 @pytest.mark.parametrize("method", ["fedlease", "fedtreelora"])

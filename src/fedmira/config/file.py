@@ -139,6 +139,7 @@ def _shown(leaves: Mapping[str, Any], key: str) -> str:
 def _identity(config: RunConfig) -> dict[str, Any]:
     """What decides the computation."""
     identity = {key: value for key, value in config.model_dump(mode="json").items() if key not in NOT_IDENTITY}
+    identity["method"] = config.settled_method.model_dump(mode="json")
     pattern = config.model.adapter.rank_pattern
     if any(one.endswith(f".{other}") for one in pattern for other in pattern):
         # a layer can match both: the first counts, and the hash of a mapping is blind to order

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, PositiveInt, ValidationInfo, model_validator
 
 from fedmira.config.basics import (
     FinitePositiveFloat,
@@ -13,6 +13,7 @@ from fedmira.config.basics import (
     NonNegativeFloat,
     Section,
     Share,
+    is_recorded,
     refuse_strangers,
 )
 from fedmira.config.graph import GraphConfig
@@ -33,16 +34,21 @@ class MiraPublishedConfig(MethodSection):
     """eta of the paper. Its published code uses learning rate x local_step = 3e-4 x 5."""
 
 
+_FEW = 4
+"""Examples a question goes to by default (docs/log.md)."""
+
+
 class ChoiceConfig(Section):
     enabled: bool = True
     """Validated mixing: each client decides by its validation loss, and what those of all say, how much of the mixed
     adapter it keeps, and whether it trains on from it."""
     every: PositiveInt = 1
     """Rounds from one question to the next. In the last round all clients with a stored adapter are asked."""
-    examples: PositiveInt | None = 4
+    examples: PositiveInt | Literal["auto"] | None = "auto"
     """At most this many of a client's validation examples are judged after a round, others the next time; its answers
-    of several rounds count (`memory`). null: as many as `evaluation.examples_per_question` says. After the last round
-    it judges all of them in any case."""
+    of several rounds count (`memory`). `auto`: 4, or `training.batch_size` where that is less, so that a question takes
+    less time than a training step. null: as many as `evaluation.examples_per_question` says. After the last round it
+    judges all of them in any case."""
     average: bool = True
     """After the last round clients answer for the average over rounds (`ema_decay`), too, and each keeps as much of its
     mixture in it as these answers say; all of them take home what the last round alone would give them if the mean of
@@ -63,11 +69,16 @@ class ChoiceConfig(Section):
     """Shares of the mixed adapter that a client may keep, from 0 to 1 and ascending; the rest is its own upload. Each
     is judged whenever clients are asked."""
 
+    def most_examples(self, batch_size: int = _FEW) -> int | None:
+        """How many `examples` stands for where training takes batches of this size; None: no bound of its own."""
+        return min(_FEW, batch_size) if self.examples == "auto" else self.examples
+
     @model_validator(mode="after")
-    def _ascending(self) -> ChoiceConfig:
+    def _ascending(self, info: ValidationInfo) -> ChoiceConfig:
         if list(self.grid) != sorted({0.0, *self.grid, 1.0}):
             raise ValueError(f"grid = {list(self.grid)} must be different shares in ascending order, from 0 to 1")
-        if not self.enabled and (what := self.without_effect()):
+        # what is recorded has all fields, with the defaults of its time
+        if not self.enabled and (what := self.without_effect()) and not is_recorded(info):
             raise ValueError(f"{what} while enabled is false; remove it, or set enabled: true")
         return self
 

@@ -215,6 +215,15 @@ class RunConfig(Section):
             return self.model.model_copy(update={"dtype": "float32"})
         return self.model
 
+    @property
+    def settled_method(self) -> MethodConfig:
+        """The method with what it leaves to other sections: of `method.choice.examples: auto` the number."""
+        if not isinstance(self.method, MiraConfig):
+            return self.method
+        choice = self.method.choice
+        examples = choice.most_examples(self.training.batch_size)
+        return self.method.model_copy(update={"choice": choice.model_copy(update={"examples": examples})})
+
     @model_validator(mode="after")
     def _across_sections(self, info: ValidationInfo) -> RunConfig:
         graph = getattr(self.method, "graph", None)

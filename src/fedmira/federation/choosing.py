@@ -120,7 +120,7 @@ def ask(
         candidate,
         only_to_judge(participants, num_clients),
         groups=groups,
-        most_examples=config.examples,
+        most_examples=config.most_examples(),
         every=config.every,
         versus=(0,) if config.shrinkage else (),
     )
