@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 from tests.reference.tiny_models import LLAMA_LIKE, VOCABULARY, random_examples, tiny_base, tiny_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, GraniteConfig, PreTrainedTokenizerFast
@@ -80,6 +82,41 @@ def test_a_folder_without_config_is_refused(tmp_path: Path) -> None:
 def test_pickled_weights_are_refused(folder: Path) -> None:
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     with pytest.raises(SetupError, match=r"only \.bin weights.*save_pretrained"):
+        load_base(ModelConfig(path=str(folder)))
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "../model.safetensors", "part.safetensors.index.json"])
+def test_an_index_leads_to_no_pickle_and_out_of_no_folder(folder: Path, name: str) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    torch.save(tensors, folder / "pytorch_model.bin")
+    (folder / "model.safetensors").rename(folder / "other.safetensors")
+    index = {"metadata": {}, "weight_map": dict.fromkeys(tensors, name)}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(SetupError, match=rf"'{re.escape(name)}'.*can run code.*save_pretrained"):
+        load_base(ModelConfig(path=str(folder)))
+
+
+def test_a_config_leads_to_no_pickle(folder: Path) -> None:
+    torch.save(load_file(folder / "model.safetensors"), folder / "adapter_model.bin")
+    edit_config(folder, transformers_weights="adapter_model.bin")
+    with pytest.raises(SetupError, match=r"'adapter_model\.bin'.*can run code"):
+        load_base(ModelConfig(path=str(folder)))
+
+
+def test_an_index_beside_the_config_is_followed(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").rename(folder / "part.safetensors")
+    index = {"metadata": {}, "weight_map": dict.fromkeys(tensors, "part.safetensors")}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert load_base(ModelConfig(path=str(folder))).num_parameters
+
+
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors.index.json"])
+def test_json_of_another_shape_is_a_fault_of_the_folder(folder: Path, file: str) -> None:
+    if file != "config.json":
+        (folder / "model.safetensors").rename(folder / "part.safetensors")
+    (folder / file).write_text("[1]")
+    with pytest.raises(SetupError, match=r"cannot be loaded"):
         load_base(ModelConfig(path=str(folder)))
 
 

@@ -201,6 +201,8 @@ def refuse_unusable(source: str, revision: str | None, name: str) -> None:
         )
     with translated_errors(name):
         raw, _ = PreTrainedConfig.get_config_dict(source, revision=revision)
+        if not isinstance(raw, dict):
+            raise ValueError("its config.json holds no JSON object")
     if "auto_map" in raw:
         raise SetupError(
             f"the config of {name} asks for code of its own (auto_map), which fedmira never runs; if transformers "
@@ -211,12 +213,52 @@ def refuse_unusable(source: str, revision: str | None, name: str) -> None:
             f"the config of {name} selects an implementation of its own ({chosen[0]}), which fedmira never loads; "
             f"remove {', '.join(chosen)} from config.json in a local copy"
         )
+    with translated_errors(name):
+        strange = _strange_weights(source, revision, raw.get("transformers_weights"))
+    if strange:
+        raise SetupError(
+            f"{name} names {strange!r} as a file of weights; fedmira reads *.safetensors beside config.json only, as "
+            "other kinds can run code when read: load the model with transformers and save it again with "
+            "save_pretrained"
+        )
     model_type = raw.get("model_type")
     if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise SetupError(
             f"the architecture of {name} (model_type {model_type!r}) is no causal language model that this version of "
             "transformers knows; use a GPT-2, Llama, Qwen, Mistral or Gemma model, or a newer transformers"
         )
+
+
+def _strange_weights(source: str, revision: str | None, chosen: str | None) -> str:
+    """A file that transformers would read weights from and that is no *.safetensors beside the config; else empty.
+
+    Args:
+        source: the folder or id.
+        revision: of an id.
+        chosen: the file that the config names in place of the usual ones, if it does.
+    """
+    from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, cached_file
+
+    named = SAFE_WEIGHTS_INDEX_NAME if chosen is None else chosen
+    if not named.endswith(".safetensors.index.json") or Path(named).name != named:
+        return "" if _lies_beside(named) else named
+    index = cached_file(
+        source,
+        named,
+        revision=revision,
+        _raise_exceptions_for_gated_repo=False,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    if index is None:
+        return ""
+    files = json.loads(Path(index).read_bytes())["weight_map"].values()
+    return next((name for name in sorted(set(files)) if not _lies_beside(name)), "")
+
+
+def _lies_beside(name: str) -> bool:
+    """Whether transformers would read it as safetensors, and from the folder itself: any other ending is a pickle."""
+    return name.endswith(".safetensors") and Path(name).name == name
 
 
 def _implementation_keys(config: Mapping[str, Any], path: str = "") -> list[str]:
@@ -246,7 +288,7 @@ def translated_errors(name: str) -> Iterator[None]:
         yield
     except SafetensorError as error:
         raise SetupError(f"the weights of {name} are damaged ({error}); download or save them again") from error
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         reason = lines[0] if lines else type(error).__name__
         raise SetupError(
