@@ -31,6 +31,7 @@ from fedmira.joining import grown_manifest, known_clients, refuse_other_data, re
 from fedmira.profile import profiled
 from fedmira.recording import Recorder
 from fedmira.runs.checkpoint import Checkpoint, load_latest, save
+from fedmira.runs.generations import expect_checkpoints, refuse_lost_checkpoints
 from fedmira.runs.same_base import moved, recorded_commit, refuse_other_base, refuse_other_dtype
 from fedmira.runs.signals import StopFlag, stop_on_signals
 from fedmira.runs.store import RunStore
@@ -135,6 +136,7 @@ class _Run:
                     self.larger = self.parts
                     self.parts = took(first=held)
             else:
+                expect_checkpoints(store.path)
                 created = datetime.now(UTC).isoformat(timespec="seconds")
                 store.write_manifest({**self.parts.manifest(), "created": created})
             store.write_rounds()
@@ -300,7 +302,7 @@ class _Run:
     def _open_checkpoint(self) -> Checkpoint | None:
         checkpoint = load_latest(self.store.path, config_hash=self.store.config_hash)
         if checkpoint is None:
-            self.store.refuse_lost_checkpoints()
+            refuse_lost_checkpoints(self.store.path, self.store.events(), self.store.most_unsaved)
         self.store.truncate_metrics(0 if checkpoint is None else int(checkpoint.facts["metrics_position"]))
         for reason in () if checkpoint is None else checkpoint.skipped:
             self._tell(f"skipped a damaged checkpoint: {reason}")

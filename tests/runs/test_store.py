@@ -25,6 +25,7 @@ from fedmira.config.run import OutputConfig, RunConfig
 from fedmira.config.training import FederationConfig, TrainingConfig
 from fedmira.errors import IntegrityError, SetupError, UsageError
 from fedmira.runs.checkpoint import save
+from fedmira.runs.generations import expect_checkpoints, refuse_lost_checkpoints
 from fedmira.runs.lock import LOCK
 from fedmira.runs.manifest import MANIFEST, SCHEMA
 from fedmira.runs.naming import run_directory
@@ -97,10 +98,27 @@ def test_what_a_profiled_or_killed_process_left_is_ours(store: RunStore, tmp_pat
 def test_results_are_not_thrown_away_because_the_checkpoints_were(lost: bool, store: RunStore) -> None:
     """One round may be recorded and not saved yet; what is further, or final, was."""
     store.append({"event": "round", "round": 1})
-    store.refuse_lost_checkpoints()
+    refuse_lost_checkpoints(store.path, store.events(), store.most_unsaved)
     store.append({"event": "round", "round": 2} if lost else {"event": "final", "round": 1})
     with pytest.raises(IntegrityError, match=r"results of \d rounds and no checkpoint to go on from: checkpoints was"):
-        store.refuse_lost_checkpoints()
+        refuse_lost_checkpoints(store.path, store.events(), store.most_unsaved)
+
+
+def test_final_results_may_be_ahead_of_the_first_checkpoint(store: RunStore) -> None:
+    expect_checkpoints(store.path)
+    for event in ("round", "final"):
+        store.append({"event": event, "round": 1})
+    refuse_lost_checkpoints(store.path, store.events(), store.most_unsaved)
+
+
+def test_rounds_that_could_be_unsaved_are_no_loss_where_checkpoints_come_oftener_now(tmp_path: Path) -> None:
+    often = CONFIG.model_copy(update={"output": OutputConfig(checkpoint_every=1)})
+    seldom = CONFIG.model_copy(update={"output": OutputConfig(checkpoint_every=4)})
+    with RunStore.create(seldom, None, tmp_path) as store:
+        store.append({"event": "round", "round": 3})
+    with RunStore.resume(often, None, tmp_path) as store:
+        assert store.config.output.checkpoint_every == 1
+        refuse_lost_checkpoints(store.path, store.events(), store.most_unsaved)
 
 
 def test_a_folder_with_something_else_is_left_alone(tmp_path: Path) -> None:

@@ -1,13 +1,18 @@
-"""Which checkpoints a run directory holds, by their names alone, and in what order. Imports no torch."""
+"""Which checkpoints a run directory holds, by their names alone, in what order, and whether some were lost.
+
+Imports no torch.
+"""
 
 from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from fedmira.runs.atomic import disk_error
+from fedmira.errors import IntegrityError
+from fedmira.runs.atomic import disk_error, make_folder
 
 FOLDER = "checkpoints"
 _NAME = re.compile(r"round-(\d{5,9})(-partial)?(?:-r(\d{1,6}))?")
@@ -58,3 +63,33 @@ def generations(parent: Path) -> list[Generation]:
 def has_checkpoints(run_path: Path) -> bool:
     """Whether `run_path` holds any checkpoint, whole or not."""
     return bool(generations(run_path / FOLDER))
+
+
+def expect_checkpoints(run_path: Path) -> None:
+    """Make the folder of the checkpoints, so that a run in which it is missing has lost them; raises as `make_folder`.
+
+    Durable with the next file that is written beside it.
+    """
+    make_folder(run_path / FOLDER)
+
+
+def refuse_lost_checkpoints(run_path: Path, events: Iterable[Mapping[str, Any]], most_unsaved: int) -> None:
+    """Refuse to begin again where a run without any checkpoint has come further than that can be.
+
+    Args:
+        run_path: the run directory.
+        events: all that it recorded.
+        most_unsaved: rounds that may be recorded and not saved.
+
+    Raises:
+        IntegrityError: rounds or final results are recorded that would have been saved.
+    """
+    events = list(events)
+    rounds = max((int(event["round"]) for event in events if event.get("event") == "round"), default=0)
+    # final results come just before a checkpoint, which may be the first
+    finished = any(event.get("event") == "final" for event in events) and not (run_path / FOLDER).is_dir()
+    if rounds > most_unsaved or finished:
+        raise IntegrityError(
+            f"{run_path} holds the results of {rounds} rounds and no checkpoint to go on from: {FOLDER} was removed. "
+            "Put it back, or remove the run directory to start again"
+        )

@@ -66,6 +66,8 @@ class RunStore:
         self._prolonged: tuple[int, str | None] | None = None
         self.rounds_before = 0
         """Rounds that the run had before this process prolonged it; 0 if it did not."""
+        self.most_unsaved = config.output.checkpoint_every
+        """Rounds that may be recorded and not saved, by the config that the run was begun with or by this one."""
         self._provisional = False
         """Whether this process made the directory and nothing says yet that it will be needed; see `keep`."""
         self._lock: int | None = None
@@ -270,6 +272,7 @@ class RunStore:
     def _take_output(self, config: RunConfig) -> None:
         """Keep and save checkpoints as `config` says from now on; it decides nothing that is computed."""
         self.config = self.config.model_copy(update={"output": config.output})
+        self.most_unsaved = max(self.most_unsaved, config.output.checkpoint_every)
 
     def has_progress(self) -> bool:
         """Whether anything would be lost with this directory: an event or a checkpoint."""
@@ -376,20 +379,6 @@ class RunStore:
     def metrics_position(self) -> int:
         """Make all events durable and return the size of metrics.jsonl in bytes, for a checkpoint to remember."""
         return synced_size(self.path / METRICS, self._descriptor(METRICS))
-
-    def refuse_lost_checkpoints(self) -> None:
-        """Refuse to begin again where a run without any checkpoint has come further than that can be.
-
-        Raises:
-            IntegrityError: rounds or final results are recorded that would have been saved.
-        """
-        events = self.events()
-        rounds = max((int(event["round"]) for event in events if event.get("event") == "round"), default=0)
-        if rounds > self.config.output.checkpoint_every or any(event.get("event") == "final" for event in events):
-            raise IntegrityError(
-                f"{self.path} holds the results of {rounds} rounds and no checkpoint to go on from: {CHECKPOINTS} was "
-                "removed. Put it back, or remove the run directory to start again"
-            )
 
     def truncate_metrics(self, position: int) -> None:
         """Cut metrics.jsonl back to a `metrics_position` of the past; see `lines.cut_back`."""
