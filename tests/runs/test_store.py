@@ -26,7 +26,7 @@ from fedmira.config.training import FederationConfig, TrainingConfig
 from fedmira.errors import IntegrityError, SetupError, UsageError
 from fedmira.runs.checkpoint import save
 from fedmira.runs.generations import expect_checkpoints, refuse_lost_checkpoints
-from fedmira.runs.lock import LOCK
+from fedmira.runs.lock import LOCK, lock_folder
 from fedmira.runs.manifest import MANIFEST, SCHEMA
 from fedmira.runs.naming import run_directory
 from fedmira.runs.store import GRAPH, LOG, METRICS, RESOLVED, UPLOADS, RunStore
@@ -597,6 +597,37 @@ def test_a_full_disk_leaves_no_half_event(store: RunStore, monkeypatch: pytest.M
         store.append({"round": 2})
     monkeypatch.undo()
     assert (store.path / METRICS).read_bytes() == b'{"round":1}\n'
+
+
+def test_a_disk_that_refuses_everything_is_reported_all_the_same(
+    store: RunStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.append({"round": 1})
+    for name in ("write", "ftruncate"):
+        monkeypatch.setattr(os, name, faulty)
+    with pytest.raises(IntegrityError, match=r"metrics\.jsonl: Input/output error \(EIO\)"):
+        store.append({"round": 2})
+
+
+def faulty(*_: object) -> None:
+    raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+
+def test_a_lock_that_cannot_be_read_either_is_a_fault_of_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("pwrite", "pread"):
+        monkeypatch.setattr(os, name, faulty)
+    with pytest.raises(IntegrityError, match=r"could not lock .*Input/output error \(EIO\)"):
+        lock_folder(tmp_path)
+
+
+def test_what_failed_is_said_although_the_folder_cannot_be_listed_either(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = RunStore.create(CONFIG, None, tmp_path)
+    monkeypatch.setattr(os, "listdir", faulty)
+    store.__exit__(KeyError, KeyError("what failed"), None)
 
 
 # --------------------------------------------------------------------------------------------------------- small files

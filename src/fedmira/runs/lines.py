@@ -10,6 +10,7 @@ import json
 import math
 import os
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,9 @@ def add_line(path: Path, descriptor: int, line: str) -> None:
     try:
         write_all(descriptor, line.encode("utf-8", "backslashreplace") + b"\n")
     except OSError as error:
-        os.ftruncate(descriptor, size)
+        # a disk that refuses this too leaves a torn line, which readers ignore
+        with suppress(OSError):
+            os.ftruncate(descriptor, size)
         raise disk_error(error, path, "add a line to") from error
 
 

@@ -6,7 +6,7 @@ import errno
 import fcntl
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from fedmira.errors import UsageError
@@ -30,7 +30,9 @@ def lock_folder(folder: Path) -> int:
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
     except OSError as error:
-        holder = os.pread(descriptor, 20, 0).decode(errors="replace").strip() or "unknown"
+        holder = "unknown"
+        with suppress(OSError):
+            holder = os.pread(descriptor, 20, 0).decode(errors="replace").strip() or holder
         os.close(descriptor)
         if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
             raise UsageError(

@@ -17,6 +17,7 @@ import json
 import os
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
@@ -423,8 +424,10 @@ class RunStore:
 
     def _withdraw(self) -> None:
         """Remove the directory if this process made it and nothing came of it."""
-        if self._provisional and not self.has_progress():
-            remove_tree(self.path)
+        # what failed says more than that the disk cannot be listed either
+        with suppress(SetupError, IntegrityError):
+            if self._provisional and not self.has_progress():
+                remove_tree(self.path)
         self._provisional = False
 
     def close(self) -> None:
