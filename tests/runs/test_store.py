@@ -505,6 +505,13 @@ def test_what_is_not_finite_becomes_null_with_a_note(store: RunStore) -> None:
     }
 
 
+def test_a_matrix_keeps_its_numbers_and_tells_which_of_them_is_not_finite(store: RunStore) -> None:
+    store.append({"rows": [[0.5, 1.0], (2.0, float("inf")), [1, 0.5, None], []]})
+    assert store.events() == [
+        {"rows": [[0.5, 1.0], [2.0, None], [1, 0.5, None], []], "non_finite": {"rows[1][1]": "inf"}},
+    ]
+
+
 def test_numpy_and_torch_numbers_are_stored_as_numbers(store: RunStore) -> None:
     store.append(
         {"a": np.float32(0.5), "b": torch.tensor(2), "c": np.arange(3), "d": np.float64("nan"), "e": Path("x")}

@@ -131,6 +131,9 @@ def plain(value: Any) -> tuple[Any, dict[str, str]]:
         if isinstance(item, Mapping):
             return {str(key): convert(part, f"{place}.{key}" if place else str(key)) for key, part in item.items()}
         if isinstance(item, list | tuple):
+            if set(map(type, item)) == {float} and all(map(math.isfinite, item)):
+                # a graph of a thousand clients has a million weights, too many to look at one by one
+                return list(item)
             return [convert(part, f"{place}[{index}]") for index, part in enumerate(item)]
         if hasattr(item, "tolist"):
             # numpy arrays and scalars, torch tensors
