@@ -6,6 +6,7 @@ Knows nothing about adapters beyond rows of numbers, and reads no files. Axes: K
 from __future__ import annotations
 
 import unicodedata
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
@@ -138,9 +139,10 @@ def from_matrix(matrix: npt.ArrayLike, names: Sequence[str] | None, client_names
         return validated(matrix, len(client_names), "given").adjacency_KK
     # some systems part letters from their accents, and the clients' names do not
     names = [unicodedata.normalize("NFC", name) for name in names]
-    doubled = sorted({name for name in names if list(names).count(name) > 1})
-    unknown = [name for name in names if name not in set(client_names)]
-    missing = [name for name in client_names if name not in set(names)]
+    known, place = set(client_names), {name: number for number, name in enumerate(names)}
+    doubled = sorted(name for name, count in Counter(names).items() if count > 1)
+    unknown = [name for name in names if name not in known]
+    missing = [name for name in client_names if name not in place]
     if doubled:
         raise DataError(f"graph 'given': the names {doubled} appear more than once; each client has one row")
     if unknown or missing:
@@ -149,7 +151,7 @@ def from_matrix(matrix: npt.ArrayLike, names: Sequence[str] | None, client_names
             f"graph 'given': its names are not the clients' names: unknown {unknown[:5]}{hint}, missing {missing[:5]}; "
             f"it needs exactly the {len(client_names)} clients, such as {list(client_names)[:3]}"
         )
-    order = [list(names).index(name) for name in client_names]
+    order = [place[name] for name in client_names]
     return validated(matrix, len(names), "given").adjacency_KK[np.ix_(order, order)]
 
 
