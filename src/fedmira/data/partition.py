@@ -12,6 +12,7 @@ import re
 import unicodedata
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
 import numpy as np
@@ -96,9 +97,10 @@ def partition(source: Source, config: PartitionConfig, seed: int, known: Sequenc
         for pool in {id(place.pool): place.pool for place in places}.values():
             pool.lay_apart(placed)
     dealt = {}
+    allowed = [0, *accumulate(caps[place.name] or 0 for place in places)]
     for number, place in enumerate(places):
-        later = [caps[other.name] for other in places[number + 1 : number + place.num_sharers]]
-        dealt[place.name] = _deal(place, caps[place.name], later, config)
+        allowed_later = allowed[number + place.num_sharers] - allowed[number + 1]
+        dealt[place.name] = _deal(place, caps[place.name], allowed_later, config)
     holdings = [_Holding(name, dealt[name]) for name in order]
     clients, refused = [], dict[str, DataError]()
     for holding in holdings:
@@ -130,8 +132,8 @@ def _placed(source: Source, places: Iterable[_Place], known: Sequence[str]) -> d
     """The split of each content key that has one before any is drawn; a newcomer names none for what others hold."""
     if not (source.namers and known):
         return dict(source.splits)
-    held, named = set[str](), set[str]()
-    for pool in {id(place.pool): place.pool for place in places if place.name in known}.values():
+    held, named, older = set[str](), set[str](), set(known)
+    for pool in {id(place.pool): place.pool for place in places if place.name in older}.values():
         for group in pool.left():
             held.add(group.key)
             if not source.namers.isdisjoint(group.examples):
@@ -151,9 +153,10 @@ def check_names(names: Iterable[str], known: Sequence[str] = ()) -> None:
     """
     seen: dict[str, str] = {}
     refused: dict[str, DataError] = {}
+    older = set(known)
     for name in names:
         key = unicodedata.normalize("NFC", name).casefold()
-        if (problem := _name_problem(name, name in known)) is not None:
+        if (problem := _name_problem(name, name in older)) is not None:
             refused[name] = DataError(
                 f"the client name {_shown(name)} cannot be used{problem}. Allowed: letters and digits of any script, "
                 f"space, dot, dash and underscore, 1 to {_MOST_CHARACTERS} characters and at most {_MOST_BYTES} bytes "
@@ -362,9 +365,9 @@ def _first(labels: Sequence[str]) -> str:
     return labels[0]
 
 
-def _deal(place: _Place, cap: int | None, later: Sequence[int | None], config: PartitionConfig) -> list[Group]:
+def _deal(place: _Place, cap: int | None, allowed_later: int, config: PartitionConfig) -> list[Group]:
     """Deal a client its groups: an equal part of the examples that are left, at most the cap; or more of them, up to
-    the cap, which the `later` ones are not allowed.
+    the cap, which those that follow are not allowed.
 
     Every client gets as many groups as there are splits to fill, while there are enough. With a cap, a group that
     is too large is cut; the rest of it is left out, as no other client may hold the same text. Of a pool that is laid
@@ -372,7 +375,7 @@ def _deal(place: _Place, cap: int | None, later: Sequence[int | None], config: P
     """
     pool, size = place.pool, -(-place.pool.num_examples // place.num_sharers)
     if cap is not None:
-        size = min(cap, max(size, pool.num_examples - sum(other or 0 for other in later)))
+        size = min(cap, max(size, pool.num_examples - allowed_later))
     needed = needed_splits(config)
     fewest = len(needed)
     reserved = fewest * (place.num_sharers - 1)
