@@ -59,6 +59,16 @@ def test_the_supervised_tokens_are_marked(tokenizer: Any) -> None:
     assert marked(sample) in description.text()
 
 
+def test_examples_of_some_clients_leave_the_table_as_it_is(tokenizer: Any) -> None:
+    federation = made_federation()
+    tokenized, report = tokenize_federation(federation, tokenizer, "plain", 20)
+    everybody, first = (describe(federation, tokenized, report, tokenizer, "plain", count) for count in (None, 1))
+    assert (first.rows, first.total, first.samples) == (everybody.rows, everybody.total, everybody.samples[:1])
+    assert "--- two (" in everybody.text()
+    assert "more clients" not in everybody.text()
+    assert first.text().endswith("[[xyz</s>]]\n\n--- 1 more clients: --json shows an example of each")
+
+
 def test_text_and_facts_tell_the_same(tokenizer: Any) -> None:
     federation = made_federation()
     tokenized, report = tokenize_federation(federation, tokenizer, "plain", 20)

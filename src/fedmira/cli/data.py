@@ -17,14 +17,20 @@ from fedmira.cli.session import Session, standard_options
 def data(session: Session, config: Path, overrides: tuple[str, ...]) -> None:
     """Show the clients of CONFIG: their tasks, the sizes of their splits, token counts, and one example each.
 
-    In the examples, the tokens that are trained on stand between [[ and ]].
+    In the examples, the tokens that are trained on stand between [[ and ]]. Of more than 40 clients the first 40 show
+    one; with --json all do.
     """
     run_config = read_config(config, overrides)
     from fedmira.assembly import assemble
-    from fedmira.data.describe import describe
+    from fedmira.data.describe import NUM_SHOWN, describe
 
     parts = assemble(run_config)
     description = describe(
-        parts.federation, parts.tokenized, parts.tokenization, parts.base.tokenizer, run_config.data.template
+        parts.federation,
+        parts.tokenized,
+        parts.tokenization,
+        parts.base.tokenizer,
+        run_config.data.template,
+        None if session.json else NUM_SHOWN,
     )
     session.result(description.facts(), description.text())

@@ -21,6 +21,8 @@ NUM_TEXT_COLUMNS = 3
 """Columns of the table that are aligned to the left."""
 NUM_NAMED = 5
 """Clients that are named with their duplicates."""
+NUM_SHOWN = 40
+"""Clients whose example people are shown: those of a thousand would push the table out of sight."""
 
 
 class ClientRow(NamedTuple):
@@ -67,7 +69,7 @@ class Description(NamedTuple):
     total: ClientRow
     """Sums over the clients; its name is "total"."""
     samples: tuple[RenderedExample, ...]
-    """One per client."""
+    """One of each client, or of the first ones."""
     dropped: tuple[tuple[str, tuple[str, ...]], ...]
     """(client, ids of its first dropped examples) of the clients that lost some."""
     provenance: dict[str, Any]
@@ -102,6 +104,8 @@ class Description(NamedTuple):
         lines += [f"dropped at {client}: {', '.join(ids)} ..." for client, ids in self.dropped]
         for sample in self.samples:
             lines += ["", f"--- {sample.client} (example {sample.id}); [[...]] is trained on", marked(sample)]
+        if left_out := len(self.rows) - len(self.samples):
+            lines += ["", f"--- {left_out:,} more clients: --json shows an example of each"]
         return "\n".join(lines)
 
 
@@ -111,6 +115,7 @@ def describe(
     report: TokenizationReport,
     tokenizer: PreTrainedTokenizerBase,
     template: str,
+    num_samples: int | None = None,
 ) -> Description:
     """Gather what there is to know about the clients' data.
 
@@ -120,6 +125,7 @@ def describe(
         report: of the same call.
         tokenizer: of the same call.
         template: of the same call.
+        num_samples: render an example of so many of the first clients; None: of all.
     """
     clients = zip(tokenized, report.clients, federation.clients, strict=True)
     rows = tuple(_row(client, counts, _num_duplicates(held)) for client, counts, held in clients)
@@ -128,7 +134,7 @@ def describe(
         max_length=report.max_length,
         rows=rows,
         total=_total(rows, report.clients),
-        samples=tuple(_rendered(client, tokenizer) for client in tokenized),
+        samples=tuple(_rendered(client, tokenizer) for client in tokenized[:num_samples]),
         dropped=tuple((c.name, c.first_dropped) for c in report.clients if c.dropped_examples),
         provenance=dict(federation.provenance),
     )
