@@ -179,13 +179,22 @@ def test_of_a_known_graph_with_edges_nothing_is_said(kind: str) -> None:
     assert not warnings(assemble(tiny(method={"name": "mira", "graph": {"kind": kind}})))
 
 
-@pytest.mark.parametrize(("uploads", "refused"), [(3, None), (2, 3), (1, 2), (0, 1)])
+@pytest.mark.parametrize(
+    ("method", "uploads", "refused"),
+    [
+        *(("fedit", uploads, refused) for uploads, refused in ((3, None), (2, 3), (1, 2), (0, 1))),
+        # uploads in odd rounds only, and never
+        ("feddpa", 2, None),
+        ("feddpa", 1, 3),
+        ("local_only", 0, None),
+    ],
+)
 def test_the_round_that_the_privacy_budget_will_not_allow_is_known_before_the_first(
-    uploads: int, refused: int | None
+    method: str, uploads: int, refused: int | None
 ) -> None:
     budget = epsilon(uploads, 2.0, 1e-5) + 1e-6
     privacy = {"enabled": True, "noise_multiplier": 2.0, "budget": budget}
-    config = tiny(method={"name": "fedit"}, exchange={"privacy": privacy}, federation={"rounds": 3})
+    config = tiny(method={"name": method}, exchange={"privacy": privacy}, federation={"rounds": 3})
     told = [line for line in warnings(assemble(config)) if "budget" in line]
     assert len(told) == (refused is not None)
     if refused is not None:

@@ -240,10 +240,12 @@ def _budget_line(parts: Assembly) -> str:
     privacy, federation = parts.config.exchange.privacy, parts.config.federation
     if not privacy.enabled or privacy.budget is None:
         return ""
-    most, drawn = max_uploads(privacy), Counter[int]()
-    for round_ in range(1, federation.rounds + 1):
-        drawn.update(participation.draw(len(parts.clients.names), federation, parts.config.seed, round_).ids)
-        if max(drawn.values()) > most:
+    most, sent = max_uploads(privacy), Counter[int]()
+    uploads, _ = _planned_uploads(parts)
+    for round_, number in enumerate(uploads, start=1):
+        ids = participation.draw(len(parts.clients.names), federation, parts.config.seed, round_).ids
+        sent.update(dict.fromkeys(ids, number))
+        if max(sent.values()) > most:
             return (
                 f"exchange.privacy.budget = {privacy.budget:g} is enough for {counted(most, 'upload')} of a client; "
                 f"if all that are drawn send one, round {round_} will be refused. What is spent by then stays "
