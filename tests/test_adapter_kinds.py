@@ -128,8 +128,9 @@ def test_a_setting_without_effect_is_refused(adapter: dict[str, Any], said: str)
 
 
 def test_a_graph_of_low_rank_products_is_refused_for_other_kinds() -> None:
-    with pytest.raises(ValueError, match=r"gram compares low-rank products.* use .*labels"):
+    with pytest.raises(ValueError, match=r"gram compares low-rank products.* use .*labels") as refused:
         config_of("prompt", {"name": "mira"})
+    assert "Methods that can use kind" not in str(refused.value), "the method can, with another graph"
     config_of("prompt", {"name": "mira", "graph": {"kind": "labels"}})
 
 

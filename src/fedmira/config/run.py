@@ -234,7 +234,9 @@ class RunConfig(Section):
             )
         kind = self.model.adapter.kind
         if reason := refusal(self.method, kind):
-            raise ValueError(f"{reason}. Methods that can use kind {kind}: {', '.join(methods_for(kind))}")
+            if kind not in self.method.kinds:
+                reason += f". Methods that can use kind {kind}: {', '.join(methods_for(kind))}"
+            raise ValueError(reason)
         if kind == "full" and self.training.cohort_size not in ("auto", 1):
             raise ValueError(
                 f"training.cohort_size = {self.training.cohort_size}, but with model.adapter.kind = full every client "
