@@ -200,6 +200,7 @@ def test_the_round_that_the_privacy_budget_will_not_allow_is_known_before_the_fi
     if refused is not None:
         assert f"is enough for {uploads} upload" in told[0]
         assert f"round {refused} will be refused" in told[0]
+        assert ("lower federation.rounds" in told[0]) == (uploads > 0), "with no upload fewer rounds do not help"
 
 
 def noised(method: str = "fedit", noise: float = 8.0, **sections: Any) -> tuple[str, ...]:

@@ -246,9 +246,11 @@ def _budget_line(parts: Assembly) -> str:
         ids = participation.draw(len(parts.clients.names), federation, parts.config.seed, round_).ids
         sent.update(dict.fromkeys(ids, number))
         if max(sent.values()) > most:
+            advice = "raise noise_multiplier or the budget"
+            if most:
+                advice = "what is spent by then stays spent: lower federation.rounds or raise noise_multiplier now"
             return (
                 f"exchange.privacy.budget = {privacy.budget:g} is enough for {counted(most, 'upload')} of a client; "
-                f"if all that are drawn send one, round {round_} will be refused. What is spent by then stays "
-                "spent: lower federation.rounds or raise noise_multiplier now"
+                f"if all that are drawn send one, round {round_} will be refused; {advice}"
             )
     return ""
