@@ -13,6 +13,7 @@ from fedmira.config.run import RunConfig
 from fedmira.config.training import FederationConfig
 from fedmira.exchange.privacy import epsilon
 from fedmira.federation.participation import draw
+from fedmira.forecast import remarks
 from fedmira.forecast.estimate import dry_run
 from fedmira.forecast.remarks import warnings
 
@@ -177,6 +178,20 @@ def test_that_a_known_graph_joins_nobody_is_told_with_what_to_set(
 @pytest.mark.parametrize("kind", ["embeddings", "labels", "true", "uniform"])
 def test_of_a_known_graph_with_edges_nothing_is_said(kind: str) -> None:
     assert not warnings(assemble(tiny(method={"name": "mira", "graph": {"kind": kind}})))
+
+
+def test_that_what_a_graph_is_learned_from_does_not_fit_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    learned, known = (assemble(tiny(method={"name": "mira", "graph": {"kind": kind}})) for kind in ("gram", "labels"))
+    num_clients, num_layers = len(learned.clients.names), len(learned.layout.layers)
+    # float64, those of before and of now
+    needed = 2 * num_layers * num_clients**2 * 8
+    assert needed == 1.5 * 2**10
+    monkeypatch.setattr(remarks, "available_bytes", lambda _: needed - 1)
+    (told,) = warnings(learned)
+    assert f"compares {num_clients} clients in each of {num_layers} layers, which takes 1.5 KiB" in told
+    assert not warnings(known)
+    monkeypatch.setattr(remarks, "available_bytes", lambda _: needed)
+    assert not warnings(learned)
 
 
 @pytest.mark.parametrize(

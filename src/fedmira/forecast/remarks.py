@@ -12,6 +12,7 @@ import torch
 
 from fedmira.assembly import Assembly
 from fedmira.config.exchange import WEAK_EPSILON
+from fedmira.config.graph import LOW_RANK_GRAPHS
 from fedmira.config.refusals import asks_for_validation
 from fedmira.config.run import RunConfig
 from fedmira.data.packing import batches_in_round
@@ -21,8 +22,9 @@ from fedmira.exchange.messages import crossing
 from fedmira.exchange.privacy import epsilon, max_uploads
 from fedmira.federation import participation
 from fedmira.federation.known_graphs import resolve_graph
-from fedmira.federation.similarity import MINIMUM_CLIENTS
-from fedmira.formats import counted
+from fedmira.federation.similarity import MINIMUM_CLIENTS, low_rank_pairs
+from fedmira.formats import counted, format_bytes
+from fedmira.training.memory import available_bytes
 from fedmira.types import Arena, Layout, Participants
 
 _CUT = {"input": "input, or of their prompt where that is not enough", "beginning": "prompt"}
@@ -39,6 +41,7 @@ def warnings(parts: Assembly) -> tuple[str, ...]:
         _unanswered_line(parts),
         _known_graph_line(parts),
         _learned_graph_line(parts.config, len(parts.clients.names)),
+        _inner_products_line(parts),
         *_phase_lines(parts.config),
         _judging_line(parts),
         shortened_line(parts.base, parts.layout, parts.tokenized, parts.config.evaluation),
@@ -127,6 +130,24 @@ def _learned_graph_line(config: RunConfig, num_clients: int) -> str:
     return (
         f"federation.rounds = {rounds}: {joined} to the end, and no learned graph is used before round {first} with "
         f"method.graph.kind = {graph.kind} and settled = {graph.settled:g}"
+    )
+
+
+def _inner_products_line(parts: Assembly) -> str:
+    """Whether what a graph is learned from does not fit in memory: a number for each layer and two clients."""
+    graph, num_clients = getattr(parts.config.method, "graph", None), len(parts.clients.names)
+    if graph is None or graph.kind not in LOW_RANK_GRAPHS:
+        return ""
+    num_layers = len(low_rank_pairs(parts.layout))
+    # those of the round before beside those of now
+    needed = 2 * 8 * num_layers * num_clients**2
+    free = available_bytes(torch.device("cpu"))
+    if needed <= free:
+        return ""
+    return (
+        f"method.graph.kind = {graph.kind} compares {num_clients:,} clients in each of {num_layers} layers, which "
+        f"takes {format_bytes(needed)} where {format_bytes(free)} are free; take fewer clients or "
+        "model.adapter.targets, or a graph that is known before the first round, such as kind: labels"
     )
 
 
