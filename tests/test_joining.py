@@ -20,6 +20,7 @@ from fedmira import experiment
 from fedmira.config.run import RunConfig
 from fedmira.data.sources import jsonl
 from fedmira.errors import IntegrityError, Interrupted, UsageError
+from fedmira.exchange import seam
 from fedmira.experiment import SilentDisplay, run
 from fedmira.export.clients import load_trained
 from fedmira.federation.known_graphs import labels
@@ -480,15 +481,73 @@ def test_a_run_killed_while_clients_join_is_resumed_bit_for_bit(
         assert manifests[0][key] == manifests[1][key]
 
 
-def test_a_checkpoint_of_before_they_joined_is_enough(data: Path) -> None:
-    """The checkpoints since are damaged: they join again, earlier, and the manifest says so."""
-    path = run(config(data, 2))
+# ----------------------------------------------------------------------------------------- rounds that are made again
+
+PRIVATE = {"privacy": {"enabled": True, "clip_norm": 0.5, "noise_multiplier": 2.0}}
+
+
+class Killed(BaseException):
+    """Stands for the process dying."""
+
+
+def killed_in(round_: int, of: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Carry out the run until the uploads of that round are there, but nothing says so yet."""
+
+    def record(self: Any, parts: Any, participants: Any, *others: Any) -> None:
+        if participants.round == round_:
+            raise Killed
+        original(self, parts, participants, *others)
+
+    original = Recorder.round
+    with monkeypatch.context() as patch:
+        patch.setattr(Recorder, "round", record)
+        with pytest.raises(Killed):
+            run(of, resume=True)
+
+
+def test_who_joins_after_a_crash_makes_no_upload_forgotten(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rounds that the crash took were sent: they are made again bit for bit, and only then somebody joins."""
+    sent: dict[tuple[Any, ...], set[bytes]] = {}
+    original = seam.privatise_
+
+    def watched(layout: Any, groups: Any, values_SP: torch.Tensor, start_SP: Any, streams: Any, *others: Any) -> None:
+        original(layout, groups, values_SP, start_SP, streams, *others)
+        for stream, value_P in zip(streams, values_SP, strict=True):
+            sent.setdefault(stream, set()).add(value_P.numpy().tobytes())
+
+    monkeypatch.setattr(seam, "privatise_", watched)
+    settings = {"exchange": PRIVATE, "output": {"directory": str(data.parent / "runs"), "checkpoint_every": 2}}
+    killed_in(4, config(data, 4, "fedit", **settings), monkeypatch)
     add(data, LATE)
-    run(config(data, 3), resume=True)
-    for folder in (path / "checkpoints").iterdir():
-        if folder.name > "round-00002":
-            (folder / "state.safetensors").write_bytes(b"rot")
-    run(config(data, 4), resume=True)
-    assert events(path, "joined") == [{"event": "joined", "round": 1, "clients": [LATE]}]
-    assert RunStore.open(path).manifest()["clients"][3]["joined_after"] == 1
-    assert [event["round"] for event in events(path, "round")] == [1, 2, 3, 4]
+    path = run(config(data, 6, "fedit", **settings), resume=True)
+    assert all(len(values) == 1 for values in sent.values()), "one noise under two values says what they are"
+    names = [client["name"] for client in RunStore.open(path).manifest()["clients"]]
+    assert RunStore.open(path).manifest()["clients"][-1]["joined_after"] == 4
+    made = [sum(name == stream[0] for stream in sent) for name in names]
+    assert made == newest(path).facts["exchange"]["uploads"] == [6, 6, 6, 2]
+
+
+def test_nobody_joins_before_the_first_checkpoint_what_was_sent_already(
+    data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    of = config(data, 2, "fedit", exchange=PRIVATE)
+    killed_in(1, of, monkeypatch)
+    add(data, LATE)
+    with pytest.raises(IntegrityError, match="anna joined"):
+        run(of, resume=True)
+    (data / f"{LATE}.jsonl").unlink()
+    assert newest(run(of, resume=True)).round == 2
+
+
+def test_who_joined_joins_again_at_the_same_place_where_checkpoints_since_are_lost(data: Path) -> None:
+    run(config(data, 2, MIRA))
+    add(data, LATE)
+    path = run(config(data, 5, MIRA), resume=True)
+    undisturbed, recorded = newest(path), (path / "metrics.jsonl").read_text().count("joined")
+    for checkpoint in (path / "checkpoints").iterdir():
+        if checkpoint.name > "round-00002":
+            (checkpoint / "state.safetensors").write_bytes(b"rot")
+    run(config(data, 5, MIRA), resume=True)
+    assert same(newest(path), undisturbed)
+    assert (path / "metrics.jsonl").read_text().count("joined") == recorded == 1
+    assert RunStore.open(path).manifest()["clients"][-1]["joined_after"] == 2

@@ -27,7 +27,15 @@ from fedmira.federation import participation
 from fedmira.federation.method import Info, State
 from fedmira.federation.questions import bounded
 from fedmira.forecast.remarks import warnings
-from fedmira.joining import grown_manifest, known_clients, refuse_other_data, refuse_to_end, take_in
+from fedmira.joining import (
+    grown_manifest,
+    joins,
+    known_clients,
+    refuse_newcomers,
+    refuse_other_data,
+    refuse_to_end,
+    take_in,
+)
 from fedmira.profile import profiled
 from fedmira.recording import Recorder
 from fedmira.runs.checkpoint import Checkpoint, load_latest, save
@@ -117,25 +125,34 @@ class _Run:
 
     def __init__(self, store: RunStore, display: Display, stop: StopFlag, commit: str | None) -> None:
         self.config, self.store, self.display, self.stop = store.config, store, display, stop
-        self.larger: Assembly | None = None
-        """With the clients that joined, until they are taken in."""
+        self.joins: list[tuple[int, Assembly]] = []
+        """Clients that have yet to be taken in: after which round at the earliest, and all that there are then."""
         with stage("start"):
             self.checkpoint = self._open_checkpoint()
-            manifest = store.manifest() if self.checkpoint else {}
+            announced = store.uploads()
+            # what was sent was sent by the clients that there were
+            manifest = store.manifest() if self.checkpoint or announced else {}
             known, size = known_clients(manifest), manifest.get("cohort_size")
             commit = recorded_commit(manifest) or commit
             took = partial(assemble, self.config, cohort_size=size, known=known, commit=commit)
             self.parts: Assembly = took()
-            if self.checkpoint:
+            if known:
                 refuse_other_data(manifest, self.parts)
+            if self.checkpoint:
                 refuse_other_base(store.path, manifest["model"], self.parts.base)
                 if int(self.checkpoint.facts["completed_rounds"]) < self.config.federation.rounds:
                     refuse_other_dtype(store.path, manifest["model"], self.parts.base)
-                held = len(self.checkpoint.facts["last_round_K"])
-                if held < len(self.parts.clients.names):
-                    self.larger = self.parts
+                held, whole = len(self.checkpoint.facts["last_round_K"]), self.parts
+                if held < len(whole.clients.names):
+                    # rounds that are made again are made of whom they were: what was sent then is sent again
+                    repeated = 0 if self._forgets_noise() else store.announced_round()
+                    for after, count in joins(manifest, held, len(whole.clients.names), repeated):
+                        all_then = whole if count == len(whole.clients.names) else took(first=count)
+                        self.joins.append((after, all_then))
                     self.parts = took(first=held)
             else:
+                if known:
+                    refuse_newcomers(known, self.parts)
                 expect_checkpoints(store.path)
                 created = datetime.now(UTC).isoformat(timespec="seconds")
                 store.write_manifest({**self.parts.manifest(), "created": created})
@@ -148,8 +165,8 @@ class _Run:
         config = self.config
         with stage("start"):
             state, first_round, progress = self._starting_point()
-        if self.larger and first_round + (progress is not None) > config.federation.rounds:
-            refuse_to_end(self._newcomers(self.larger), config.federation.rounds)
+        if self.joins and max(first_round + (progress is not None), self.joins[-1][0] + 1) > config.federation.rounds:
+            refuse_to_end(self._newcomers(self.joins[-1][1]), config.federation.rounds)
         if first_round > config.federation.rounds:
             self.display.finish(f"{self.store.path}: finished before, nothing to do")
             return self.store.path
@@ -169,8 +186,8 @@ class _Run:
                 f"not be bit for bit a run begun with {config.federation.rounds} rounds"
             )
         for round_ in range(first_round, config.federation.rounds + 1):
-            if self.larger and progress is None:
-                state = self._take_in(self.larger, state, round_ - 1)
+            while self.joins and progress is None and round_ > self.joins[0][0]:
+                state = self._take_in(self.joins.pop(0)[1], state, round_ - 1)
             method, num_clients = self.parts.method, len(self.parts.clients.names)
             participants = participation.draw(num_clients, config.federation, config.seed, round_)
             # what could be wrong with the settings has shown by now
@@ -216,9 +233,10 @@ class _Run:
         num_before, names = len(self.parts.clients.names), self._newcomers(larger)
         with stage("mixing"):
             state = take_in(self.parts, larger, state, round_)
-        self.parts, self.larger = larger, None
-        # the manifest first: a checkpoint that knows fewer clients is met by taking them in again
-        self.store.write_manifest(grown_manifest(self.store.manifest(), larger, num_before, round_))
+        self.parts, manifest = larger, self.store.manifest()
+        if len(known_clients(manifest)) < len(larger.clients.names):
+            # the manifest first: a checkpoint that knows fewer clients is met by taking them in again
+            self.store.write_manifest(grown_manifest(manifest, larger, num_before, round_))
         self.recorder.splits(self.parts)
         self.store.append({"event": "joined", "round": round_, "clients": list(names)})
         self._tell(f"joined after round {round_}: {', '.join(names)}")
@@ -232,7 +250,7 @@ class _Run:
         noised = round_ == 1 and self.config.exchange.privacy.enabled
         if noised and (line := advice(self.parts.layout, job.upload, job.trainable)):
             self._tell(f"warning: {line}")
-        self._announce(job)
+        self._announce(round_, job)
         try:
             results = self.parts.exchange.run(
                 job,
@@ -241,16 +259,16 @@ class _Run:
                 on_step=lambda done, total: self.display.step(round_, done, total),
             )
         except StopRequested as stopped:
-            self._announce(None)
+            self._announce(round_ - 1)
             self._save(round_ - 1, state, stopped.progress)
             self._interrupted(round_)
         except ParticipationError:
-            self._announce(None)
+            self._announce(round_ - 1)
             if (round_ - 1) % self.config.output.checkpoint_every:
                 self._save(round_ - 1, state)
             raise
         # who failed has uploaded nothing
-        self._announce(None)
+        self._announce(round_)
         for report in results.reports:
             if report.failure:
                 self._tell(left_out_line(round_, self.parts.clients.names[report.id], report.failure))
@@ -258,19 +276,23 @@ class _Run:
             raise DivergedError(f"round {round_}: no client returned a result{_why_nobody(results, self.config)}")
         return results
 
-    def _announce(self, job: Job | None) -> None:
-        """Write down the uploads that `job` will make before it does; None: those that were made.
+    def _forgets_noise(self) -> bool:
+        """Whether a round that is made again sends something else, as nobody can draw its noise again."""
+        return self.config.exchange.privacy.noise_seed == "system"
+
+    def _announce(self, round_: int, job: Job | None = None) -> None:
+        """Write down the uploads that `job` will make in round `round_` before it does; None: those made by its end.
 
         Noise that nobody can draw again makes each of them count, also of a round that is repeated after a crash.
+        Where it can be drawn again, such a round must be the same again: nobody joins before its end.
         """
-        privacy = self.config.exchange.privacy
-        if not (privacy.enabled and privacy.noise_seed == "system"):
+        if not self.config.exchange.privacy.enabled:
             return
         uploads = list(self.parts.exchange.state().facts["uploads"])
         for id_ in job.ids[: job.num_crossing] if job is not None and job.upload else ():
             uploads[id_] += 1
         with stage("disk"):
-            self.store.write_uploads(uploads)
+            self.store.write_uploads(uploads, round_)
 
     def _hold_trial(
         self, state: State, participants: Participants, results: Results, info: Info
@@ -314,7 +336,7 @@ class _Run:
 
     def _starting_point(self) -> tuple[State, int, Progress | None]:
         """The state, the next round, and the progress inside it."""
-        announced = self.store.uploads()
+        announced = self.store.uploads() if self._forgets_noise() else []
         if self.checkpoint is None:
             if announced:
                 self.parts.exchange.restore(Kept({}, {"uploads": announced}))

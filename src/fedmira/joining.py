@@ -76,6 +76,27 @@ def refuse_to_end(names: Sequence[str], rounds: int) -> None:
     )
 
 
+def joins(manifest: Mapping[str, Any], held: int, num_clients: int, repeated: int) -> list[tuple[int, int]]:
+    """Who joins a run that goes on when, as (after which round at the earliest, how many clients there are then).
+
+    Args:
+        manifest: of the run. Clients in it that the checkpoint lacks join again after the round they joined after.
+        held: clients that the checkpoint knows.
+        num_clients: all that there are now.
+        repeated: the last round that must be made again without clients that are not in the manifest.
+
+    >>> joins({"clients": [{"name": "a"}, {"name": "b", "joined_after": 3}]}, 1, 3, 5)
+    [(3, 2), (5, 3)]
+    """
+    recorded = manifest["clients"]
+    after = [client["joined_after"] for client in recorded[held:]]
+    last = max([repeated, *after])
+    after += [last] * (num_clients - held - len(after))
+    return [
+        (round_, held + place + 1) for place, round_ in enumerate(after) if after[place + 1 : place + 2] != [round_]
+    ]
+
+
 def take_in(before: Assembly, after: Assembly, state: State, round_: int) -> State:
     """Return `state` with the clients of `after` that `before` lacks, who join when round `round_` is over.
 

@@ -637,7 +637,13 @@ def test_an_adapter_of_which_only_b_is_mixed_is_judged_by_its_b() -> None:
 def test_noise_that_cannot_be_drawn_again_counts_also_where_its_round_is_repeated(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    private = {"privacy": {**NOISY["privacy"], "noise_seed": "system"}}
+    assert uploads_of_a_killed_run("system", tmp_path / "system", monkeypatch) == {"uploads": [4, 4, 4, 4]}
+    # what follows from the seed is the same noise again
+    assert uploads_of_a_killed_run("run", tmp_path / "run", monkeypatch) == {"uploads": [3, 3, 3, 3]}
+
+
+def uploads_of_a_killed_run(noise_seed: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    private = {"privacy": {**NOISY["privacy"], "noise_seed": noise_seed}}
     config = tiny(private, method={"name": "fedit"}, federation={"rounds": 3})
     original = Recorder.round
 
@@ -648,13 +654,9 @@ def test_noise_that_cannot_be_drawn_again_counts_also_where_its_round_is_repeate
 
     monkeypatch.setattr(Recorder, "round", killed)
     with pytest.raises(KeyboardInterrupt):
-        run(config, directory=tmp_path)
+        run(config, directory=folder)
     monkeypatch.undo()
-    path = run(config, directory=tmp_path, resume=True)
-    assert outcome(config, path)[1] == {"uploads": [4, 4, 4, 4]}
-    # what follows from the seed is the same noise again
-    repeated = tiny({"privacy": NOISY["privacy"]}, method={"name": "fedit"}, federation={"rounds": 3})
-    assert not (run(repeated, directory=tmp_path / "seeded") / "uploads.json").exists()
+    return outcome(config, run(config, directory=folder, resume=True))[1]
 
 
 def test_who_gave_away_more_than_is_recorded_is_recorded_with_the_next_round(
@@ -679,7 +681,7 @@ def test_who_gave_away_more_than_is_recorded_is_recorded_with_the_next_round(
     killed_in(1)
     [path] = tmp_path.iterdir()
     with RunStore.open(path) as store:
-        store.write_uploads([4, 4, 4, 4])
+        store.write_uploads([4, 4, 4, 4], 1)
     killed_in(2)
     [first] = events(path)
     spent = {name: epsilon(4 + (name in first["participants"]), 2.0, 1e-5) for name in CLIENTS}

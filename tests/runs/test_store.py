@@ -667,12 +667,21 @@ def test_a_damaged_small_file_is_an_error(name: str, store: RunStore) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["{}", '{"uploads": {"anna": 1}}', '{"uploads": 3}', '{"uploads": [1, null]}', '{"uploads": [1, -1]}', "[1]"],
+    [
+        "{}",
+        '{"uploads": {"anna": 1}}',
+        '{"uploads": 3}',
+        '{"uploads": [1, null]}',
+        '{"uploads": [1, -1]}',
+        "[1]",
+        '{"uploads": [1], "round": "x"}',
+    ],
 )
 def test_a_damaged_count_of_uploads_is_an_error(text: str, store: RunStore) -> None:
     assert store.uploads() == []
-    store.write_uploads([2, 0])
-    assert store.uploads() == [2, 0]
+    assert store.announced_round() == 0
+    store.write_uploads([2, 0], 2)
+    assert (store.uploads(), store.announced_round()) == ([2, 0], 2)
     (store.path / UPLOADS).write_text(text)
     with pytest.raises(IntegrityError, match=r"uploads\.json is damaged: it must hold"):
         store.uploads()

@@ -314,23 +314,29 @@ class RunStore:
         """Return the content of graph.json; {} if none was written yet."""
         return self._read_json(GRAPH)
 
-    def write_uploads(self, uploads_K: Sequence[int]) -> None:
-        """Replace uploads.json: how many noised uploads each client has made, the coming round's among them."""
-        self._write_json(UPLOADS, {"uploads": list(uploads_K)}, indent=None)
+    def write_uploads(self, uploads_K: Sequence[int], round_: int) -> None:
+        """Replace uploads.json: how many noised uploads each client has made by the end of that round."""
+        self._write_json(UPLOADS, {"uploads": list(uploads_K), "round": round_}, indent=None)
+
+    def announced_round(self) -> int:
+        """The round of the last `write_uploads`; 0 if there was none."""
+        return int(self._read_json(UPLOADS).get("round", 0))
 
     def uploads(self) -> list[int]:
-        """Return what `write_uploads` wrote; [] if it never did.
+        """Return the uploads that `write_uploads` wrote; [] if it never did.
 
         Raises:
             IntegrityError: it is damaged; to go on without it would forget uploads.
         """
-        uploads = self._read_json(UPLOADS).get("uploads") if _exists(self.path / UPLOADS) else []
-        if not isinstance(uploads, list) or any(type(count) is not int or count < 0 for count in uploads):
+        found = self._read_json(UPLOADS)
+        uploads = found.get("uploads") if _exists(self.path / UPLOADS) else []
+        counts = [*uploads, found.get("round", 0)] if isinstance(uploads, list) else [None]
+        if any(type(count) is not int or count < 0 for count in counts):
             raise IntegrityError(
                 f"{self.path / UPLOADS} is damaged: it must hold how many uploads each client has made; restore it "
                 "from a copy"
             )
-        return uploads
+        return list(uploads or ())
 
     def write_profile(self, profile: Mapping[str, Any]) -> None:
         """Replace profile.json."""
