@@ -51,8 +51,6 @@ _LATER: Mapping[str, Mapping[str, Any]] = {
 """Keys that came after the first results, with the values that leave everything as it was before them."""
 _GONE = {"warmup_rounds": 3}
 """What learned graphs were made with before they counted by their agreement: see methods_made.md."""
-_ASKED_ABOUT_ALL = frozenset(("flan",))
-"""Studies that were made before `mira` asked clients about few examples a round (method.choice.examples)."""
 _NEAR: Mapping[str, float] = {"flan_few": 1.1, "instruction_induction": 1.1, "planted": 1.2, "planted_unequal": 1.2}
 """How far above the best a rate may be on one draw and still be tried on two more: two standard deviations, from draw
 to draw, of what lies between neighbouring rates. 1.05 elsewhere."""
@@ -153,8 +151,6 @@ def task_of(study: Study, name: str, seed: int, rate: float, *, tuning: bool) ->
     differs = dict(study.settings.get(name, {"method": name}))
     chosen = variant(study.config, differs.pop("method"), seed, rate, tuning=tuning).model_dump(mode="json")
     chosen["compare"] = {}
-    if study.name in _ASKED_ABOUT_ALL and (choice := chosen["method"].get("choice")) and choice["enabled"]:
-        choice["examples"] = None
     if differs:
         changed = {section: {**chosen[section], **values} for section, values in differs.items()}
         chosen = RunConfig.model_validate({**chosen, **changed}).model_dump(mode="json")
