@@ -269,6 +269,18 @@ def test_what_an_earlier_version_left_of_a_grid_does_not_stay_beside_an_untuned_
     assert trained == []
 
 
+@pytest.mark.parametrize("damage", ["", "{}", "[1]", '{"runs": [{}], "tuning": []}'])
+def test_a_study_that_cannot_be_read_loses_no_method(tmp_path: Path, trained: list[Job], damage: str) -> None:
+    compare(config(methods=["local_only"]), directory=tmp_path)
+    (tmp_path / "study.json").write_text(damage)
+    before = snapshot(tmp_path)
+    trained.clear()
+    with pytest.raises(IntegrityError, match=r"study\.json is damaged .*another --out"):
+        compare(config(methods=["fedit"]), directory=tmp_path)
+    assert trained == []
+    assert snapshot(tmp_path) == before
+
+
 NO_VALIDATION = {"source": "planted", "partition": {"by": "field", "validation": 0}}
 
 

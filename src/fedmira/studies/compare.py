@@ -331,7 +331,13 @@ def _rates_in_words(config: RunConfig) -> str:
 
 
 def _earlier(directory: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """The runs that earlier calls wrote down and that are still there, and what was tuned for them."""
+    """The runs that earlier calls wrote down and that are still there, and what was tuned for them.
+
+    Raises:
+        IntegrityError: what they wrote is damaged; to go on would take methods out of the study without a word.
+    """
+    if not os.path.lexists(directory / STUDY):
+        return [], []
     try:
         study = json.loads((directory / STUDY).read_text(encoding="utf-8"))
         runs = [
@@ -344,8 +350,11 @@ def _earlier(directory: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]
             for entry in study["tuning"]
         ]
         return runs, tuning
-    except (OSError, ValueError, KeyError, TypeError):
-        return [], []
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise IntegrityError(
+            f"{directory / STUDY} is damaged ({error!r}): which methods were compared is not known any more. Restore "
+            "it from a copy, or give another --out"
+        ) from error
 
 
 def failures_of(directory: Path) -> list[dict[str, str]]:
