@@ -288,7 +288,7 @@ def test_a_full_disk_says_what_to_do(tmp_path: Path) -> None:
     message = str(caught.value)
     assert "could not save the checkpoint" in message
     assert "No space left on device (ENOSPC)" in message
-    assert "free some space, then continue with --resume" in message
+    assert "free some space, then go on, a run with --resume" in message
 
 
 def test_a_limit_of_the_real_kernel(tmp_path: Path) -> None:

@@ -23,12 +23,12 @@ from fedmira.errors import IntegrityError, SetupError
 CHUNK_BYTES = 8 << 20
 
 _ADVICE = {
-    errno.ENOSPC: "the disk is full: free some space, then continue with --resume",
-    errno.EDQUOT: "your disk quota is used up: free some space, then continue with --resume",
+    errno.ENOSPC: "the disk is full: free some space, then go on, a run with --resume",
+    errno.EDQUOT: "your disk quota is used up: free some space, then go on, a run with --resume",
     errno.EACCES: "check who owns the folder and its permissions",
     errno.EPERM: "check who owns the folder and its permissions",
-    errno.EROFS: "the file system is read-only: choose another output.directory",
-    errno.EIO: "the disk reports a fault: choose an output.directory on another disk",
+    errno.EROFS: "the file system is read-only: choose another folder",
+    errno.EIO: "the disk reports a fault: choose a folder on another disk",
     errno.EFBIG: "the file is larger than the file system or a limit of this shell (ulimit -f) allows",
     errno.ENOTDIR: "a part of this path is a file: choose another folder",
     errno.ELOOP: "it is a symbolic link, which is not followed: put the real file or folder there",
