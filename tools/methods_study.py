@@ -115,8 +115,7 @@ def digest(config: Mapping[str, Any]) -> str:
     choice = kept["method"].get("choice")
     if choice and choice["examples"] == "auto":
         examples = ChoiceConfig.model_construct(**choice).most_examples(kept["training"]["batch_size"])
-        choice = {**choice, "examples": examples}
-        kept["method"] = {**kept["method"], "choice": choice}
+        choice = kept["method"]["choice"] = {**choice, "examples": examples}
     if choice and (choice["examples"] is None or not choice["enabled"]):
         choice = kept["method"]["choice"] = {key: choice[key] for key in choice if key != "examples"}
     if choice and (not choice["enabled"] or choice["shrinkage"] == bool(choice["memory"])):

@@ -46,9 +46,9 @@ class ChoiceConfig(Section):
     """Rounds from one question to the next. In the last round all clients with a stored adapter are asked."""
     examples: PositiveInt | Literal["auto"] | None = "auto"
     """At most this many of a client's validation examples are judged after a round, others the next time; its answers
-    of several rounds count (`memory`). `auto`: 4, or `training.batch_size` where that is less, so that a question takes
-    less time than a training step. null: as many as `evaluation.examples_per_question` says. After the last round it
-    judges all of them in any case."""
+    of several rounds count (`memory`). `auto`: 4, or `training.batch_size` where that is less, so that a question about
+    two shares (`grid`) takes less time than a training step. null: as many as `evaluation.examples_per_question` says.
+    After the last round it judges all of them in any case."""
     average: bool = True
     """After the last round clients answer for the average over rounds (`ema_decay`), too, and each keeps as much of its
     mixture in it as these answers say; all of them take home what the last round alone would give them if the mean of

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Sequence
 
 import torch
 
 from fedmira.assembly import Assembly
-from fedmira.config.exchange import WEAK_EPSILON
+from fedmira.config.exchange import WEAK_EPSILON, PrivacyConfig
 from fedmira.config.graph import LOW_RANK_GRAPHS
 from fedmira.config.refusals import asks_for_validation
 from fedmira.config.run import RunConfig
@@ -46,7 +47,6 @@ def warnings(parts: Assembly) -> tuple[str, ...]:
         _judging_line(parts),
         shortened_line(parts.base, parts.layout, parts.tokenized, parts.config.evaluation),
         *_privacy_lines(parts),
-        _budget_line(parts),
     )
     return tuple(line for line in lines if line)
 
@@ -190,7 +190,8 @@ def _judging_line(parts: Assembly) -> str:
 
 
 def _privacy_lines(parts: Assembly) -> list[str]:
-    """What noise on uploads promises after all rounds, and whether it is larger than what clients learn."""
+    """What noise on uploads promises after all rounds, whether it is larger than what clients learn, and whether the
+    budget allows it."""
     privacy, federation = parts.config.exchange.privacy, parts.config.federation
     if not privacy.enabled:
         return []
@@ -198,10 +199,12 @@ def _privacy_lines(parts: Assembly) -> list[str]:
     if not any(uploads):
         return ["exchange.privacy has no effect: with this method nothing is uploaded"]
     num_clients, rounds, spent, drawn = len(parts.clients.names), federation.rounds, Counter[int](), Counter[int]()
+    most_by_round = []
     for round_, number in enumerate(uploads, start=1):
         ids = participation.draw(num_clients, federation, parts.config.seed, round_).ids
         drawn.update(ids)
         spent.update(dict.fromkeys(ids, number))
+        most_by_round.append(max(spent.values()))
     (client, most), *_ = spent.most_common(1)
     value = epsilon(most, privacy.noise_multiplier, privacy.delta)
     who = f"takes part in all {rounds} rounds" if rounds > 1 else "takes part"
@@ -220,15 +223,14 @@ def _privacy_lines(parts: Assembly) -> list[str]:
             "away, set it to system"
         )
     most_learned, noise = privacy.clip_norm, privacy.noise_multiplier * privacy.clip_norm * math.sqrt(most_numbers)
-    if noise <= most_learned:
-        return lines
-    return [
-        *lines,
-        f"exchange.privacy: the noise of an upload has norm {_short(noise)} (noise_multiplier * clip_norm * "
-        f"sqrt({most_numbers:,} numbers)), what a client learned at most clip_norm = {most_learned:g}: a mean over few "
-        "clients is mostly noise, and losses can end above that of the base. A smaller model.adapter.rank, fewer "
-        "targets and more clients per round help, and a smaller noise_multiplier at the cost of epsilon",
-    ]
+    if noise > most_learned:
+        lines.append(
+            f"exchange.privacy: the noise of an upload has norm {_short(noise)} (noise_multiplier * clip_norm * "
+            f"sqrt({most_numbers:,} numbers)), what a client learned at most clip_norm = {most_learned:g}: a mean over "
+            "few clients is mostly noise, and losses can end above that of the base. A smaller model.adapter.rank, "
+            "fewer targets and more clients per round help, and a smaller noise_multiplier at the cost of epsilon"
+        )
+    return [*lines, _budget_line(privacy, most_by_round)]
 
 
 def _short(value: float) -> str:
@@ -256,22 +258,18 @@ def _planned_uploads(parts: Assembly) -> tuple[list[int], int]:
     return uploads, most_numbers
 
 
-def _budget_line(parts: Assembly) -> str:
-    """Which round the privacy budget will not allow, counted from the first."""
-    privacy, federation = parts.config.exchange.privacy, parts.config.federation
-    if not privacy.enabled or privacy.budget is None:
+def _budget_line(privacy: PrivacyConfig, most_by_round: Sequence[int]) -> str:
+    """Which round the privacy budget will not allow: the first by whose end a client has made too many uploads."""
+    if privacy.budget is None:
         return ""
-    most, sent = max_uploads(privacy), Counter[int]()
-    uploads, _ = _planned_uploads(parts)
-    for round_, number in enumerate(uploads, start=1):
-        ids = participation.draw(len(parts.clients.names), federation, parts.config.seed, round_).ids
-        sent.update(dict.fromkeys(ids, number))
-        if max(sent.values()) > most:
-            advice = "raise noise_multiplier or the budget"
-            if most:
-                advice = "what is spent by then stays spent: lower federation.rounds or raise noise_multiplier now"
-            return (
-                f"exchange.privacy.budget = {privacy.budget:g} is enough for {counted(most, 'upload')} of a client; "
-                f"if all that are drawn send one, round {round_} will be refused; {advice}"
-            )
-    return ""
+    most = max_uploads(privacy)
+    refused = next((round_ for round_, number in enumerate(most_by_round, start=1) if number > most), None)
+    if refused is None:
+        return ""
+    advice = "raise noise_multiplier or the budget"
+    if most:
+        advice = "what is spent by then stays spent: lower federation.rounds or raise noise_multiplier now"
+    return (
+        f"exchange.privacy.budget = {privacy.budget:g} is enough for {counted(most, 'upload')} of a client; "
+        f"if all that are drawn send one, round {refused} will be refused; {advice}"
+    )

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fedmira.errors import IntegrityError
+from fedmira.formats import counted
 from fedmira.runs.atomic import disk_error, make_folder
 
 FOLDER = "checkpoints"
@@ -90,6 +91,6 @@ def refuse_lost_checkpoints(run_path: Path, events: Iterable[Mapping[str, Any]],
     finished = any(event.get("event") == "final" for event in events) and not (run_path / FOLDER).is_dir()
     if rounds > most_unsaved or finished:
         raise IntegrityError(
-            f"{run_path} holds the results of {rounds} rounds and no checkpoint to go on from: {FOLDER} was removed. "
-            "Put it back, or remove the run directory to start again"
+            f"{run_path} holds the results of {counted(rounds, 'round')} and no checkpoint to go on from: {FOLDER} was "
+            "removed. Put it back, or remove the run directory to start again"
         )
