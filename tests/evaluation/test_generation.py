@@ -22,7 +22,7 @@ from fedmira.evaluation.generation import generate
 from fedmira.model import cache
 from fedmira.model.arena import lora_layout
 from fedmira.model.base import BaseModel, freeze, load_base
-from fedmira.model.buckets import CacheBucket
+from fedmira.model.buckets import Newest
 from fedmira.model.kinds import initial_adapters
 
 END = 2
@@ -96,8 +96,8 @@ def test_a_model_that_keeps_something_else_is_found_before_the_first_round(monke
     with pytest.raises(SetupError, match=r"looks back twice in one layer|its packed logits differ"):
         cache.check_growing(freeze(model, Words(), "twice"))
     base = replace(base_of("qwen3"), body=None)
-    original = CacheBucket.attend
-    monkeypatch.setattr(CacheBucket, "attend", lambda *arguments: 1.1 * original(*arguments))
+    original = Newest.look_back
+    monkeypatch.setattr(Newest, "look_back", lambda *arguments: 1.1 * original(*arguments))
     with pytest.raises(SetupError, match=r"its logits differ by .*evaluation\.generation\.enabled to false"):
         cache.check_growing(base)
 

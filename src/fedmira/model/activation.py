@@ -15,7 +15,7 @@ def activate(inner_NO: torch.Tensor, gated: bool) -> torch.Tensor:
     """The activated features, (N, F)."""
     if not gated:
         return F.gelu(inner_NO, approximate="tanh")
-    gate_NF, up_NF = inner_NO.chunk(2, dim=1)
+    gate_NF, up_NF = inner_NO.chunk(2, dim=-1)
     return F.silu(gate_NF).mul_(up_NF)
 
 

@@ -66,17 +66,17 @@ class Norm(NamedTuple):
         """The normalised rows, and the statistics that `again` and `backward` need."""
         if self.bias_d is not None:
             h_Nd, mean_N1, scale_N1 = torch.native_layer_norm(
-                x_Nd, (x_Nd.shape[1],), self.weight_d, self.bias_d, self.epsilon
+                x_Nd, (x_Nd.shape[-1],), self.weight_d, self.bias_d, self.epsilon
             )
             return h_Nd, (mean_N1, scale_N1)
         norm_N1 = torch.linalg.vector_norm(_wide(x_Nd), dim=-1, keepdim=True)
-        scale_N1 = norm_N1.square_().div_(x_Nd.shape[1]).add_(self.epsilon).rsqrt_()
+        scale_N1 = norm_N1.square_().div_(x_Nd.shape[-1]).add_(self.epsilon).rsqrt_()
         return self.again(x_Nd, (scale_N1,)), (scale_N1,)
 
     def again(self, x_Nd: torch.Tensor, statistics: tuple[torch.Tensor, ...]) -> torch.Tensor:
         """The normalised rows once more."""
         if self.bias_d is not None:
-            return torch.native_layer_norm(x_Nd, (x_Nd.shape[1],), self.weight_d, self.bias_d, self.epsilon)[0]
+            return torch.native_layer_norm(x_Nd, (x_Nd.shape[-1],), self.weight_d, self.bias_d, self.epsilon)[0]
         return (_wide(x_Nd) * statistics[0]).to(x_Nd.dtype).mul_(self.weight_d)
 
     def backward(

@@ -25,7 +25,7 @@ from fedmira.model import fused, inference
 from fedmira.model.attention import PACKED, Packing, Settings, attention_of
 from fedmira.model.base import MISUNDERSTANDINGS, BaseModel, unlike
 from fedmira.model.body import Soften
-from fedmira.model.buckets import CacheBucket, Growing, PackedRows, Pair, group_by_length
+from fedmira.model.buckets import CacheBucket, Growing, Newest, PackedRows, Pair, group_by_length
 from fedmira.model.lora import attached
 from fedmira.model.low_rank import assign_rows
 from fedmira.model.soft_prompt import SoftPrompts
@@ -63,9 +63,12 @@ class KeyValueCache:
         self._buckets: list[CacheBucket] = []
         self._rows_n = torch.zeros(0, dtype=torch.int64, device=base.device)
         """The rows of a call that are sequences, in the order in which these lie in the buckets."""
+        self._newest: dict[tuple[torch.Size, ...], Newest] = {}
+        """By the shapes of queries, keys and values."""
         self._position_B = torch.zeros(0, dtype=torch.int64, device=base.device)
         self._longest = 0
         self._add_low_rank_: inference.LowRank | None = None
+        self._num_groups = 0
 
     @property
     def num_bytes(self) -> int:
@@ -102,13 +105,11 @@ class KeyValueCache:
             adapters = fused.bind(self._body, self._arena, None, frozenset())
             hidden_Bd = inference.hidden(
                 self._body,
-                tokens_N,
-                positions_N,
-                packing.longest,
+                self._body.embed(tokens_N, positions_N, soften),
+                inference.rotation_at(self._body, positions_N, packing.longest),
                 inference.of_rows(adapters, assign_rows(batch.rows_per_client, device)),
                 look_back,
                 inference.Wanted(last_B, inference.of_rows(adapters, assign_rows(batch.supervised_per_client, device))),
-                soften,
             )
         self._read.append(rows)
         return hidden_Bd
@@ -130,6 +131,7 @@ class KeyValueCache:
         else:
             adapters = fused.bind(self._body, arena, None, frozenset())
             self._add_low_rank_ = inference.of_equal_groups(self._body, adapters)
+            self._num_groups = len(clients)
             yield
 
     def advance(self, tokens_B: torch.Tensor) -> torch.Tensor:
@@ -138,12 +140,13 @@ class KeyValueCache:
             hidden_Bd = self._stock(tokens_B, self._position_B, fedmira_cache=self)
         else:
             assert self._add_low_rank_ is not None, "advance is called inside rows"
-            hidden_Bd = inference.hidden(
-                self._body, tokens_B, self._position_B, self._longest, self._add_low_rank_, self.attend
-            )
+            x_Bd = self._body.embed(tokens_B, self._position_B)
+            rotation = inference.rotation_at(self._body, self._position_B, self._longest)
+            x_Cnd = x_Bd.view(self._num_groups, -1, x_Bd.shape[1])
+            hidden_Bd = inference.hidden(self._body, x_Cnd, rotation, self._add_low_rank_, self.attend).flatten(0, 1)
         self._position_B += 1
         for bucket in self._buckets:
-            bucket.filled += 1
+            bucket.grow()
         return hidden_Bd
 
     def attend(
@@ -155,17 +158,11 @@ class KeyValueCache:
         settings: Settings,
     ) -> torch.Tensor:
         """Attention of the newest tokens, (B, H, D)."""
-        # bucket by bucket, so that each takes slices
-        sizes = [bucket.size for bucket in self._buckets]
-        queries, keys, values = (
-            torch.split(states.index_select(0, self._rows_n), sizes) for states in (query_BHD, key_BGD, value_BGD)
-        )
-        seen = [
-            bucket.attend(module, query_bHD, key_bGD, value_bGD, settings)
-            for bucket, query_bHD, key_bGD, value_bGD in zip(self._buckets, queries, keys, values, strict=True)
-        ]
-        output_BHD = query_BHD.new_zeros(*query_BHD.shape[:2], value_BGD.shape[2])
-        return output_BHD.index_copy_(0, self._rows_n, torch.cat(seen))
+        states = (query_BHD, key_BGD, value_BGD)
+        shapes = tuple(each.shape for each in states)
+        if shapes not in self._newest:
+            self._newest[shapes] = Newest(self._buckets, self._rows_n, states)
+        return self._newest[shapes].look_back(module, states, settings)
 
     def _arrange(self, names_B: Sequence[int | None]) -> None:
         """Bring the sequences that go on into buckets, and let go of the others."""
@@ -179,7 +176,7 @@ class KeyValueCache:
         position_B[rows] = torch.tensor([held[name][0].length for name in names], dtype=torch.int64)
         self._position_B = position_B.to(self._base.device)
         self._longest = max((held[name][0].length + held[name][0].room for name in names), default=0)
-        self._read, self._buckets = [], []
+        self._read, self._buckets, self._newest = [], [], {}
         moves = []
         order: list[int] = []
         for group in group_by_length([held[name][0].length for name in names], self._bucket_tokens(sources)):
@@ -199,7 +196,7 @@ class KeyValueCache:
                     move(states, into)
             # one module at a time is held twice, not the whole cache
             for source in sources:
-                del source.pairs[module]
+                source.free(module)
 
     def _stock(
         self, tokens_N: torch.Tensor, positions_N: torch.Tensor, soften: Soften | None = None, **attention: Any

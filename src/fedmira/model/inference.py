@@ -2,7 +2,9 @@
 
 Computes what `fused.hidden` computes. Knows nothing about sequences or how keys and values are kept.
 
-Axes: C adapters, N packed rows, n rows of one adapter, M rows asked for, d hidden features, F features of the
+Rows lie one after the other, (N, ...), or in groups of one size, (C, n, ...), as the low-rank products take them.
+
+Axes: C adapters, N rows, n rows of one adapter, M rows asked for, d hidden features, F features of the
 feed-forward layer, I/O in and out features, R rank of a stack, H heads, G key-value heads, D features of a head.
 """
 
@@ -15,16 +17,19 @@ import torch
 
 from fedmira.model.activation import activate
 from fedmira.model.attention import Settings
-from fedmira.model.body import Body, Soften
+from fedmira.model.body import Body, Norm
 from fedmira.model.fused import Adapters, rotate_
 from fedmira.model.low_rank import Rows, add_low_rank_
+
+Rotation = tuple[torch.Tensor, torch.Tensor]
+"""Cosines and sines (N, 1, D / 2)."""
 
 LookBack = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor, Settings], torch.Tensor]
 """(block, queries (N, H, D), keys (N, G, D), values (N, G, D), settings) to what the rows see, (N, H, D)."""
 
 
 LowRank = Callable[[int, str, torch.Tensor, torch.Tensor], None]
-"""Adds to the outputs (N, O) of a block's stack the low-rank products of its inputs (N, I), in place."""
+"""Adds to the outputs (.., O) of a block's stack the low-rank products of its inputs (.., I), in place."""
 
 
 class Wanted(NamedTuple):
@@ -37,53 +42,60 @@ class Wanted(NamedTuple):
 
 def hidden(
     body: Body,
-    tokens_N: torch.Tensor,
-    positions_N: torch.Tensor,
-    longest: int,
+    x: torch.Tensor,
+    rotation: Rotation | None,
     add_low_rank_: LowRank,
     look_back: LookBack,
     wanted: Wanted | None = None,
-    soften: Soften | None = None,
 ) -> torch.Tensor:
-    """Final hidden states of the wanted rows, (M, d); of all rows if none are named.
+    """Final hidden states of the wanted rows, (M, d); of all rows if none are named, shaped as they are.
 
     Args:
         body: the frozen body.
-        tokens_N: tokens, on the device of the body.
-        positions_N: their positions in their sequences.
-        longest: more than any position.
+        x: the rows that enter the first block, (N, d) or (C, n, d).
+        rotation: of the rows' positions, one after the other; None where positions are learned.
         add_low_rank_: the adapters; called once for each stack of each block.
         look_back: attention; called once for each block, in order.
-        wanted: rows that go on behind the last attention.
-        soften: puts soft prompts among the embeddings.
+        wanted: rows that go on behind the last attention, if they lie one after the other.
     """
-    rotation = None
-    if body.rotate is not None:
-        cosine, sine = body.rotate(longest)
-        rotation = (cosine[positions_N], sine[positions_N])
     heads = [body.num_heads, body.num_key_heads, body.num_key_heads]
+    rows, num_rows = x.shape[:-1], x.shape[:-1].numel()
     last = len(body.blocks) - 1
-    x_Nd = body.embed(tokens_N, positions_N, soften)
     for index, block in enumerate(body.blocks):
-        h_Nd, _ = block.attention_norm(x_Nd)
-        projected_NO = block.attention_in(h_Nd)
-        add_low_rank_(index, "attention_in", h_Nd, projected_NO)
-        states_NXD = projected_NO.view(len(projected_NO), sum(heads), -1)
+        h = _normalised(block.attention_norm, x)
+        projected = block.attention_in(h)
+        add_low_rank_(index, "attention_in", h, projected)
+        states_NXD = projected.view(num_rows, sum(heads), -1)
         if rotation is not None:
             rotate_(states_NXD[:, : heads[0] + heads[1]], rotation)
         query_NHD, key_NGD, value_NGD = torch.split(states_NXD, heads, dim=1)
-        seen_NO = look_back(index, query_NHD, key_NGD, value_NGD, block.look_back).flatten(1)
+        seen = look_back(index, query_NHD, key_NGD, value_NGD, block.look_back).reshape(*rows, -1)
         if index == last and wanted is not None:
-            x_Nd, seen_NO, add_low_rank_ = x_Nd[wanted.rows_M], seen_NO[wanted.rows_M], wanted.add_low_rank_
-        x_Nd = block.attention_out.onto(x_Nd, seen_NO)
-        add_low_rank_(index, "attention_out", seen_NO, x_Nd)
-        h_Nd, _ = block.feed_norm(x_Nd)
-        inner_NO = block.feed_in(h_Nd)
-        add_low_rank_(index, "feed_in", h_Nd, inner_NO)
-        active_NF = activate(inner_NO, body.gated)
-        x_Nd = block.feed_out.onto(x_Nd, active_NF)
-        add_low_rank_(index, "feed_out", active_NF, x_Nd)
-    return body.final_norm(x_Nd)[0]
+            x, seen, add_low_rank_ = x[wanted.rows_M], seen[wanted.rows_M], wanted.add_low_rank_
+        x = block.attention_out(seen).add_(x)
+        add_low_rank_(index, "attention_out", seen, x)
+        h = _normalised(block.feed_norm, x)
+        inner = block.feed_in(h)
+        add_low_rank_(index, "feed_in", h, inner)
+        active = activate(inner, body.gated)
+        x = block.feed_out(active).add_(x)
+        add_low_rank_(index, "feed_out", active, x)
+    return _normalised(body.final_norm, x)
+
+
+def rotation_at(body: Body, positions_N: torch.Tensor, longest: int) -> Rotation | None:
+    """What turns queries and keys at these positions, all below `longest`; None where positions are learned."""
+    if body.rotate is None:
+        return None
+    cosine, sine = body.rotate(longest)
+    return cosine[positions_N], sine[positions_N]
+
+
+def _normalised(norm: Norm, x: torch.Tensor) -> torch.Tensor:
+    if norm.bias_d is None and x.dtype.itemsize >= 4:
+        # one call instead of eight
+        return torch.rms_norm(x, norm.weight_d.shape, norm.weight_d, norm.epsilon)
+    return norm(x)[0]
 
 
 def of_rows(adapters: Adapters, rows: Rows) -> LowRank:
@@ -97,7 +109,7 @@ def of_rows(adapters: Adapters, rows: Rows) -> LowRank:
 
 
 def of_equal_groups(body: Body, adapters: Adapters) -> LowRank:
-    """The low-rank products of rows that come in groups of one size, one group for each adapter, in order.
+    """The low-rank products of rows (C, n, ...), one group for each adapter, in order.
 
     The adapters of a stack become one batched pair of matrices, B with a block for each of its layers and zeros
     elsewhere: two calls for all layers and clients. Copies the values of the adapters.
@@ -118,10 +130,9 @@ def of_equal_groups(body: Body, adapters: Adapters) -> LowRank:
                 start += branch.a_CRI.shape[1]
             pairs[-1][stack] = (a_CRI.transpose(1, 2), b_CRO)
 
-    def add_(block: int, stack: str, x_NI: torch.Tensor, out_NO: torch.Tensor) -> None:
+    def add_(block: int, stack: str, x_CnI: torch.Tensor, out_CnO: torch.Tensor) -> None:
         if stack in pairs[block]:
             a_CIR, b_CRO = pairs[block][stack]
-            low_CnR = torch.bmm(x_NI.view(len(a_CIR), -1, x_NI.shape[1]), a_CIR)
-            out_NO.view(len(a_CIR), -1, out_NO.shape[1]).baddbmm_(low_CnR, b_CRO)
+            out_CnO.baddbmm_(torch.bmm(x_CnI, a_CIR), b_CRO)
 
     return add_

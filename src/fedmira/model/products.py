@@ -62,14 +62,16 @@ def product(
         return wide_NO.copy_(narrow_NO)
     if not (x_NI.dtype == torch.float32 and x_NI.device.type == "cpu" and len(x_NI)):
         return F.linear(x_NI, weight_OI, bias_O)
-    x_NI, weight_OI = x_NI.detach(), weight_OI.detach()
+    if torch.is_grad_enabled():
+        x_NI, weight_OI = x_NI.detach(), weight_OI.detach()
+        bias_O = None if bias_O is None else bias_O.detach()
     if _ONEDNN:
         result: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x_NI, weight_OI, bias_O, "none", [], "")
         return result
     if room is None:
-        return F.linear(x_NI, weight_OI, None if bias_O is None else bias_O.detach())
+        return F.linear(x_NI, weight_OI, bias_O)
     shape = (len(x_NI), len(weight_OI))
     out_NO = room[: shape[0] * shape[1]].view(shape)
     if bias_O is None:
         return torch.mm(x_NI, weight_OI.T, out=out_NO)
-    return torch.addmm(bias_O.detach(), x_NI, weight_OI.T, out=out_NO)
+    return torch.addmm(bias_O, x_NI, weight_OI.T, out=out_NO)
