@@ -184,7 +184,10 @@ def test_a_task_is_harmed_by_the_mean_of_its_clients_in_all_draws(study: ModuleT
         run({"a": ("one", 1.4), "b": ("one", 0.7), "c": ("two", 1.005)}),
         run({"a": ("one", 0.9), "b": ("one", 0.9), "c": ("two", 1.02)}),
     ]
+    other_order = [run({"a": ("one", 1.4), "b": ("one", 0.1), "c": ("two", 1.0)})] * 2
     assert study.harm(shared, alone) == pytest.approx(2 / 6)
+    assert study.harm(shared, other_order) == pytest.approx(3 / 6)
+    assert study.harm(shared, alone, other_order) == pytest.approx(1 / 6)
     assert study.tasks_harmed(shared, alone) == "1 of 2"
     assert study.tasks_harmed(alone, alone) == "0 of 2"
 

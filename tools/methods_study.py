@@ -537,10 +537,10 @@ def harmed(loss: float, base: float) -> bool:
     return math.isfinite(base) and not loss <= (1 + HARM_TOLERANCE) * base
 
 
-def harm(runs: Sequence[Judged], local: Sequence[Judged]) -> float:
-    """Share of the clients that are more than 1 % worse off than with `local`, draw by draw."""
-    pairs = [zip(run.losses_K, base.losses_K, strict=True) for run, base in zip(runs, local, strict=True)]
-    return float(np.mean([np.mean([harmed(loss, base) for loss, base in of_draw]) for of_draw in pairs]))
+def harm(runs: Sequence[Judged], *alone: Sequence[Judged]) -> float:
+    """Share of the clients that are more than 1 % worse off than with each of `alone`, draw by draw."""
+    draws = [zip(*(run.losses_K for run in of_draw), strict=True) for of_draw in zip(runs, *alone, strict=True)]
+    return float(np.mean([np.mean([all(harmed(loss, base) for base in bases) for loss, *bases in d]) for d in draws]))
 
 
 def tasks_harmed(runs: Sequence[Judged], local: Sequence[Judged]) -> str:
@@ -579,9 +579,11 @@ _AIMS = (
     "better than `local_only`",
     "better than `fedit`",
     "at most 2 % of the clients harmed",
-    "the same by another order of the examples alone",
+    "harmed where the true graph or clusters are told",
+    "harmed beside both orders of the examples alone",
+    "harmed by another order of the examples alone",
     "tasks harmed",
-    "the same by another order of the examples alone",
+    "tasks harmed by another order of the examples alone",
     "80 % of the gap to the true graph or clusters closed",
 )
 
@@ -634,6 +636,8 @@ def _reached(reported: Mapping[str, list[Judged]], settings: Mapping[str, Any]) 
         against("local_only"),
         against("fedit"),
         f"{verdict(harm(mira, local) <= 0.02)}: {harm(mira, local):.1%}",
+        "; ".join(f"{harm(reported[name], local):.1%} by {name}" for name in oracles) or "-",
+        f"{harm(mira, local, again):.1%}" if again else "-",
         f"{harm(again, local):.1%}" if again else "-",
         tasks_harmed(mira, local),
         tasks_harmed(again, local) if again else "-",
