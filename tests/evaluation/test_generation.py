@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from itertools import takewhile
@@ -13,16 +13,20 @@ import pytest
 import torch
 from tests.reference.generation_twin import client_by_client, one_by_one
 from tests.reference.tiny_models import FAMILIES, layout_of_kind, random_arena, tiny_layout, tiny_model
+from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import AutoModelForCausalLM, DeepseekV3Config, DiffLlamaConfig, GenerationConfig
 
 from fedmira.config.run import AdapterConfig, ModelConfig
+from fedmira.data.packing import pack
+from fedmira.data.tokenization import TokenizedExample
 from fedmira.errors import SetupError
 from fedmira.evaluation import generation
 from fedmira.evaluation.generation import generate
-from fedmira.model import cache
+from fedmira.model import cache, inference
 from fedmira.model.arena import lora_layout
 from fedmira.model.base import BaseModel, freeze, load_base
-from fedmira.model.buckets import Newest
+from fedmira.model.body import Norm
+from fedmira.model.buckets import CacheBucket, Growing, Newest, Pair
 from fedmira.model.kinds import initial_adapters
 
 END = 2
@@ -281,6 +285,42 @@ def test_without_memory_answers_are_written_one_after_another(monkeypatch: pytes
     monkeypatch.setattr(cache.KeyValueCache, "rows", counting)
     assert generate(base, arena, prompts, 6) == expected
     assert max(held) == 1
+
+
+def test_keys_that_moved_are_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While sequences are arranged anew one module at a time is held twice, not the whole cache."""
+    base = base_of("llama")
+    held: list[StorageWeakRef] = []
+    alive = []
+    allocate = CacheBucket.allocate
+
+    def noting(self: CacheBucket, module: Hashable, like: Pair) -> Pair:
+        pair = allocate(self, module, like)
+        held.extend(StorageWeakRef(states.untyped_storage()) for states in pair)
+        alive.append(sum(not storage.expired() for storage in held))
+        return pair
+
+    monkeypatch.setattr(CacheBucket, "allocate", noting)
+    growing = cache.KeyValueCache(base, random_arena(tiny_layout(base, "llama"), 1, base.dtype))
+    prompts = [TokenizedExample(np.array([5, 6, 7]), 2, ""), TokenizedExample(np.array([8, 9]), 1, "")]
+    with torch.inference_mode():
+        growing.read(pack([prompts]), [Growing(0, 2, 4), Growing(1, 1, 4)])
+        for names in ([0, 1], [1]):
+            with growing.rows(names, [0]):
+                growing.advance(torch.tensor(names))
+    # keys and values of two modules, arranged twice
+    assert alive[:3] == [2, 4, 6]
+    assert alive[3] < 8
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_rms_norms_are_those_of_training(dtype: torch.dtype) -> None:
+    """In 16 bits PyTorch's own rounds once where transformers rounds twice."""
+    random = torch.Generator().manual_seed(0)
+    norm = Norm(torch.randn(48, generator=random).to(dtype), None, 1e-5)
+    x_Nd = torch.randn(500, 48, generator=random).to(dtype)
+    rounding = 0.0 if dtype == torch.bfloat16 else 4 * torch.finfo(dtype).eps
+    torch.testing.assert_close(inference.normalised(norm, x_Nd), norm(x_Nd)[0], rtol=rounding, atol=0.0)
 
 
 def test_a_client_that_diverged_leaves_the_others_alone() -> None:

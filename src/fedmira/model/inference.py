@@ -62,7 +62,7 @@ def hidden(
     rows, num_rows = x.shape[:-1], x.shape[:-1].numel()
     last = len(body.blocks) - 1
     for index, block in enumerate(body.blocks):
-        h = _normalised(block.attention_norm, x)
+        h = normalised(block.attention_norm, x)
         projected = block.attention_in(h)
         add_low_rank_(index, "attention_in", h, projected)
         states_NXD = projected.view(num_rows, sum(heads), -1)
@@ -74,13 +74,13 @@ def hidden(
             x, seen, add_low_rank_ = x[wanted.rows_M], seen[wanted.rows_M], wanted.add_low_rank_
         x = block.attention_out(seen).add_(x)
         add_low_rank_(index, "attention_out", seen, x)
-        h = _normalised(block.feed_norm, x)
+        h = normalised(block.feed_norm, x)
         inner = block.feed_in(h)
         add_low_rank_(index, "feed_in", h, inner)
         active = activate(inner, body.gated)
         x = block.feed_out(active).add_(x)
         add_low_rank_(index, "feed_out", active, x)
-    return _normalised(body.final_norm, x)
+    return normalised(body.final_norm, x)
 
 
 def rotation_at(body: Body, positions_N: torch.Tensor, longest: int) -> Rotation | None:
@@ -91,7 +91,8 @@ def rotation_at(body: Body, positions_N: torch.Tensor, longest: int) -> Rotation
     return cosine[positions_N], sine[positions_N]
 
 
-def _normalised(norm: Norm, x: torch.Tensor) -> torch.Tensor:
+def normalised(norm: Norm, x: torch.Tensor) -> torch.Tensor:
+    """The rows behind a norm, as `norm` gives them but for rounding in 32 bits and more."""
     if norm.bias_d is None and x.dtype.itemsize >= 4:
         # one call instead of eight
         return torch.rms_norm(x, norm.weight_d.shape, norm.weight_d, norm.epsilon)
