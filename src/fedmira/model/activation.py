@@ -12,7 +12,7 @@ from fedmira.model.body import in_cache
 
 
 def activate(inner_NO: torch.Tensor, gated: bool) -> torch.Tensor:
-    """The activated features, (N, F)."""
+    """The activated features, (N, F); rows may come in groups."""
     if not gated:
         return F.gelu(inner_NO, approximate="tanh")
     gate_NF, up_NF = inner_NO.chunk(2, dim=-1)

@@ -2,7 +2,8 @@
 
 Knows nothing about adapters, packing or how blocks are passed through; `fused` does that, `families` finds the parts.
 
-Axes: N rows, d hidden features, I/O in and out features of stacked layers, D features of a head.
+Axes: N rows (forward, norms and layers take them in groups as well), d hidden features, I/O in and out features of
+stacked layers, D features of a head.
 """
 
 from __future__ import annotations
