@@ -21,6 +21,9 @@ from fedmira.model.products import product
 Soften = Callable[[torch.Tensor], torch.Tensor]
 """Embeddings of the packed tokens (N, d) to the same with soft prompts in their rows."""
 
+Rotation = tuple[torch.Tensor, torch.Tensor]
+"""Cosines and sines of the positions of rows, (N, 1, D / 2)."""
+
 STACKS = ("attention_in", "attention_out", "feed_in", "feed_out")
 """The fields of a block that hold layers."""
 
@@ -147,6 +150,13 @@ class Body:
         if soften is not None:
             x_Nd = soften(x_Nd)
         return x_Nd if self.places is None else x_Nd + self.places(positions_N)
+
+    def rotation(self, positions_N: torch.Tensor, longest: int) -> Rotation | None:
+        """What turns queries and keys at these positions, all below `longest`; None where positions are learned."""
+        if self.rotate is None:
+            return None
+        cosine, sine = self.rotate(longest)
+        return cosine[positions_N], sine[positions_N]
 
     @property
     def dtype(self) -> torch.dtype:

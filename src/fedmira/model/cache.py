@@ -106,7 +106,7 @@ class KeyValueCache:
             hidden_Bd = inference.hidden(
                 self._body,
                 self._body.embed(tokens_N, positions_N, soften),
-                inference.rotation_at(self._body, positions_N, packing.longest),
+                self._body.rotation(positions_N, packing.longest),
                 inference.of_rows(adapters, assign_rows(batch.rows_per_client, device)),
                 look_back,
                 inference.Wanted(last_B, inference.of_rows(adapters, assign_rows(batch.supervised_per_client, device))),
@@ -141,7 +141,7 @@ class KeyValueCache:
         else:
             assert self._add_low_rank_ is not None, "advance is called inside rows"
             x_Bd = self._body.embed(tokens_B, self._position_B)
-            rotation = inference.rotation_at(self._body, self._position_B, self._longest)
+            rotation = self._body.rotation(self._position_B, self._longest)
             x_Cnd = x_Bd.view(self._num_groups, -1, x_Bd.shape[1])
             hidden_Bd = inference.hidden(self._body, x_Cnd, rotation, self._add_low_rank_, self.attend).flatten(0, 1)
         self._position_B += 1

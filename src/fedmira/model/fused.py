@@ -21,7 +21,7 @@ import torch
 
 from fedmira.model.activation import activate, activate_backward
 from fedmira.model.attention import Alone, Bucket, Packing, Settings, asking_for
-from fedmira.model.body import STACKS, Block, Body, Norm, Soften, Stack, in_cache
+from fedmira.model.body import STACKS, Block, Body, Norm, Rotation, Soften, Stack, in_cache
 from fedmira.model.kept_attention import Look, SlowCall, look_back_, look_back_backward_
 from fedmira.model.low_rank import (
     Branch,
@@ -121,13 +121,9 @@ def hidden(
         way: how low-rank products are computed; None chooses.
         soften: puts soft prompts among the embeddings; what it returns may ask for a gradient.
     """
-    rotation = None
-    if body.rotate is not None:
-        cosine, sine = body.rotate(packing.longest)
-        rotation = (cosine[positions_N], sine[positions_N])
     rows = assign_rows(rows_per_client, tokens_N.device, way)
     wanted_rows = assign_rows(wanted_per_client, tokens_N.device, way)
-    pass_ = _Pass(body, packing, rotation, rows, wanted_rows, wanted_M)
+    pass_ = _Pass(body, packing, body.rotation(positions_N, packing.longest), rows, wanted_rows, wanted_M)
     last_pass = pass_._replace(packing=asking_for(packing, wanted_M))
     x_Nd = body.embed(tokens_N, positions_N, soften)
     last = len(body.blocks) - 1
@@ -157,8 +153,7 @@ class _Pass(NamedTuple):
 
     body: Body
     packing: Packing
-    rotation: tuple[torch.Tensor, torch.Tensor] | None
-    """Cosines and sines of the positions of the rows, (N, 1, D / 2)."""
+    rotation: Rotation | None
     rows: Rows
     wanted_rows: Rows
     wanted_M: torch.Tensor
@@ -417,7 +412,7 @@ def _of_alone(states_NXD: torch.Tensor, one: Alone, body: Body) -> _Parts:
     return query, key, value
 
 
-def rotate_(states_NXD: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor]) -> None:
+def rotate_(states_NXD: torch.Tensor, rotation: Rotation) -> None:
     """Rotate the two halves of each head's features by the angles of their positions, in place."""
     first_NXD, second_NXD = states_NXD.chunk(2, dim=-1)
     for first, second, cosine, sine in in_cache(first_NXD, second_NXD, *rotation):

@@ -17,12 +17,9 @@ import torch
 
 from fedmira.model.activation import activate
 from fedmira.model.attention import Settings
-from fedmira.model.body import Body, Norm
+from fedmira.model.body import Body, Norm, Rotation
 from fedmira.model.fused import Adapters, rotate_
 from fedmira.model.low_rank import Rows, add_low_rank_
-
-Rotation = tuple[torch.Tensor, torch.Tensor]
-"""Cosines and sines (N, 1, D / 2)."""
 
 LookBack = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor, Settings], torch.Tensor]
 """(block, queries (N, H, D), keys (N, G, D), values (N, G, D), settings) to what the rows see, (N, H, D)."""
@@ -72,23 +69,15 @@ def hidden(
         seen = look_back(index, query_NHD, key_NGD, value_NGD, block.look_back).reshape(*rows, -1)
         if index == last and wanted is not None:
             x, seen, add_low_rank_ = x[wanted.rows_M], seen[wanted.rows_M], wanted.add_low_rank_
-        x = block.attention_out(seen).add_(x)
+        x = block.attention_out.onto(x, seen)
         add_low_rank_(index, "attention_out", seen, x)
         h = normalised(block.feed_norm, x)
         inner = block.feed_in(h)
         add_low_rank_(index, "feed_in", h, inner)
         active = activate(inner, body.gated)
-        x = block.feed_out(active).add_(x)
+        x = block.feed_out.onto(x, active)
         add_low_rank_(index, "feed_out", active, x)
     return normalised(body.final_norm, x)
-
-
-def rotation_at(body: Body, positions_N: torch.Tensor, longest: int) -> Rotation | None:
-    """What turns queries and keys at these positions, all below `longest`; None where positions are learned."""
-    if body.rotate is None:
-        return None
-    cosine, sine = body.rotate(longest)
-    return cosine[positions_N], sine[positions_N]
 
 
 def normalised(norm: Norm, x: torch.Tensor) -> torch.Tensor:
