@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Iterator
 from contextvars import ContextVar
 from functools import partial
@@ -80,6 +81,31 @@ def test_a_failure_comes_back_after_the_others_have_ended() -> None:
         side_by_side([fail, other], 2)
     assert ended == [True]
     assert torch.get_num_threads() == 4
+
+
+def test_after_a_failure_no_other_call_begins() -> None:
+    begun: list[bool] = []
+
+    def fail() -> None:
+        raise RuntimeError("broken")
+
+    def slow() -> None:
+        begun.append(True)
+        time.sleep(0.001)
+
+    with pytest.raises(RuntimeError, match="broken"):
+        side_by_side([slow, fail, *[slow] * 1000], 2)
+    assert len(begun) < 1000
+
+
+def test_thousands_of_calls_are_taken_by_the_threads_that_are_there() -> None:
+    def call(number: int) -> tuple[int, int]:
+        return number, threading.get_ident()
+
+    calls = [partial(call, number) for number in range(5000)]
+    answers = side_by_side(calls, 2)
+    assert [number for number, _ in answers] == list(range(5000))
+    assert len({thread for _, thread in answers}) <= 2
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")

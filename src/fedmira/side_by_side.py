@@ -9,8 +9,9 @@ Threads are kept from call to call, with what PyTorch remembers in each. Knows n
 from __future__ import annotations
 
 import os
+from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextvars import copy_context
 from threading import Barrier
 from typing import TypeVar
@@ -25,27 +26,37 @@ _POOLS: dict[tuple[int, int], ThreadPoolExecutor] = {}
 def side_by_side(calls: Sequence[Callable[[], Result]], at_once: int) -> list[Result]:
     """Return what the calls return, in their order; one after the other where PyTorch has one thread.
 
-    The first call sees the caller's context variables (what counts time is one), the others see none.
+    A thread takes the next call when it is done with one: thousands of small calls need no message each. The first call
+    sees the caller's context variables (what counts time is one), the others see none.
 
     Args:
         calls: must not write to the same memory, nor depend on each other.
         at_once: how many run at a time; each has that part of `torch.get_num_threads()`, at least one.
 
     Raises:
-        Exception: what the first of the calls that failed raised, after all that had begun have ended.
+        Exception: what a call that failed raised, after all that had begun have ended; no other begins.
     """
     threads = torch.get_num_threads()
     if min(threads, at_once, len(calls)) <= 1:
         return [call() for call in calls]
+    context = copy_context()
+    left: deque[int | None] = deque([*range(len(calls)), *[None] * at_once])
+    results: dict[int, Result] = {}
+
+    def go_on() -> None:
+        while (place := left.popleft()) is not None:
+            results[place] = context.run(calls[0]) if place == 0 else calls[place]()
+
     pool = _pool(at_once, max(1, threads // at_once))
-    first, *others = calls
-    futures = [pool.submit(copy_context().run, first), *(pool.submit(call) for call in others)]
+    futures = [pool.submit(go_on) for _ in range(at_once)]
     try:
-        return [future.result() for future in futures]
+        wait(futures, return_when=FIRST_EXCEPTION)
     finally:
-        for future in futures:
-            future.cancel()
+        left.extendleft([None] * at_once)
         wait(futures)
+    for future in futures:
+        future.result()
+    return [results[place] for place in range(len(calls))]
 
 
 def portions(costs: Sequence[float], count: int) -> list[list[int]]:
