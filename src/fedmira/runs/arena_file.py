@@ -7,8 +7,7 @@
 Mixing acts on each column alone, so it can stream whole blocks in bounded memory (`arena_mixing`); a client's row is
 P / c short pieces. A new file is written beside its path and renamed when it is durable, so after a crash the path is
 old or new. Rows are written in place: after a crash the rows being written are lost, the others are not.
-What is checked on opening is the header and the length, not the numbers: there is no checksum. One process at a time
-writes. No pickle. Knows nothing about rounds or what the columns mean.
+There is no checksum. One process at a time writes. No pickle. Knows nothing about rounds or what the columns mean.
 
 Axes: K clients, S some of them, P parameters of one adapter, c columns of a block.
 """
@@ -34,7 +33,6 @@ _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16"}
 _BLOCK_BYTES = 128 << 20
 PAGE_BYTES = 4096
 """What direct transfers are aligned to; headers are padded to it."""
-_MAX_HEADER_BYTES = 100 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,42 +95,10 @@ def create(
             f"given {num_clients}, {num_parameters}, {block_columns}, {dtype}"
         )
     if os.path.lexists(path):
-        raise IntegrityError(f"{path} exists already; open it, or choose another path")
+        raise IntegrityError(f"{path} exists already; remove it, or choose another path")
     arena = ArenaFile(path, num_clients, num_parameters, min(block_columns, num_parameters), dtype)
     with replacing(arena):
         pass
-    return arena
-
-
-def open_arena(path: Path) -> ArenaFile:
-    """Return the arena that lies at `path`.
-
-    Raises:
-        IntegrityError: it is missing, a link, no arena, or shorter or longer than its header says.
-    """
-    with disk_errors_named(path, "open"), open_regular(path) as file:
-        length = file.read(8)
-        size = struct.unpack("<Q", length)[0] if len(length) == 8 else 0
-        header = length + file.read(size) if size <= _MAX_HEADER_BYTES else b""
-        num_bytes = os.fstat(file.fileno()).st_size
-    try:
-        facts = json.loads(header[8:])["__metadata__"]
-        dtype = {name: dtype for dtype, name in _DTYPES.items()}[facts["dtype"]]
-        sizes = [int(facts[name]) for name in ("num_clients", "num_parameters", "block_columns")]
-        arena = ArenaFile(path, sizes[0], sizes[1], sizes[2], dtype)
-        # each block takes some 80 bytes of a header: one that is too short for them need not be written to compare
-        room = arena.num_parameters <= arena.block_columns * (len(header) // 64)
-        # the header follows from these facts, so whatever else is damaged in it shows
-        believed = min(sizes) >= 1 and room and header == _header(arena)
-    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
-        believed = False
-    if not believed:
-        raise IntegrityError(f"{path} is no arena of adapters, or its header is damaged; use a copy or create it anew")
-    if num_bytes != arena.num_bytes:
-        raise IntegrityError(
-            f"{path} has {num_bytes} bytes, but its header promises {arena.num_bytes}: it was cut or added to; use a "
-            "copy or create it anew"
-        )
     return arena
 
 
