@@ -436,20 +436,22 @@ def forge(path: Path, data: bytes) -> None:
 
 
 ENTRY = '{"dtype":"U8","shape":[2],"data_offsets":[0,2]}'
+HALF = '{"dtype":"U8","shape":[1],"data_offsets":[%d,%d]}'
 
 
 @pytest.mark.parametrize(
     ("header", "reason"),
     [
-        (f'{{"x":{ENTRY},"x":{ENTRY}}}', "holds a name twice"),
+        (f'{{"x":{HALF % (0, 1)},"x":{HALF % (1, 2)}}}', "not a safetensors file"),
         (f'{{"y":{ENTRY}}}', "are not those of"),
-        (f'{{"x":{ENTRY},"../../y":{ENTRY}}}', "are not those of"),
+        (f'{{"x":{ENTRY},"../../y":{ENTRY}}}', "not a safetensors file"),
+        (f'{{"x":{ENTRY},"../../y":{{"dtype":"U8","shape":[0],"data_offsets":[2,2]}}}}', "are not those of"),
         ('{"x":{"dtype":"I8","shape":[2],"data_offsets":[0,2]}}', "are not those of"),
         ('{"x":{"dtype":"U8","shape":[2],"data_offsets":[0,9]}}', "not a safetensors file"),
-        ('{"x":{"shape":[2]}}', "lacks an entry"),
-        ("[1, 2]", "not a JSON object"),
-        ("{", "not a JSON object"),
-        ('{"x":3}', "lacks an entry"),
+        ('{"x":{"shape":[2]}}', "not a safetensors file"),
+        ("[1, 2]", "not a safetensors file"),
+        ("{", "not a safetensors file"),
+        ('{"x":3}', "not a safetensors file"),
     ],
 )
 def test_names_in_the_file_are_not_trusted(header: str, reason: str, tmp_path: Path) -> None:
@@ -460,7 +462,7 @@ def test_names_in_the_file_are_not_trusted(header: str, reason: str, tmp_path: P
 
 def test_a_header_of_absurd_length_is_not_read(tmp_path: Path) -> None:
     forge(put(tmp_path, 1), (2**62).to_bytes(8, "little"))
-    with pytest.raises(IntegrityError, match="claims 4611686018427387904 bytes"):
+    with pytest.raises(IntegrityError, match="not a safetensors file"):
         get(tmp_path)
 
 

@@ -42,7 +42,6 @@ from fedmira.runs.generations import FOLDER, Generation, generation_path, genera
 
 SCHEMA = 1
 TENSORS, FACTS, MANIFEST = "state.safetensors", "facts.json", "MANIFEST.json"
-MAX_HEADER_BYTES = 100 << 20
 _MAY_PASS = {
     *(errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 }
@@ -229,7 +228,7 @@ def _digest_of(manifest: Mapping[str, Any]) -> str:
 
 def _header(tensors: Mapping[str, torch.Tensor]) -> tuple[bytes, dict[str, Any]]:
     """Return the safetensors header (names sorted, so equal tensors give equal bytes) and name -> dtype, shape."""
-    entries: dict[str, Any] = {}
+    specs, entries = dict[str, Any](), dict[str, Any]()
     offset = 0
     for name in sorted(tensors):
         tensor = tensors[name]
@@ -237,15 +236,16 @@ def _header(tensors: Mapping[str, torch.Tensor]) -> tuple[bytes, dict[str, Any]]
             raise ValueError(
                 f"tensor {name!r} of dtype {tensor.dtype} cannot be stored; allowed: {', '.join(map(str, _DTYPES))}"
             )
-        size = tensor.numel() * tensor.element_size()
-        entries[name] = {
-            "dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, offset + size]
-        }  # fmt: skip
-        offset += size
+        specs[name] = _spec(tensor)
+        entries[name] = {**specs[name], "data_offsets": [offset, offset + tensor.nbytes]}
+        offset += tensor.nbytes
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    specs = {name: {"dtype": entry["dtype"], "shape": entry["shape"]} for name, entry in entries.items()}
     return len(text).to_bytes(8, "little") + text, specs
+
+
+def _spec(tensor: torch.Tensor) -> dict[str, Any]:
+    return {"dtype": _DTYPES.get(tensor.dtype), "shape": list(tensor.shape)}
 
 
 def _safetensors_chunks(header: bytes, tensors: Mapping[str, torch.Tensor]) -> Iterator[Any]:
@@ -293,45 +293,15 @@ def _verified_tensors(generation: Generation, manifest: Mapping[str, Any]) -> di
     with open_regular(path) as file:
         while chunk := file.read(CHUNK_BYTES):
             digest.update(chunk)
-        _compare(TENSORS, digest, manifest)
-        file.seek(0)
-        length = int.from_bytes(file.read(8), "little")
-        if length > min(digest.size, MAX_HEADER_BYTES):
-            raise _Damaged(f"the header of {TENSORS} claims {length} bytes")
-        pairs = _json_pairs(file.read(length))
-    names = [name for name, _ in pairs]
-    if len(names) != len(set(names)):
-        raise _Damaged(f"{TENSORS} holds a name twice")
-    specs = {name: {"dtype": entry["dtype"], "shape": entry["shape"]} for name, entry in pairs}
-    if specs != manifest["tensors"]:
-        raise _Damaged(f"names, shapes or dtypes in {TENSORS} are not those of {MANIFEST}")
+    _compare(TENSORS, digest, manifest)
     try:
         loaded = load_file(path)
     except SafetensorError as error:
         raise _Damaged(f"{TENSORS} is not a safetensors file: {error}") from None
+    if {name: _spec(tensor) for name, tensor in loaded.items()} != manifest["tensors"]:
+        raise _Damaged(f"names, shapes or dtypes in {TENSORS} are not those of {MANIFEST}")
     # copies, because what the library returns keeps the file mapped after it is pruned
-    return {name: loaded[name].clone() for name in names}
-
-
-def _json_pairs(data: bytes) -> list[tuple[str, Any]]:
-    """The items of a JSON object, duplicates included."""
-    try:
-        return list(json.loads(data, object_pairs_hook=_Pairs).items())
-    except (ValueError, RecursionError, AttributeError):
-        raise _Damaged(f"the header of {TENSORS} is not a JSON object") from None
-
-
-class _Pairs:
-    """An object of JSON as its items, in which a duplicate shows."""
-
-    def __init__(self, pairs: list[tuple[str, Any]]) -> None:
-        self.pairs = pairs
-
-    def items(self) -> list[tuple[str, Any]]:
-        return self.pairs
-
-    def __getitem__(self, key: str) -> Any:
-        return dict(self.pairs)[key]
+    return {name: loaded[name].clone() for name in manifest["tensors"]}
 
 
 def _compare(name: str, digest: _Digest, manifest: Mapping[str, Any]) -> None:
