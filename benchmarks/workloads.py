@@ -16,7 +16,7 @@ import torch
 from benchmarks.lengths import make_clients
 from benchmarks.models import make_base, tiny_twin
 from fedmira.config.run import AdapterConfig, TrainingConfig
-from fedmira.data.packing import local_batches
+from fedmira.data.packing import batches_in_round
 from fedmira.data.tokenization import TokenizedClient, TokenizedExample
 from fedmira.model.arena import initial_arena, lora_layout
 from fedmira.model.base import BaseModel
@@ -94,18 +94,7 @@ class Task:
     def steps_of_clients(self) -> list[list[list[TokenizedExample]]]:
         """Per client, per local step, the examples: those that `fedmira.training.cohort.train` draws."""
         return [
-            [
-                [client.train[index] for index in batch]
-                for batch in local_batches(
-                    len(client.train),
-                    self.training.batch_size,
-                    self.training.local_steps,
-                    None,
-                    SEED,
-                    client.name,
-                    ROUND,
-                )
-            ]
+            [[client.train[index] for index in batch] for batch in batches_in_round(client, self.training, SEED, ROUND)]
             for client in self.clients
         ]
 

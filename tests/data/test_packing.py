@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections import Counter
 
 import numpy as np
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedmira.data.packing import PackedBatch, local_batches, num_rows, pack
-from fedmira.data.tokenization import TokenizedExample
-from fedmira.errors import DataError, UsageError
+from fedmira.config.training import TrainingConfig
+from fedmira.data.packing import PackedBatch, batches_in_round, num_rows, pack
+from fedmira.data.tokenization import TokenizedClient, TokenizedExample
+from fedmira.types import Client
 
 
 @st.composite
@@ -85,12 +85,18 @@ def test_nothing_packs_to_nothing() -> None:
 sizes = st.integers(1, 20)
 
 
+def drawn(num_examples: int, seed: int = 0, name: str = "c", round_: int = 1, **work: int) -> list[tuple[int, ...]]:
+    one = TokenizedExample(np.array([1, 2], dtype=np.int32), 1, "e")
+    client = TokenizedClient(name, (one,) * num_examples, (), (), Client(name, (), (), ()))
+    return batches_in_round(client, TrainingConfig(**work), seed, round_)
+
+
 @settings(max_examples=100, deadline=None)
-@given(sizes, sizes, st.integers(0, 12), st.integers(0, 3))
+@given(sizes, sizes, st.integers(1, 12), st.integers(0, 3))
 def test_steps_use_examples_equally_often_and_never_twice_in_a_batch(
     num_examples: int, batch_size: int, steps: int, seed: int
 ) -> None:
-    batches = local_batches(num_examples, batch_size, steps, None, seed, "c", 1)
+    batches = drawn(num_examples, seed, batch_size=batch_size, local_steps=steps)
     assert len(batches) == steps
     for batch in batches:
         assert len(batch) == min(batch_size, num_examples)
@@ -104,7 +110,7 @@ def test_steps_use_examples_equally_often_and_never_twice_in_a_batch(
 @settings(max_examples=60, deadline=None)
 @given(sizes, sizes, st.integers(1, 4))
 def test_an_epoch_is_one_pass(num_examples: int, batch_size: int, epochs: int) -> None:
-    batches = local_batches(num_examples, batch_size, None, epochs, 0, "c", 1)
+    batches = drawn(num_examples, batch_size=batch_size, local_epochs=epochs)
     per_epoch = -(-num_examples // batch_size)
     assert len(batches) == epochs * per_epoch
     for start in range(0, len(batches), per_epoch):
@@ -115,7 +121,7 @@ def test_an_epoch_is_one_pass(num_examples: int, batch_size: int, epochs: int) -
 
 def test_rounds_clients_and_seeds_have_orders_of_their_own() -> None:
     def order(seed: int = 0, client: str = "c", round_: int = 1) -> list[tuple[int, ...]]:
-        return local_batches(30, 5, 6, None, seed, client, round_)
+        return drawn(30, seed, client, round_, batch_size=5, local_steps=6)
 
     assert order() == order()
     assert order() != order(round_=2)
@@ -124,15 +130,4 @@ def test_rounds_clients_and_seeds_have_orders_of_their_own() -> None:
 
 
 def test_fewer_steps_are_the_beginning_of_more() -> None:
-    assert local_batches(7, 3, 10, None, 0, "c", 1)[:4] == local_batches(7, 3, 4, None, 0, "c", 1)
-
-
-@pytest.mark.parametrize(("steps", "epochs"), [(None, None), (3, 2)])
-def test_steps_and_epochs_exclude_each_other(steps: int | None, epochs: int | None) -> None:
-    with pytest.raises(UsageError, match="exactly one of steps and epochs"):
-        local_batches(5, 2, steps, epochs, 0, "c", 1)
-
-
-def test_a_client_without_examples_is_named() -> None:
-    with pytest.raises(DataError, match="client 'ward-7' has no training examples"):
-        local_batches(0, 2, 3, None, 0, "ward-7", 1)
+    assert drawn(7, batch_size=3, local_steps=10)[:4] == drawn(7, batch_size=3, local_steps=4)

@@ -17,7 +17,7 @@ from peft import LoraConfig, PromptEncoderConfig, PromptTuningConfig, get_peft_m
 from tests.reference.tiny_models import TARGETS
 
 from fedmira.config.training import TrainingConfig
-from fedmira.data.packing import local_batches
+from fedmira.data.packing import batches_in_round
 from fedmira.data.tokenization import TokenizedClient, TokenizedExample
 from fedmira.model.base import BaseModel
 from fedmira.training.zeroth_order import direction, direction_number
@@ -140,15 +140,7 @@ def train_one_by_one(
         trained = [parameter for parameter in parameters if parameter.requires_grad]
         optimizer = make_optimizer(trained, training)
         loss_sum = 0.0
-        for batch in local_batches(
-            len(client.train),
-            training.batch_size,
-            training.steps_or_default,
-            training.local_epochs,
-            seed,
-            client.name,
-            job.round,
-        ):
+        for batch in batches_in_round(client, training, seed, job.round):
             examples = [client.train[i] for i in batch]
             loss = mean_loss(model, examples)
             loss_sum += loss.item() * sum(len(e.tokens) - e.prompt_length for e in examples)
@@ -180,8 +172,7 @@ def move_along_seeds(
     rows, uploads = [], []
     for index, id_ in enumerate(job.ids):
         client, row_P, pairs = clients[id_], job.start_SP[index], []
-        work = training.batch_size, training.steps_or_default, training.local_epochs
-        for step, batch in enumerate(local_batches(len(client.train), *work, seed, client.name, job.round)):
+        for step, batch in enumerate(batches_in_round(client, training, seed, job.round)):
             examples = [client.train[i] for i in batch]
             number = direction_number(job.seeds, seed, client.name, job.round, step)
             away_P = job.seeds.epsilon * direction(seed, number, layout.num_parameters).to(row_P)

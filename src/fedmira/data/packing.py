@@ -20,7 +20,6 @@ import numpy as np
 import torch
 
 from fedmira.data.tokenization import TokenizedClient, TokenizedExample
-from fedmira.errors import DataError, UsageError
 from fedmira.randomness import generator
 
 if TYPE_CHECKING:
@@ -143,51 +142,23 @@ def steps_of_row(steps: int, work: float) -> int:
 def batches_in_round(
     client: TokenizedClient, training: TrainingConfig, seed: int, round_: int
 ) -> list[tuple[int, ...]]:
-    """Return the example indices of each local step of `client` in one round of a run with `seed`."""
-    return local_batches(
-        len(client.train),
-        training.batch_size,
-        training.steps_or_default,
-        training.local_epochs,
-        training.order_seed(seed),
-        client.name,
-        round_,
-    )
+    """Return the example indices of each local step of `client` in one round of a run with `seed`.
 
-
-def local_batches(
-    num_examples: int,
-    batch_size: int,
-    steps: int | None,
-    epochs: int | None,
-    seed: int,
-    client_name: str,
-    round_: int,
-) -> list[tuple[int, ...]]:
-    """Return the example indices of each local step of one client in one round.
-
-    The order is drawn afresh from the stream `("batches", client_name, round_)`. With `steps`, a new pass in a new
-    order begins where the data runs out, within the batch; a batch never holds one example twice, so a client with
-    fewer than `batch_size` examples takes all of them in every step. With `epochs`, every pass ends with a smaller
-    batch where the sizes do not divide.
-
-    Raises:
-        UsageError: not exactly one of `steps` and `epochs` is given.
-        DataError: the client has no examples.
+    The order is drawn afresh from the stream `("batches", client.name, round_)`. By steps, a new pass in a new order
+    begins where the data runs out, within the batch; a batch never holds one example twice, so a client with fewer
+    than `batch_size` examples takes all of them in every step. By epochs, every pass ends with a smaller batch where
+    the sizes do not divide.
     """
-    if (steps is None) == (epochs is None):
-        raise UsageError(f"give exactly one of steps and epochs; given: steps = {steps}, epochs = {epochs}.")
-    if num_examples < 1:
-        raise DataError(f"client {client_name!r} has no training examples. Give it some or remove it.")
-    rng = generator(seed, "batches", client_name, round_)
-    if epochs is not None:
-        passes = [rng.permutation(num_examples).tolist() for _ in range(epochs)]
+    rng = generator(training.order_seed(seed), "batches", client.name, round_)
+    num_examples, batch_size = len(client.train), training.batch_size
+    if training.local_epochs is not None:
+        passes = [rng.permutation(num_examples).tolist() for _ in range(training.local_epochs)]
         return [
             tuple(order[start : start + batch_size]) for order in passes for start in range(0, num_examples, batch_size)
         ]
     batches: list[tuple[int, ...]] = []
     queue: list[int] = []
-    for _ in range(steps or 0):
+    for _ in range(training.steps_or_default or 0):
         batch: list[int] = []
         while len(batch) < min(batch_size, num_examples):
             fresh = next((index for index in queue if index not in batch), None)
