@@ -81,7 +81,7 @@ def test_sizes_count_examples_however_many_have_one_text() -> None:
 
 
 def test_sizes_are_rounded_half_up() -> None:
-    assert split_sizes(10, PartitionConfig(validation=0.15, test=0.25)) == (5, 2, 3)
+    assert list(split_sizes(10, PartitionConfig(validation=0.15, test=0.25)).values()) == [5, 2, 3]
 
 
 def test_the_same_seed_gives_the_same_splits_and_another_seed_others() -> None:

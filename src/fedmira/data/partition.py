@@ -46,13 +46,6 @@ class _Place(NamedTuple):
     """Chooses one of the labels that are left."""
 
 
-class _Holding(NamedTuple):
-    """What one client is given, before the split."""
-
-    name: str
-    groups: list[Group]
-
-
 def build_federation(config: DataConfig, seed: int, known: Sequence[str] = ()) -> Federation:
     """Load the examples of `config` and hand them to clients.
 
@@ -101,15 +94,14 @@ def partition(source: Source, config: PartitionConfig, seed: int, known: Sequenc
     for number, place in enumerate(places):
         allowed_later = allowed[number + place.num_sharers] - allowed[number + 1]
         dealt[place.name] = _deal(place, caps[place.name], allowed_later, config)
-    holdings = [_Holding(name, dealt[name]) for name in order]
     clients, refused = [], dict[str, DataError]()
-    for holding in holdings:
+    for name in order:
         # messages name the client's own cap
-        own = config.model_copy(update={"examples_per_client": caps[holding.name]})
+        own = config.model_copy(update={"examples_per_client": caps[name]})
         try:
-            clients.append(_client(holding, own, seed, placed))
+            clients.append(_client(name, dealt[name], own, seed, placed))
         except DataError as error:
-            refused[holding.name] = error
+            refused[name] = error
     _refuse_together(refused)
     num_held = sum(len(client.train) + len(client.validation) + len(client.test) for client in clients)
     provenance = {
@@ -120,7 +112,7 @@ def partition(source: Source, config: PartitionConfig, seed: int, known: Sequenc
             "clients": len(clients),
             "examples_held": num_held,
             "examples_left_out": len(source.examples) - num_held,
-            "different_prompts_held": len({group.key for holding in holdings for group in holding.groups}),
+            "different_prompts_held": len({group.key for groups in dealt.values() for group in groups}),
         },
     }
     names = tuple(client.name for client in clients)
@@ -214,14 +206,11 @@ def _shown(name: str) -> str:
     return repr(name if len(name) <= 110 else name[:100] + "...")
 
 
-def _client(holding: _Holding, config: PartitionConfig, seed: int, placed: dict[str, str]) -> Client:
-    splits = split_client(holding.name, holding.groups, config, seed, placed)
-    examples = [example for group in holding.groups for example in group.examples]
+def _client(name: str, groups: list[Group], config: PartitionConfig, seed: int, placed: dict[str, str]) -> Client:
+    examples = [example for group in groups for example in group.examples]
     return Client(
-        name=holding.name,
-        train=splits["train"],
-        validation=splits["validation"],
-        test=splits["test"],
+        name,
+        **split_client(name, groups, config, seed, placed),
         task=_common(example.task for example in examples),
         category=_common(example.category for example in examples),
     )

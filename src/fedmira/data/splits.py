@@ -27,14 +27,6 @@ class Group(NamedTuple):
     examples: tuple[Example, ...]
 
 
-class SplitSizes(NamedTuple):
-    """How many examples of one client go where."""
-
-    train: int
-    validation: int
-    test: int
-
-
 def content_key(example: Example) -> str:
     """Return the hash of the example's prompt text, blind to case, white space and Unicode form; not to its answer.
 
@@ -88,15 +80,16 @@ def shuffled(groups: Iterable[Group], seed: int, *purpose: str | int) -> list[Gr
     return sorted(groups, key=lambda group: (stream_seed(seed, *purpose, group.key), group.key))
 
 
-def split_sizes(num_examples: int, partition: PartitionConfig) -> SplitSizes:
-    """Return the sizes that come closest to the shares, at least one where a share is positive.
+def split_sizes(num_examples: int, partition: PartitionConfig) -> dict[str, int]:
+    """Return how many of a client's examples go into each split: what is closest to the shares, at least one where a
+    share is positive.
 
     >>> split_sizes(40, PartitionConfig(validation=0.15, test=0.25))
-    SplitSizes(train=24, validation=6, test=10)
+    {'train': 24, 'validation': 6, 'test': 10}
     """
     test = max(1, int(num_examples * partition.test + 0.5)) if partition.test else 0
     validation = max(1, int(num_examples * partition.validation + 0.5)) if partition.validation else 0
-    return SplitSizes(num_examples - validation - test, validation, test)
+    return {"train": num_examples - validation - test, "validation": validation, "test": test}
 
 
 def needed_splits(partition: PartitionConfig) -> tuple[str, ...]:
@@ -125,7 +118,7 @@ def split_client(
     Raises:
         DataError: a split that must not be empty is.
     """
-    wanted = dict(zip(SPLITS, split_sizes(sum(len(group.examples) for group in groups), partition), strict=True))
+    wanted = split_sizes(_num_examples(groups), partition)
     chosen: dict[str, list[Group]] = {split: [] for split in SPLITS}
     free: list[Group] = []
     num_placed = sum(group.key in placed for group in groups)

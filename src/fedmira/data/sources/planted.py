@@ -47,7 +47,7 @@ def load(config: PlantedConfig, seed: int) -> Source:
     splits: dict[str, str] = {}
     for (name, book), cap in zip(books.items(), config.partition.caps(len(books)), strict=True):
         num_examples = config.examples if cap is None else min(config.examples, cap)
-        sizes = split_sizes(num_examples, config.partition)._asdict()
+        sizes = split_sizes(num_examples, config.partition)
         family = _family(name)
         seen = seen_words(words, seed, name)
         for split, size in sizes.items():
