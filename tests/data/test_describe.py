@@ -31,7 +31,7 @@ def made_federation() -> Federation:
 def test_rows_count_what_each_client_holds(tokenizer: Any) -> None:
     federation = made_federation()
     tokenized, report = tokenize_federation(federation, tokenizer, "plain", 20)
-    description = describe(federation, tokenized, report, tokenizer, "plain")
+    description = describe(federation, tokenized, report, tokenizer)
     one, two = description.rows
     assert (one.client, one.task, one.category) == ("one", "letters", "toy")
     assert (one.train, one.validation, one.test) == (2, 1, 1)
@@ -51,7 +51,7 @@ def test_rows_count_what_each_client_holds(tokenizer: Any) -> None:
 def test_the_supervised_tokens_are_marked(tokenizer: Any) -> None:
     federation = made_federation()
     tokenized, report = tokenize_federation(federation, tokenizer, "plain", 20)
-    description = describe(federation, tokenized, report, tokenizer, "plain")
+    description = describe(federation, tokenized, report, tokenizer)
     sample = description.samples[0]
     assert (sample.client, sample.id) == ("one", "short")
     assert [piece.text for piece in sample.pieces if piece.supervised] == ["x", "y", "z", "</s>"]
@@ -62,7 +62,7 @@ def test_the_supervised_tokens_are_marked(tokenizer: Any) -> None:
 def test_examples_of_some_clients_leave_the_table_as_it_is(tokenizer: Any) -> None:
     federation = made_federation()
     tokenized, report = tokenize_federation(federation, tokenizer, "plain", 20)
-    everybody, first = (describe(federation, tokenized, report, tokenizer, "plain", count) for count in (None, 1))
+    everybody, first = (describe(federation, tokenized, report, tokenizer, count) for count in (None, 1))
     assert (first.rows, first.total, first.samples) == (everybody.rows, everybody.total, everybody.samples[:1])
     assert "--- two (" in everybody.text()
     assert "more clients" not in everybody.text()
@@ -72,7 +72,7 @@ def test_examples_of_some_clients_leave_the_table_as_it_is(tokenizer: Any) -> No
 def test_text_and_facts_tell_the_same(tokenizer: Any) -> None:
     federation = made_federation()
     tokenized, report = tokenize_federation(federation, tokenizer, "plain", 20)
-    description = describe(federation, tokenized, report, tokenizer, "plain")
+    description = describe(federation, tokenized, report, tokenizer)
     facts = json.loads(json.dumps(description.facts()))
     assert [row["client"] for row in facts["clients"]] == ["one", "two"]
     assert facts["total"]["train"] == 3
@@ -110,7 +110,7 @@ def test_what_was_left_out_is_told_with_the_first_reasons(tokenizer: Any, tmp_pa
     )
     federation = build_federation(data, 0)
     tokenized, report = tokenize_federation(federation, tokenizer, "plain", 40)
-    lines = describe(federation, tokenized, report, tokenizer, "plain").text().split("\n")
+    lines = describe(federation, tokenized, report, tokenizer).text().split("\n")
     [unusable] = [line for line in lines if line.startswith("unusable")]
     assert unusable.startswith("unusable: 14 of 62 records, in 7 of 8 files (1.jsonl record 7: not JSON (")
     assert "; 1.jsonl record 8: no known shape; its fields are text; 2.jsonl record 7: not JSON (" in unusable
@@ -127,19 +127,19 @@ def test_duplicates_are_counted_for_each_client(tokenizer: Any) -> None:
     )
     federation = Federation(clients, None, {"source": "made"})
     tokenized, report = tokenize_federation(federation, tokenizer, "plain", 20)
-    description = describe(federation, tokenized, report, tokenizer, "plain")
+    description = describe(federation, tokenized, report, tokenizer)
     assert [row.duplicate_examples for row in description.rows] == [2, 0]
     assert description.facts()["total"]["duplicate_examples"] == 2
     line = "duplicates: 2 examples are the same as another one of their client and are kept (one 2)"
     assert line in description.text().split("\n")
     alone = Federation(clients[1:], None, {"source": "made"})
     tokenized, report = tokenize_federation(alone, tokenizer, "plain", 20)
-    assert "duplicates" not in describe(alone, tokenized, report, tokenizer, "plain").text()
+    assert "duplicates" not in describe(alone, tokenized, report, tokenizer).text()
 
 
 def test_nothing_is_told_where_nothing_was_left_out(tokenizer: Any) -> None:
     federation = made_federation()
     tokenized, report = tokenize_federation(federation, tokenizer, "plain", 20)
-    text = describe(federation, tokenized, report, tokenizer, "plain").text()
+    text = describe(federation, tokenized, report, tokenizer).text()
     assert "unusable:" not in text
     assert "left out:" not in text

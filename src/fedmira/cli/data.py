@@ -30,7 +30,6 @@ def data(session: Session, config: Path, overrides: tuple[str, ...]) -> None:
         parts.tokenized,
         parts.tokenization,
         parts.base.tokenizer,
-        run_config.data.template,
         None if session.json else NUM_SHOWN,
     )
     session.result(description.facts(), description.text())

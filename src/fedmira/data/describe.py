@@ -114,7 +114,6 @@ def describe(
     tokenized: Sequence[TokenizedClient],
     report: TokenizationReport,
     tokenizer: PreTrainedTokenizerBase,
-    template: str,
     num_samples: int | None = None,
 ) -> Description:
     """Gather what there is to know about the clients' data.
@@ -124,13 +123,12 @@ def describe(
         tokenized: its clients as `tokenize_federation` returns them; dropped examples are not counted in the splits.
         report: of the same call.
         tokenizer: of the same call.
-        template: of the same call.
         num_samples: render an example of so many of the first clients; None: of all.
     """
     clients = zip(tokenized, report.clients, federation.clients, strict=True)
     rows = tuple(_row(client, counts, _num_duplicates(held)) for client, counts, held in clients)
     return Description(
-        template=template,
+        template=report.template,
         max_length=report.max_length,
         rows=rows,
         total=_total(rows, report.clients),

@@ -239,8 +239,7 @@ def _tokenize_client(
         first_dropped=tuple(dropped[:NUM_NAMED_DROPS]),
     )
     remaining = replace(client, train=texts["train"], validation=texts["validation"], test=texts["test"])
-    train, validation, test = (sequences[split] for split in SPLITS)
-    return TokenizedClient(client.name, train, validation, test, remaining, template, cut), count
+    return TokenizedClient(client.name, **sequences, examples=remaining, template=template, cut=cut), count
 
 
 def _prompt_ids(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, template: str) -> list[list[int]]:
