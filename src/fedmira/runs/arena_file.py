@@ -19,7 +19,7 @@ import math
 import os
 import struct
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,7 +27,7 @@ import numpy as np
 import torch
 
 from fedmira.errors import IntegrityError
-from fedmira.runs.atomic import CHUNK_BYTES, disk_errors_named, nonce, open_regular, sync_folder
+from fedmira.runs.atomic import CHUNK_BYTES, disk_errors_named, open_regular, replacing
 
 _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16"}
 _BLOCK_BYTES = 128 << 20
@@ -97,7 +97,7 @@ def create(
     if os.path.lexists(path):
         raise IntegrityError(f"{path} exists already; remove it, or choose another path")
     arena = ArenaFile(path, num_clients, num_parameters, min(block_columns, num_parameters), dtype)
-    with replacing(arena):
+    with new_arena(arena):
         pass
     return arena
 
@@ -144,14 +144,9 @@ def write_rows(arena: ArenaFile, ids: Sequence[int], rows_SP: torch.Tensor) -> N
 
 
 @contextmanager
-def replacing(arena: ArenaFile) -> Iterator[int]:
-    """Yield a descriptor of a new file of zeros with the header of `arena`; at the end it takes the place of the path.
-
-    After an exception it is removed and the path is as it was.
-    """
-    path = arena.path
-    beside = path.with_name(f".{path.name}.tmp-{nonce()}")
-    with disk_errors_named(path, "write"):
+def new_arena(arena: ArenaFile) -> Iterator[int]:
+    """Yield a descriptor of a new file of zeros with the header of `arena`; see `atomic.replacing`."""
+    with replacing(arena.path) as beside:
         descriptor = os.open(beside, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
         try:
             # a full disk shows now, not after an hour
@@ -160,14 +155,8 @@ def replacing(arena: ArenaFile) -> Iterator[int]:
             os.pwrite(descriptor, _header(arena), 0)
             yield descriptor
             os.fsync(descriptor)
-            os.replace(beside, path)
-        except BaseException:
-            with suppress(OSError):
-                os.unlink(beside)
-            raise
         finally:
             os.close(descriptor)
-        sync_folder(path.parent)
 
 
 def _header(arena: ArenaFile) -> bytes:

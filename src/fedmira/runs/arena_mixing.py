@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from fedmira.federation.multiply import SparseMatrix, multiply_sparse
-from fedmira.runs.arena_file import PAGE_BYTES, ArenaFile, read_at, replacing, write_at
+from fedmira.runs.arena_file import PAGE_BYTES, ArenaFile, new_arena, read_at, write_at
 from fedmira.runs.atomic import disk_errors_named, open_regular
 
 
@@ -45,7 +45,7 @@ def mix(arena: ArenaFile, matrix: SparseMatrix, target: Path) -> ArenaFile:
     mixed = ArenaFile(target, arena.num_clients, arena.num_parameters, arena.block_columns, arena.dtype)
     with disk_errors_named(arena.path, "read"):
         file = open_regular(arena.path)
-    with file, replacing(mixed) as descriptor:
+    with file, new_arena(mixed) as descriptor:
         _stream(arena, matrix, file.fileno(), descriptor)
     return mixed
 

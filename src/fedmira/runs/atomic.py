@@ -99,8 +99,11 @@ def nonce() -> str:
     return f"{os.getpid()}-{secrets.token_hex(4)}"
 
 
-def write_bytes_atomically(path: Path, data: bytes) -> None:
-    """Replace `path` by `data`, durably: after a crash at any moment it holds either the old bytes or the new.
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield the path of a file to make and fsync, which then takes the place of `path`, durably.
+
+    After a crash at any moment `path` holds either the old bytes or the new.
 
     Raises:
         SetupError, IntegrityError: the disk refused; the old file, if any, is untouched and nothing is left beside it.
@@ -108,13 +111,19 @@ def write_bytes_atomically(path: Path, data: bytes) -> None:
     beside = path.with_name(f".{path.name}.tmp-{nonce()}")
     with disk_errors_named(path, "write"):
         try:
-            write_new_file(beside, [data])
+            yield beside
             os.replace(beside, path)
         except BaseException:
             with suppress(OSError):
                 os.unlink(beside)
             raise
         sync_folder(path.parent)
+
+
+def write_bytes_atomically(path: Path, data: bytes) -> None:
+    """Replace `path` by `data`; see `replacing`."""
+    with replacing(path) as beside:
+        write_new_file(beside, [data])
 
 
 def open_regular(path: Path) -> BinaryIO:
