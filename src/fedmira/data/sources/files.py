@@ -240,14 +240,14 @@ def _is_table(path: Path) -> bool:
 
 def file_provenance(path: Path, sha256: str, num_examples: int, bad: Iterable[Bad]) -> dict[str, Any]:
     """What the manifest of a run says about one data file."""
+    return {"path": str(path), "sha256": sha256, "examples": num_examples, **bad_provenance(bad)}
+
+
+def bad_provenance(bad: Iterable[Bad]) -> dict[str, Any]:
+    """What the manifest of a run says about records that cannot be used."""
     unusable = sorted(bad)
-    return {
-        "path": str(path),
-        "sha256": sha256,
-        "examples": num_examples,
-        "unusable_records": len(unusable),
-        "first_unusable": [[line, reason] for line, reason in unusable[:NUM_NAMED_BAD]],
-    }
+    first = [[line, reason] for line, reason in unusable[:NUM_NAMED_BAD]]
+    return {"unusable_records": len(unusable), "first_unusable": first}
 
 
 def skipped_provenance(skipped: Sequence[Path]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from fedmira.config.data import HuggingFaceConfig
-from fedmira.data.sources.files import NUM_NAMED_BAD, Bad
+from fedmira.data.sources.files import Bad, bad_provenance
 from fedmira.data.sources.records import Fields, refuse_unused_fields, usable_examples
 from fedmira.data.sources.source import Source
 from fedmira.data.splits import named_splits
@@ -126,18 +126,10 @@ def _refuse_other_than_saved(
         )
 
 
-def dataset_provenance(origin: dict[str, Any], examples: Iterable[Example], bad: Iterable[Bad]) -> dict[str, Any]:
+def dataset_provenance(origin: dict[str, Any], examples: Sequence[Example], bad: Iterable[Bad]) -> dict[str, Any]:
     """What the manifest of a run says about a data set; the hash is of the examples, whatever files they came in."""
     digest = hashlib.sha256()
-    count = 0
     for example in examples:
         digest.update(json.dumps(asdict(example), sort_keys=True).encode())
-        count += 1
-    unusable = sorted(bad)
-    return {
-        **origin,
-        "examples": count,
-        "examples_sha256": digest.hexdigest(),
-        "unusable_records": len(unusable),
-        "first_unusable": [[line, reason] for line, reason in unusable[:NUM_NAMED_BAD]],
-    }
+    counts = {"examples": len(examples), "examples_sha256": digest.hexdigest()}
+    return {**origin, **counts, **bad_provenance(bad)}
