@@ -94,7 +94,7 @@ class RunStore:
         """
         path = run_directory(config, directory)
         store = cls(path, config)
-        store._provisional = not _exists(path)
+        store._provisional = not os.path.lexists(path)
         if not store._provisional:
             _refuse_link(path)
             # a process that was killed may have left a file half written
@@ -130,7 +130,7 @@ class RunStore:
             IntegrityError: it is damaged or cannot be read.
         """
         path = Path(path)
-        if not _exists(path):
+        if not os.path.lexists(path):
             raise UsageError(f"there is no run directory {path}; `fedmira run CONFIG` makes one")
         _refuse_link(path)
         if not path.is_dir():
@@ -167,7 +167,7 @@ class RunStore:
                 the differences.
             UsageError, IntegrityError: as `open` and `create`.
         """
-        if not _exists(run_directory(config, directory)):
+        if not os.path.lexists(run_directory(config, directory)):
             others, damaged = cls._others(config, directory)
             for other in others:
                 if other._leads_to(config):
@@ -216,7 +216,7 @@ class RunStore:
     def open_or_create(cls, config: RunConfig, source_text: str | None, directory: Path | None = None) -> RunStore:
         """Open exactly the run of `config` for writing, or create it; runs under other configs do not matter."""
         path = run_directory(config, directory)
-        if _exists(path / RESOLVED):
+        if os.path.lexists(path / RESOLVED):
             store = cls.open(path)
             store.refuse_other_config(config)
             store._hold_lock()
@@ -329,7 +329,7 @@ class RunStore:
             IntegrityError: it is damaged; to go on without it would forget uploads.
         """
         found = self._read_json(UPLOADS)
-        uploads = found.get("uploads") if _exists(self.path / UPLOADS) else []
+        uploads = found.get("uploads") if os.path.lexists(self.path / UPLOADS) else []
         counts = [*uploads, found.get("round", 0)] if isinstance(uploads, list) else [None]
         if any(type(count) is not int or count < 0 for count in counts):
             raise IntegrityError(
@@ -459,11 +459,6 @@ class RunStore:
 # ------------------------------------------------------------------------------------------------------------- helpers
 
 
-def _exists(path: Path) -> bool:
-    """Like `Path.exists`, but true for a dangling link too."""
-    return os.path.lexists(path)
-
-
 def _refuse_link(path: Path) -> None:
     if path.is_symlink():
         raise UsageError(f"{path} is a symbolic link; give the run directory itself, {path.resolve()}")
@@ -476,7 +471,7 @@ def _names(path: Path) -> list[str]:
 
 def _how_to_go_on(path: Path, config: RunConfig) -> str:
     """What continues the run at `path`, which was begun as `config` and may have got more rounds since."""
-    rounds = RunStore.open(path).config.federation.rounds if _exists(path / RESOLVED) else 0
+    rounds = RunStore.open(path).config.federation.rounds if os.path.lexists(path / RESOLVED) else 0
     if rounds <= config.federation.rounds:
         return "; add --resume"
     return f", prolonged to {rounds} rounds; write federation.rounds={rounds}, also in the file, and add --resume"
