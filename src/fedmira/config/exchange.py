@@ -66,6 +66,6 @@ class ExchangeConfig(Section):
 
     @model_validator(mode="after")
     def _no_effect(self) -> ExchangeConfig:
-        if "top_k" in self.model_fields_set and self.top_k != 0.1 and self.compression != "topk":
+        if self.changed(("top_k",)) and self.compression != "topk":
             raise ValueError(f"top_k has no effect with compression = {self.compression}; remove it, or use topk")
         return self

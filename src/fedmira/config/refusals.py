@@ -138,17 +138,7 @@ def refusal_of_dtype(method: MethodSection, dtype: str) -> str:
 
 
 def _refusal_of_scalars(method: MethodSection, exchange: ExchangeConfig, client_ranks: bool) -> str:
-    """Why `method` cannot be used with settings that are about tensors that cross; empty if it can, or sends tensors.
-
-    Args:
-        method: the `method` section.
-        exchange: what happens to what crosses.
-        client_ranks: whether clients have adapters of different ranks.
-
-    >>> from fedmira.config.method import method_with_defaults
-    >>> _refusal_of_scalars(method_with_defaults("fedit"), ExchangeConfig(compression="int8"), client_ranks=True)
-    ''
-    """
+    """Why settings about tensors that cross do not go with `method`; empty if they do, or it sends tensors."""
     if not method.sends_scalars:
         return ""
     name = method.name
@@ -173,12 +163,7 @@ def _refusal_of_scalars(method: MethodSection, exchange: ExchangeConfig, client_
 
 
 def _refusal_of_ranks(method: MethodSection) -> str:
-    """Why `method` cannot be used by clients of different ranks; empty if it can, or sends scalars.
-
-    >>> from fedmira.config.method import method_with_defaults
-    >>> _refusal_of_ranks(method_with_defaults("flora"))
-    ''
-    """
+    """Why `method` cannot be used by clients of different ranks; empty if it can, or sends scalars."""
     if method.clusters_by_factors:
         return (
             f"method.name = {method.name} finds clusters from the factors B, which are more alike among clients of one "
@@ -195,12 +180,7 @@ def _refusal_of_ranks(method: MethodSection) -> str:
 
 
 def _refusal_of_feedback(method: MethodSection, exchange: ExchangeConfig) -> str:
-    """Why what compression leaves out of an upload of `method` cannot be added to the next; empty if it can.
-
-    >>> from fedmira.config.method import method_with_defaults
-    >>> _refusal_of_feedback(method_with_defaults("fedit"), ExchangeConfig(compression="topk"))
-    ''
-    """
+    """Why what compression leaves out of an upload of `method` cannot be added to the next; empty if it can."""
     new = "starts each round from new random factors" if method.draws_factors else ""
     if not getattr(method, "align", True):
         new = "hands out pairs that do not match those before them (align: false)"
@@ -213,12 +193,7 @@ def _refusal_of_feedback(method: MethodSection, exchange: ExchangeConfig) -> str
 
 
 def _refusal_under_noise(method: MethodSection) -> str:
-    """Why `method` cannot be used with `exchange.privacy`, which covers adapters only; empty if it can.
-
-    >>> from fedmira.config.method import method_with_defaults
-    >>> _refusal_under_noise(method_with_defaults("fedit"))
-    ''
-    """
+    """Why `method` cannot be used with `exchange.privacy`, which covers adapters only; empty if it can."""
     if method.pools_examples:
         return (
             f"exchange.privacy noises adapters that clients send, and method.name = {method.name} trains on their "
