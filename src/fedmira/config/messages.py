@@ -7,7 +7,8 @@ about files and YAML.
 from __future__ import annotations
 
 import types
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
 
 import annotated_types
@@ -92,8 +93,6 @@ class Schema:
 
     def __init__(self, root: type[BaseModel]) -> None:
         self.root = root
-        self._tag_counts: dict[str, int] = {}
-        self._places: dict[str, list[str]] = {}
 
     @staticmethod
     def section(model: type[BaseModel], key: str) -> Section | None:
@@ -129,36 +128,35 @@ class Schema:
             rest = rest[depth + bool(section.tag_field) :]
         return path, model, None
 
-    def places(self) -> dict[str, list[str]]:
-        """Every key with the dotted paths at which it exists, each with its condition: what the section must be."""
-        if not self._places:
-            self._collect(self.root, "", "", self._places)
-        return self._places
+    @cached_property
+    def places(self) -> dict[str, dict[tuple[str, str], list[str]]]:
+        """Every key by where it exists: its dotted path, and the key that must hold one of these tags for it if any."""
+        found: dict[str, dict[tuple[str, str], list[str]]] = {}
+        for key, path, tag_field, tag in self._keys(self.root):
+            found.setdefault(key, {}).setdefault((path, tag_field), []).append(tag)
+        return found
 
     def where(self, key: str) -> list[str]:
-        """The places of `key`; those that differ in their condition only are joined."""
-        merged: dict[str, list[str]] = {}
-        for place in self.places().get(key, []):
-            head, _, tag = place.partition(" = ")
-            merged.setdefault(head, []).extend([tag] if tag else [])
-        joined = []
-        for head, tags in merged.items():
-            path, _, tag_field = head.partition(" with ")
-            always = len(tags) == self._tag_counts.get(tag_field, 0)
-            joined.append(path if always or not tags else f"{head} = {' or '.join(tags)}")
-        return joined
+        """The places of `key` in words."""
+        words = []
+        for (path, tag_field), tags in self.places.get(key, {}).items():
+            # the tag itself is there with every tag
+            always = not tag_field or tags == self.places[tag_field.rpartition(".")[2]][tag_field, tag_field]
+            words.append(path if always else f"{path} with {tag_field} = {' or '.join(tags)}")
+        return words
 
-    def _collect(self, model: type[BaseModel], prefix: str, condition: str, found: dict[str, list[str]]) -> None:
+    def _keys(
+        self, model: type[BaseModel], prefix: str = "", tag_field: str = "", tag: str = ""
+    ) -> Iterator[tuple[str, str, str, str]]:
+        """Each key, its path, and the tag field with the tag that it is there for."""
         for key in model.model_fields:
-            place = f"{prefix}{key}"
-            if place + condition not in (known := found.setdefault(key, [])):
-                known.append(place + condition)
+            path = f"{prefix}{key}"
+            yield key, path, tag_field, tag
             section = self.section(model, key)
             if section is not None and not section.named:
-                self._tag_counts[f"{place}.{section.tag_field}"] = len(section.variants)
-                for tag, variant in section.variants.items():
-                    tagged = f" with {place}.{section.tag_field} = {tag}" if tag else condition
-                    self._collect(variant, f"{place}.", tagged, found)
+                for own, variant in section.variants.items():
+                    condition = (f"{path}.{section.tag_field}", own) if own else (tag_field, tag)
+                    yield from self._keys(variant, f"{path}.", *condition)
 
     def suggest(self, path: tuple[str, ...], model: type[BaseModel], taken: Iterable[str]) -> str:
         """Return the part of a message that says which key was probably meant by the unknown last key of `path`.
@@ -175,7 +173,7 @@ class Schema:
             return did_you_mean(close) + (f" ({key!r} belongs to {owners})" if owners else "")
         if owners:
             return f"; {key!r} belongs to {owners}"
-        far = [place for name in nearest_names(key, self.places()) for place in self.where(name)]
+        far = [place for name in nearest_names(key, self.places) for place in self.where(name)]
         return f"; did you mean {_listed(far)}?" if far else ""
 
 
