@@ -42,9 +42,8 @@ def merged(base: BaseModel, adapters: Arena, row: int) -> Iterator[None]:
 
     layout, row_P = joined_pairs(adapters.layout, adapters.values_KP[row])
     one = Arena(layout, row_P[None])
-    pairs = {spec_a.layer: (one.view(spec_a)[0], one.view(spec_b)[0]) for spec_a, spec_b in layout.pairs}
-    factors = [pairs[layer] for layer in layout.layers]
-    products_W = torch.cat([(layout.scaling * (b_OR @ a_RI)).flatten() for a_RI, b_OR in factors])
+    products = (one.view(spec_b)[0] @ one.view(spec_a)[0] for spec_a, spec_b in layout.pairs)
+    products_W = torch.cat([(layout.scaling * product_OI).flatten() for product_OI in products])
     if adapters.shift_W is not None:
         products_W += adapters.shift_W
     with shifted(base, layout, products_W):
