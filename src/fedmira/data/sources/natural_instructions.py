@@ -76,40 +76,38 @@ def _read_task(path: Path, text: str) -> tuple[list[Example], list[Bad]]:
     task = path.name.removesuffix(".json")
     examples, bad = [], []
     for number, instance in enumerate(instances, start=1):
-        problem = _instance_problem(instance)
-        if problem:
-            bad.append(Bad(number, problem))
+        try:
+            input_, outputs, id_ = _parts(instance)
+        except UnusableRecordError as error:
+            bad.append(Bad(number, str(error)))
             continue
-        outputs = [instance["output"]] if isinstance(instance["output"], str) else instance["output"]
         examples.append(
             Example(
                 instruction=definition,
-                input=instance["input"],
+                input=input_,
                 output=outputs[0],
-                references=tuple(outputs) if len(outputs) > 1 else (),
+                references=outputs if len(outputs) > 1 else (),
                 task=task,
                 category=category,
-                id=str(instance.get("id") or f"{task}:{number}"),
+                id=id_ or f"{task}:{number}",
             )
         )
     refuse_mostly_bad(path.name, len(examples), bad)
     return examples, bad
 
 
-def _instance_problem(instance: Any) -> str:
+def _parts(instance: Any) -> tuple[str, tuple[str, ...], str]:
+    """Input, outputs and id, which may be empty."""
     if not isinstance(instance, Mapping):
-        return f"an instance must be an object, not {type(instance).__name__}"
+        raise UnusableRecordError(f"an instance must be an object, not {type(instance).__name__}")
     if not isinstance(instance.get("input"), str):
-        return "input is missing or not text"
-    output = instance.get("output")
+        raise UnusableRecordError("input is missing or not text")
+    output, id_ = instance.get("output"), str(instance.get("id") or "")
     texts = [output] if isinstance(output, str) else output
     if not isinstance(texts, list) or not texts or not all(isinstance(t, str) and t.strip() for t in texts):
-        return "output is missing, empty or not a list of texts"
-    try:
-        refuse_half_characters(instance["input"], *texts, str(instance.get("id")))
-    except UnusableRecordError as error:
-        return str(error)
-    return ""
+        raise UnusableRecordError("output is missing, empty or not a list of texts")
+    refuse_half_characters(instance["input"], *texts, id_)
+    return instance["input"], tuple(texts), id_
 
 
 def _first_text(content: Mapping[str, Any], field: str, path: Path) -> str:
