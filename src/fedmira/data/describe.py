@@ -132,7 +132,10 @@ def describe(
         max_length=report.max_length,
         rows=rows,
         total=_total(rows, report.clients),
-        samples=tuple(_rendered(client, tokenizer) for client in tokenized[:num_samples]),
+        samples=tuple(
+            RenderedExample(client.name, client.train[0].id, token_pieces(client.train[0], tokenizer))
+            for client in tokenized[:num_samples]
+        ),
         dropped=tuple((c.name, c.first_dropped) for c in report.clients if c.dropped_examples),
         provenance=dict(federation.provenance),
     )
@@ -230,11 +233,6 @@ def _total(rows: Sequence[ClientRow], counts: Sequence[ClientTokens]) -> ClientR
         dropped_examples=sum(row.dropped_examples for row in rows),
         duplicate_examples=sum(row.duplicate_examples for row in rows),
     )
-
-
-def _rendered(client: TokenizedClient, tokenizer: PreTrainedTokenizerBase) -> RenderedExample:
-    example = client.train[0]
-    return RenderedExample(client.name, example.id, token_pieces(example, tokenizer))
 
 
 def _table(rows: Sequence[ClientRow], total: ClientRow) -> list[str]:

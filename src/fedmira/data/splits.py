@@ -185,15 +185,11 @@ def _refuse_empty(
         if left < set(needed) and helps:
             instead = f", remove it, or set {how}"
             break
+    most = partition.examples_per_client
+    cap = "" if most is None else f" (data.partition.examples_per_client allows it {most} examples.)"
     raise DataError(
         f"client {name!r} has no example left for {' and '.join(empty)}: it holds {_num_examples(groups)} examples "
         f"with {len(groups)} different prompts, {num_placed} of them in the split that the data or another client "
         f"gave them, and one prompt never falls into two splits. It needs prompts for each of {', '.join(needed)}. "
-        f"Give it more examples, ask for fewer clients{instead}.{_cap_hint(partition)}"
+        f"Give it more examples, ask for fewer clients{instead}.{cap}"
     )
-
-
-def _cap_hint(partition: PartitionConfig) -> str:
-    if partition.examples_per_client is None:
-        return ""
-    return f" (data.partition.examples_per_client allows it {partition.examples_per_client} examples.)"

@@ -55,7 +55,7 @@ def load(config: PlantedConfig, seed: int) -> Source:
             prompts = _prompts(config, seed, split, seen if split == "train" else words, size, rng, name)
             for number, prompt in enumerate(prompts):
                 example = Example(
-                    instruction=_instruction(prompt),
+                    instruction=" ".join(("encode:", *prompt)),
                     output=" ".join(book[word] for word in prompt),
                     task=family,
                     category=family,
@@ -163,10 +163,6 @@ def _syllables(seed: int, purpose: str, count: int, shortest: int) -> tuple[str,
 
 def _syllable(index: int) -> str:
     return CONSONANTS[index // len(VOWELS)] + VOWELS[index % len(VOWELS)]
-
-
-def _instruction(prompt: Sequence[str]) -> str:
-    return "encode: " + " ".join(prompt)
 
 
 def _family(name: str) -> str:
