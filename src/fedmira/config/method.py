@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Annotated, ClassVar, Literal, get_args
 
-from pydantic import Field, PositiveInt, TypeAdapter, model_validator
+from pydantic import Field, PositiveInt, model_validator
 
 from fedmira.config.basics import FinitePositiveFloat, Fraction, NonNegativeFloat, NonNegativeInt, Share
 from fedmira.config.graph import GraphConfig
@@ -331,13 +331,12 @@ MethodConfig = Annotated[
 ]
 
 
-METHOD_SECTIONS: dict[str, type[MethodSection]] = {
+METHOD_SECTIONS: dict[str, type[MethodConfig]] = {
     get_args(one.model_fields["name"].annotation)[0]: one for one in get_args(get_args(MethodConfig)[0])
 }
 METHOD_NAMES: tuple[str, ...] = tuple(METHOD_SECTIONS)
-_METHOD_ADAPTER: TypeAdapter[MethodConfig] = TypeAdapter(MethodConfig)
 
 
 def method_with_defaults(name: str) -> MethodConfig:
     """The section of the method `name` with nothing else set."""
-    return _METHOD_ADAPTER.validate_python({"name": name})
+    return METHOD_SECTIONS[name].model_validate({"name": name})
