@@ -116,7 +116,7 @@ def _chat_prompt(example: Example, tokenizer: PreTrainedTokenizerBase | None) ->
             "data.template to alpaca or plain, or give the tokenizer one template or one called default."
         ) from error
     try:
-        prompt = _conversation(messages, tokenizer, add_generation_prompt=True)
+        return _conversation(messages, tokenizer, add_generation_prompt=True)
     except _REFUSALS as error:
         why = (str(error) or type(error).__name__).rstrip(".")
         roles = ", ".join(message["role"] for message in messages)
@@ -125,12 +125,6 @@ def _chat_prompt(example: Example, tokenizer: PreTrainedTokenizerBase | None) ->
             f"turns of {roles}: {why}. Set data.template to alpaca or plain, or change the turns in "
             "the data: many templates refuse system turns (drop them), or want user and assistant to alternate."
         ) from error
-    if not isinstance(prompt, str):
-        raise ConfigError(
-            f"the chat template of {tokenizer.name_or_path!r} gave {type(prompt).__name__}, not text. "
-            "Set data.template to alpaca or plain."
-        )
-    return prompt
 
 
 def behind_answer(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -142,15 +136,15 @@ def behind_answer(tokenizer: PreTrainedTokenizerBase) -> str:
         text = _conversation([question, answer], tokenizer)
     except _REFUSALS:
         return ""
-    return text.rpartition(answer["content"])[2] if isinstance(text, str) and answer["content"] in text else ""
+    return text.rpartition(answer["content"])[2] if answer["content"] in text else ""
 
 
-def _conversation(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, **options: Any) -> Any:
+def _conversation(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, **options: Any) -> str:
     template = tokenizer.get_chat_template()
     if "strftime_now" in template:
         # a macro goes before transformers' function of the same name, which asks the clock
         options["chat_template"] = _CLOCK + template
-    return tokenizer.apply_chat_template(messages, tokenize=False, **options)
+    return str(tokenizer.apply_chat_template(messages, tokenize=False, **options))
 
 
 def _last_user_turn(example: Example) -> str:
