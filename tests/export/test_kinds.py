@@ -17,7 +17,6 @@ from transformers import AutoModelForCausalLM
 
 from fedmira.data.packing import pack
 from fedmira.data.tokenization import TokenizedExample
-from fedmira.errors import UsageError
 from fedmira.export.card import model_card
 from fedmira.export.peft import adapter_files, new_folder
 from fedmira.export.whole_model import write_model
@@ -124,10 +123,3 @@ def test_a_whole_model_has_the_tensors_that_its_family_is_published_with(
     published, ours = (load_file(tmp_path / of / "model.safetensors") for of in ("published", "ours"))
     assert list(ours) == list(published)
     assert all(torch.equal(ours[key], published[key]) for key in ours)
-
-
-def test_a_whole_model_is_no_peft_folder() -> None:
-    base = freeze(tiny_model("llama"), None, "llama")
-    arena = trained_arena(base, "full")
-    with pytest.raises(UsageError, match="only LoRA factors and soft prompts"):
-        adapter_files(arena.layout, arena.values_KP[0], SETTINGS)

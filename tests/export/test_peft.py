@@ -243,15 +243,6 @@ def test_a_file_where_the_folder_should_lie_is_named(tmp_path: Path) -> None:
     assert (tmp_path / "file").read_text() == "mine"
 
 
-def test_what_is_no_lora_is_refused(tmp_path: Path) -> None:
-    layout, row_P = tiny_layout()
-    whole = Layout((TensorSpec("m.weight", "full", "m", (4, 4), 0),))
-    with pytest.raises(UsageError, match="only LoRA factors"):
-        adapter_files(whole, row_P, SETTINGS)
-    with pytest.raises(UsageError, match="its layout has 16 parameters"):
-        adapter_files(layout, row_P[:-1], SETTINGS)
-
-
 @pytest.mark.parametrize(
     ("base_path", "said"),
     [

@@ -58,29 +58,20 @@ def adapter_files(
     it has one: so does PEFT, and it loads nothing else.
 
     Args:
-        layout: The tensors of the adapter, named by the paths of the base model's modules.
+        layout: Pairs of LoRA factors or a soft prompt, named by the paths of the base model's modules.
         row_P: One row of an arena (P,), any floating dtype; stored as it is.
         settings: What else the folder states.
         shift_W: What was added to the weights of the adapted layers, see `Arena.shift_W`; it becomes part of the pairs.
-
-    Raises:
-        UsageError: the layout holds something other than pairs of LoRA factors or a soft prompt, or `row_P` does not
-            fit it.
     """
     from safetensors.torch import save
 
-    if row_P.shape != (layout.num_parameters,):
-        raise UsageError(
-            f"the adapter has shape {tuple(row_P.shape)}; its layout has {layout.num_parameters} parameters"
-        )
     if (number := num_pairs(layout)) > 1:
         layout, row_P = joined_pairs(layout, row_P)
         settings = settings._replace(rank=number * settings.rank, alpha=number * settings.alpha)
     if layout.num_virtual_tokens:
         tensors, config = _prompt_tensors(layout, row_P), _prompt_config(settings, layout)
     else:
-        if {spec.group for spec in layout.specs} == set(PEFT_SUFFIX):
-            layout, row_P = fitted(layout, row_P, shift_W)
+        layout, row_P = fitted(layout, row_P, shift_W)
         tensors = _peft_tensors(layout, row_P)
         config = _peft_config(settings, ranks_by_layer(layout))
     return {
@@ -92,10 +83,6 @@ def adapter_files(
 def _peft_tensors(layout: Layout, row_P: torch.Tensor) -> dict[str, torch.Tensor]:
     tensors = {}
     for spec in layout.specs:
-        if spec.group not in PEFT_SUFFIX:
-            raise UsageError(
-                f"{spec.name} is of group {spec.group!r}; only LoRA factors and soft prompts can be exported to PEFT"
-            )
         values = row_P[spec.columns].reshape(spec.shape)
         tensors[f"base_model.model.{spec.layer}.{PEFT_SUFFIX[spec.group]}"] = values.detach().cpu().contiguous()
     return dict(sorted(tensors.items()))
