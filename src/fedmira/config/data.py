@@ -64,6 +64,7 @@ class PartitionConfig(Section):
         return tuple(in_turn[k % len(in_turn)] for k in range(num_clients))
 
 
+Template = Literal["alpaca", "plain", "chat"]
 Cut = Literal["input", "beginning"]
 
 
@@ -85,7 +86,7 @@ FieldNames = Annotated[dict[str, str], AfterValidator(_parts_of_an_example)]
 
 
 class _Source(Section):
-    template: Literal["alpaca", "plain", "chat"] = "alpaca"
+    template: Template = "alpaca"
     """How an example becomes text: the paper's Alpaca template, bare text, or the tokenizer's chat template, in which
     today is always 26 July 2024."""
     max_length: Annotated[int, Field(ge=8)] = 512
@@ -108,7 +109,7 @@ class PlantedConfig(_Source):
 
     source: Literal["planted"] = "planted"
     """Which source this section describes; the other keys follow from it."""
-    template: Literal["alpaca", "plain", "chat"] = "plain"
+    template: Template = "plain"
     max_length: Annotated[int, Field(ge=8)] = 64
     partition: PartitionConfig = PartitionConfig(by="field", validation=0.15, test=0.25)
     families: PositiveInt = 4

@@ -12,10 +12,11 @@ Chat templates that write today's date (Llama 3.2, Mistral, SmolLM3 and others, 
 from __future__ import annotations
 
 from datetime import datetime
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
 from jinja2 import TemplateError
 
+from fedmira.config.data import Template
 from fedmira.errors import ConfigError, DataError
 from fedmira.types import Example
 
@@ -32,7 +33,7 @@ ALPACA_WITHOUT_INPUT = (
     "Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{instruction}\n\n### Response:"
 )
-TEMPLATES = ("alpaca", "plain", "chat")
+TEMPLATES = get_args(Template)
 TODAY = datetime(2024, 7, 26)
 """What chat templates are told is now: the date that Llama's fall back on where they cannot ask."""
 _REFUSALS = (TemplateError, TypeError, ValueError, ArithmeticError, LookupError)
