@@ -11,8 +11,8 @@ import torch
 from tests.reference.tiny_models import random_arena, tiny_base
 
 from fedmira.config.run import AdapterConfig
+from fedmira.export.pairs import fitted
 from fedmira.export.peft import Settings, adapter_files, new_folder, write_files
-from fedmira.export.ranks import fitted, ranks_by_layer
 from fedmira.federation.ranks import trimmed
 from fedmira.model.arena import lora_layout
 from fedmira.model.base import BaseModel
@@ -87,7 +87,8 @@ def test_a_shift_becomes_part_of_the_pairs(family: str, shift_rank: int, tmp_pat
     assert not torch.allclose(expected, logits(base, Arena(arena.layout, arena.values_KP)), atol=1e-2)
     found, config = loaded(base, arena, adapter, tmp_path / "a")
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-9)
-    ranks = ranks_by_layer(fitted(arena.layout, arena.values_KP[0], arena.shift_W)[0])
+    fitting, _ = fitted(arena.layout, arena.values_KP[0], arena.shift_W)
+    ranks = {spec_a.layer: spec_a.shape[0] for spec_a, _ in fitting.pairs}
     assert ranks == {layer: min(2 + shift_rank, *size) for layer, size in sizes.items()}
     assert config["r"] == max(ranks.values())
 
@@ -104,5 +105,5 @@ def test_an_adapter_of_zeros_is_still_one() -> None:
     base = tiny_base("llama")
     of = lora_layout(base, AdapterConfig(rank=3))
     layout, row_P = fitted(of, torch.zeros(of.num_parameters))
-    assert set(ranks_by_layer(layout).values()) == {1}
+    assert {spec_a.shape[0] for spec_a, _ in layout.pairs} == {1}
     assert not row_P.any()

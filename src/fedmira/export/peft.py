@@ -17,8 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from fedmira.errors import UsageError
-from fedmira.export.pairs import joined_pairs, num_pairs
-from fedmira.export.ranks import fitted, ranks_by_layer
+from fedmira.export.pairs import fitted, joined_pairs, num_pairs
 from fedmira.runs.atomic import disk_errors_named, make_folder, nonce, remove_tree, sync_folder, write_new_file
 
 if TYPE_CHECKING:
@@ -72,8 +71,7 @@ def adapter_files(
         tensors, config = _prompt_tensors(layout, row_P), _prompt_config(settings, layout)
     else:
         layout, row_P = fitted(layout, row_P, shift_W)
-        tensors = _peft_tensors(layout, row_P)
-        config = _peft_config(settings, ranks_by_layer(layout))
+        tensors, config = _peft_tensors(layout, row_P), _peft_config(settings, layout)
     return {
         "adapter_config.json": (json.dumps(config, indent=2, sort_keys=True) + "\n").encode(),
         "adapter_model.safetensors": save(tensors, metadata={"format": "pt"}),
@@ -113,11 +111,12 @@ def _prompt_config(settings: Settings, layout: Layout) -> dict[str, object]:
     return {**config, "prompt_tuning_init": "RANDOM"}
 
 
-def _peft_config(settings: Settings, ranks: Mapping[str, int]) -> dict[str, object]:
+def _peft_config(settings: Settings, layout: Layout) -> dict[str, object]:
     """The fields of `LoraConfig` that matter. Modules are named in full, so that none is matched by accident.
 
     The scaling alpha / rank is the same for all; what has another rank than the largest stands in the patterns.
     """
+    ranks = {spec_a.layer: spec_a.shape[0] for spec_a, _ in layout.pairs}
     rank = max(ranks.values())
     scaling = settings.alpha / settings.rank
     alphas = {its: settings.alpha if its == settings.rank else scaling * its for its in ranks.values()}
