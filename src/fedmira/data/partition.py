@@ -47,12 +47,7 @@ class _Place(NamedTuple):
 
 
 def build_federation(config: DataConfig, seed: int, known: Sequence[str] = ()) -> Federation:
-    """Load the examples of `config` and hand them to clients.
-
-    Args:
-        config: the `data` section of a run's config.
-        seed: of every draw.
-        known: see `partition`.
+    """Load the examples that the `data` section of a config describes and `partition` them.
 
     Raises:
         DataError: a file, a client or its name cannot be used.

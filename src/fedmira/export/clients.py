@@ -327,15 +327,13 @@ def answer(
 ) -> str:
     """Return what the run's model writes after `instruction` (and `context`) with the adapter of `client`, greedily.
 
-    `warn` is told what of the run may be unexpected, and if the question is too long to be read whole.
-
     Args:
         run: The run directory.
         client: Whose adapter answers.
         instruction: What is asked.
         context: Further context of the instruction.
         max_new_tokens: Where the answer is cut; None takes evaluation.generation.max_new_tokens of the run.
-        warn: Told what may be unexpected.
+        warn: Told what of the run may be unexpected, and if the question is too long to be read whole.
 
     Raises:
         UsageError: an unknown client, a run without a finished round, or a question that is no text.

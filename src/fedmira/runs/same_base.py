@@ -55,10 +55,7 @@ def recorded_commit(manifest: Mapping[str, Any]) -> str | None:
 def refuse_other_dtype(run: Path, recorded: Mapping[str, Any], base: BaseModel) -> None:
     """Refuse to go on with a base in another dtype than before: `auto` depends on the device.
 
-    Args:
-        run: the run directory, for the message.
-        recorded: what the manifest of the run says about its model.
-        base: what the config of the run loads now.
+    Takes what `refuse_other_base` does.
 
     Raises:
         IntegrityError: the dtype differs.
