@@ -15,7 +15,7 @@ from fedmira.errors import DataError, IntegrityError
 from fedmira.experiment import run
 from fedmira.federation.graph import PRIVACY
 from fedmira.federation.known_graphs import resolve_graph
-from fedmira.runs.store import RunStore
+from fedmira.runs.store import GRAPH, RunStore
 
 
 def config(kind: str, rounds: int = 2, **graph: Any) -> RunConfig:
@@ -45,7 +45,7 @@ _NO_WARM_UP: dict[str, dict[str, float]] = {"embeddings": {}}
 @pytest.mark.parametrize("kind", ["gram_layers", "trust", "probe", "embeddings"])
 def test_a_run_learns_a_graph_and_says_what_it_is(tmp_path: Path, kind: str) -> None:
     store = RunStore.open(run(config(kind), directory=tmp_path))
-    graph = store.graph()
+    graph = json.loads((store.path / GRAPH).read_bytes())
     assert graph["name"] == kind
     assert np.array(graph["adjacency"]).any()
     assert graph["provenance"]["privacy"] == PRIVACY[kind]

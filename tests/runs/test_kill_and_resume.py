@@ -27,7 +27,7 @@ from fedmira.config.file import config_hash, load_config
 from fedmira.runs.checkpoint import FACTS, FOLDER, TENSORS, load_latest
 from fedmira.runs.manifest import MANIFEST
 from fedmira.runs.naming import run_directory
-from fedmira.runs.store import LOCK, LOG, METRICS, RunStore
+from fedmira.runs.store import GRAPH, LOCK, LOG, METRICS, RunStore
 
 pytestmark = pytest.mark.slow
 
@@ -134,7 +134,7 @@ def outcome(path: Path) -> Outcome:
     }
     facts = {key: value for key, value in checkpoint.facts.items() if key != "metrics_position"}
     events = [{key: value for key, value in event.items() if key != "timing"} for event in store.events()]
-    return Outcome(digests, {**facts, "round": checkpoint.round}, events, store.graph())
+    return Outcome(digests, {**facts, "round": checkpoint.round}, events, json.loads((path / GRAPH).read_bytes()))
 
 
 class Finished(NamedTuple):

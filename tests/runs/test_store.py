@@ -29,7 +29,7 @@ from fedmira.runs.generations import expect_checkpoints, refuse_lost_checkpoints
 from fedmira.runs.lock import LOCK, lock_folder
 from fedmira.runs.manifest import MANIFEST, SCHEMA
 from fedmira.runs.naming import run_directory
-from fedmira.runs.store import GRAPH, LOG, METRICS, RESOLVED, UPLOADS, RunStore
+from fedmira.runs.store import GRAPH, LOG, METRICS, PROFILE, RESOLVED, UPLOADS, RunStore
 from fedmira.studies.compare import study_directory
 
 CONFIG = RunConfig(name="trial", seed=3)
@@ -642,13 +642,12 @@ def test_what_failed_is_said_although_the_folder_cannot_be_listed_either(
 
 def test_manifest_and_graph_come_back(store: RunStore) -> None:
     assert store.manifest() == {}
-    assert store.graph() == {}
     store.write_manifest({"versions": {"torch": "2"}, "weight": np.float64(2)})
     store.write_graph({"adjacency": np.eye(2)})
     manifest = RunStore.open(store.path).manifest()
     assert manifest["config_hash"] == config_hash(CONFIG)
     assert (manifest["versions"], manifest["weight"]) == ({"torch": "2"}, 2.0)
-    assert store.graph() == {"adjacency": [[1.0, 0.0], [0.0, 1.0]]}
+    assert json.loads((store.path / GRAPH).read_bytes()) == {"adjacency": [[1.0, 0.0], [0.0, 1.0]]}
 
 
 def test_half_characters_come_back(store: RunStore) -> None:
@@ -656,9 +655,9 @@ def test_half_characters_come_back(store: RunStore) -> None:
     assert store.manifest()["path"] == "caf\udce9"
 
 
-@pytest.mark.parametrize("name", [MANIFEST, GRAPH])
+@pytest.mark.parametrize("name", [MANIFEST, PROFILE])
 def test_a_damaged_small_file_is_an_error(name: str, store: RunStore) -> None:
-    read = {MANIFEST: store.manifest, GRAPH: store.graph}[name]
+    read = {MANIFEST: store.manifest, PROFILE: store.profile}[name]
     for damage in (b"", b"[]", b"{"):
         (store.path / name).write_bytes(damage)
         with pytest.raises(IntegrityError, match=f"{name} is damaged"):

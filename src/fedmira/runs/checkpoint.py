@@ -60,7 +60,6 @@ class Checkpoint(NamedTuple):
     round: int
     tensors: dict[str, torch.Tensor]
     facts: dict[str, Any]
-    path: Path
     skipped: tuple[str, ...] = ()
     """Newer checkpoints that were not used, each with the reason."""
 
@@ -180,7 +179,7 @@ def _newest_whole(listed: Sequence[Generation], config_hash: str) -> tuple[Check
                 raise disk_error(error, generation.path, "read the checkpoint") from error
             skipped.append(f"{generation.path.name}: {error.strerror or error}: {Path(error.filename or '').name}")
         else:
-            return Checkpoint(generation.round, tensors, facts, generation.path, tuple(skipped)), skipped
+            return Checkpoint(generation.round, tensors, facts, tuple(skipped)), skipped
     return None, skipped
 
 

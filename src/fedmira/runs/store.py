@@ -310,10 +310,6 @@ class RunStore:
         """Replace graph.json; in one line, as K x K numbers take long to write one by one."""
         self._write_json(GRAPH, graph, indent=None)
 
-    def graph(self) -> dict[str, Any]:
-        """Return the content of graph.json; {} if none was written yet."""
-        return self._read_json(GRAPH)
-
     def write_uploads(self, uploads_K: Sequence[int], round_: int) -> None:
         """Replace uploads.json: how many noised uploads each client has made by the end of that round."""
         self._write_json(UPLOADS, {"uploads": list(uploads_K), "round": round_}, indent=None)
