@@ -250,16 +250,16 @@ def export_clients(
                     write_model(target, trained.base, card)
         else:
             for target, row in zip(targets, rows, strict=True):
-                files = _files(trained, row, base_path, run.resolve().name)
+                files, ranks[trained.names[row]] = _files(trained, row, base_path, run.resolve().name)
                 write_files(target, files)
-                ranks[trained.names[row]] = _rank(files) or 0
     if (most := max(ranks.values(), default=0)) > VLLM_MAX_RANK:
         largest = next(name for name, rank in ranks.items() if rank == most)
         warn(f"the adapter of {largest} has rank {most:,}; peft loads it, vLLM serves at most {VLLM_MAX_RANK}")
     return {name: out / name if everyone else out for name in chosen}
 
 
-def _files(trained: Trained, row: int, base_path: str, run_name: str) -> dict[str, bytes]:
+def _files(trained: Trained, row: int, base_path: str, run_name: str) -> tuple[dict[str, bytes], int]:
+    """The files of a PEFT folder, and the rank that they state; 0 for soft prompts."""
     config = trained.config
     adapter = config.model.adapter
     layout = trained.adapters.layout
@@ -273,18 +273,11 @@ def _files(trained: Trained, row: int, base_path: str, run_name: str) -> dict[st
     )
     files = adapter_files(layout, trained.adapters.values_KP[row], settings, shift_W=trained.adapters.shift_W)
     # the rank is known once the files are: of the client, of several pairs together, of what was merged into the base
-    return {**files, "README.md": card_bytes(_card(trained, row, base_path, run_name, _rank(files)))}
+    rank = int(json.loads(files["adapter_config.json"]).get("r", 0))
+    return {**files, "README.md": card_bytes(_card(trained, row, base_path, run_name, rank))}, rank
 
 
-def _rank(files: Mapping[str, bytes]) -> int | None:
-    """The rank that the files of a PEFT folder state; None for soft prompts."""
-    rank: int | None = json.loads(files["adapter_config.json"]).get("r")
-    return rank
-
-
-def _card(
-    trained: Trained, row: int, base_path: str, run_name: str, rank: int | None = None, merged: bool = False
-) -> str:
+def _card(trained: Trained, row: int, base_path: str, run_name: str, rank: int = 0, merged: bool = False) -> str:
     config, name = trained.config, trained.names[row]
     adapter, rounds = config.model.adapter, config.federation.rounds
     sizes: dict[str, dict[str, object]] = {
