@@ -39,6 +39,7 @@ from fedmira.federation.mixing import (
 from fedmira.federation.ranks import trimmed
 from fedmira.federation.registry import build_method
 from fedmira.federation.similarity import over_layers
+from fedmira.federation.simplex import collaboration
 from fedmira.randomness import torch_generator
 from fedmira.types import Arena, Clients, Layout, Losses, Participants, Results
 
@@ -650,7 +651,7 @@ def test_rows_of_pfedgraph_minimise_its_quadratic_programme() -> None:
     np.fill_diagonal(cosine, 1.0)
     sizes = [3, 5, 7, 9]
     share = np.array(sizes) / 24
-    for row, weights in zip(cosine, drawing.simplex_rows(cosine, sizes, 0.8), strict=True):
+    for row, weights in zip(cosine, collaboration(cosine, sizes, 0.8), strict=True):
         best = minimize(
             lambda w, row=row: -row @ w + 0.8 * ((w - share) ** 2).sum(),
             np.full(4, 0.25),

@@ -355,8 +355,10 @@ def test_the_closed_form_solves_the_quadratic_programme() -> None:
     rng = np.random.default_rng(0)
     for size, strength in ((2, 0.8), (5, 0.1), (9, 3.0)):
         cosine = np.clip(rng.normal(size=(size, size)), -1, 1)
-        share = rng.dirichlet(np.ones(size))
-        weights = collaboration(cosine, share.tolist(), strength)
+        np.fill_diagonal(cosine, 1)
+        sizes = rng.integers(1, 100, size)
+        share = sizes / sizes.sum()
+        weights = collaboration(cosine, sizes.tolist(), strength)
         assert np.allclose(weights.sum(axis=1), 1)
         assert (weights >= 0).all()
         for k in range(size):
@@ -376,7 +378,7 @@ def test_on_the_simplex_only_differences_count_however_far_it_is(far: float) -> 
     assert np.allclose(rows, [[0.5, 0.5, 0], [1 / 3] * 3, [0, 0, 1], [1 / 3] * 3, [0.5, 0.5, 0]])
     # without a regulariser everything goes to the most similar
     cosine = np.array([[1.0, 0.9, 0.1], [0.9, 1.0, 1.0], [0.1, 1.0, 1.0]])
-    weights = collaboration(cosine, [0.3, 0.3, 0.4], 1 / far)
+    weights = collaboration(cosine, [3, 3, 4], 1 / far)
     assert np.allclose(weights.sum(axis=1), 1)
     assert np.allclose(weights, [[1, 0, 0], [0, 0.5, 0.5], [0, 0.5, 0.5]], atol=0.06)
 
@@ -401,9 +403,8 @@ def test_pfedgraph_takes_those_that_moved_nearly_the_same_way_for_equal() -> Non
     participants = Participants(1, (0, 1, 2))
     results = returned(state.adapters.values_KP + moved_SP, method.plan(state, participants))
     mixed, _ = method.merge(state, participants, results)
-    sizes = np.array(clients(3).num_examples_K)
     cosine = np.array([[1.0, 1.0, 0.5], [1.0, 1.0, 0.475], [0.5, 0.475, 1.0]])
-    weights = collaboration(cosine, (sizes / sizes.sum()).tolist(), 0.8)
+    weights = collaboration(cosine, clients(3).num_examples_K, 0.8)
     assert np.allclose(mixed.adapters.values_KP, weights @ results.values_SP.numpy(), rtol=0, atol=1e-12)
 
 

@@ -10,7 +10,7 @@ Axes: C clients compared.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -18,7 +18,6 @@ import numpy as np
 
 from fedmira.federation.clustering import NEGLIGIBLE, clusters
 from fedmira.federation.graph import Matrix
-from fedmira.federation.simplex import collaboration
 
 SUBSTANTIAL = 0.25
 """Silhouettes up to here mean no substantial structure (Kaufman and Rousseeuw, Finding groups in data, 1990)."""
@@ -87,14 +86,6 @@ def task_correlation(similarity_CC: Matrix) -> Matrix:
     inverse_C = np.where(there_C, 1.0 / np.sqrt(np.where(there_C, variance_C, 1.0)), 0.0)
     correlation_CC = omega_CC / trace * inverse_C[:, None] * inverse_C[None, :]
     return np.asarray((correlation_CC + correlation_CC.T) / 2)
-
-
-def simplex_rows(similarity_CC: Matrix, num_examples_C: Sequence[int], spread: float) -> Matrix:
-    """Return the weights each client gives to all, (C, C), rows summing to 1: see `simplex.collaboration`."""
-    alike_CC = np.array(similarity_CC)
-    np.fill_diagonal(alike_CC, 1.0)
-    share_C = np.asarray(num_examples_C, dtype=np.float64) / float(np.sum(num_examples_C))
-    return collaboration(alike_CC, share_C.tolist(), spread)
 
 
 def symmetric(weights_CC: Matrix) -> Matrix:

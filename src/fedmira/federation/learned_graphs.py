@@ -42,6 +42,7 @@ from fedmira.federation.similarity import (
     strangers,
     update_cosines,
 )
+from fedmira.federation.simplex import collaboration
 from fedmira.types import Arena, Clients
 
 
@@ -230,7 +231,7 @@ _FROM_ADAPTERS: Mapping[str, LearnerBuilder] = {
     ),
     "pfedgraph": _from_adapters(
         lambda s_CC, seen, config, clients: Drawn(
-            drawing.symmetric(drawing.simplex_rows(s_CC, [clients.num_examples_K[k] for k in seen], config.spread))
+            drawing.symmetric(collaboration(s_CC, [clients.num_examples_K[k] for k in seen], config.spread))
         )
     ),
     "clusters": _from_adapters(lambda s_CC, seen, config, clients: drawing.inside_clusters(s_CC)),

@@ -39,14 +39,17 @@ def project_to_simplex(rows_MC: npt.ArrayLike) -> Matrix:
     return np.asarray(np.maximum(values_MC - threshold_M[:, None], 0.0))
 
 
-def collaboration(cosine_CC: Matrix, share_C: Sequence[float], strength: float) -> Matrix:
+def collaboration(cosine_CC: Matrix, num_examples_C: Sequence[int], strength: float) -> Matrix:
     """Return pFedGraph's weights, (C, C): row k minimises lambda |w - p|^2 - <cosine_k, w> over the simplex.
 
     The quadratic programme of Ye et al. (ICML 2023, Eq. 7) without a solver: w_k = Proj(p + cosine_k / (2 lambda)).
 
     Args:
-        cosine_CC: similarity of the clients' updates, 1 on the diagonal.
-        share_C: p, each client's share of the training examples; sums to 1.
+        cosine_CC: similarity of the clients' updates; counts as 1 on the diagonal.
+        num_examples_C: training examples of each client; p are their shares.
         strength: lambda > 0; without bound every row becomes p.
     """
-    return project_to_simplex(np.asarray(share_C)[None, :] + cosine_CC / (2.0 * strength))
+    alike_CC = np.array(cosine_CC)
+    np.fill_diagonal(alike_CC, 1.0)
+    share_C = np.asarray(num_examples_C, dtype=np.float64) / np.sum(num_examples_C)
+    return project_to_simplex(share_C + alike_CC / (2.0 * strength))

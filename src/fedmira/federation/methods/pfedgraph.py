@@ -47,9 +47,8 @@ def build(config: PFedGraphConfig, clients: Clients) -> Method:
             ranks_S = clients.ranks_K and [clients.ranks_K[k] for k in rows]
             (cosine_SS,) = between(moved, range(len(rows)), ranks_S, _cosines)
             cosine_SS = np.where(cosine_SS > _ALIKE, 1.0, cosine_SS)
-            np.fill_diagonal(cosine_SS, 1.0)
-            examples_S = np.array([clients.num_examples_K[k] for k in rows], dtype=np.float64)
-            weights_KK[np.ix_(rows, rows)] = collaboration(cosine_SS, examples_S / examples_S.sum(), config.strength)
+            examples_S = [clients.num_examples_K[k] for k in rows]
+            weights_KK[np.ix_(rows, rows)] = collaboration(cosine_SS, examples_S, config.strength)
         numbers = {"returned": float(len(rows)), "mixing_share": float(1 - np.diagonal(weights_KK).mean())}
         both_KK = (weights_KK + weights_KK.T) / 2
         details = {"strength": config.strength, "round": participants.round, "weights": "mean of both directions"}
