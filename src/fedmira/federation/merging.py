@@ -42,7 +42,7 @@ def merged_each_round(clients: Clients, shorten: Callable[[Pair], Pair]) -> Meth
         shares = [weight / sum(weights_K) for weight in weights_K]
         factors, own_bytes = [], []
         for spec_a, spec_b in low_rank_pairs(adapters.layout):
-            b_OQ, a_QI = shorten(stacked(adapters, spec_a, spec_b, shares))
+            b_OQ, a_QI = shorten(stacked(adapters.view(spec_b), adapters.view(spec_a), shares))
             factors.append((b_OQ, a_QI))
             own_bytes.append(pair_bytes(b_OQ, a_QI, adapters.values_KP.element_size()))
         memory = shifted_by(state, factors, own_bytes, results.ids)

@@ -19,7 +19,7 @@ import torch
 from fedmira.federation.graph import Matrix
 from fedmira.federation.mixing import Mixer
 from fedmira.federation.similarity import low_rank_pairs
-from fedmira.types import Arena, TensorSpec
+from fedmira.types import Arena
 
 _NEGLIGIBLE = 1e-12
 """A singular value below this share of the largest is rounding."""
@@ -86,14 +86,8 @@ def energy_rank(values_Q: torch.Tensor, share: float) -> int:
     return min(there, int((energy_Q < share * energy_Q[-1] * (1 - 1e-12)).sum()) + 1)
 
 
-def stacked(
-    arena: Arena, spec_a: TensorSpec, spec_b: TensorSpec, weights: Sequence[float]
-) -> tuple[torch.Tensor, torch.Tensor]:
+def stacked(b_KOR: torch.Tensor, a_KRI: torch.Tensor, weights: Sequence[float]) -> tuple[torch.Tensor, torch.Tensor]:
     """Return [w_1 B_1 .. w_K B_K] (O, Q) and [A_1; ..; A_K] (Q, I) in float64 over the clients with a weight."""
-    return _stacked(arena.view(spec_b), arena.view(spec_a), weights)
-
-
-def _stacked(b_KOR: torch.Tensor, a_KRI: torch.Tensor, weights: Sequence[float]) -> tuple[torch.Tensor, torch.Tensor]:
     rows = [k for k, weight in enumerate(weights) if weight]
     chosen_K = torch.tensor([weights[k] for k in rows], dtype=torch.float64, device=b_KOR.device)
     weighted_KOR = b_KOR[rows].double() * chosen_K[:, None, None]
@@ -105,13 +99,13 @@ def _spectra(b_KOR: torch.Tensor, a_KRI: torch.Tensor, combinations: Sequence[Se
     small basis once."""
     num_clients, rank = a_KRI.shape[:2]
     if len(combinations) == 1:
-        yield spectrum(*_stacked(b_KOR, a_KRI, combinations[0]), rank)
+        yield spectrum(*stacked(b_KOR, a_KRI, combinations[0]), rank)
         return
     q_b, r_b = _tall(b_KOR.double().transpose(0, 1).flatten(1))
     q_a, r_a = _tall(a_KRI.double().flatten(0, 1).T)
     small_b, small_a = (r.reshape(len(r), num_clients, rank).transpose(0, 1) for r in (r_b, r_a))
     for weights in combinations:
-        small = spectrum(*_stacked(small_b, small_a.transpose(1, 2), weights), rank)
+        small = spectrum(*stacked(small_b, small_a.transpose(1, 2), weights), rank)
         u_OQ = small.u_OQ if q_b is None else q_b @ small.u_OQ
         yield Spectrum(u_OQ, small.values_Q, small.v_QI if q_a is None else small.v_QI @ q_a.T)
 

@@ -34,7 +34,7 @@ def build(clients: Clients) -> Method:
         mean = mean_of(clients, results.ids)(adapters)
         factors, own_bytes = [], []
         for spec_a, spec_b in low_rank_pairs(adapters.layout):
-            b_OQ, a_QI = stacked(adapters, spec_a, spec_b, shares_K)
+            b_OQ, a_QI = stacked(adapters.view(spec_b), adapters.view(spec_a), shares_K)
             mean_b, mean_a = mean.view(spec_b)[0].double(), mean.view(spec_a)[0].double()
             factors.append((torch.cat([b_OQ, -mean_b], dim=1), torch.cat([a_QI, mean_a], dim=0)))
             own_bytes.append(pair_bytes(b_OQ, a_QI, adapters.values_KP.element_size()))
