@@ -10,7 +10,7 @@ Axes: S rows, P parameters of one adapter, U of them that cross or that a client
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from math import ceil
 from typing import NamedTuple
 
@@ -41,18 +41,16 @@ class Held(NamedTuple):
         return rows_SP if self.columns_U is None else rows_SP[self.rows][:, self.columns_U]
 
 
-def crossing_bytes(layout: Layout, groups: Iterable[str], values_SP: torch.Tensor) -> int:
+def crossing_bytes(layout: Layout, groups: Collection[str], values_SP: torch.Tensor) -> int:
     """Bytes of the tensors of `groups` in the rows `values_SP` if they cross as they are.
 
     Components that are 0 in both factors of a pair are beyond a client's rank and need not cross.
     """
-    wanted = frozenset(groups)
-    whole = sum(values_SP[:, part].nbytes for group in sorted(wanted) for part in layout.slices(group))
-    absent = _absent(layout, values_SP)
-    beyond = [(spec, absent[spec.name]) for spec in crossing(layout, wanted) if spec.name in absent]
-    return whole - values_SP.element_size() * sum(
-        int(gone_SR.sum()) * (spec.size // gone_SR.shape[1]) for spec, gone_SR in beyond
-    )
+    specs, absent = crossing(layout, groups), _absent(layout, values_SP)
+    whole = len(values_SP) * sum(spec.size for spec in specs)
+    beyond = ((spec, absent[spec.name]) for spec in specs if spec.name in absent)
+    gone = sum(int(gone_SR.sum()) * (spec.size // gone_SR.shape[1]) for spec, gone_SR in beyond)
+    return (whole - gone) * values_SP.element_size()
 
 
 def by_components(layout: Layout, *alike_SP: torch.Tensor) -> list[Held]:
