@@ -92,6 +92,7 @@ def _from_system(count: int) -> npt.NDArray[np.float64]:
     return normal
 
 
+@functools.lru_cache(maxsize=4096)
 def epsilon(num_uploads: int, noise_multiplier: float, delta: float) -> float:
     """Return the epsilon of `num_uploads` uploads of one client, by Opacus' Renyi accountant; 0 for none.
 
@@ -101,11 +102,8 @@ def epsilon(num_uploads: int, noise_multiplier: float, delta: float) -> float:
     Raises:
         SetupError: the package opacus is missing.
     """
-    return _epsilon(num_uploads, noise_multiplier, delta) if num_uploads else 0.0
-
-
-@functools.lru_cache(maxsize=4096)
-def _epsilon(num_uploads: int, noise_multiplier: float, delta: float) -> float:
+    if not num_uploads:
+        return 0.0
     accountant = require_accountant()()
     accountant.history = [(noise_multiplier, 1.0, num_uploads)]
     with warnings.catch_warnings():
