@@ -65,9 +65,7 @@ def known(graph: Graph | None) -> Graph:
 METHODS: Mapping[str, Builder] = {
     "local_only": lambda config, clients, graph, federation: local_only.build(),
     "fedit": lambda config, clients, graph, federation: fedit.build(clients),
-    "mira_published": lambda config, clients, graph, federation: mira_published.build(
-        config, clients, graph, federation
-    ),
+    "mira_published": mira_published.build,
     "mira": lambda config, clients, graph, federation: mira.build(config, clients, graph),
     "fedit_finetuned": lambda config, clients, graph, federation: fedit_finetuned.build(config, clients, federation),
     "ditto": lambda config, clients, graph, federation: ditto.build(config, clients),
