@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from fedmira.federation.graph import Graph, Matrix, connected_components, laplacian, weight_inside
+from fedmira.federation.graph import Graph, connected_components, laplacian, weight_inside
 from fedmira.federation.learning import Memory, compared, nothing_compared, settled_share
 from fedmira.federation.method import Info, Method, State
 from fedmira.types import Arena, Clients, Losses, Participants, Results, Trial
@@ -43,15 +43,11 @@ def graph_numbers(graph: Graph, clients: Clients, tau: float | None = None) -> d
     if graph.num_edges and 1 < len(set(clients.tasks)) < len(clients.tasks):
         numbers["weight_in_tasks"] = weight_inside(graph, clients.tasks)
     if graph.num_edges and clients.true_adjacency_KK is not None:
-        numbers["weight_on_true_edges"] = _weight_on(graph, clients.true_adjacency_KK)
+        on_true_edges = graph.adjacency_KK[clients.true_adjacency_KK > 0].sum()
+        numbers["weight_on_true_edges"] = float(on_true_edges / graph.adjacency_KK.sum())
     if "agreement" in graph.provenance:
         numbers["agreement"] = float(graph.provenance["agreement"])
     return numbers
-
-
-def _weight_on(graph: Graph, true_KK: Matrix) -> float:
-    """The share of edge weight on edges that the true graph has."""
-    return float(graph.adjacency_KK[true_KK > 0].sum() / graph.adjacency_KK.sum())
 
 
 def diagnosed(method: Method, clients: Clients, tau: float | None = None, *, remembers: bool = False) -> Method:
