@@ -3,7 +3,7 @@
 W <- W + s sum_k p_k B_k A_k, p_k = n_k / sum n over those that returned; every client starts the next round from a
 fresh pair: A drawn anew, B zero. Knows nothing about tasks or graphs.
 
-Axes: I and O in and out features of a layer, Q rank of the stacked pair.
+Axes: I and O in and out features of a layer, Q rank of the stacked factors.
 """
 
 from __future__ import annotations
@@ -17,16 +17,13 @@ from fedmira.federation.averaging import follow, returned_weights
 from fedmira.federation.method import Info, Method, State
 from fedmira.federation.products import stacked
 from fedmira.federation.receiving import exchange_everything, received
-from fedmira.federation.shifting import pair_bytes, shifted_adapters, shifted_by, unshifted, with_shift
+from fedmira.federation.shifting import Factors, pair_bytes, shifted_adapters, shifted_by, unshifted, with_shift
 from fedmira.federation.similarity import low_rank_pairs
 from fedmira.randomness import torch_generator
 from fedmira.types import Arena, Clients, Job, Participants, Results
 
-Pair = tuple[torch.Tensor, torch.Tensor]
-"""Of one layer, (O, Q) and (Q, I)."""
 
-
-def merged_each_round(clients: Clients, shorten: Callable[[Pair], Pair]) -> Method:
+def merged_each_round(clients: Clients, shorten: Callable[[Factors], Factors]) -> Method:
     """Return a method whose rounds end in the base; `shorten` says what is merged and sent of the stacked factors."""
 
     def plan(state: State, participants: Participants) -> Job:

@@ -8,7 +8,7 @@ Axes: K clients, W elements of all adapted layers, Q stacked ranks, I/O in and o
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 
@@ -42,10 +42,7 @@ def pair_bytes(b_OQ: torch.Tensor, a_QI: torch.Tensor, element_size: int) -> int
 
 
 def shifted_by(
-    state: State,
-    by_layer: Sequence[Factors],
-    own_bytes: Sequence[int],
-    returned: Sequence[int],
+    state: State, by_layer: Sequence[Factors], own_bytes: Sequence[int], returned: Sequence[int]
 ) -> dict[str, torch.Tensor]:
     """Return the memory after each layer's shift grew by the product of its factors.
 
@@ -68,7 +65,7 @@ def shifted_by(
 
 def with_shift(job: Job, state: State, participants: Participants) -> Job:
     """Return `job` over the shifted base; its bytes are what the participants miss of the shift, on average."""
-    memory: Mapping[str, torch.Tensor] = state.memory
+    memory = state.memory
     missing_S = memory["shift_sent"] - memory["shift_known"][list(participants.ids)]
     dense = memory["shift"].numel() * state.adapters.values_KP.element_size()
     return job._replace(

@@ -12,4 +12,4 @@ from fedmira.types import Clients
 
 def build(clients: Clients) -> Method:
     """Return the method."""
-    return merged_each_round(clients, shorten=lambda pair: pair)
+    return merged_each_round(clients, shorten=lambda factors: factors)

@@ -6,17 +6,18 @@ nothing about tasks or graphs.
 
 from __future__ import annotations
 
-from fedmira.federation.merging import Pair, merged_each_round
+from fedmira.federation.merging import merged_each_round
 from fedmira.federation.method import Method
 from fedmira.federation.products import energy_rank, spectrum
+from fedmira.federation.shifting import Factors
 from fedmira.types import Clients
 
 
 def build(clients: Clients, energy: float) -> Method:
     """Return the method; `energy`, in (0, 1], is the share that is kept."""
 
-    def cut(pair: Pair) -> Pair:
-        whole = spectrum(*pair)
+    def cut(factors: Factors) -> Factors:
+        whole = spectrum(*factors)
         rank = energy_rank(whole.values_Q, energy)
         return whole.u_OQ[:, :rank] * whole.values_Q[:rank], whole.v_QI[:rank]
 
