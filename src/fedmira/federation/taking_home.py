@@ -42,14 +42,8 @@ def over_rounds(method: Method, decay: float, judged: Collection[str] = ()) -> M
         return method
 
     def init(initial: Arena, clients: Clients) -> State:
-        state = method.init(initial, clients)
-        before = {
-            "home": initial.values_KP.clone(),
-            "has_home": torch.zeros(initial.num_clients),
-            "home_share": torch.full((1,), decay, dtype=torch.float64),
-            "takes_average": torch.ones(1),
-        }
-        return replace(state, memory={**state.memory, **before, **about_average(state)})
+        nobody_K = torch.zeros(initial.num_clients)
+        return remembering(method.init(initial, clients), initial.values_KP.clone(), nobody_K, decay)
 
     def merge(state: State, participants: Participants, results: Results) -> tuple[State, Info]:
         after, info = method.merge(state, participants, results)
@@ -57,13 +51,16 @@ def over_rounds(method: Method, decay: float, judged: Collection[str] = ()) -> M
         share = decay ** share_of_round(results, state.adapters.num_clients)
         # the average goes on as if clients had not been asked whether they want it
         home_KP = averaged(state, method.personalise(state).values_KP, slice(None))
-        before = {
+        return remembering(after, home_KP, has_home_K, share), info
+
+    def remembering(state: State, home_KP: torch.Tensor, has_home_K: torch.Tensor, share: float) -> State:
+        home = {
             "home": home_KP,
             "has_home": has_home_K,
             "home_share": torch.full((1,), share, dtype=torch.float64),
             "takes_average": torch.ones(1),
         }
-        return replace(after, memory={**after.memory, **before, **about_average(after)}), info
+        return replace(state, memory={**state.memory, **home, **about_average(state)})
 
     def averaged(state: State, now_SP: torch.Tensor, rows: Sequence[int] | slice) -> torch.Tensor:
         has_home_S = state.memory["has_home"][rows]
