@@ -1,4 +1,4 @@
-"""The implicit step with all that can be chosen about it: the form that is mixed, whom to distrust, how depth fades it.
+"""The implicit step with all that can be chosen about it: the form that is mixed, and whom to distrust.
 
 Knows nothing about rounds, who takes part, or where graph and confidences come from. Axes: K clients.
 """
@@ -10,7 +10,6 @@ from functools import cache
 from typing import NamedTuple
 
 from fedmira.config.mira import MiraConfig
-from fedmira.federation.blocks import faded
 from fedmira.federation.forms import Form, form
 from fedmira.federation.graph import Graph, Matrix
 from fedmira.federation.mixing import laplacian_implicit, step_numbers, welcomed
@@ -32,8 +31,6 @@ class ServerStep(NamedTuple):
     form: Form
     mixtures: Callable[[Graph, Arena, Sequence[float]], Callable[[float], Mixture]]
     """From the graph, the uploads and the clients' confidences to the mixture of each strength."""
-    faded: Callable[[Graph, Arena], Graph]
-    """The graph that adapters like these are mixed with in place of another; see `blocks.faded`."""
 
 
 def server_step(config: MiraConfig, clients: Clients) -> ServerStep:
@@ -69,4 +66,4 @@ def server_step(config: MiraConfig, clients: Clients) -> ServerStep:
 
         return of_strength
 
-    return ServerStep(mixed_as, mixtures, lambda graph, uploads: faded(graph, uploads.layout.layers, config.depth))
+    return ServerStep(mixed_as, mixtures)

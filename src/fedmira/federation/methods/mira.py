@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from fedmira.config.mira import MiraConfig
+from fedmira.federation.blocks import faded
 from fedmira.federation.choosing import ask, choose, first_choice, taken
 from fedmira.federation.graph import Graph
 from fedmira.federation.learned_graphs import Seen, learner
@@ -72,7 +73,7 @@ def build(config: MiraConfig, clients: Clients, graph: Graph | None) -> Method:
             learned, related = learns.learn(memory, seen)
             memory |= {"starts": starts.values_KP, **learned}
         assert related is not None
-        related = step.faded(related, uploads)
+        related = faded(related, uploads.layout.layers, config.depth)
         mixture = mixtures(related, uploads, last_round_K, away_K)(in_use(config.strength, memory))
         numbers = {"returned": float(len(results.ids)), **mixture.numbers()}
         return State(mixture.adapters, last_round_K, memory), Info(numbers, related)
@@ -84,6 +85,5 @@ def build(config: MiraConfig, clients: Clients, graph: Graph | None) -> Method:
     exchange = exchange_groups(step.form.crossing)
     method = Method(init, plan, merge, partial(taken, share="alpha"))
     if choice.enabled:
-        asking = partial(ask, choice, groups=step.form.crossing)
-        method = method._replace(trial=asking, decide=partial(choose, choice))
+        method = method._replace(trial=partial(ask, choice, groups=step.form.crossing), decide=partial(choose, choice))
     return chosen_together(method, mixtures, step.form.crossing) if config.strength == "auto" else method
