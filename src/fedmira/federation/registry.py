@@ -52,7 +52,7 @@ from fedmira.federation.ranks import within_ranks
 from fedmira.federation.taking_home import over_rounds
 from fedmira.types import Clients
 
-Builder: TypeAlias = Callable[[Any, Clients, Graph | None, FederationConfig | None], Method]
+Builder: TypeAlias = Callable[[Any, Clients, Graph | None, FederationConfig], Method]
 
 
 def known(graph: Graph | None) -> Graph:
@@ -110,7 +110,7 @@ def build_method(
         given_graph: with `method.graph.kind: given`, the (K, K) matrix in client order; with `embeddings`, the (K, K)
             inner products of the clients' prompt embeddings.
         federation: who takes part when; lets `mira_published` check every round's subgraph before the first round.
-            Without it the whole graph must be stable.
+            Without it everybody may take part, in the default number of rounds.
 
     Raises:
         ConfigError: strength beyond the stable bound, or a graph that needs what the data does not know.
@@ -118,7 +118,7 @@ def build_method(
     """
     section = getattr(config, "graph", None)
     graph = None if section is None else resolve_graph(section, clients, given_graph)
-    method = METHODS[config.name](config, clients, graph, federation)
+    method = METHODS[config.name](config, clients, graph, federation or FederationConfig())
     # innermost, so that the average is of what clients keep before ranks cut it and diagnostics look at it
     choice = getattr(config, "choice", None)
     judged = KEPT if choice is not None and choice.enabled and choice.average else ()

@@ -13,15 +13,13 @@ from fedmira.federation.receiving import exchange_everything, stored
 from fedmira.types import Clients, Job, Participants, Results
 
 
-def build(config: FedITFinetunedConfig, clients: Clients, federation: FederationConfig | None) -> Method:
+def build(config: FedITFinetunedConfig, clients: Clients, federation: FederationConfig) -> Method:
     """Return the method: FedIT for all rounds but the last `local_rounds`, in which nothing is mixed.
 
-    A client that is not sampled in the local rounds keeps the global adapter. Without `federation` a run has the
-    default number of rounds.
+    A client that is not sampled in the local rounds keeps the global adapter.
     """
-    rounds = (federation or FederationConfig()).rounds
-    local_rounds = round(rounds / 4) if config.local_rounds is None else config.local_rounds
-    global_rounds = max(0, rounds - local_rounds)
+    local_rounds = round(federation.rounds / 4) if config.local_rounds is None else config.local_rounds
+    global_rounds = max(0, federation.rounds - local_rounds)
     averaging = share(clients)
 
     def plan(state: State, participants: Participants) -> Job:

@@ -22,12 +22,8 @@ from fedmira.federation.receiving import exchange_everything, first_state, own_a
 from fedmira.types import Arena, Clients, Participants, Results
 
 
-def build(
-    config: MiraPublishedConfig, clients: Clients, graph: Graph | None, federation: FederationConfig | None
-) -> Method:
+def build(config: MiraPublishedConfig, clients: Clients, graph: Graph | None, federation: FederationConfig) -> Method:
     """Return the method on `graph`; None means the graph is learned from the returned adapters.
-
-    Without `federation` anybody may take part, so the whole graph must satisfy the bound.
 
     Raises:
         ConfigError: server_lr * strength is beyond the stable bound of a subgraph that a round will meet.
@@ -38,8 +34,7 @@ def build(
     if graph is None and config.graph.warmup == "uniform" and config.graph.settled:
         first = uniform(len(everybody))
     if first is not None:
-        draws = {everybody} if federation is None else planned_ids(len(everybody), federation, clients.seed)
-        for ids in draws:
+        for ids in planned_ids(len(everybody), federation, clients.seed):
             refuse_unstable(subgraph(first, ids), tau)
 
     learns = None if graph is not None else learner(config.graph, clients)
