@@ -27,8 +27,7 @@ from fedmira.federation.known_graphs import labels
 from fedmira.federation.mixing import implicit_matrix
 from fedmira.recording import Recorder
 from fedmira.report.page import write_report
-from fedmira.report.reading import RunRecord, read
-from fedmira.report.summary import summarise_run
+from fedmira.report.reading import RunRecord, read, read_run
 from fedmira.runs.checkpoint import Checkpoint, load_latest
 from fedmira.runs.store import RESOLVED, RunStore
 
@@ -185,16 +184,16 @@ def test_a_run_stopped_before_its_first_round_was_over_can_be_prolonged(data: Pa
 
 def test_a_run_that_stopped_while_it_was_prolonged_is_not_judged_by_its_old_end(data: Path) -> None:
     path = run(config(data, 1))
-    assert summarise_run(path).numbers is not None
+    assert read_run(path).records
     with pytest.raises(Interrupted):
         run(config(data, 3), resume=True, display=StopsInRound(3))
     record = read(path)
     assert isinstance(record, RunRecord)
     assert len(record.rounds) == 2
     assert record.final is None
-    assert summarise_run(path).numbers is None
+    assert not record.records
     run(config(data, 3), resume=True)
-    assert summarise_run(path).numbers is not None
+    assert read_run(path).records
 
 
 @pytest.mark.parametrize(("method", "asks"), [("local_only", False), ({"name": "mira"}, True)])

@@ -13,7 +13,7 @@ import pytest
 from fedmira.errors import IntegrityError, UsageError
 from fedmira.report.page import render
 from fedmira.report.reading import StudyRecord, read, read_run
-from fedmira.report.summary import summarise_run
+from fedmira.report.summary import facts_of, lines_of
 from fedmira.report.table import comparable, render_table, rows_of, spread
 from fedmira.runs.lines import event_line
 
@@ -243,7 +243,7 @@ def test_what_rouge_covers_is_a_footnote_where_it_stands(make_study: Make, make_
         assert text.count(f"Rouge-L and exact match: {ANSWERS}.") == 1
     assert (rows[0].facts()["max_answers"], rows[0].facts()["max_answer_tokens"]) == (8, 32)
     assert "Rouge-L and exact match" not in render_table(rows_of(read(make_run(finished=False))))
-    assert sum(ANSWERS in line for line in summarise_run(make_run()).lines()) == 2
+    assert sum(ANSWERS in line for line in lines_of(read_run(make_run()))) == 2
 
 
 def test_limits_of_answers_come_from_the_config_of_the_run(make_run: Make) -> None:
@@ -274,12 +274,11 @@ def test_study_keeps_methods_in_its_order_and_finds_its_reference(make_study: Ma
 
 def test_summary_of_a_run_for_the_command_line(make_run: Make) -> None:
     path = make_run(rounds=4)
-    summary = summarise_run(path)
-    facts = summary.facts()
+    facts, lines = facts_of(read_run(path)), lines_of(read_run(path))
     json.dumps(facts, allow_nan=False)
     assert facts["rounds"] == 4
     assert facts["num_clients"] == 16
-    assert any(line.startswith("test loss") for line in summary.lines())
+    assert any(line.startswith("test loss") for line in lines)
     assert len(facts["clients"]) == 16
     assert len(facts["tasks"]) == 4
     for one in (*facts["clients"].values(), *facts["tasks"].values()):
@@ -291,18 +290,17 @@ def test_summary_of_a_run_for_the_command_line(make_run: Make) -> None:
     rounds = [event for event in events if event["event"] == "round"]
     seconds = sum(event["timing"]["train_seconds"] for event in rounds)
     assert facts["tokens_per_second"] == pytest.approx(sum(event["tokens"] for event in rounds) / seconds)
-    assert any("tokens per second" in line for line in summary.lines())
-    unjudged = summarise_run(make_run(finished=False))
-    assert unjudged.numbers is None
-    assert "mean_loss" not in unjudged.facts()
-    assert not any("test loss" in line for line in unjudged.lines())
+    assert any("tokens per second" in line for line in lines)
+    unjudged = read_run(make_run(finished=False))
+    assert "mean_loss" not in facts_of(unjudged)
+    assert not any("test loss" in line for line in lines_of(unjudged))
 
 
 def test_what_was_sent_is_told_where_nobody_was_judged(make_run: Make) -> None:
-    summary = summarise_run(make_run(rounds=2, finished=False))
+    record = read_run(make_run(rounds=2, finished=False))
     sent = 2 * 16 * 786_432
-    assert (summary.facts()["upload_bytes"], summary.facts()["download_bytes"]) == (sent, sent)
-    assert "sent             24.0 MiB up, 24.0 MiB down" in summary.lines()
+    assert (facts_of(record)["upload_bytes"], facts_of(record)["download_bytes"]) == (sent, sent)
+    assert "sent             24.0 MiB up, 24.0 MiB down" in lines_of(record)
 
 
 def test_a_seed_on_which_training_alone_has_no_finite_loss_costs_the_others_nothing(make_study: Make) -> None:
@@ -390,15 +388,15 @@ def noised(path: Path, spent: dict[str, float | None]) -> Path:
 def test_the_summary_of_a_run_says_what_was_given_away(
     make_run: Make, spent: dict[str, float | None], line: str, known: float | None
 ) -> None:
-    summary = summarise_run(noised(make_run(rounds=2), spent))
-    assert line in summary.lines()
-    assert (summary.facts()["epsilon"], summary.facts()["delta"]) == (known, 1e-5)
+    record = read_run(noised(make_run(rounds=2), spent))
+    assert line in lines_of(record)
+    assert (facts_of(record)["epsilon"], facts_of(record)["delta"]) == (known, 1e-5)
 
 
 def test_without_noise_nothing_is_said_of_epsilon(make_run: Make, make_study: Make) -> None:
-    summary = summarise_run(make_run(rounds=2))
-    assert (summary.facts()["epsilon"], summary.facts()["delta"]) == (None, None)
-    assert not any("epsilon" in line for line in summary.lines())
+    record = read_run(make_run(rounds=2))
+    assert (facts_of(record)["epsilon"], facts_of(record)["delta"]) == (None, None)
+    assert not any("epsilon" in line for line in lines_of(record))
     assert "psilon" not in render_table(rows_of(read(make_study(rounds=1))))
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from fedmira.report.page import render
-from fedmira.report.reading import read
-from fedmira.report.summary import summarise_run
+from fedmira.report.reading import read, read_run
+from fedmira.report.summary import facts_of, lines_of
 from fedmira.report.words import headline
 
 Make = Callable[..., Path]
@@ -142,7 +142,7 @@ def test_one_is_one(make_run: Make) -> None:
     """One client, one round."""
     run = make_run(families=1, clients_per_family=1, rounds=1, true_graph=False)
     assert "over 1 client after 1 round;" in headline(read(run))[0]
-    assert any(line.startswith("time") and line.endswith(" for 1 round") for line in summarise_run(run).lines())
+    assert any(line.startswith("time") and line.endswith(" for 1 round") for line in lines_of(read_run(run)))
     assert "<summary>1 client</summary>" in render(read(run))
 
 
@@ -185,12 +185,12 @@ def test_a_run_that_trained_on_after_its_best_says_so(
     make_run: Make, losses: list[float], last: str | None, finished: bool
 ) -> None:
     run = with_validation(make_run(rounds=3, finished=finished), losses)
-    sentences, lines = headline(read(run)), summarise_run(run).lines()
+    sentences, lines = headline(read(run)), lines_of(read_run(run))
     if last is None:
         assert not any("fewer rounds" in sentence for sentence in (*sentences, *lines))
     else:
         assert sentences[1] == lines[-1] == ROSE.format(last)
-        facts = summarise_run(run).facts()
+        facts = facts_of(read_run(run))
         assert (facts["lowest_validation_round"], facts["lowest_validation_loss"]) == (2, pytest.approx(1.525))
 
 

@@ -71,9 +71,9 @@ def _estimate(session: Session, config: RunConfig, directory: Path | None) -> No
 
 
 def _compare(session: Session, config: RunConfig, directory: Path | None) -> None:
-    from fedmira.report.facts import facts_of
     from fedmira.report.page import write_report
     from fedmira.report.reading import read_study
+    from fedmira.report.summary import facts_of
     from fedmira.report.table import render_table, rows_of
     from fedmira.report.words import edge_line, rates_line
 

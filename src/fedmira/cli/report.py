@@ -27,9 +27,9 @@ def report(session: Session, path: Path, csv_file: Path | None) -> None:
     With --json all numbers are printed, those of every client too.
     """
     from fedmira.report.clients import refuse_to_overwrite, write_csv
-    from fedmira.report.facts import facts_of
     from fedmira.report.page import write_report
     from fedmira.report.reading import read
+    from fedmira.report.summary import facts_of
 
     if csv_file is not None:
         refuse_to_overwrite(csv_file)

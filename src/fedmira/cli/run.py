@@ -59,10 +59,11 @@ def run(session: Session, config: Path, overrides: tuple[str, ...], dry_run: boo
             from fedmira.experiment import carry_out
 
             path = carry_out(store, display, profile=profile)
-    from fedmira.report.summary import summarise_run
+    from fedmira.report.reading import read_run
+    from fedmira.report.summary import facts_of, lines_of
 
-    summary = summarise_run(path)
-    facts, lines = {"run": str(path), **summary.facts()}, [f"Run: {path}", *summary.lines()]
+    record = read_run(path)
+    facts, lines = {"run": str(path), **facts_of(record)}, [f"Run: {path}", *lines_of(record)]
     if profile:
         from fedmira.profile import lines as profile_lines
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from fedmira.errors import UsageError
 from fedmira.report import page, reading
-from fedmira.report.facts import facts_of
+from fedmira.report.summary import facts_of
 
 
 def read_run(path: str | os.PathLike[str]) -> dict[str, Any]:

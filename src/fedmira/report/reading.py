@@ -184,6 +184,11 @@ class RunRecord:
                 by_round[round_] = by_round.get(round_, Mean()) + Mean(loss, 1)
         return [(round_, found.value) for round_, found in sorted(by_round.items()) if found.value is not None]
 
+    def last_validation_loss(self) -> float | None:
+        """That mean after the last evaluated round; None before the first."""
+        curve = self.mean_validation_losses()
+        return curve[-1][1] if curve else None
+
     def lowest_validation_loss(self) -> tuple[int, float] | None:
         """(round, validation loss) of the mean's minimum over rounds that judged the same clients as the last one."""
         everybody_there = max(self.joined_after.values(), default=0)

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 
 from fedmira.formats import counted, format_loss, format_share
 from fedmira.report.reading import REFERENCE_METHOD, RunRecord, StudyRecord
-from fedmira.report.summary import summary_of_run
-from fedmira.report.table import Row, Spread, rows_of, spread
+from fedmira.report.summary import advice
+from fedmira.report.table import Row, Spread, rows_of, spread, summary_of
 
 TIE = 0.0005
 """Losses closer than this, in nats per token, look equal at the three decimals that are shown."""
@@ -82,7 +82,7 @@ def _study_headline(study: StudyRecord) -> list[str]:
 
 def _has_risen(runs: Sequence[RunRecord]) -> bool:
     """Whether every seed trained on after its best."""
-    return bool(runs) and all(summary_of_run(run).advice() for run in runs)
+    return bool(runs) and all(map(advice, runs))
 
 
 def _compare(rows: Sequence[Row], whole: dict[int, dict[str, float]]) -> list[str]:
@@ -155,23 +155,23 @@ def _against_local(row: Row) -> str:
 
 
 def _run_headline(run: RunRecord) -> list[str]:
-    summary = summary_of_run(run)
-    rounds = counted(summary.num_rounds, "round")
-    if summary.numbers is None:
-        if summary.validation_loss is None:
+    rounds = counted(len(run.rounds), "round")
+    if not run.records:
+        loss = run.last_validation_loss()
+        if loss is None:
             return [f"{run.method}, {rounds} so far; nothing has been evaluated yet.", *_end_in_words(run)]
-        loss = format_loss(summary.validation_loss)
         return [
-            f"{run.method} is at a mean validation loss of {loss} nats per token after {rounds}; no test numbers yet.",
+            f"{run.method} is at a mean validation loss of {format_loss(loss)} nats per token after {rounds}; no test "
+            "numbers yet.",
             *_end_in_words(run),
-            *summary.advice(),
+            *advice(run),
         ]
-    numbers = summary.numbers
+    numbers = summary_of(run)
     sentences = [
         f"{run.method} ends at a mean test loss of {format_loss(numbers.mean_loss)} nats per token over "
         f"{counted(numbers.num_clients, 'client')} after {rounds}; the worst tenth is at "
         f"{format_loss(numbers.worst_tenth_loss)}.",
-        *summary.advice(),
+        *advice(run),
     ]
     if run.method != REFERENCE_METHOD:
         sentences.append(
