@@ -111,7 +111,7 @@ def seconds_spent(run: RunRecord, kind: str) -> float:
     return math.fsum(seconds_of(event, kind) for event in run.events)
 
 
-def graph_figures(run: RunRecord, *, truth: bool = True) -> Iterable[Figure]:
+def graph_figures(run: RunRecord) -> Iterable[Figure]:
     if run.graph is None:
         return
     graph = graph_charts.order_by_group(run.graph.names, group_labels(run), run.graph.adjacency)
@@ -140,8 +140,6 @@ def graph_figures(run: RunRecord, *, truth: bool = True) -> Iterable[Figure]:
             caption=f"The layers of this block are mixed on a graph of their own.{_labels_in_words(part)}",
             square=True,
         )
-    if truth:
-        yield from truth_figures(run)
 
 
 def _labels_in_words(graph: graph_charts.Ordered) -> str:
@@ -171,11 +169,11 @@ def _warmup_in_words(graph: GraphRecord) -> str:
 
 
 def _edges_in_words(graph: graph_charts.Ordered, *, learned: bool) -> str:
-    drawn, edges = len(graph_charts.drawn_edges(graph)), _num_edges(graph)
+    edges, most = len(graph_charts.edges_of(graph)), graph_charts.MAXIMUM_EDGES
     if not edges:
         why = "nobody was related closely enough" if learned else "the warm-up joins nobody"
         return f"No edges: {why}, so every client kept its own adapter in that round."
-    shown = f"The {drawn} heaviest of {edges} edges" if drawn < edges else counted(edges, "edge")
+    shown = f"The {most} heaviest of {edges} edges" if edges > most else counted(edges, "edge")
     across = ", grey ones join different labels" if any(graph.groups) else ""
     return f"{shown}; a thicker line is a heavier edge{across}."
 
@@ -258,13 +256,6 @@ def truth_figures(run: RunRecord) -> Iterable[Figure]:
         drawing=Markup(graph_charts.heat_map(graph, "Weights of the true graph as a heat map")),
         caption="What the data was made from: no method but an oracle sees it.",
         square=True,
-    )
-
-
-def _num_edges(graph: graph_charts.Ordered) -> int:
-    size = len(graph.names)
-    return sum(
-        max(graph.weights[one][other], graph.weights[other][one]) > 0 for one in range(size) for other in range(one)
     )
 
 

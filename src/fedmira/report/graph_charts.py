@@ -131,7 +131,7 @@ def node_link(graph: Ordered, description: str) -> str | None:
     centre, radius = SIZE / 2, SIZE / 2 - margin
     angles = [2 * math.pi * (index + 0.5) / max(1, size) - math.pi / 2 for index in range(size)]
     places = [(centre + radius * math.cos(angle), centre + radius * math.sin(angle)) for angle in angles]
-    edges = drawn_edges(graph)
+    edges = edges_of(graph)[:MAXIMUM_EDGES]
     heaviest = edges[0][0] if edges else 1.0
     # many lines must be finer to stay apart
     fineness = min(1.0, 80 / max(1, len(edges))) ** 0.5
@@ -170,15 +170,15 @@ def _is_named(graph: Ordered) -> bool:
     return not any(graph.groups) and len(graph.names) <= MAXIMUM_NAMES
 
 
-def drawn_edges(graph: Ordered) -> list[tuple[float, int, int]]:
-    """(weight, client, client) of the heaviest edges, heaviest first; a direction that is heavier counts."""
+def edges_of(graph: Ordered) -> list[tuple[float, int, int]]:
+    """(weight, client, client) of every edge, the heaviest first; a direction that is heavier counts."""
     size = len(graph.names)
     edges = [
         (max(graph.weights[one][other], graph.weights[other][one]), one, other)
         for one in range(size)
         for other in range(one)
     ]
-    return sorted((edge for edge in edges if edge[0] > 0), reverse=True)[:MAXIMUM_EDGES]
+    return sorted((edge for edge in edges if edge[0] > 0), reverse=True)
 
 
 def _upright_labels(labels: Sequence[str], angles: Sequence[float], centre: float, radius: float) -> str:

@@ -19,6 +19,7 @@ from fedmira.report.figures import (
     graph_figures,
     judged_losses,
     loss_figure,
+    truth_figures,
 )
 from fedmira.report.reading import RunRecord, seconds_of
 
@@ -27,7 +28,7 @@ def run_sections(run: RunRecord) -> list[Section]:
     """What the page shows of a run; sections can be empty."""
     return [
         Section("Losses", (*_client_curves(run), *_run_test(run)), ragged=True),
-        Section("Who learns from whom", tuple(graph_figures(run))),
+        Section("Who learns from whom", (*graph_figures(run), *truth_figures(run))),
         Section("What merging does", (*disagreement_figures([run], {run.method: "s0"}), *graph_course(run))),
         Section("What it costs", tuple(_run_costs(run))),
     ]

@@ -45,7 +45,7 @@ def study_sections(study: StudyRecord) -> list[Section]:
     # on one seed wherever the methods share one
     first = [runs[0] for method in study.methods if (runs := _shown(study, method))]
     drawn = _with_graph(first)
-    graphs = [figure for run in drawn for figure in graph_figures(run, truth=False)]
+    graphs = [figure for run in drawn for figure in graph_figures(run)]
     truth = next((figure for run in drawn for figure in truth_figures(run)), None)
     if graphs and truth:
         # beside the first graph, which takes two places
