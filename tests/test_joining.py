@@ -492,10 +492,10 @@ class Killed(BaseException):
 def killed_in(round_: int, of: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     """Carry out the run until the uploads of that round are there, but nothing says so yet."""
 
-    def record(self: Any, parts: Any, participants: Any, *others: Any) -> None:
+    def record(self: Any, parts: Any, participants: Any, *others: Any) -> float:
         if participants.round == round_:
             raise Killed
-        original(self, parts, participants, *others)
+        return original(self, parts, participants, *others)
 
     original = Recorder.round
     with monkeypatch.context() as patch:

@@ -201,9 +201,9 @@ class _Run:
             trial_started = time.perf_counter()
             state, info, results = self._hold_trial(state, participants, results, info)
             trial_seconds = time.perf_counter() - trial_started
-            self.recorder.round(self.parts, participants, results, info, merge_seconds, trial_seconds)
+            loss = self.recorder.round(self.parts, participants, results, info, merge_seconds, trial_seconds)
             last = round_ == config.federation.rounds
-            line = f"train loss {_train_loss(results):.4f}"
+            line = f"train loss {loss:.4f}"
             # the rows of this round would otherwise lie beside those of the next one
             del results
             if last or round_ % config.evaluation.every == 0:
@@ -407,8 +407,3 @@ def _why_nobody(results: Results, config: RunConfig) -> str:
 
 def _under(prefix: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-
-
-def _train_loss(results: Results) -> float:
-    tokens = sum(report.num_supervised_tokens for report in results.reports if not report.failure)
-    return sum(report.loss_sum for report in results.reports if not report.failure) / max(tokens, 1)

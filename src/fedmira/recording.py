@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -43,7 +42,9 @@ class Recorder:
             client.name: {split: [example.id for example in getattr(client.examples, split)] for split in SPLITS}
             for client in parts.tokenized
         }
-        self._write(SPLITS_FILE, _lines_of(by_client))
+        # a line for each client
+        lines = ",\n".join(f"{_json(name)}: {_json(ids)}" for name, ids in by_client.items())
+        self._write(SPLITS_FILE, f"{{\n{lines}\n}}\n")
 
     def round(
         self,
@@ -53,9 +54,12 @@ class Recorder:
         info: Info,
         merge_seconds: float,
         trial_seconds: float,
-    ) -> None:
-        """What a round took, sent and found."""
+    ) -> float:
+        """Record what a round took, sent and found; return its training loss, pooled over tokens."""
         names = parts.clients.names
+        trained = [report for report in results.reports if not report.failure]
+        loss_sum = sum(report.loss_sum for report in trained)
+        tokens = sum(report.num_supervised_tokens for report in trained)
         config, extra = self._config.exchange, dict[str, Any]()
         if results.uncompressed_bytes:
             extra["uncompressed_bytes"] = results.uncompressed_bytes
@@ -67,9 +71,9 @@ class Recorder:
                 "round": participants.round,
                 "participants": [names[id_] for id_ in participants.ids],
                 "failures": [{"client": names[r.id], "reason": r.failure} for r in results.reports if r.failure],
-                "train_loss_sum": sum(r.loss_sum for r in results.reports if not r.failure),
-                "train_tokens": sum(r.num_supervised_tokens for r in results.reports if not r.failure),
-                "tokens": sum(r.num_tokens for r in results.reports if not r.failure),
+                "train_loss_sum": loss_sum,
+                "train_tokens": tokens,
+                "tokens": sum(report.num_tokens for report in trained),
                 "upload_bytes": results.upload_bytes,
                 "download_bytes": results.download_bytes,
                 **extra,
@@ -95,6 +99,7 @@ class Recorder:
                     "true_adjacency": None if true is None else true.tolist(),
                 }
             )
+        return loss_sum / max(tokens, 1)
 
     def evaluation(self, parts: Assembly, round_: int, adapters: Arena) -> str:
         """Record the validation loss of every client; say the unweighted mean over those that hold such examples."""
@@ -125,7 +130,7 @@ class Recorder:
                 parts.base, adapters, parts.tokenized, self._config.evaluation, on_answer=answers.append
             )
         if answers:
-            self._write(ANSWERS, "".join(_line(answer._asdict()) for answer in answers))
+            self._write(ANSWERS, "".join(f"{_json(answer._asdict())}\n" for answer in answers))
         clients = {record.name: {k: v for k, v in asdict(record).items() if k != "name"} for record in records}
         self._store.append(
             {
@@ -157,16 +162,8 @@ class Recorder:
             write_bytes_atomically(self._store.path / name, text.encode(errors="backslashreplace"))
 
 
-def _line(facts: Mapping[str, Any]) -> str:
-    return json.dumps(facts, ensure_ascii=False) + "\n"
-
-
-def _lines_of(by_client: Mapping[str, Any]) -> str:
-    """A JSON object with a line for each client."""
-    lines = ",\n".join(
-        f"{json.dumps(name, ensure_ascii=False)}: {_line(facts)[:-1]}" for name, facts in by_client.items()
-    )
-    return f"{{\n{lines}\n}}\n"
+def _json(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False)
 
 
 def _shown_blocks(graph: Graph) -> dict[str, Any]:

@@ -647,10 +647,10 @@ def uploads_of_a_killed_run(noise_seed: str, folder: Path, monkeypatch: pytest.M
     config = tiny(private, method={"name": "fedit"}, federation={"rounds": 3})
     original = Recorder.round
 
-    def killed(self: Any, parts: Any, participants: Participants, *others: Any) -> None:
+    def killed(self: Any, parts: Any, participants: Participants, *others: Any) -> float:
         if participants.round == 2:
             raise KeyboardInterrupt
-        original(self, parts, participants, *others)
+        return original(self, parts, participants, *others)
 
     monkeypatch.setattr(Recorder, "round", killed)
     with pytest.raises(KeyboardInterrupt):
@@ -668,10 +668,10 @@ def test_who_gave_away_more_than_is_recorded_is_recorded_with_the_next_round(
     original = Recorder.round
 
     def killed_in(number: int) -> None:
-        def killed(self: Any, parts: Any, participants: Participants, *others: Any) -> None:
+        def killed(self: Any, parts: Any, participants: Participants, *others: Any) -> float:
             if participants.round == number:
                 raise Killed
-            original(self, parts, participants, *others)
+            return original(self, parts, participants, *others)
 
         monkeypatch.setattr(Recorder, "round", killed)
         with pytest.raises(Killed):
