@@ -156,13 +156,6 @@ class SteadyStream:
         return getattr(self._stream, name)
 
 
-class _Nowhere(io.StringIO):
-    """Takes lines and keeps none."""
-
-    def write(self, text: str) -> int:
-        return len(text)
-
-
 class SteadyDisplay:
     """Shows what another display shows until its reader leaves: a pager that is closed, a terminal that is gone.
 
@@ -170,8 +163,8 @@ class SteadyDisplay:
     """
 
     def __init__(self, told: Callable[[str], None], *, to_stderr: bool) -> None:
-        # None where a program was started without it, as some services are
-        self._stream = SteadyStream((sys.stderr if to_stderr else sys.stdout) or _Nowhere())
+        # None where a program was started without it, as some services are: then a few lines are kept for nobody
+        self._stream = SteadyStream((sys.stderr if to_stderr else sys.stdout) or io.StringIO())
         self._shown = open_display(cast(TextIO, self._stream))
         self._told: Callable[[str], None] | None = told
 

@@ -23,8 +23,8 @@ def recipe_folder() -> Path:
 
 def recipe_names() -> tuple[str, ...]:
     """Return the names of all recipes, the quickstart first."""
-    names = sorted(path.stem for path in recipe_folder().glob("*.yaml"))
-    return tuple(sorted(names, key=lambda name: name != "quickstart"))
+    names = (path.stem for path in recipe_folder().glob("*.yaml"))
+    return tuple(sorted(names, key=lambda name: (name != "quickstart", name)))
 
 
 def recipe_path(name: str) -> Path:

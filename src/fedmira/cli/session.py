@@ -103,25 +103,21 @@ def printable(text: str) -> str:
     return escaped(text, keep="\n\t")
 
 
-def _switch(name: str) -> Callable[[click.Context, click.Parameter, bool], None]:
-    def remember(context: click.Context, _: click.Parameter, value: bool) -> None:
-        if value:
-            setattr(context.ensure_object(Session), name, True)
-
-    return remember
+def _remember(context: click.Context, option: click.Parameter, value: bool) -> None:
+    if value:
+        setattr(context.ensure_object(Session), str(option.name), True)
 
 
 def _flag(name: str, help_text: str) -> Callable[[Command], Command]:
     return click.option(
-        f"--{name}", is_flag=True, expose_value=False, is_eager=True, callback=_switch(name), help=help_text
+        f"--{name}", is_flag=True, expose_value=False, is_eager=True, callback=_remember, help=help_text
     )
 
 
 debug_option = _flag("debug", "Show the traceback of an error.")
-json_option = _flag("json", "Print the result as one JSON object.")
-quiet_option = _flag("quiet", "Show no progress, only the result.")
 
 
 def standard_options(command: Command) -> Command:
     """Add --json, --quiet and --debug to a command."""
-    return json_option(quiet_option(debug_option(command)))
+    quiet = _flag("quiet", "Show no progress, only the result.")
+    return _flag("json", "Print the result as one JSON object.")(quiet(debug_option(command)))
