@@ -17,10 +17,6 @@ STAGES: tuple[Stage, ...] = get_args(Stage)
 """In the order in which people read them; `other` is what no mark claims."""
 
 
-def _nothing() -> None:
-    return None
-
-
 class Stopwatch:
     """Adds up the seconds of every stage.
 
@@ -38,7 +34,7 @@ class Stopwatch:
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         self.seconds: dict[Stage, float] = dict.fromkeys(STAGES, 0.0)
-        self.settle: Callable[[], None] = _nothing
+        self.settle: Callable[[], None] = lambda: None
         """See `settle_with`."""
         self._clock = clock
         self._running: list[Stage] = []

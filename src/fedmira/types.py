@@ -7,6 +7,7 @@ Axes: K clients, S participants of a round, P parameters of one adapter, T token
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -96,10 +97,7 @@ class TensorSpec:
 
     @property
     def size(self) -> int:
-        product = 1
-        for extent in self.shape:
-            product *= extent
-        return product
+        return math.prod(self.shape)
 
     @property
     def columns(self) -> slice:
