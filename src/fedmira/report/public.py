@@ -22,7 +22,7 @@ def read_run(path: str | os.PathLike[str]) -> dict[str, Any]:
         UsageError: `path` holds no run, or one that has not begun its first round.
         IntegrityError: one of its files is missing or damaged.
     """
-    return facts_of(reading.read_run(_holding(path, "metrics.jsonl")))
+    return facts_of(reading.read_run(_holding(path, "metrics.jsonl", "run")))
 
 
 def read_study(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -33,7 +33,7 @@ def read_study(path: str | os.PathLike[str]) -> dict[str, Any]:
         UsageError: `path` holds no comparison.
         IntegrityError: one of its files is missing or damaged.
     """
-    return facts_of(reading.read_study(_holding(path, "study.json")))
+    return facts_of(reading.read_study(_holding(path, "study.json", "comparison")))
 
 
 def write_report(path: str | os.PathLike[str]) -> Path:
@@ -46,9 +46,8 @@ def write_report(path: str | os.PathLike[str]) -> Path:
     return page.write_report(Path(path))
 
 
-def _holding(path: str | os.PathLike[str], file: str) -> Path:
+def _holding(path: str | os.PathLike[str], file: str, what: str) -> Path:
     folder = Path(path)
     if not (folder / file).is_file():
-        what = {"metrics.jsonl": "run", "study.json": "comparison"}[file]
         raise UsageError(f"{folder} is no {what}: it has no {file}; give the folder that `fedmira` printed")
     return folder

@@ -198,10 +198,16 @@ class Column(NamedTuple):
         return value
 
     def text(self, row: Row) -> str:
-        """The cell of a method in a table of text."""
-        if self.name == "difference":
-            return with_interval(row)
-        return with_spread(self.value(row), self.write, deviation=self.write_deviation is format_loss)
+        """The cell of a method in a table of text: `mean`, `mean (deviation)`, or a difference with its interval."""
+        value = self.value(row)
+        if value is None:
+            return NOTHING
+        shown = self.write(value.mean)
+        if self.name == "difference" and row.difference_interval is not None:
+            return f"{shown} {format_interval(row.difference_interval)}"
+        if value.deviation is not None and self.write_deviation is format_loss:
+            return f"{shown} ({format_loss(value.deviation)})"
+        return shown
 
 
 def _points(share: float) -> str:
@@ -333,26 +339,6 @@ def _difference_notes(rows: Sequence[Row]) -> list[str]:
 def comparable(rows: Sequence[Row]) -> bool:
     """Whether all rows that have test numbers have them from the same seeds."""
     return len({row.seeds for row in rows if row.seeds}) < 2
-
-
-def with_spread(value: Spread | None, write: Callable[[float], str], *, deviation: bool = True) -> str:
-    """`mean (deviation)`, or only the mean.
-
-    >>> with_spread(Spread(2.5, 0.25), format_loss), with_spread(Spread(2.5, None), format_loss)
-    ('2.500 (0.250)', '2.500')
-    """
-    if value is None:
-        return NOTHING
-    if not deviation or value.deviation is None:
-        return write(value.mean)
-    return f"{write(value.mean)} ({format_loss(value.deviation)})"
-
-
-def with_interval(row: Row) -> str:
-    """The difference to training alone with its interval, or with its deviation where seeds are too few for one."""
-    if row.difference is None or row.difference_interval is None:
-        return with_spread(row.difference, format_change)
-    return f"{format_change(row.difference.mean)} {format_interval(row.difference_interval)}"
 
 
 def format_interval(bounds: tuple[float, float]) -> str:
