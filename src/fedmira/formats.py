@@ -80,14 +80,12 @@ def format_share(value: float | None) -> str:
     return f"{percent:.0f} %" if percent in (0, 100) else f"{percent:.1f} %"
 
 
-def format_change(value: float | None) -> str:
+def format_change(value: float) -> str:
     """A signed difference in nats per token.
 
     >>> format_change(-0.7), format_change(0.0), format_change(math.nan)
     ('-0.700', '0.000', 'nan')
     """
-    if value is None:
-        return NOTHING
     text = f"{value:+.3f}"
     return text[1:] if text in ("+0.000", "-0.000", "+nan") else text
 
@@ -118,14 +116,12 @@ def format_answers(answers: int | None, tokens: int | None) -> str:
     return f"{which}, each cut at {counted(tokens, 'token')}"
 
 
-def format_bytes(count: float | None) -> str:
+def format_bytes(count: float) -> str:
     """Bytes in binary units.
 
     >>> format_bytes(12 * 2**20), format_bytes(512), format_bytes(1536)
     ('12.0 MiB', '512 B', '1.5 KiB')
     """
-    if count is None:
-        return NOTHING
     name, size = byte_unit(count)
     return f"{count:.0f} B" if name == "B" else f"{count / size:.1f} {name}"
 
@@ -153,14 +149,12 @@ def byte_unit(count: float) -> tuple[str, float]:
     return name, size
 
 
-def format_seconds(seconds: float | None) -> str:
+def format_seconds(seconds: float) -> str:
     """A duration.
 
     >>> format_seconds(0.43), format_seconds(47), format_seconds(323), format_seconds(7300)
     ('0.43 s', '47 s', '5 min 23 s', '2 h 02 min')
     """
-    if seconds is None:
-        return NOTHING
     if not math.isfinite(seconds):
         return str(seconds)
     if seconds < 10:

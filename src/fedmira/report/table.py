@@ -184,7 +184,7 @@ class Column(NamedTuple):
     heading: str
     name: str
     """Of the number in `Row`."""
-    write: Callable[[float | None], str]
+    write: Callable[[float], str]
     better: int = -1
     """-1 where less is better, 1 where more is; 0 for costs, which are shown and not compared."""
     write_deviation: Callable[[float], str] | None = format_loss
