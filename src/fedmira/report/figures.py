@@ -15,7 +15,7 @@ from markupsafe import Markup
 from fedmira.evaluation.meters import mean, scores_by_task
 from fedmira.formats import counted, format_share
 from fedmira.report import charts, graph_charts
-from fedmira.report.reading import REFERENCE_METHOD, GraphRecord, RunRecord, number, seconds_of
+from fedmira.report.reading import REFERENCE_METHOD, GraphRecord, RunRecord, number
 
 NUM_COLOURS = 8
 SPLIT_TASKS = 8
@@ -104,11 +104,6 @@ def loss_figure(
         wide=len(columns) > 1,
         folded=len(groups) > FOLDED_TASKS,
     )
-
-
-def seconds_spent(run: RunRecord, kind: str) -> float:
-    """Seconds of a whole run on `train`, `merge` or `evaluate`."""
-    return math.fsum(seconds_of(event, kind) for event in run.events)
 
 
 def graph_figures(run: RunRecord) -> Iterable[Figure]:

@@ -6,7 +6,7 @@ Knows nothing about HTML.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from markupsafe import Markup
@@ -19,6 +19,7 @@ from fedmira.report.figures import (
     BYTE_PARTS,
     TIME_PARTS,
     Figure,
+    Legend,
     Section,
     by_client,
     colours_of,
@@ -27,10 +28,9 @@ from fedmira.report.figures import (
     group_labels,
     judged_losses,
     loss_figure,
-    seconds_spent,
     truth_figures,
 )
-from fedmira.report.reading import REFERENCE_METHOD, RunRecord, StudyRecord
+from fedmira.report.reading import REFERENCE_METHOD, RunRecord, StudyRecord, seconds_of
 from fedmira.report.table import rows_of
 
 FOLDED_CLIENTS = 12
@@ -275,32 +275,24 @@ def _study_costs(study: StudyRecord) -> Iterable[Figure]:
     over = _over_seeds(runs.values())
     begun = ", ".join(method for method, found in runs.items() if not study.compared(method))
     so_far = f" Not finished, so what was spent so far: {begun}." if begun else ""
-    sent = [
-        (
-            method,
-            [
-                charts.Bar("upload", mean(run.upload_bytes for run in found) or 0.0, BYTE_PARTS[0][1]),
-                charts.Bar("download", mean(run.download_bytes for run in found) or 0.0, BYTE_PARTS[1][1]),
-            ],
-        )
-        for method, found in runs.items()
-    ]
+
+    def rows(parts: Legend, spent: Callable[[RunRecord, str], float]) -> list[tuple[str, list[charts.Bar]]]:
+        return [
+            (method, [charts.Bar(kind, mean(spent(run, kind) for run in found) or 0.0, css) for kind, css in parts])
+            for method, found in runs.items()
+        ]
+
+    sent = rows(BYTE_PARTS, lambda run, kind: {"upload": run.upload_bytes, "download": run.download_bytes}[kind])
     yield Figure(
         heading="Bytes of a whole run",
         drawing=Markup(charts.stacked_bars(sent, "Bytes sent by each method", format_bytes)),
         caption=f"Counted where they cross between server and clients, all clients and rounds{over}.{so_far}",
         legend=BYTE_PARTS,
     )
-    spent = [
-        (
-            method,
-            [charts.Bar(kind, mean(seconds_spent(run, kind) for run in found) or 0.0, css) for kind, css in TIME_PARTS],
-        )
-        for method, found in runs.items()
-    ]
+    seconds = rows(TIME_PARTS, lambda run, kind: math.fsum(seconds_of(event, kind) for event in run.events))
     yield Figure(
         heading="Seconds of a whole run",
-        drawing=Markup(charts.stacked_bars(spent, "Seconds of each method", format_seconds)),
+        drawing=Markup(charts.stacked_bars(seconds, "Seconds of each method", format_seconds)),
         caption=f"All clients trained on one machine{over}; loading is not counted.{so_far}",
         legend=TIME_PARTS,
     )

@@ -47,7 +47,7 @@ def _study_headline(study: StudyRecord) -> list[str]:
     )
     if not any(row.seeds for row in every):
         return ["No run of this study has finished with test numbers yet."]
-    losses = _losses_by_seed(study)
+    losses = {(run.method, run.seed): loss for run in study.runs if (loss := run.mean_loss) is not None}
     whole = {
         seed: {row.method: losses[row.method, seed] for row in rows}
         for seed in study.shared_seeds
@@ -94,7 +94,8 @@ def _compare(rows: Sequence[Row], whole: dict[int, dict[str, float]]) -> list[st
     tied = [method for method in order if _value(averages[method]) - lowest < TIE]
     seeds = len(whole)
     if len(tied) > 1:
-        return [f"{_list(tied)} tie for the lowest mean test loss: {format_loss(lowest)} nats per token{_over(seeds)}."]
+        over = f" over {seeds} seeds" if seeds > 1 else ""
+        return [f"{_list(tied)} tie for the lowest mean test loss: {format_loss(lowest)} nats per token{over}."]
     wins = sum(found[best] - min(found.values()) < TIE for found in whole.values())
     shared = sum(sum(loss - min(found.values()) < TIE for loss in found.values()) > 1 for found in whole.values())
     sentences = [
@@ -197,21 +198,12 @@ def _end_in_words(run: RunRecord) -> list[str]:
     ]
 
 
-def _losses_by_seed(study: StudyRecord) -> dict[tuple[str, int], float]:
-    """Mean test loss of each judged run, by (method, seed)."""
-    return {(run.method, run.seed): loss for run in study.runs if (loss := run.mean_loss) is not None}
-
-
 def _mean_loss(row: Row) -> float:
     return _value(row.mean_loss)
 
 
 def _value(found: Spread | None) -> float:
     return math.inf if found is None else found.mean
-
-
-def _over(seeds: int) -> str:
-    return f" over {seeds} seeds" if seeds > 1 else ""
 
 
 def _list(names: Sequence[str]) -> str:
