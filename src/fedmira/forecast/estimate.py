@@ -7,6 +7,7 @@ memory is the peak of this process, which has done the heaviest of everything.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -126,7 +127,7 @@ def dry_run(config: RunConfig) -> Estimate:
     told = warnings(parts)
     if config.exchange.privacy.enabled and (line := advice(parts.layout, job.upload, job.trainable)):
         told = (*told, line)
-    step = try_training(parts, job, planned)
+    seconds_per_token, seconds_per_cohort = try_training(parts, job, planned)
     # a client may hold several rows, each trained for a share of the steps
     whole = {id_: len(batches_in_round(parts.tokenized[id_], config.training, config.seed, 1)) for id_ in job.ids}
     effort = sum(steps_of_row(whole[id_], job.work) for id_ in job.ids) / sum(whole[id_] for id_ in participants.ids)
@@ -137,7 +138,7 @@ def dry_run(config: RunConfig) -> Estimate:
     evaluation = config.evaluation
     adapters = method.personalise(state)
     per_token = try_evaluation(parts, adapters)
-    num_evaluations = sum(1 for r in range(1, rounds + 1) if r == rounds or r % evaluation.every == 0)
+    num_evaluations = math.ceil(rounds / evaluation.every)
     judged = num_evaluations * sum(e.num_inputs for client in parts.tokenized for e in client.validation)
     answers = 0.0
     if evaluation.test:
@@ -151,11 +152,10 @@ def dry_run(config: RunConfig) -> Estimate:
     judged += asked_tokens
     upload_bytes += sum(answers_bytes for answers_bytes, _ in crossing) // rounds
     download_bytes += sum(sent_bytes for _, sent_bytes in crossing) // rounds
-    num_saves = sum(1 for r in range(1, rounds + 1) if r == rounds or r % config.output.checkpoint_every == 0)
+    num_saves = math.ceil(rounds / config.output.checkpoint_every)
 
     training_seconds = (
-        sum(one.tokens for one in planned.steps) * step.seconds_per_token
-        + planned.num_cohorts * step.seconds_per_cohort
+        sum(one.tokens for one in planned.steps) * seconds_per_token + planned.num_cohorts * seconds_per_cohort
     ) / planned.share
     training_seconds *= effort
     mixing_seconds = rounds * mixing

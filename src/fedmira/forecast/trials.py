@@ -65,12 +65,6 @@ class Steps(NamedTuple):
     """Of all rounds."""
 
 
-class TrainingPrice(NamedTuple):
-    seconds_per_token: float
-    seconds_per_cohort: float
-    """What a cohort costs besides its steps."""
-
-
 def planned_steps(parts: Assembly) -> Steps:
     """The steps of the cohorts of every round, or of rounds spread evenly over a long run."""
     config, training = parts.config, parts.config.training
@@ -97,8 +91,9 @@ def planned_steps(parts: Assembly) -> Steps:
     return Steps(tuple(steps), num_cohorts, len(looked_at) / rounds)
 
 
-def try_training(parts: Assembly, job: Job, planned: Steps) -> TrainingPrice:
-    """Train the heaviest planned step and some others, from the starting rows of `job`."""
+def try_training(parts: Assembly, job: Job, planned: Steps) -> tuple[float, float]:
+    """Train the heaviest planned step and some others, from the starting rows of `job`; seconds per token, and seconds
+    that a cohort takes besides its steps."""
     base, layout, dropout = parts.base, parts.layout, parts.config.model.adapter.dropout
     token_bytes = activation_bytes_per_token(base, layout, dropout, probe_length(base, parts.tokenized))
     cohort_seconds: list[float] = []
@@ -115,7 +110,7 @@ def try_training(parts: Assembly, job: Job, planned: Steps) -> TrainingPrice:
         heavy=lambda step: step.tokens * token_bytes + head_bytes(base, layout, step.supervised_tokens),
         most=min(_MOST_TRIALS, 1 + len(planned.steps) // _SHARE_OF_RUN),
     )
-    return TrainingPrice(seconds_per_token, min(cohort_seconds))
+    return seconds_per_token, min(cohort_seconds)
 
 
 def try_evaluation(parts: Assembly, adapters: Arena) -> float:
