@@ -21,7 +21,7 @@ _HOMES = {
     "read_run": "fedmira.report.public",
     "read_study": "fedmira.report.public",
     "run": "fedmira.experiment",
-    "write_report": "fedmira.report.public",
+    "write_report": "fedmira.report.page",
 }
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.resources
 import math
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -48,15 +49,15 @@ from fedmira.report.words import edge_line, headline
 from fedmira.runs.atomic import make_folder, write_bytes_atomically
 
 
-def write_report(path: Path) -> Path:
+def write_report(path: str | os.PathLike[str]) -> Path:
     """Write `report/index.html` into the run or study directory `path`, whole or not at all, and return its path.
 
     Raises:
         UsageError: `path` is neither a run nor a study.
         IntegrityError: one of its files is missing or damaged.
     """
-    page = path / "report" / "index.html"
-    content = render(read(path)).encode("utf-8")
+    page = Path(path) / "report" / "index.html"
+    content = render(read(Path(path))).encode("utf-8")
     make_folder(page.parent)
     write_bytes_atomically(page, content)
     return page

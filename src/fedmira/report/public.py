@@ -1,6 +1,6 @@
-"""What users of the Python package call: paths as they write them, numbers as plain dictionaries.
+"""What users of the Python package call to read: paths as they write them, numbers as plain dictionaries.
 
-Knows nothing about how numbers or pages are made.
+Knows nothing about how numbers are made.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fedmira.errors import UsageError
-from fedmira.report import page, reading
+from fedmira.report import reading
 from fedmira.report.summary import facts_of
 
 
@@ -34,16 +34,6 @@ def read_study(path: str | os.PathLike[str]) -> dict[str, Any]:
         IntegrityError: one of its files is missing or damaged.
     """
     return facts_of(reading.read_study(_holding(path, "study.json", "comparison")))
-
-
-def write_report(path: str | os.PathLike[str]) -> Path:
-    """Write `report/index.html` into the run or study directory `path`, whole or not at all, and return its path.
-
-    Raises:
-        UsageError: `path` is neither a run nor a study.
-        IntegrityError: one of its files is missing or damaged.
-    """
-    return page.write_report(Path(path))
 
 
 def _holding(path: str | os.PathLike[str], file: str, what: str) -> Path:
