@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from markupsafe import Markup
 
@@ -111,7 +112,7 @@ def graph_figures(run: RunRecord) -> Iterable[Figure]:
         return
     graph = graph_charts.order_by_group(run.graph.names, group_labels(run), run.graph.adjacency)
     what = f"{run.method}, graph {run.graph.name}" if run.graph.name else run.method
-    learned = _labels_in_words(graph) + _clusters_in_words(run)
+    learned = _labels_in_words(graph) + _clusters_in_words(run.graph.provenance)
     yield Figure(
         heading=f"{what}, warm-up" if _warming_up(run.graph) else what,
         drawing=Markup(graph_charts.heat_map(graph, f"Weights of the graph of {run.method} as a heat map")),
@@ -179,9 +180,8 @@ def _privacy_in_words(graph: GraphRecord) -> str:
     return f" What {what} reveals: {note[:1].lower()}{note[1:]}" if note else ""
 
 
-def _clusters_in_words(run: RunRecord) -> str:
+def _clusters_in_words(provenance: Mapping[str, Any]) -> str:
     """What the graph's clusters are, if it looked for some in all layers at once."""
-    provenance = {} if run.graph is None else run.graph.provenance
     if "clusters" not in provenance or isinstance(provenance["clusters"], list):
         return ""
     count = provenance["clusters"]
