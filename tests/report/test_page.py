@@ -348,6 +348,30 @@ def test_nothing_is_written_for_other_or_damaged_folders(tmp_path: Path, make_ru
     assert not (tmp_path / "report").exists()
 
 
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        ("graph.json", "[" * 100_000),
+        ("manifest.json", "[" * 100_000),
+        ("manifest.json", '{"clients": [{"name": "a", "test": 1e400}]}'),
+        ("config.resolved.yaml", "[" * 3_000),
+        ("config.resolved.yaml", "seed: " + "9" * 5_000),
+        ("study.json", "[" * 100_000),
+        ("study.json", '{"runs": ' + "9" * 5_000 + "}"),
+        ("study.json", '{"runs": [], "methods": [], "seeds": [1e400]}'),
+        ("study.json", '{"runs": [], "methods": [], "seeds": [], "tuning": [3]}'),
+    ],
+    ids=lambda text: text[:45],
+)
+def test_what_no_run_and_no_comparison_writes_is_damage_and_no_fault_of_the_program(
+    make_run: Make, make_study: Make, file: str, text: str
+) -> None:
+    path = make_study(seeds=(0,)) if file == "study.json" else make_run()
+    (path / file).write_text(text)
+    with pytest.raises(IntegrityError):
+        write_report(path)
+
+
 def test_a_run_whose_manifest_is_of_a_later_schema_is_not_read(make_run: Make, make_study: Make) -> None:
     run, study = make_run(), make_study()
     for path in (run, next(study.glob("runs/*"))):

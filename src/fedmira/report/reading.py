@@ -25,6 +25,8 @@ from fedmira.runs.telling import read_left_out
 
 REFERENCE_METHOD = "local_only"
 """The method that every client is compared with."""
+_DAMAGE = (KeyError, TypeError, ValueError, AttributeError, OverflowError)
+"""What reading something raises that no run and no comparison writes."""
 
 
 @dataclass(frozen=True)
@@ -289,7 +291,8 @@ def read_study(path: Path) -> StudyRecord:
             learning_rates={entry["method"]: number(entry.get("learning_rate")) for entry in entries},
             tuning=tuple(study.get("tuning", ())),
         )
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        _ = [record.rates_tried(str(entry["method"])) for entry in record.tuning]
+    except _DAMAGE as error:
         raise IntegrityError(f"{path / 'study.json'} is not a study: {_describe(error)}") from error
     pairs = [(run.method, run.seed) for run in runs]
     repeated = sorted({pair for pair in pairs if pairs.count(pair) > 1})
@@ -303,7 +306,7 @@ def read_run(path: Path, *, method: str | None = None, seed: int | None = None) 
     config_text = _text(path / "config.resolved.yaml")
     try:
         config = yaml.safe_load(config_text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise IntegrityError(f"{path / 'config.resolved.yaml'} is not YAML: {error}") from error
     events = read_events(path / "metrics.jsonl")
     if not events and not (path / MANIFEST).exists():
@@ -329,7 +332,7 @@ def read_run(path: Path, *, method: str | None = None, seed: int | None = None) 
         # parse all numbers now, so that damage is reported with the file's name
         _ = run.joined_after, run.records, run.upload_bytes, run.download_bytes, run.seconds, run.validation_losses()
         _ = run.max_answers, run.max_answer_tokens, run.num_test_examples, run.epsilon, run.delta
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except _DAMAGE as error:
         raise IntegrityError(f"{path} is not a whole run directory: {_describe(error)}") from error
     return run
 
@@ -380,7 +383,7 @@ def _by_round(events: Iterable[Mapping[str, Any]], kind: str) -> tuple[Mapping[s
 def _json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(_text(path))
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise IntegrityError(f"{path} is not JSON: {error}") from error
     if not isinstance(content, dict):
         raise IntegrityError(f"{path} is not a JSON object")
