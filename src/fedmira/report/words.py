@@ -8,10 +8,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from fedmira.evaluation.meters import mean
 from fedmira.formats import counted, format_loss, format_share
 from fedmira.report.reading import REFERENCE_METHOD, RunRecord, StudyRecord
 from fedmira.report.summary import advice
-from fedmira.report.table import Row, Spread, rows_of, spread, summary_of
+from fedmira.report.table import Row, rows_of, spread, summary_of
 
 TIE = 0.0005
 """Losses closer than this, in nats per token, look equal at the three decimals that are shown."""
@@ -42,9 +43,7 @@ def edge_line(study: StudyRecord) -> str:
 
 def _study_headline(study: StudyRecord) -> list[str]:
     every = rows_of(study)
-    rows = sorted(
-        (row for row in every if row.mean_loss is not None and math.isfinite(row.mean_loss.mean)), key=_mean_loss
-    )
+    rows = sorted((row for row in every if math.isfinite(_mean_loss(row))), key=_mean_loss)
     if not any(row.seeds for row in every):
         return ["No run of this study has finished with test numbers yet."]
     losses = {(run.method, run.seed): loss for run in study.runs if (loss := run.mean_loss) is not None}
@@ -87,11 +86,11 @@ def _has_risen(runs: Sequence[RunRecord]) -> bool:
 
 def _compare(rows: Sequence[Row], whole: dict[int, dict[str, float]]) -> list[str]:
     """The sentences about who is lowest, from the seeds that every method finished."""
-    averages = {row.method: spread(found[row.method] for found in whole.values()) for row in rows}
-    order = sorted((row.method for row in rows), key=lambda method: _value(averages[method]))
+    averages = {row.method: mean(found[row.method] for found in whole.values()) or 0.0 for row in rows}
+    order = sorted(averages, key=averages.__getitem__)
     best, second = order[0], order[1]
-    lowest = _value(averages[best])
-    tied = [method for method in order if _value(averages[method]) - lowest < TIE]
+    lowest = averages[best]
+    tied = [method for method in order if averages[method] - lowest < TIE]
     seeds = len(whole)
     if len(tied) > 1:
         over = f" over {seeds} seeds" if seeds > 1 else ""
@@ -102,7 +101,7 @@ def _compare(rows: Sequence[Row], whole: dict[int, dict[str, float]]) -> list[st
         f"{best} has the lowest mean test loss"
         + (f" on {wins} of {seeds} seeds" if seeds > 1 else "")
         + f": {format_loss(lowest)} nats per token{' on average' if seeds > 1 else ''}"
-        + f"; next is {second} with {format_loss(_value(averages[second]))}."
+        + f"; next is {second} with {format_loss(averages[second])}."
     ]
     if shared:
         sentences[0] = sentences[0][:-1] + f" (tied on {counted(shared, 'seed')})."
@@ -199,11 +198,7 @@ def _end_in_words(run: RunRecord) -> list[str]:
 
 
 def _mean_loss(row: Row) -> float:
-    return _value(row.mean_loss)
-
-
-def _value(found: Spread | None) -> float:
-    return math.inf if found is None else found.mean
+    return math.inf if row.mean_loss is None else row.mean_loss.mean
 
 
 def _list(names: Sequence[str]) -> str:
