@@ -18,7 +18,7 @@ from fedmira.cli.session import printable
 from fedmira.formats import counted
 
 if TYPE_CHECKING:
-    from rich.progress import Progress, TaskID
+    from rich.progress import TaskID
 
 MAXIMUM_REFRESHES_PER_SECOND = 8
 
@@ -57,38 +57,31 @@ class LiveDisplay:
 
     def __init__(self, stream: TextIO) -> None:
         from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
         self._console = Console(file=stream, highlight=False)
-        self._progress: Progress | None = None
+        self._progress = Progress(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=24),
+            TextColumn("{task.fields[state]}", markup=False),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(compact=True),
+            console=self._console,
+            transient=True,
+            refresh_per_second=MAXIMUM_REFRESHES_PER_SECOND,
+        )
         self._task: TaskID | None = None
         self._title = ""
         self._last_line = ""
         self._total_rounds = 0
         self._last_refresh = 0.0
 
-    def _bar(self) -> Progress:
-        if self._progress is None:
-            from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-            self._progress = Progress(
-                TextColumn("{task.description}", markup=False),
-                BarColumn(bar_width=24),
-                TextColumn("{task.fields[state]}", markup=False),
-                TimeElapsedColumn(),
-                TimeRemainingColumn(compact=True),
-                console=self._console,
-                transient=True,
-                refresh_per_second=MAXIMUM_REFRESHES_PER_SECOND,
-            )
-            self._progress.start()
-        return self._progress
-
     def start(self, title: str, total_rounds: int) -> None:
-        bar = self._bar()
+        self._progress.start()
         if self._task is not None:
-            bar.remove_task(self._task)
+            self._progress.remove_task(self._task)
         self._title, self._last_line, self._total_rounds = title, "", total_rounds
-        self._task = bar.add_task(printable(title), total=total_rounds, state="starting")
+        self._task = self._progress.add_task(printable(title), total=total_rounds, state="starting")
 
     def step(self, round_: int, done: int, total: int) -> None:
         now = time.monotonic()
@@ -96,7 +89,7 @@ class LiveDisplay:
             return
         self._last_refresh = now
         share = done / total if total else 0.0
-        self._bar().update(
+        self._progress.update(
             self._task,
             completed=round_ - 1 + min(1.0, share),
             state=f"round {round_}/{self._total_rounds}, step {done}/{total}",
@@ -106,23 +99,21 @@ class LiveDisplay:
         self._last_line = line
         if self._task is not None:
             state = f"round {round_}/{self._total_rounds}, {printable(line)}"
-            self._bar().update(self._task, completed=round_, state=state)
+            self._progress.update(self._task, completed=round_, state=state)
 
     def message(self, line: str) -> None:
         self._console.print(printable(line), markup=False)
 
     def finish(self, line: str) -> None:
         if self._task is not None:
-            self._bar().remove_task(self._task)
+            self._progress.remove_task(self._task)
             self._task = None
         # the numbers of the last round say more than where the run lies, which the closing lines repeat
         self.message(f"{self._title}: {self._last_line}" if self._last_line else line)
         self._last_line = ""
 
     def close(self) -> None:
-        if self._progress is not None:
-            self._progress.stop()
-            self._progress = None
+        self._progress.stop()
 
 
 class SteadyStream:
