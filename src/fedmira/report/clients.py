@@ -55,11 +55,13 @@ class ClientRow(NamedTuple):
     """Relative difference to training alone, by method."""
 
 
-def outcomes(record: RunRecord | StudyRecord) -> list[Outcome]:
-    """All judged clients, by method, seed and client in the record's order."""
+def outcomes(record: RunRecord | StudyRecord, *, compared: bool = False) -> list[Outcome]:
+    """All judged clients, by method, seed and client in the record's order; `compared`: on the seeds of a study's table
+    alone."""
     if isinstance(record, RunRecord):
         return _of_run(record, None)
-    runs = [run for method in record.methods for run in record.of(method) if run.records]
+    runs_of = record.compared if compared else record.of
+    runs = [run for method in record.methods for run in runs_of(method) if run.records]
     return [one for run in runs for one in _of_run(run, None if run.is_reference else record.reference(run.seed))]
 
 
@@ -93,10 +95,9 @@ def _of_run(run: RunRecord, reference: RunRecord | None) -> list[Outcome]:
 def client_rows(study: StudyRecord) -> list[ClientRow]:
     """The clients that were judged under some method and alone, in the study's order, on the seeds of its table on
     which training alone gave each a finite loss."""
-    compared = {(run.method, run.seed) for method in study.methods for run in study.compared(method)}
     by_client: dict[str, list[Outcome]] = {}
-    for one in outcomes(study):
-        if (one.method, one.seed) in compared and one.loss is not None:
+    for one in outcomes(study, compared=True):
+        if one.loss is not None:
             by_client.setdefault(one.client, []).append(one)
     rows = []
     for client, found in by_client.items():

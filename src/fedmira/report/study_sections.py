@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 
 from markupsafe import Markup
 
-from fedmira.evaluation.meters import HARM_TOLERANCE, mean, relative_changes
+from fedmira.evaluation.meters import HARM_TOLERANCE, mean
 from fedmira.formats import NOTHING, format_bytes, format_loss, format_relative, format_seconds, format_share
 from fedmira.report import charts
-from fedmira.report.clients import client_rows
+from fedmira.report.clients import client_rows, outcomes
 from fedmira.report.figures import (
     BYTE_PARTS,
     TIME_PARTS,
@@ -210,14 +210,10 @@ def _without_reference(study: StudyRecord, method: str) -> set[int]:
 def _changes(study: StudyRecord) -> Iterable[Figure]:
     found: dict[str, list[tuple[str, float]]] = {}
     several = len(study.seeds) > 1
-    for method in study.methods:
-        for run in study.compared(method):
-            reference = study.reference(run.seed)
-            if reference is None or method == REFERENCE_METHOD:
-                continue
-            for name, change in relative_changes(run.records, reference.records).items():
-                label = f"{name}, seed {run.seed}" if several else name
-                found.setdefault(method, []).append((label, change))
+    for one in outcomes(study, compared=True):
+        if one.relative_difference is not None:
+            label = f"{one.client}, seed {one.seed}" if several else one.client
+            found.setdefault(one.method, []).append((label, one.relative_difference))
     finite = [change for changes in found.values() for _, change in changes if math.isfinite(change)]
     low, high = min(finite, default=0.0), max(finite, default=0.0)
     for method, changes in found.items():
