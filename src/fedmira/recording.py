@@ -147,7 +147,7 @@ class Recorder:
         """Epsilon by client: of those who took part, and of whoever gave more away than is recorded, as happens where a
         round is repeated after a crash and draws others."""
         privacy, names = self._config.exchange.privacy, parts.clients.names
-        took_part = {id_ for id_, _ in results.epsilon}
+        took_part = {report.id for report in results.reports}
         spent = dict[str, float]()
         # clients that have yet to join again have uploads too
         for id_, (name, uploads) in enumerate(zip(names, parts.exchange.state().facts["uploads"], strict=False)):

@@ -352,5 +352,3 @@ class Results(NamedTuple):
     train_seconds: float
     uncompressed_bytes: int = 0
     """Upload and download together, had the tensors crossed as they are; 0 where nothing is compressed."""
-    epsilon: tuple[tuple[int, float], ...] = ()
-    """(client, epsilon of all its uploads so far) of each participant; empty without `exchange.privacy`."""

@@ -103,7 +103,6 @@ class InProcess:
             download_bytes=sent.download_bytes,
             train_seconds=time.perf_counter() - started,
             uncompressed_bytes=uncompressed_bytes(self._layout, job, reports) if self._compresses else 0,
-            epsilon=received.epsilon,
         )
 
     def state(self) -> Kept:

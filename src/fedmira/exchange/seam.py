@@ -27,7 +27,7 @@ from fedmira.config.exchange import ExchangeConfig
 from fedmira.errors import ConfigError
 from fedmira.exchange.admission import sound
 from fedmira.exchange.messages import carried, crossing, crossing_bytes, encoded_bytes
-from fedmira.exchange.privacy import NO_LOSSES, epsilon, privatise_, refuse_overspending, require_accountant
+from fedmira.exchange.privacy import NO_LOSSES, privatise_, refuse_overspending, require_accountant
 from fedmira.types import ClientReport, Job, Layout, SeedPool
 
 _CHUNK_ELEMENTS = 1 << 24
@@ -59,7 +59,6 @@ class Received(NamedTuple):
     values_SP: torch.Tensor
     reports: tuple[ClientReport, ...]
     upload_bytes: int
-    epsilon: tuple[tuple[int, float], ...]
 
 
 class Seam:
@@ -184,13 +183,8 @@ class Seam:
         rows = [came[place] for place in admitted.accepted]
         if planned is not None and (resting := set(self._layout.groups) - job.trainable - groups):
             self._put(admitted.values_SP, list(range(len(rows))), planned.start_SP[rows], resting)
-        privacy = self._config.privacy
-        spent = [
-            (id_, epsilon(self._uploads[id_], privacy.noise_multiplier, privacy.delta))
-            for id_ in (sorted(set(job.ids)) if privacy.enabled else ())
-        ]
         ids = tuple(job.ids[row] for row in rows)
-        return Received(ids, admitted.values_SP, tuple(told), upload_bytes, tuple(spent))
+        return Received(ids, admitted.values_SP, tuple(told), upload_bytes)
 
     # -------------------------------------------------------------------------------------------------------- one round
 
