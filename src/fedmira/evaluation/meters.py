@@ -116,26 +116,14 @@ class Summary:
     """Mean Rouge-L F-measure, 0 to 1; unweighted over the clients that generated."""
     exact_match: float | None
     """Share of exact answers, 0 to 1; unweighted over the clients that generated."""
-    upload_bytes: int | None = None
-    """Counted at the seam, over the whole run."""
-    download_bytes: int | None = None
-    """Counted at the seam, over the whole run."""
 
 
-def summarise(
-    records: Sequence[ClientRecord],
-    reference: Sequence[ClientRecord] | None = None,
-    *,
-    upload_bytes: int | None = None,
-    download_bytes: int | None = None,
-) -> Summary:
+def summarise(records: Sequence[ClientRecord], reference: Sequence[ClientRecord] | None = None) -> Summary:
     """Sum up a run over its clients. Their order changes the result by rounding at most.
 
     Args:
         records: one per client, measured on its test examples.
         reference: the same clients after `local_only` in the same draw (partition, initial adapters, batches).
-        upload_bytes: as counted at the seam; passed through.
-        download_bytes: as counted at the seam; passed through.
 
     Raises:
         DataError: two records bear one name, or the reference is about other clients.
@@ -153,8 +141,6 @@ def summarise(
         perplexity=perplexity(mean_loss),
         rouge_l=mean(score for record in records if (score := record.rouge_l.value) is not None),
         exact_match=mean(score for record in records if (score := record.exact_match.value) is not None),
-        upload_bytes=upload_bytes,
-        download_bytes=download_bytes,
     )
 
 

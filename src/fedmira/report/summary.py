@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-from fedmira.evaluation.meters import scores, scores_by_task
+from fedmira.evaluation.meters import scores, scores_by_task, summarise
 from fedmira.formats import (
     counted,
     finite,
@@ -19,7 +19,7 @@ from fedmira.formats import (
 )
 from fedmira.report.clients import client_facts
 from fedmira.report.reading import RunRecord, StudyRecord
-from fedmira.report.table import format_epsilon, rows_of, summary_of
+from fedmira.report.table import format_epsilon, rows_of
 
 RISE = 0.05
 """A validation loss that ends above its lowest by more than this share has clearly risen again."""
@@ -40,7 +40,7 @@ def lines_of(run: RunRecord) -> list[str]:
     if (validation_loss := run.last_validation_loss()) is not None:
         found.append(("validation loss", f"{format_loss(validation_loss)} nats per answer token"))
     if run.records:
-        numbers = summary_of(run)
+        numbers = summarise(run.records)
         found.append(("test loss", f"{format_loss(numbers.mean_loss)} (mean over clients)"))
         found.append(("worst tenth", f"{format_loss(numbers.worst_tenth_loss)} (mean of the worst clients)"))
         if numbers.rouge_l is not None:
@@ -94,7 +94,7 @@ def _of_run(run: RunRecord) -> dict[str, Any]:
         return _finite(flat)
     clients = {record.name: _finite(asdict(scores([record]))) for record in run.records}
     tasks = {task: _finite(asdict(found)) for task, found in scores_by_task(run.records).items()}
-    return {**_finite(flat | asdict(summary_of(run))), "clients": clients, "tasks": tasks}
+    return {**_finite(flat | asdict(summarise(run.records))), "clients": clients, "tasks": tasks}
 
 
 def _how_made(study: StudyRecord, method: str) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from fedmira.config.exchange import WEAK_EPSILON
-from fedmira.evaluation.meters import ClientRecord, Summary, mean, summarise
+from fedmira.evaluation.meters import ClientRecord, mean, summarise
 from fedmira.formats import (
     NOTHING,
     counted,
@@ -121,11 +121,6 @@ def rows_of(record: RunRecord | StudyRecord) -> list[Row]:
     ]
 
 
-def summary_of(run: RunRecord, reference: Sequence[ClientRecord] | None = None) -> Summary:
-    """The numbers of one judged run."""
-    return summarise(run.records, reference, upload_bytes=run.upload_bytes, download_bytes=run.download_bytes)
-
-
 def spread(values: Iterable[float | None]) -> Spread | None:
     """Mean and standard deviation of the values that are there; None of nothing."""
     known = [value for value in values if value is not None]
@@ -146,7 +141,7 @@ def _row(
     *,
     num_unfinished: int,
 ) -> Row:
-    summaries = [summary_of(run, references.get(run.seed)) for run in judged]
+    summaries = [summarise(run.records, references.get(run.seed)) for run in judged]
     spent = judged or runs
     examples = [count for run in judged for count in run.num_test_examples.values()]
     return Row(

@@ -8,11 +8,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from fedmira.evaluation.meters import mean
+from fedmira.evaluation.meters import mean, summarise
 from fedmira.formats import counted, format_loss, format_share
 from fedmira.report.reading import REFERENCE_METHOD, RunRecord, StudyRecord
 from fedmira.report.summary import advice
-from fedmira.report.table import Row, rows_of, spread, summary_of
+from fedmira.report.table import Row, rows_of, spread
 
 TIE = 0.0005
 """Losses closer than this, in nats per token, look equal at the three decimals that are shown."""
@@ -166,7 +166,7 @@ def _run_headline(run: RunRecord) -> list[str]:
             *_end_in_words(run),
             *advice(run),
         ]
-    numbers = summary_of(run)
+    numbers = summarise(run.records)
     sentences = [
         f"{run.method} ends at a mean test loss of {format_loss(numbers.mean_loss)} nats per token over "
         f"{counted(numbers.num_clients, 'client')} after {rounds}; the worst tenth is at "
