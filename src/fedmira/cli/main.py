@@ -32,10 +32,10 @@ JOURNEY = (quickstart, init, validate, data, run, compare, report, export, predi
 
 class _InOrder(click.Group):
     def list_commands(self, context: click.Context) -> list[str]:
-        return [command.name or "" for command in JOURNEY]
+        return list(self.commands)
 
 
-@click.group(cls=_InOrder, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=_InOrder, commands=JOURNEY, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="fedmira")
 @debug_option
 def cli() -> None:
@@ -44,10 +44,6 @@ def cli() -> None:
     One frozen model, many clients whose tasks differ, one personalised adapter for each of them.
     Start with `fedmira quickstart`; then `fedmira init` lists recipes to copy and edit.
     """
-
-
-for _command in JOURNEY:
-    cli.add_command(_command)
 
 
 def _fail(session: Session, message: str, exit_code: int) -> int:
