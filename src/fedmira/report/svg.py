@@ -74,7 +74,7 @@ def drawing(body: str, height: float, description: str, width: float = WIDTH) ->
         "svg",
         title(description) + body,
         class_="chart",
-        viewBox=f"0 0 {write(float(width))} {write(float(height))}",
+        viewBox=f"0 0 {write(width)} {write(height)}",
         role="img",
         aria_label=printable(description),
     )

@@ -26,9 +26,9 @@ def headline(record: RunRecord | StudyRecord) -> list[str]:
 def rates_line(study: StudyRecord) -> str:
     """At which learning rate each method ran that was tried at several; empty where none was."""
     chosen = [
-        f"{method} {study.learning_rates[method]:g}"
-        for method, tried in ((method, study.rates_tried(method)) for method in study.learning_rates)
-        if len(tried) > 1 and study.learning_rates[method] in tried
+        f"{method} {rate:g}"
+        for method, rate in study.learning_rates.items()
+        if len(tried := study.rates_tried(method)) > 1 and rate in tried
     ]
     return f"Learning rates, chosen by validation loss on another draw: {', '.join(chosen)}." if chosen else ""
 
