@@ -105,13 +105,13 @@ def generate(
     with shifted(base, arena.layout, arena.shift_W):
         on_device = arena.replace(arena.values_KP.to(base.device))
         parts = _parts(answers, batch_sequences, new_tokens) if computes_in_parts(base, arena.layout) else [answers]
-        ends = _end_tokens(base).union(ends)
-        limits = _Limits(new_tokens, batch_sequences // len(parts), ends, _MEMORY_SHARE / len(parts))
+        rows, memory_share = batch_sequences // len(parts), _MEMORY_SHARE / len(parts)
+        all_ends = _end_tokens(base).union(ends)
 
         def write(part: Sequence[_Answer]) -> None:
             # holds for one thread
             with torch.inference_mode():
-                _Writer(base, on_device, limits).write(part)
+                _Writer(base, on_device, new_tokens, all_ends, rows, memory_share).write(part)
 
         side_by_side([partial(write, part) for part in parts], AT_ONCE)
     texts = [[""] * len(prompts) for prompts in prompts_per_client]
@@ -158,20 +158,6 @@ def _end_tokens(base: BaseModel) -> frozenset[int]:
     return frozenset(token for token in (*listed, base.tokenizer.eos_token_id) if token is not None)
 
 
-@dataclass(frozen=True, slots=True)
-class _Limits:
-    """Of what is written together."""
-
-    new_tokens: int
-    """Of one answer, at most."""
-    rows: int
-    """Answers at the same time, at most."""
-    ends: frozenset[int]
-    """Tokens that end an answer."""
-    memory_share: float
-    """Of the free memory, what keys and values may take."""
-
-
 def _parts(answers: list[_Answer], most_rows: int, new_tokens: int) -> list[list[_Answer]]:
     """All answers in one part, or in two of about as many tokens if there are enough; at most one client is in both."""
     if min(len(answers), most_rows) < AT_ONCE * _FEWEST_ROWS:
@@ -182,18 +168,20 @@ def _parts(answers: list[_Answer], most_rows: int, new_tokens: int) -> list[list
 
 
 class _Writer:
-    """Writes answers, as many at a time as are allowed."""
+    """Writes answers, `most_rows` at a time, with keys and values in `memory_share` of the free memory, at most."""
 
-    def __init__(self, base: BaseModel, arena: Arena, limits: _Limits) -> None:
+    def __init__(
+        self, base: BaseModel, arena: Arena, new_tokens: int, ends: frozenset[int], most_rows: int, memory_share: float
+    ) -> None:
         self._base = base
         self._on_cpu = base.device.type == "cpu"
         self._num_clients = arena.num_clients
-        self._new_tokens = limits.new_tokens
-        self._most_rows = limits.rows
-        self._ends = limits.ends
+        self._new_tokens = new_tokens
+        self._ends = ends
+        self._most_rows = most_rows
         self._virtual_tokens = arena.layout.num_virtual_tokens
         self._cache = KeyValueCache(base, arena)
-        self._most_tokens = int(limits.memory_share * available_bytes(base.device) / _bytes_per_token(base, arena))
+        self._most_tokens = int(memory_share * available_bytes(base.device) / _bytes_per_token(base, arena))
 
     def write(self, answers: Sequence[_Answer]) -> None:
         """Fill `written` of every answer."""
