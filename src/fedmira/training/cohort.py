@@ -111,21 +111,9 @@ def train(
         IntegrityError: `progress` belongs to another job.
         ValueError: `job` has seeds and a pull.
     """
-    if job.pooled:
-        row_SP, (report,) = train(
-            base,
-            layout,
-            *_as_one(job, clients, training),
-            total_rounds=total_rounds,
-            seed=seed,
-            cohort_size=cohort_size,
-            dropout=dropout,
-            continuity=continuity,
-            progress=progress,
-            should_stop=should_stop,
-            on_step=on_step,
-        )
-        return row_SP.repeat(len(job.ids), 1) if len(row_SP) else row_SP, _for_all(report, job, clients)
+    asked, holders = job, clients
+    if asked.pooled:
+        job, clients, training = _as_one(job, clients, training)
     with stage("data"):
         work = _prepare(base, layout, job, clients, training, total_rounds, seed, dropout, continuity)
     standing = Standing(cohort_size) if progress is None else progress_.restore(progress, job, base.device)
@@ -133,6 +121,9 @@ def train(
         _train_all(work, standing, should_stop, on_step)
     blocks = [block_FP for block_FP in standing.finished_FP if len(block_FP)] or [job.start_SP[:0]]
     rows_SP = blocks[0] if len(blocks) == 1 else torch.cat(blocks)
+    if asked.pooled:
+        (report,) = standing.reports
+        return rows_SP.repeat(len(asked.ids), 1), _for_all(report, asked, holders)
     return rows_SP, tuple(standing.reports)
 
 

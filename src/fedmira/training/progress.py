@@ -81,9 +81,8 @@ def save(standing: Standing, job: Job) -> Progress:
     """Turn a standing into tensors and facts that share no memory with the training."""
     cohort = standing.cohort
     assert cohort is not None
-    num_parameters = job.start_SP.shape[1]
     tensors = {
-        "finished_FP": torch.cat([job.start_SP.new_zeros((0, num_parameters)), *standing.finished_FP]),
+        "finished_FP": torch.cat([job.start_SP[:0], *standing.finished_FP]),
         "values_CP": cohort.values_CP,
         **cohort.moments.tensors(),
     }
