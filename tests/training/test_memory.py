@@ -86,7 +86,8 @@ def test_the_largest_cohort_that_fits_is_chosen() -> None:
     base = tiny_base("llama", torch.float32)
     layout = tiny_layout(base, "llama")
     clients = ragged_clients((5, 1, 7, 3, 4))
-    needs = [memory.estimate(base, layout, clients, TRAINING, size) for size in range(1, 6)]
+    token_bytes = memory.activation_bytes_per_token(base, layout, 0.0, memory.probe_length(base, clients))
+    needs = [memory.estimate(base, layout, clients, TRAINING, size, token_bytes) for size in range(1, 6)]
     totals = [need.total_bytes for need in needs]
     assert totals == sorted(set(totals))
     # the server's adapters lie beside the cohort's

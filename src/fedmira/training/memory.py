@@ -128,7 +128,7 @@ def estimate(
     clients: Sequence[TokenizedClient],
     training: TrainingConfig,
     cohort_size: int,
-    token_bytes: int | None = None,
+    token_bytes: int,
     dropout: float = 0.0,
 ) -> MemoryEstimate:
     """Predict the memory of a cohort of `cohort_size` of the clients with the longest batches.
@@ -139,11 +139,9 @@ def estimate(
         clients: all clients; the largest batches they can draw count.
         training: batch size and optimizer.
         cohort_size: clients trained together.
-        token_bytes: from `activation_bytes_per_token`; measured if None.
+        token_bytes: from `activation_bytes_per_token`.
         dropout: rate on the input of the low-rank branch.
     """
-    if token_bytes is None:
-        token_bytes = activation_bytes_per_token(base, layout, dropout, probe_length(base, clients))
     heaviest = sorted((_largest_batch(client, training.batch_size) for client in clients), reverse=True)[:cohort_size]
     of_clients = [batch_tokens + layout.num_virtual_tokens for batch_tokens, _ in heaviest]
     tokens = _at_once(of_clients) if computes_in_parts(base, layout, dropout) else sum(of_clients)
