@@ -43,7 +43,8 @@ def prompt_layout(base: BaseModel, adapter: AdapterConfig) -> Layout:
             f"model.adapter.num_virtual_tokens = {adapter.num_virtual_tokens} leaves no room for text: {base.name} "
             f"reads at most {base.max_length} tokens; use {longest} or fewer"
         )
-    return _layout(((PROMPT, PROMPT, (adapter.num_virtual_tokens, num_features(base))),))
+    features = int(base.model.get_input_embeddings().weight.shape[1])
+    return _layout(((PROMPT, PROMPT, (adapter.num_virtual_tokens, features)),))
 
 
 def p_tuning_layout(base: BaseModel, adapter: AdapterConfig) -> Layout:
@@ -78,11 +79,6 @@ def _refuse_where_embeddings_are_not_all(base: BaseModel, adapter: AdapterConfig
             f"model.adapter.kind = {adapter.kind} does not fit {base.name}: each of its layers looks up something of "
             "its own by a token's id, which a virtual token has none of; use model.adapter.kind = lora"
         )
-
-
-def num_features(base: BaseModel) -> int:
-    """d, the length of a word embedding."""
-    return int(base.model.get_input_embeddings().weight.shape[1])
 
 
 def initial_prompt(base: BaseModel, layout: Layout, seed: int) -> torch.Tensor:

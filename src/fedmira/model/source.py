@@ -181,6 +181,7 @@ def refuse_unusable(source: str, revision: str | None, name: str) -> None:
     """Refuse what must not or cannot be loaded, before any weight is read."""
     from transformers import PreTrainedConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    from transformers.utils.peft_utils import find_adapter_config_file
 
     folder = Path(source)
     if folder.is_dir():
@@ -193,8 +194,9 @@ def refuse_unusable(source: str, revision: str | None, name: str) -> None:
                 "load the model with transformers and save it again with save_pretrained"
             )
     with translated_errors(name):
-        is_adapter = _has_adapter(source, revision)
-    if is_adapter:
+        adapter_config = find_adapter_config_file(source, revision=revision)
+    # transformers would put it on the base, or take another base for its sake
+    if adapter_config is not None:
         raise SetupError(
             f"{name} is an adapter (adapter_config.json), not a base model; give the base model it was trained for, or "
             "merge the two and save the result"
@@ -270,13 +272,6 @@ def _implementation_keys(config: Mapping[str, Any], path: str = "") -> list[str]
         elif isinstance(value, Mapping):
             found += _implementation_keys(value, f"{path}{key}.")
     return found
-
-
-def _has_adapter(source: str, revision: str | None) -> bool:
-    """Whether transformers would put an adapter on the base, or take another base for its sake."""
-    from transformers.utils.peft_utils import find_adapter_config_file
-
-    return find_adapter_config_file(source, revision=revision) is not None
 
 
 @contextlib.contextmanager
