@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from types import TracebackType
 
 import torch
@@ -61,7 +62,7 @@ class MovedWeights:
             for spec, parameter in zip(self._layout.specs, self._parameters, strict=True):
                 part = self._gradient_P[spec.columns].view(spec.shape)
                 parameter.requires_grad_(True)
-                self._hooks.append(parameter.register_post_accumulate_grad_hook(_Move(part)))
+                self._hooks.append(parameter.register_post_accumulate_grad_hook(partial(_move, part)))
         return self
 
     def __exit__(
@@ -84,16 +85,11 @@ class MovedWeights:
                 parameter.copy_(kept + delta_P[spec.columns].view(spec.shape))
 
 
-class _Move:
-    """Moves the gradient of a parameter to where it is kept."""
-
-    def __init__(self, part: torch.Tensor) -> None:
-        self._part = part
-
-    def __call__(self, parameter: torch.Tensor) -> None:
-        assert parameter.grad is not None, "called behind the accumulation of a gradient"
-        self._part.add_(parameter.grad)
-        parameter.grad = None
+def _move(part: torch.Tensor, parameter: torch.Tensor) -> None:
+    """Add the gradient of a parameter to where it is kept."""
+    assert parameter.grad is not None, "called behind the accumulation of a gradient"
+    part.add_(parameter.grad)
+    parameter.grad = None
 
 
 def one_by_one(base: BaseModel, arena: Arena) -> Iterator[tuple[BaseModel, Arena]]:
