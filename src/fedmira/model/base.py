@@ -1,6 +1,6 @@
 """The frozen base model: loads any Hugging Face causal language model and runs it over packed rows.
 
-Knows nothing about clients, adapters, losses or data; the tokenizer is only carried along.
+Knows nothing about clients, their adapters, losses or where rows come from; the tokenizer is only carried along.
 
 Axes: N packed rows, M selected rows, d hidden features, V vocabulary.
 """
@@ -8,19 +8,21 @@ Axes: N packed rows, M selected rows, d hidden features, V vocabulary.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
+import numpy as np
 import torch
 
 from fedmira.config.run import ModelConfig
+from fedmira.data.packing import PackedBatch, pack
+from fedmira.data.tokenization import TokenizedExample
 from fedmira.errors import DataError, SetupError
 from fedmira.model.attention import PACKED, Packing, attention_of, plan_packing
 from fedmira.model.body import Body, Soften
 from fedmira.model.families import fused_body
-from fedmira.model.fused import NO_ADAPTERS, hidden
+from fedmira.model.fused import bind, hidden
 from fedmira.model.kept_attention import MOST_BEHIND
 from fedmira.model.products import product
 from fedmira.model.source import (
@@ -36,21 +38,9 @@ from fedmira.model.source import (
     weights_sha256,
 )
 from fedmira.randomness import torch_generator
+from fedmira.types import Arena, Layout
 
 _UNLIMITED = 1_000_000_000
-
-
-class PackedTokens(Protocol):
-    """What `BaseModel.hidden` needs of a batch; `fedmira.data.packing.PackedBatch` is one."""
-
-    @property
-    def tokens_N(self) -> torch.Tensor: ...
-    @property
-    def positions_N(self) -> torch.Tensor: ...
-    @property
-    def sequence_lengths(self) -> tuple[int, ...]: ...
-    @property
-    def prefixes(self) -> Sequence[tuple[int, int]]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +73,11 @@ class BaseModel:
     def adapter_dtype(self) -> torch.dtype:
         """What adapters are kept and trained in: float64 beside a float64 base, else float32."""
         return torch.float64 if self.dtype == torch.float64 else torch.float32
+
+    @property
+    def no_adapter(self) -> Arena:
+        """One client, (1, 0), whose adapter has no tensors."""
+        return Arena(Layout(()), torch.zeros(1, 0, dtype=self.adapter_dtype, device=self.device))
 
     @property
     def num_parameters(self) -> int:
@@ -127,7 +122,7 @@ class BaseModel:
             "weights_sha256": {} if folder is None else weights_sha256(folder, hub=self.commit is not None),
         }
 
-    def plan(self, batch: PackedTokens, stand_alone: bool = False) -> Packing:
+    def plan(self, batch: PackedBatch, stand_alone: bool = False) -> Packing:
         """How the rows of a batch fall into sequences; `stand_alone` if the body written out is to read them.
 
         Raises:
@@ -142,7 +137,7 @@ class BaseModel:
             )
         return packing
 
-    def hidden(self, batch: PackedTokens, soften: Soften | None = None) -> torch.Tensor:
+    def hidden(self, batch: PackedBatch, soften: Soften | None = None) -> torch.Tensor:
         """Run the body over packed rows and return the final hidden states, (N, d).
 
         No row sees a row of another sequence. Gradients flow to whatever hooks and `soften` added; the base itself has
@@ -282,36 +277,25 @@ def freeze(model: Any, tokenizer: Any, name: str, source: str = "", commit: str 
     return base
 
 
-@dataclass(frozen=True, slots=True)
-class _Probe:
-    tokens_N: torch.Tensor
-    positions_N: torch.Tensor
-    sequence_lengths: tuple[int, ...]
-    prefixes: tuple[tuple[int, int], ...] = ()
-
-
 def _self_check(base: BaseModel) -> None:
     """Compare head(body(packed rows)) with the stock model's logits on two short random sequences.
 
     Families that scale logits in a way of their own, that do not pass the packing on to their attention or that mix
     rows outside of attention are found here instead of being trained wrongly."""
     config = base.model.config.get_text_config()
-    lengths = (3, 4)
-    tokens_N = torch.randint(int(config.vocab_size), (sum(lengths),), generator=torch_generator(0, "self-check"))
-    positions_N = torch.cat([torch.arange(length) for length in lengths])
-    probe = _Probe(tokens_N, positions_N, lengths)
+    tokens_N = torch.randint(int(config.vocab_size), (7,), generator=torch_generator(0, "self-check"))
+    sequences = torch.split(tokens_N, [3, 4])
+    # what follows a sequence is predicted only; every row is asked for
+    batch = pack([[TokenizedExample(np.append(one.numpy(), 0), 1, "probe") for one in sequences]])
     reason = ""
     try:
         with torch.no_grad():
             stock_NV = torch.cat(
-                [
-                    base.model(input_ids=part[None].to(base.device), use_cache=False).logits[0]
-                    for part in torch.split(tokens_N, list(lengths))
-                ]
+                [base.model(input_ids=part[None].to(base.device), use_cache=False).logits[0] for part in sequences]
             )
-            ways = {"packed": base.hidden(probe)}
+            ways = {"packed": base.hidden(batch)}
             if base.body is not None:
-                ways["fused"] = _fused_hidden(base, base.body, probe)
+                ways["fused"] = _fused_hidden(base, base.body, batch)
             for way, hidden_Nd in ways.items():
                 if apart := unlike(base, base.logits(hidden_Nd), stock_NV):
                     reason = f"its {way} logits {apart}"
@@ -337,17 +321,15 @@ def unlike(base: BaseModel, logits_NV: torch.Tensor, stock_NV: torch.Tensor) -> 
     return "" if alike else f"differ by {difference:.2g}"
 
 
-def _fused_hidden(base: BaseModel, body: Body, probe: _Probe) -> torch.Tensor:
-    """Final hidden states of all rows of a probe, without adapters."""
-    every_N = torch.arange(len(probe.tokens_N), device=base.device)
-    counts = (len(every_N),)
+def _fused_hidden(base: BaseModel, body: Body, batch: PackedBatch) -> torch.Tensor:
+    """Final hidden states of the supervised rows of a batch, without adapters."""
     return hidden(
         body,
-        NO_ADAPTERS,
-        probe.tokens_N.to(base.device),
-        probe.positions_N.to(base.device),
-        base.plan(probe, stand_alone=True),
-        counts,
-        every_N,
-        counts,
+        bind(body, base.no_adapter, None, frozenset()),
+        batch.tokens_N.to(base.device),
+        batch.positions_N.to(base.device),
+        base.plan(batch, stand_alone=True),
+        batch.rows_per_client,
+        batch.supervised_rows_M.to(base.device),
+        batch.supervised_per_client,
     )

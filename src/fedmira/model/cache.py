@@ -30,7 +30,7 @@ from fedmira.model.lora import attached
 from fedmira.model.low_rank import assign_rows
 from fedmira.model.soft_prompt import SoftPrompts
 from fedmira.randomness import torch_generator
-from fedmira.types import Arena, Layout
+from fedmira.types import Arena
 
 CACHED = "fedmira_cached"
 
@@ -233,8 +233,7 @@ def check_growing(base: BaseModel) -> None:
     random = torch_generator(0, "self-check", "growing")
     sequences = [torch.randint(vocabulary, (length,), generator=random) for length in lengths]
     read = [TokenizedExample(one.int().numpy(), len(one) - 1, str(name)) for name, one in enumerate(sequences)]
-    nobody = Arena(Layout((), 1.0), torch.zeros(1, 0, dtype=base.adapter_dtype, device=base.device))
-    cache, reason = KeyValueCache(base, nobody), ""
+    cache, reason = KeyValueCache(base, base.no_adapter), ""
     try:
         with torch.inference_mode():
             cache.read(pack([read]), [Growing(name, length - 1, 1) for name, length in enumerate(lengths)])

@@ -21,8 +21,6 @@ from fedmira.types import Arena, Layout
 
 FULL = "full"
 """The group of all parameters of the base."""
-NOTHING = Layout(())
-"""Of an adapter without tensors."""
 
 
 def full_layout(base: BaseModel) -> Layout:
@@ -99,4 +97,4 @@ def one_by_one(base: BaseModel, arena: Arena) -> Iterator[tuple[BaseModel, Arena
     with MovedWeights(base, arena.layout) as weights:
         for delta_P in arena.values_KP:
             weights.move(delta_P.to(base.device))
-            yield seen, Arena(NOTHING, delta_P.new_zeros((1, 0), device=base.device))
+            yield seen, base.no_adapter

@@ -34,15 +34,8 @@ from fedmira.model.low_rank import (
 )
 from fedmira.types import PAIRS, Arena, TensorSpec
 
-
-class Adapters(NamedTuple):
-    """The adapters of a cohort, seen as the branches of a body."""
-
-    branches: tuple[dict[str, tuple[Branch, ...]], ...]
-    """Per block, for each of its stacks; empty if there are none."""
-
-
-NO_ADAPTERS = Adapters(())
+Adapters = tuple[dict[str, tuple[Branch, ...]], ...]
+"""The adapters of a cohort as branches of a body: per block, those of each of its stacks."""
 
 
 def bind(body: Body, arena: Arena, gradient_CP: torch.Tensor | None, trainable: frozenset[str]) -> Adapters:
@@ -92,7 +85,7 @@ def bind(body: Body, arena: Arena, gradient_CP: torch.Tensor | None, trainable: 
                     runs.append([(columns, spec_a, spec_b)])
         return tuple(branch(run) for run in runs)
 
-    return Adapters(tuple({name: branches(getattr(block, name)) for name in STACKS} for block in body.blocks))
+    return tuple({name: branches(getattr(block, name)) for name in STACKS} for block in body.blocks)
 
 
 def hidden(
@@ -127,14 +120,11 @@ def hidden(
     last_pass = pass_._replace(packing=asking_for(packing, wanted_M))
     x_Nd = body.embed(tokens_N, positions_N, soften)
     last = len(body.blocks) - 1
-    nothing: dict[str, tuple[Branch, ...]] = dict.fromkeys(STACKS, ())
-    branches_of_blocks = adapters.branches or (nothing,) * len(body.blocks)
-    adapted = [index for index, branches in enumerate(branches_of_blocks) if any(branches.values())]
-    lowest = adapted[0] if adapted else 0
+    lowest = next((index for index, branches in enumerate(adapters) if any(branches.values())), 0)
     needs_gradient = torch.is_grad_enabled()
     # a soft prompt is below all blocks
     ends_at = -1 if x_Nd.requires_grad else lowest
-    for index, (block, branches) in enumerate(zip(body.blocks, branches_of_blocks, strict=True)):
+    for index, (block, branches) in enumerate(zip(body.blocks, adapters, strict=True)):
         # nothing below the lowest adapted block is trained
         with torch.set_grad_enabled(needs_gradient and index >= lowest):
             if needs_gradient and index == lowest:

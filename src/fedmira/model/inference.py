@@ -92,7 +92,7 @@ def of_rows(adapters: Adapters, rows: Rows) -> LowRank:
     """The low-rank products of rows that are few adapters' or many of each; `rows` says whose they are."""
 
     def add_(block: int, stack: str, x_NI: torch.Tensor, out_NO: torch.Tensor) -> None:
-        for branch in adapters.branches[block][stack]:
+        for branch in adapters[block][stack]:
             add_low_rank_(branch, rows, x_NI, out_NO)
 
     return add_
@@ -105,7 +105,7 @@ def of_equal_groups(body: Body, adapters: Adapters) -> LowRank:
     elsewhere: two calls for all layers and clients. Copies the values of the adapters.
     """
     pairs: list[dict[str, tuple[torch.Tensor, torch.Tensor]]] = []
-    for block, branches_of in zip(body.blocks, adapters.branches, strict=True):
+    for block, branches_of in zip(body.blocks, adapters, strict=True):
         pairs.append({})
         for stack, branches in branches_of.items():
             if not branches:
