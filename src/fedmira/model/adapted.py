@@ -16,6 +16,7 @@ import torch
 from fedmira.data.packing import PackedBatch
 from fedmira.model import fused
 from fedmira.model.base import BaseModel
+from fedmira.model.body import Body
 from fedmira.model.full import FULL, MovedWeights, is_full
 from fedmira.model.lora import ALL_GROUPS, Dropout, attached
 from fedmira.model.soft_prompt import SoftPrompts
@@ -26,13 +27,14 @@ def computes_in_parts(base: BaseModel, layout: Layout, dropout: float = 0.0) -> 
     """Whether batches of different clients are to be computed at the same time: on several threads of a CPU, where
     nothing is written then but the gradients of the clients that have rows."""
     apart = base.device.type == "cpu" and not is_full(layout) and not layout.num_virtual_tokens and not dropout
-    fused_ = base.body is not None and base.body.dtype == base.adapter_dtype and _has_body_for(base, layout)
-    return apart and fused_ and torch.get_num_threads() > 1
+    body = body_for(base, layout)
+    return apart and body is not None and body.dtype == base.adapter_dtype and torch.get_num_threads() > 1
 
 
-def _has_body_for(base: BaseModel, layout: Layout) -> bool:
-    """Whether the fused body has all layers that are adapted."""
-    return base.body is not None and {spec.layer for spec, _ in layout.pairs} <= base.body.layers
+def body_for(base: BaseModel, layout: Layout) -> Body | None:
+    """The body written out, if it has all layers that are adapted."""
+    layers = {spec.layer for spec, _ in layout.pairs}
+    return base.body if base.body is not None and layers <= base.body.layers else None
 
 
 class AdaptedModel:
@@ -59,7 +61,6 @@ class AdaptedModel:
         self._gradient_CP, self._trainable = gradient_CP, trainable
         self._weights: MovedWeights | None = None
         self._prompts: SoftPrompts | None = None
-        self._adapters = None
         if is_full(arena.layout):
             if arena.num_clients != 1:
                 raise ValueError(f"{arena.num_clients} clients have weights of their own; give one at a time")
@@ -69,11 +70,12 @@ class AdaptedModel:
         if arena.layout.num_virtual_tokens:
             self._prompts = SoftPrompts(arena, gradient_CP, trainable)
         self._computed = arena
-        if base.body is not None and _has_body_for(base, arena.layout):
-            if arena.values_KP.dtype != base.body.dtype:
+        self._body = body_for(base, arena.layout)
+        if self._body is not None:
+            if arena.values_KP.dtype != self._body.dtype:
                 # adapters are kept in a wider type than a body in 16 bits computes in
-                self._computed = arena.replace(torch.empty_like(arena.values_KP, dtype=base.body.dtype))
-            self._adapters = fused.bind(base.body, self._computed, gradient_CP, trainable)
+                self._computed = arena.replace(torch.empty_like(arena.values_KP, dtype=self._body.dtype))
+            self._adapters = fused.bind(self._body, self._computed, gradient_CP, trainable)
 
     def __enter__(self) -> AdaptedModel:
         if self._weights is not None:
@@ -103,7 +105,7 @@ class AdaptedModel:
             self._weights.move(self.arena.values_KP[0])
             return base.hidden(batch).index_select(0, wanted_M)
         soften = None if self._prompts is None else self._prompts.into(batch.rows_per_client)
-        if base.body is None or self._adapters is None or dropout is not None:
+        if self._body is None or dropout is not None:
             with attached(
                 base,
                 self.arena,
@@ -116,7 +118,7 @@ class AdaptedModel:
         if self._computed is not self.arena:
             self._computed.values_KP.copy_(self.arena.values_KP)
         return fused.hidden(
-            base.body,
+            self._body,
             self._adapters,
             batch.tokens_N.to(device),
             batch.positions_N.to(device),

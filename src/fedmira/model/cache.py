@@ -22,6 +22,7 @@ from fedmira.data.packing import PackedBatch, pack
 from fedmira.data.tokenization import TokenizedExample
 from fedmira.errors import SetupError
 from fedmira.model import fused, inference
+from fedmira.model.adapted import body_for
 from fedmira.model.attention import PACKED, Packing, Settings, attention_of
 from fedmira.model.base import MISUNDERSTANDINGS, BaseModel, unlike
 from fedmira.model.body import Soften
@@ -54,8 +55,7 @@ class KeyValueCache:
             arena: (K, P), on the device of the base.
         """
         self._base = base
-        layers = {spec.layer for spec, _ in arena.layout.pairs}
-        self._body = base.body if base.body is not None and layers <= base.body.layers else None
+        self._body = body_for(base, arena.layout)
         self._prompts = SoftPrompts(arena) if arena.layout.num_virtual_tokens else None
         # the body written out computes adapters in its own dtype
         self._arena = arena if self._body is None else arena.replace(arena.values_KP.to(self._body.dtype))
