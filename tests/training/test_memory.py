@@ -120,8 +120,9 @@ def test_free_memory_is_what_the_system_says(tmp_path: Path) -> None:
     available = memory.available_bytes(torch.device("cpu"))
     assert 0 < available < 2**50
     (tmp_path / "meminfo").write_text("MemTotal: 20 kB\nMemAvailable: 12 kB\n")
-    assert memory._meminfo_available(tmp_path / "meminfo") == 12 * 1024
-    assert memory._meminfo_available(tmp_path / "none") is None
+    assert memory.number_beside("MemAvailable:", tmp_path / "meminfo") == 12
+    assert memory.number_beside("MemFree:", tmp_path / "meminfo") is None
+    assert memory.number_beside("MemAvailable:", tmp_path / "none") is None
     (tmp_path / "memory.current").write_text("100\n")
     (tmp_path / "memory.max").write_text("max\n")
     assert memory._cgroup_available(tmp_path) is None

@@ -10,9 +10,12 @@ c_attn and c_proj have 8,110,080 parameters, so float32 U + D is 61.9 MiB; 7.73 
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 
 from fedmira.config.training import TrainingConfig
+from fedmira.training.memory import number_beside
 from fedmira.training.optimizers import num_moments
 from fedmira.types import Layout
 
@@ -50,7 +53,7 @@ def memory_bytes(device: str | torch.device) -> int:
     """Memory in use now: what torch allocated on a CUDA device, else the resident set; 0 where the system is silent."""
     if str(device).startswith("cuda"):
         return int(torch.cuda.memory_allocated(device))
-    return _status_bytes("VmRSS:") or 0
+    return _status_bytes("VmRSS:")
 
 
 class PeakMemory:
@@ -104,16 +107,9 @@ def _high_water_mark_bytes() -> int:
     return _status_bytes("VmHWM:") or _maximum_resident_bytes()
 
 
-def _status_bytes(label: str) -> int | None:
-    """What Linux says about this process under `label`; None elsewhere."""
-    try:
-        with open("/proc/self/status", encoding="ascii", errors="replace") as file:
-            for line in file:
-                if line.startswith(label):
-                    return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return None
+def _status_bytes(label: str) -> int:
+    """What Linux says about this process under `label`; 0 elsewhere."""
+    return 1024 * (number_beside(label, Path("/proc/self/status")) or 0)
 
 
 def _maximum_resident_bytes() -> int:

@@ -226,18 +226,19 @@ def available_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return int(free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
-    candidates = [_meminfo_available(Path("/proc/meminfo")), _cgroup_available(Path("/sys/fs/cgroup"))]
+    kibibytes = number_beside("MemAvailable:", Path("/proc/meminfo"))
+    candidates = [None if kibibytes is None else kibibytes * 1024, _cgroup_available(Path("/sys/fs/cgroup"))]
     known = [value for value in candidates if value is not None]
     # where the system says nothing, half of what is built in
     return min(known) if known else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
 
-def _meminfo_available(path: Path) -> int | None:
-    try:
-        lines = path.read_text(encoding="ascii").splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
+def number_beside(label: str, path: Path) -> int | None:
+    """The number behind `label` at the beginning of a line; None where there is no such line or file."""
+    with suppress(OSError):
+        lines = path.read_text(encoding="ascii", errors="replace").splitlines()
+        return next((int(line.split()[1]) for line in lines if line.startswith(label)), None)
+    return None
 
 
 def _cgroup_available(folder: Path) -> int | None:
@@ -247,9 +248,7 @@ def _cgroup_available(folder: Path) -> int | None:
         used = int((folder / "memory.current").read_text(encoding="ascii"))
     except (OSError, ValueError):
         return None
-    with suppress(OSError):
-        lines = (folder / "memory.stat").read_text(encoding="ascii").splitlines()
-        used -= next((int(line.split()[1]) for line in lines if line.startswith("inactive_file ")), 0)
+    used -= number_beside("inactive_file ", folder / "memory.stat") or 0
     return max(0, int(limit) - max(0, used)) if limit.isdigit() else None
 
 
