@@ -112,10 +112,10 @@ def _count(examples_per_client: tuple[list[TokenizedExample], ...]) -> _Counts:
         rows += shared
         pairs += shared * (shared + 1) // 2
         for example in examples:
-            length = len(example.tokens) - 1
+            length = example.num_inputs
             rows += length - shared
             pairs += length * (length + 1) // 2 - shared * (shared + 1) // 2
-            supervised += len(example.tokens) - example.prompt_length
+            supervised += example.num_supervised
     return _Counts(rows, supervised, pairs)
 
 

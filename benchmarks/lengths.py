@@ -38,7 +38,7 @@ def read_lengths(name: str) -> dict[str, list[Parts]]:
 
 
 def make_clients(
-    name: str, num_clients: int, vocabulary: int, *, longest: int, shrink: int = 1, seed: int = 0
+    name: str, num_clients: int, vocabulary: int, *, longest: int, shrink: int = 1
 ) -> tuple[TokenizedClient, ...]:
     """Clients that hold random tokens in the lengths of the tasks of `name`, one task after the other.
 
@@ -48,13 +48,12 @@ def make_clients(
         vocabulary: tokens are drawn below it.
         longest: examples of more tokens are left out.
         shrink: every part is divided by it and rounded up, for tiny models.
-        seed: of the tokens.
     """
     tasks = list(read_lengths(name).items())
     clients = []
     for index in range(num_clients):
         task, lengths = tasks[index % len(tasks)]
-        rng = generator(seed, "benchmark tokens", index)
+        rng = generator(0, "benchmark tokens", index)
         shared = rng.integers(FIRST_ORDINARY_TOKEN, vocabulary, size=_shrunk(lengths[0], shrink).shared)
         examples: list[TokenizedExample] = []
         for parts in (_shrunk(one, shrink) for one in lengths):

@@ -16,8 +16,7 @@ from fedmira.model.base import BaseModel, freeze, load_base
 
 _SPECIAL: dict[str, Any] = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 _WITHOUT_DROPOUT: dict[str, Any] = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-
-
+_CONTEXT = 1024
 _TWIN_VOCABULARY = 2500
 """More than the logits that are computed at a time on a CPU."""
 
@@ -29,7 +28,7 @@ class Shape(NamedTuple):
     settings: dict[str, Any]
 
 
-def _llama(width: int, layers: int, heads: int, inner: int, vocabulary: int, context: int = 1024) -> Shape:
+def _llama(width: int, layers: int, heads: int, inner: int, vocabulary: int) -> Shape:
     settings = {
         "hidden_size": width,
         "num_hidden_layers": layers,
@@ -37,19 +36,19 @@ def _llama(width: int, layers: int, heads: int, inner: int, vocabulary: int, con
         "num_key_value_heads": heads,
         "intermediate_size": inner,
         "vocab_size": vocabulary,
-        "max_position_embeddings": context,
+        "max_position_embeddings": _CONTEXT,
         "tie_word_embeddings": True,
     }
     return Shape("LlamaConfig", settings | _SPECIAL)
 
 
-def _gpt2(width: int, layers: int, heads: int, vocabulary: int = 50257, context: int = 1024) -> Shape:
+def _gpt2(width: int, layers: int, heads: int, vocabulary: int = 50257) -> Shape:
     settings = {
         "n_embd": width,
         "n_layer": layers,
         "n_head": heads,
         "vocab_size": vocabulary,
-        "n_positions": context,
+        "n_positions": _CONTEXT,
     }
     return Shape("GPT2Config", settings | _WITHOUT_DROPOUT | _SPECIAL)
 

@@ -78,15 +78,10 @@ class NumberTokenizer:
 
     eos_token_id = None
     bos_token_id = None
-    pad_token_id = 0
 
     def decode(self, tokens: Sequence[int], **_unused: object) -> str:
         """The numbers, separated by spaces."""
         return " ".join(str(int(token)) for token in tokens)
-
-    def batch_decode(self, sequences: Sequence[Sequence[int]], **_unused: object) -> list[str]:
-        """`decode` of each."""
-        return [self.decode(tokens) for tokens in sequences]
 
 
 class OursTogether:
@@ -190,13 +185,13 @@ def measure_generation(name: str, generation: Generation, options: Options, say:
             prompts_per_client=min(2, generation.prompts_per_client),
             new_tokens=GATE_NEW_TOKENS,
         )
-        task = _task(gate.workload, options)
+        task = without_end(build(gate.workload, options.device))
         expected = answering(PEFT, task, gate).answer()
         share = agreement(answering(OURS, task, gate).answer(), expected).equal
         if share < 1.0:
             raise UnequalError(f"{1 - share:.0%} of the answers differ from PEFT's in float64; all must be equal")
         say("  gate: answers are equal in float64")
-        task = _task(generation.workload, options)
+        task = without_end(build(generation.workload, options.device))
         prompts = _prompts(task, generation.prompts_per_client)
         in_16_bits = task.base.dtype.itemsize == 2
         kept_apart = PeftOneByOne(task, prompts, generation.new_tokens, apart=True).answer() if in_16_bits else None
@@ -271,11 +266,6 @@ def check_agreement(found: Agreement, dtype: torch.dtype) -> None:
 def _equal_tokens(ours: Sequence[str], theirs: Sequence[str]) -> int:
     """How many tokens are equal before the first that differs."""
     return next((place for place, (one, other) in enumerate(zip(ours, theirs, strict=True)) if one != other), len(ours))
-
-
-def _task(workload: Workload, options: Options) -> Task:
-    """The workload over a base without an end token."""
-    return without_end(build(workload, options.device))
 
 
 def without_end(task: Task) -> Task:

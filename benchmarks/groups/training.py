@@ -251,7 +251,7 @@ def _add_facts(section: Section, task: Task) -> None:
         "clients": len(task.clients),
         "steps_per_client": len(steps[0]),
         "tokens": sum(len(example.tokens) for example in examples),
-        "supervised_tokens": sum(len(example.tokens) - example.prompt_length for example in examples),
+        "supervised_tokens": sum(example.num_supervised for example in examples),
         "padding_own_batch": padding_factor(batches),
         "padding_all_clients": padding_factor(together),
         "floor_seconds": floor.seconds,

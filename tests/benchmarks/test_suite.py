@@ -309,7 +309,7 @@ def test_a_process_that_merges_adapters_holds_the_weights_once() -> None:
 @pytest.mark.parametrize("apart", [False, True])
 def test_peft_merges_each_adapter_while_its_client_answers(apart: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     workload = Workload("llama-tiny", "dolly", 1, 4, ("q_proj",), num_clients=2, shrink=8, dtype="float64")
-    task = generation._task(workload, OPTIONS)
+    task = generation.without_end(build(workload, "cpu"))
     peer = PeftOneByOne(task, generation._prompts(task, 2), 3, apart=apart)
     generate, seen = peer._model.generate, []
 
