@@ -52,11 +52,11 @@ def test_inactive_rows_keep_every_bit_whatever_their_gradient(name: str) -> None
     values_CP = draws(0)
     moments = fresh_moments(training, values_CP)
     update_(values_CP, draws(1), moments, training, [0.1] * NUM_CLIENTS, [True] * NUM_CLIENTS)
-    before = {key: tensor.clone() for key, tensor in {"values": values_CP, **moments.tensors()}.items()}
+    before = {key: tensor.clone() for key, tensor in {"values": values_CP, **moments._asdict()}.items()}
     gradient_CP = draws(2)
     gradient_CP[1:3] = float("nan")
     update_(values_CP, gradient_CP, moments, training, [0.1] * NUM_CLIENTS, [True, False, False, True])
-    after = {"values": values_CP, **moments.tensors()}
+    after = {"values": values_CP, **moments._asdict()}
     for key, tensor in after.items():
         assert torch.equal(tensor[1:3], before[key][1:3]), key
     assert not torch.equal(values_CP[0], before["values"][0])

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 import torch
 
@@ -22,8 +22,7 @@ _BLOCK_BYTES = 2**20
 """On a CPU, rows are updated in blocks of about this size, which stay in the cache from one operation to the next."""
 
 
-@dataclass(frozen=True, slots=True)
-class Moments:
+class Moments(NamedTuple):
     """What an optimizer remembers, a row per client. A tensor that the optimizer does not use has no columns."""
 
     first_CP: torch.Tensor
@@ -32,9 +31,6 @@ class Moments:
     """Adam's mean of squared gradients."""
     steps_C: torch.Tensor
     """Updates made; float64, on the CPU."""
-
-    def tensors(self) -> dict[str, torch.Tensor]:
-        return {field.name: getattr(self, field.name) for field in fields(self)}
 
 
 def num_moments(training: TrainingConfig) -> int:

@@ -84,7 +84,7 @@ def save(standing: Standing, job: Job) -> Progress:
     tensors = {
         "finished_FP": torch.cat([job.start_SP[:0], *standing.finished_FP]),
         "values_CP": cohort.values_CP,
-        **cohort.moments.tensors(),
+        **cohort.moments._asdict(),
     }
     facts = {
         "round": job.round,
