@@ -77,7 +77,7 @@ def carry_out(task: methods.Task, attack: str) -> dict[str, Any]:
 
 def read() -> dict[Any, dict[str, Any]]:
     """The finished runs, by attack and by the key of their task."""
-    return {(line["attack"], *(line[field] for field in methods.KEY)): line for line in methods.read_lines("attacks")}
+    return methods.by_key(methods.read_lines("attacks"), "attack")
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -85,7 +85,7 @@ def carry_out(task: methods.Task, start: str) -> dict[str, Any]:
 
 def read() -> dict[Any, dict[str, Any]]:
     """The finished runs, by start and by the key of their task."""
-    return {(line["start"], *(line[field] for field in methods.KEY)): line for line in methods.read_lines("joining")}
+    return methods.by_key(methods.read_lines("joining"), "start")
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -301,8 +301,9 @@ def cut_torn_line(file: Path) -> None:
         os.truncate(file, file.read_bytes().rfind(b"\n") + 1)
 
 
-def by_key(lines: Sequence[dict[str, Any]]) -> dict[Any, dict[str, Any]]:
-    return {tuple(one[field] for field in KEY): one for one in lines}
+def by_key(lines: Sequence[dict[str, Any]], *first: str) -> dict[Any, dict[str, Any]]:
+    """Lines by the key of their task, behind the fields `first`."""
+    return {tuple(one[field] for field in (*first, *KEY)): one for one in lines}
 
 
 def _end_with_parent() -> None:
@@ -461,7 +462,8 @@ def section(study: Study) -> str:
     came_from = dict.fromkeys(of for _, runs in reported.values() for of in origins(runs))
     made = dict(zip(came_from, LETTERS, strict=False))
     header = ["method", "mean loss", "vs local_only [95 %]", "vs mira [95 %]", "worst tenth", "harmed", "Rouge-L"]
-    rows = [[*header, "MB up + down", "s", "learning rate", "made"], ["---", *["---:"] * 9, "---"]]
+    header += ["MB up + down", "s", "learning rate", "made"]
+    rows = []
     for name, (rate, runs) in sorted(reported.items(), key=lambda item: mean_loss(item[1][1])):
         worst = np.mean([worst_tenth(run.losses_K.tolist()) for run in runs])
         megabytes = np.mean([run.line["upload_bytes"] + run.line["download_bytes"] for run in runs]) / 1e6
@@ -481,7 +483,6 @@ def section(study: Study) -> str:
                 "".join(sorted(made[of] for of in origins(runs))),
             ]
         )
-    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
     config, compare = study.config, study.config.compare
     steps, epochs = config.training.steps_or_default, config.training.local_epochs
     work = f"{epochs} epochs" if epochs else f"{steps} steps"
@@ -497,11 +498,17 @@ def section(study: Study) -> str:
         [
             f"## {study.name}",
             facts,
-            table,
+            markdown(header, rows, last="---"),
             f"Made by: {legend}. All runs so far, tuning among them: {hours:.1f} hours of one core.",
             *not_shown(study, reported),
         ]
     )
+
+
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]], last: str = "---:") -> str:
+    """A table; the first column is left-aligned, the others right, the last as `last` says."""
+    rule = ["---", *["---:"] * (len(head) - 2), last]
+    return "\n".join(f"| {' | '.join(row)} |" for row in (head, rule, *rows))
 
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
@@ -560,9 +567,7 @@ def aims(studies: Sequence[Study]) -> str:
         reported = {name: runs for name, (_, runs) in chosen(study).items()}
         if {"mira", "local_only", "fedit"} <= set(reported):
             columns[study.name] = _reached(reported, study.settings)
-    lines = zip(*([name, *cells] for name, cells in columns.items()), strict=True)
-    rows = [f"| {' | '.join(line)} |" for line in lines]
-    return "\n".join([rows[0], f"| --- |{' ---: |' * (len(columns) - 1)}", *rows[1:]])
+    return markdown(list(columns), list(zip(*columns.values(), strict=True)))
 
 
 _AIMS = (
@@ -709,7 +714,7 @@ def advances(studies: Sequence[Study]) -> str:
     """The table of what each part of `mira`, and each that is off by default, changes on each federation."""
     all_runs = {study.name: {name: runs for name, (_, runs) in chosen(study).items()} for study in studies}
     runs_of = {study: runs for study, runs in all_runs.items() if runs}
-    rows = [["changed", *runs_of], ["---", *["---:"] * len(runs_of)]]
+    rows = []
     for changed, wanted in _ADVANCES.items():
         names, _, reference = wanted.partition(" vs ")
         cells = [
@@ -721,7 +726,7 @@ def advances(studies: Sequence[Study]) -> str:
         ]
         label = changed.replace("NOISES", noises(studies)) if "NOISES" in changed else changed
         rows.append([label, *("-" if set(cell) <= set("-; ") else cell for cell in cells)])
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return markdown(["changed", *runs_of], rows)
 
 
 def _change(reported: Mapping[str, list[Judged]], name: str, reference: str) -> str:
@@ -755,9 +760,8 @@ def page(_arguments: argparse.Namespace) -> None:
 
 def print_side_page(name: str, table: Sequence[Sequence[str]], lines: Iterable[Mapping[str, Any]]) -> None:
     """Print the page of a study that builds on this one: its words, its table, and who made the `lines` in it."""
-    head, *rows = table
     print((STUDIES / f"{name}.md").read_text("utf-8").rstrip() + "\n")
-    print("\n".join(f"| {' | '.join(row)} |" for row in [head, ["---", *["---:"] * (len(head) - 1)], *rows]))
+    print(markdown(table[0], table[1:]))
     made = sorted({(line["commit"], line["processor"]) for line in lines})
     print("\nRuns made by " + ", ".join(f"{commit} ({processor})" for commit, processor in made) + ".")
 
