@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import islice
+from itertools import accumulate, islice, pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -48,38 +48,34 @@ def bind(body: Body, arena: Arena, gradient_CP: torch.Tensor | None, trainable: 
         trainable: groups that get a gradient.
     """
     gradients = None if gradient_CP is None else arena.replace(gradient_CP)
-    pairs: dict[str, dict[str, TensorSpec]] = {}
-    for spec in arena.layout.specs:
-        pairs.setdefault(spec.layer, {})[spec.group] = spec
+    pairs = {(spec_a.layer, spec_a.group): (spec_a, spec_b) for spec_a, spec_b in arena.layout.pairs}
 
     def gradient(spec: TensorSpec) -> torch.Tensor | None:
         return gradients.view(spec) if gradients is not None and spec.group in trainable else None
 
     def branch(run: list[tuple[slice, TensorSpec, TensorSpec]]) -> Branch:
-        a = [spec_a for _, spec_a, _ in run]
-        ranks = [spec.shape[0] for spec in a]
-        whole = replace(a[0], shape=(sum(ranks), a[0].shape[1]))
-        starts = [sum(ranks[:i]) for i in range(len(ranks))]
+        first_a = run[0][1]
+        ends = list(accumulate((spec_a.shape[0] for _, spec_a, _ in run), initial=0))
+        whole = replace(first_a, shape=(ends[-1], first_a.shape[1]))
         return Branch(
             arena.view(whole),
             gradient(whole),
             tuple(
-                Target(columns, slice(start, start + rank), arena.view(spec_b), gradient(spec_b))
-                for (columns, _, spec_b), start, rank in zip(run, starts, ranks, strict=True)
+                Target(columns, slice(start, stop), arena.view(spec_b), gradient(spec_b))
+                for (columns, _, spec_b), (start, stop) in zip(run, pairwise(ends), strict=True)
             ),
             arena.layout.scaling,
         )
 
     def branches(stack: Stack) -> tuple[Branch, ...]:
         runs: list[list[tuple[slice, TensorSpec, TensorSpec]]] = []
-        for group_a, group_b in PAIRS:
+        for group_a, _ in PAIRS:
             for layer, columns in stack.columns.items():
-                if group_a not in pairs.get(layer, {}):
+                if (layer, group_a) not in pairs:
                     continue
-                spec_a, spec_b = pairs[layer][group_a], pairs[layer][group_b]
+                spec_a, spec_b = pairs[layer, group_a]
                 last_a = runs[-1][-1][1] if runs else None
-                follows = last_a is not None and last_a.offset + last_a.size == spec_a.offset
-                if follows and last_a is not None and last_a.group == group_a:
+                if last_a is not None and last_a.group == group_a and last_a.columns.stop == spec_a.offset:
                     runs[-1].append((columns, spec_a, spec_b))
                 else:
                     runs.append([(columns, spec_a, spec_b)])
