@@ -235,7 +235,8 @@ def _load(config: ModelConfig, source: str, revision: str | None) -> BaseModel:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     hub = not Path(source).is_dir()
-    refuse_unusable(source, revision, config.path)
+    with translated_errors(config.path):
+        refuse_unusable(source, revision, config.path)
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, device)
     with translated_errors(config.path), no_progress_bars():

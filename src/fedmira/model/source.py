@@ -178,7 +178,7 @@ def _sha256(path: Path) -> str:
 
 
 def refuse_unusable(source: str, revision: str | None, name: str) -> None:
-    """Refuse what must not or cannot be loaded, before any weight is read."""
+    """Refuse what must not or cannot be loaded, before any weight is read; to be called within `translated_errors`."""
     from transformers import PreTrainedConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     from transformers.utils.peft_utils import find_adapter_config_file
@@ -193,18 +193,15 @@ def refuse_unusable(source: str, revision: str | None, name: str) -> None:
                 f"model.path = {name} has {found}; fedmira reads *.safetensors: "
                 "load the model with transformers and save it again with save_pretrained"
             )
-    with translated_errors(name):
-        adapter_config = find_adapter_config_file(source, revision=revision)
     # transformers would put it on the base, or take another base for its sake
-    if adapter_config is not None:
+    if find_adapter_config_file(source, revision=revision) is not None:
         raise SetupError(
             f"{name} is an adapter (adapter_config.json), not a base model; give the base model it was trained for, or "
             "merge the two and save the result"
         )
-    with translated_errors(name):
-        raw, _ = PreTrainedConfig.get_config_dict(source, revision=revision)
-        if not isinstance(raw, dict):
-            raise ValueError("its config.json holds no JSON object")
+    raw, _ = PreTrainedConfig.get_config_dict(source, revision=revision)
+    if not isinstance(raw, dict):
+        raise ValueError("its config.json holds no JSON object")
     if "auto_map" in raw:
         raise SetupError(
             f"the config of {name} asks for code of its own (auto_map), which fedmira never runs; if transformers "
@@ -215,9 +212,7 @@ def refuse_unusable(source: str, revision: str | None, name: str) -> None:
             f"the config of {name} selects an implementation of its own ({chosen[0]}), which fedmira never loads; "
             f"remove {', '.join(chosen)} from config.json in a local copy"
         )
-    with translated_errors(name):
-        strange = _strange_weights(source, revision, raw.get("transformers_weights"))
-    if strange:
+    if strange := _strange_weights(source, revision, raw.get("transformers_weights")):
         raise SetupError(
             f"{name} names {strange!r} as a file of weights; fedmira reads *.safetensors beside config.json only, as "
             "other kinds can run code when read: load the model with transformers and save it again with "
