@@ -30,7 +30,7 @@ CLIENT = "family-0-client-0"
 
 def logits_with(base: BaseModel, arena: Arena, row: int, tokens_T: torch.Tensor = TOKENS_T) -> torch.Tensor:
     one = arena.replace(arena.values_KP[row : row + 1])
-    with torch.no_grad(), shifted(base, arena.layout, arena.shift_W), attached(base, one, [1]):
+    with torch.no_grad(), shifted(base, arena.layout, arena.shift_W), attached(base, one, [len(tokens_T)]):
         return base.model(input_ids=tokens_T[None], use_cache=False).logits[0]
 
 

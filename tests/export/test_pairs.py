@@ -37,7 +37,7 @@ def test_peft_gives_fedmiras_logits_for_two_pairs(family: str, tmp_path: Path) -
     arena = trained_arena(base, adapter, 2)
     one = arena.replace(arena.values_KP[1:])
     tokens_T = torch.arange(4, 15)
-    with torch.no_grad(), attached(base, one, [1]):
+    with torch.no_grad(), attached(base, one, [len(tokens_T)]):
         expected = base.model(input_ids=tokens_T[None], use_cache=False).logits[0]
     with torch.no_grad():
         bare = base.model(input_ids=tokens_T[None], use_cache=False).logits[0]
@@ -45,7 +45,7 @@ def test_peft_gives_fedmiras_logits_for_two_pairs(family: str, tmp_path: Path) -
     for group in ("second_a", "second_b"):
         for part in one.layout.slices(group):
             half[:, part] = 0.0
-    with torch.no_grad(), attached(base, one.replace(half), [1]):
+    with torch.no_grad(), attached(base, one.replace(half), [len(tokens_T)]):
         first_pair = base.model(input_ids=tokens_T[None], use_cache=False).logits[0]
     assert not torch.allclose(expected, bare, atol=1e-3)
     assert not torch.allclose(expected, first_pair, atol=1e-3)
@@ -81,7 +81,7 @@ def test_the_clients_of_a_run_with_two_pairs_are_exported(tmp_path: Path) -> Non
     tokens_T = torch.arange(5, 25)
     one = trained.adapters.replace(trained.adapters.values_KP[1:2])
     assert all(one.values_KP[:, part].any() for part in one.layout.slices("second_b"))
-    with torch.no_grad(), attached(trained.base, one, [1]):
+    with torch.no_grad(), attached(trained.base, one, [len(tokens_T)]):
         expected = trained.base.model(input_ids=tokens_T[None], use_cache=False).logits[0]
     model = AutoModelForCausalLM.from_pretrained(embedded_base_path())
     loaded = PeftModel.from_pretrained(model, str(tmp_path / "adapter")).eval()

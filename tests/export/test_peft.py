@@ -55,7 +55,7 @@ def trained_arena(base: BaseModel, adapter: AdapterConfig, num_clients: int = 2)
 
 def engine_logits(base: BaseModel, arena: Arena, row: int, tokens_T: torch.Tensor) -> torch.Tensor:
     one = arena.replace(arena.values_KP[row : row + 1])
-    with torch.no_grad(), attached(base, one, [1]):
+    with torch.no_grad(), attached(base, one, [len(tokens_T)]):
         return base.model(input_ids=tokens_T[None], use_cache=False).logits[0]
 
 

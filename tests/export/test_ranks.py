@@ -24,7 +24,7 @@ TOKENS_T = torch.arange(4, 15)
 
 
 def logits(base: BaseModel, arena: Arena) -> torch.Tensor:
-    with torch.no_grad(), shifted(base, arena.layout, arena.shift_W), attached(base, arena, [1]):
+    with torch.no_grad(), shifted(base, arena.layout, arena.shift_W), attached(base, arena, [len(TOKENS_T)]):
         found: torch.Tensor = base.model(input_ids=TOKENS_T[None], use_cache=False).logits[0]
     return found
 

@@ -92,26 +92,14 @@ def test_the_base_is_left_as_it_was_even_after_an_error() -> None:
         assert torch.equal(base.hidden(batch), plain)
 
 
-def test_units_of_a_padded_batch_are_whole_sequences() -> None:
+@pytest.mark.parametrize("factor", [1, 2])
+def test_rows_that_belong_to_nobody_are_an_error(factor: int) -> None:
+    """Also where they are a multiple of those that are known: a layer may be called with copies of each row."""
     base = tiny_base("llama")
     layout = tiny_layout(base, "llama")
-    arena = random_arena(layout, 3)
-    tokens_BT = torch.randint(3, 90, (4, 7), generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        with attached(base, arena, (1, 0, 3)):
-            together = base.model(input_ids=tokens_BT).logits
-        for row, client in enumerate((0, 2, 2, 2)):
-            counts = [int(k == client) for k in range(3)]
-            with attached(base, arena, counts):
-                alone = base.model(input_ids=tokens_BT[row : row + 1]).logits[0]
-            torch.testing.assert_close(together[row], alone, rtol=0, atol=1e-9)
-
-
-def test_rows_that_fit_no_unit_are_an_error() -> None:
-    base = tiny_base("llama")
-    layout = tiny_layout(base, "llama")
-    batch = pack([random_examples(1, seed=0)])
-    with pytest.raises(RuntimeError, match="units"), attached(base, random_arena(layout, 1), (1000,)):
+    examples = random_examples(1, seed=0)
+    batch, known = pack([examples * factor], share_prefixes=False), len(pack([examples]).tokens_N) - (factor == 1)
+    with pytest.raises(RuntimeError, match=f"the batch has {known}$"), attached(base, random_arena(layout, 1), [known]):
         base.hidden(batch)
 
 

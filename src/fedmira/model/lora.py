@@ -54,7 +54,7 @@ class _Site(NamedTuple):
 def attached(
     base: BaseModel,
     arena: Arena,
-    units_per_client: Sequence[int],
+    rows_per_client: Sequence[int],
     *,
     gradient_CP: torch.Tensor | None = None,
     trainable: frozenset[str] = ALL_GROUPS,
@@ -65,19 +65,18 @@ def attached(
     Args:
         base: the frozen model.
         arena: (C, P), on the device of the base. Its values must stay as they are until backward is done.
-        units_per_client: how many units each row of the arena has in a batch, in order; 0 is allowed. A unit is a
-            packed row of a (1, N) batch, or a whole sequence of a padded (B, T) one.
+        rows_per_client: how many rows of activations each row of the arena has in a batch, in order; 0 is allowed.
         gradient_CP: where backward adds the gradients; None computes none.
         trainable: groups that get a gradient; the others' columns of `gradient_CP` are left alone.
         dropout: None trains and judges without.
     """
-    total_units = sum(units_per_client)
-    parts = segments(units_per_client)
+    num_rows = sum(rows_per_client)
+    parts = segments(rows_per_client)
     anchor = torch.zeros((), device=arena.values_KP.device, requires_grad=True) if gradient_CP is not None else None
     handles = []
     try:
         for site in _sites(arena, gradient_CP, trainable):
-            hook = _make_hook(site, parts, total_units, anchor, dropout)
+            hook = _make_hook(site, parts, num_rows, anchor, dropout)
             handles.append(base.model.get_submodule(site.layer).register_forward_hook(hook))
         yield
     finally:
@@ -108,24 +107,22 @@ def _sites(arena: Arena, gradient_CP: torch.Tensor | None, trainable: frozenset[
 def _make_hook(
     site: _Site,
     parts: tuple[Segment, ...],
-    total_units: int,
+    num_rows: int,
     anchor: torch.Tensor | None,
     dropout: Dropout | None,
 ) -> Callable[[torch.nn.Module, tuple[Any, ...], torch.Tensor], torch.Tensor]:
     def hook(_module: torch.nn.Module, inputs: tuple[Any, ...], result: torch.Tensor) -> torch.Tensor:
         x_NI = inputs[0].reshape(-1, inputs[0].shape[-1])
-        rows_per_unit, remainder = divmod(x_NI.shape[0], total_units)
-        if remainder:
-            raise RuntimeError(f"{x_NI.shape[0]} rows reached {site.layer}, but the batch has {total_units} units")
-        rows = tuple(Segment(s.client, s.start * rows_per_unit, s.stop * rows_per_unit) for s in parts)
-        masks = None if dropout is None else _masks(dropout, site, rows, x_NI)
+        if len(x_NI) != num_rows:
+            raise RuntimeError(f"{len(x_NI)} rows reached {site.layer}, but the batch has {num_rows}")
+        masks = None if dropout is None else _masks(dropout, site, parts, x_NI)
         # nobody else holds what a layer just returned: adding in place spares a matrix of the layer's size. Views
         # (Conv1D returns one) are copied, because autograd would copy them anyway
         result = result.clone() if result._is_view() else result
         if anchor is None:
-            _add_low_rank_(site, rows, x_NI, result, masks)
+            _add_low_rank_(site, parts, x_NI, result, masks)
             return result
-        adapted: torch.Tensor = _LowRank.apply(anchor, x_NI, result, site, rows, masks)  # type: ignore[no-untyped-call]
+        adapted: torch.Tensor = _LowRank.apply(anchor, x_NI, result, site, parts, masks)  # type: ignore[no-untyped-call]
         return adapted
 
     return hook
