@@ -74,21 +74,17 @@ def test_peak_memory_sees_a_block_that_is_gone_before_the_end() -> None:
             block[:: mmap.PAGESIZE] = b"x" * (size // mmap.PAGESIZE)
         busy, again = memory.lap(), memory.lap()
         assert idle > MEBIBYTE
-        assert memory.source.startswith("resident set")
-        if memory.source != "resident set":
-            assert busy >= size
-            return busy
-        return busy - max(idle, again)
+        # where laps are none, the mark holds the block for good
+        return busy - (0 if again == busy else max(idle, again))
 
     # what earlier tests left may be given back to the system while one measures
     assert max(rise() for _ in range(3)) > 0.9 * size
 
 
 def test_peak_memory_falls_back_to_the_life_of_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fedmira.evaluation.costs._reset_high_water_mark", lambda: False)
+    monkeypatch.setattr("fedmira.evaluation.costs._reset_high_water_mark", lambda: None)
     memory = PeakMemory()
-    assert memory.source == "resident set since start of process"
-    assert memory.lap() > MEBIBYTE
+    assert MEBIBYTE < memory.lap() <= memory.lap()
 
 
 def test_the_highest_memory_survives_laps_that_begin_anew() -> None:

@@ -10,6 +10,7 @@ c_attn and c_proj have 8,110,080 parameters, so float32 U + D is 61.9 MiB; 7.73 
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -60,7 +61,7 @@ class PeakMemory:
     """Measures the highest memory use from its making, or from its last lap, to the next one. One at a time.
 
     On CUDA: the bytes torch allocated on the device. Elsewhere: the resident set of this process, all of it, with the
-    interpreter and the base model.
+    interpreter and the base model; since the process started where the system keeps one high-water mark for its life.
 
     >>> memory = PeakMemory()
     >>> block = b"x" * 10_000_000
@@ -70,37 +71,24 @@ class PeakMemory:
 
     def __init__(self, device: str | torch.device = "cpu") -> None:
         self._device = str(device)
-        self.source = ""
-        """`cuda`; `resident set` of a lap; or `resident set since start of process` where the system keeps only one
-        high-water mark for the life of a process."""
-        self._begin()
+        self.lap()
 
     def lap(self) -> int:
         """Bytes that were in use at most since the last lap began; the next one begins."""
-        on_cuda = self.source == "cuda"
-        peak = int(torch.cuda.max_memory_allocated(self._device)) if on_cuda else _high_water_mark_bytes()
-        self._begin()
-        return peak
-
-    def _begin(self) -> None:
         if self._device.startswith("cuda"):
-            reached = int(torch.cuda.max_memory_allocated(self._device))
-            _HIGHEST_BEFORE["cuda"] = max(_HIGHEST_BEFORE["cuda"], reached)
+            kind, reached = "cuda", int(torch.cuda.max_memory_allocated(self._device))
             torch.cuda.reset_peak_memory_stats(self._device)
-            self.source = "cuda"
         else:
-            self.source = "resident set" if _reset_high_water_mark() else "resident set since start of process"
+            kind, reached = "cpu", _high_water_mark_bytes()
+            _reset_high_water_mark()
+        _HIGHEST_BEFORE[kind] = max(_HIGHEST_BEFORE[kind], reached)
+        return reached
 
 
-def _reset_high_water_mark() -> bool:
-    """Ask Linux to start VmHWM anew; whether that worked (not in every container, nor on other systems)."""
-    _HIGHEST_BEFORE["cpu"] = max(_HIGHEST_BEFORE["cpu"], _high_water_mark_bytes())
-    try:
-        with open("/proc/self/clear_refs", "w", encoding="ascii") as file:
-            file.write("5")
-    except OSError:
-        return False
-    return True
+def _reset_high_water_mark() -> None:
+    """Ask Linux to start VmHWM anew; it cannot be in every container, nor on other systems."""
+    with suppress(OSError), open("/proc/self/clear_refs", "w", encoding="ascii") as file:
+        file.write("5")
 
 
 def _high_water_mark_bytes() -> int:
