@@ -9,8 +9,6 @@ Axes: C clients, P parameters of one adapter, M rows asked for, d hidden feature
 
 from __future__ import annotations
 
-from types import TracebackType
-
 import torch
 
 from fedmira.data.packing import PackedBatch
@@ -82,11 +80,9 @@ class AdaptedModel:
             self._weights.__enter__()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_error: object) -> None:
         if self._weights is not None:
-            self._weights.__exit__(kind, error, trace)
+            self._weights.__exit__()
 
     def hidden(self, batch: PackedBatch, dropout: Dropout | None = None, *, isolate: bool = False) -> torch.Tensor:
         """Final hidden states of the supervised rows of a batch, (M, d).

@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
-from types import TracebackType
 
 import torch
 
@@ -63,9 +62,7 @@ class MovedWeights:
                 self._hooks.append(parameter.register_post_accumulate_grad_hook(partial(_move, part)))
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_error: object) -> None:
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
