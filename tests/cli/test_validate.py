@@ -55,6 +55,7 @@ def test_a_missing_config_offers_the_recipes(fedmira, tmp_path, monkeypatch) -> 
         ("data: {source: dolly, path: data/dolly.jsonl.gz}", 3, ["data/dolly.jsonl.gz"]),
         ("method: {graph: {kind: given, path: graph.json}}", 3, ["method.graph.path", "graph.json"]),
         ("model: {path: ./no-model}", 4, ["model.path", "./no-model", "config.json"]),
+        (r"model: {path: C:\models\small}", 4, ["model.path", r"C:\models\small", "config.json"]),
     ],
 )
 def test_files_that_are_not_there_are_named(fedmira, write, text: str, code: int, names: list[str]) -> None:

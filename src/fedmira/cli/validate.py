@@ -12,10 +12,13 @@ import click
 from fedmira.cli.arguments import config_arguments, read_config
 from fedmira.cli.session import Session, standard_options
 from fedmira.errors import DataError, FedmiraError, SetupError
-from fedmira.paths import home_expanded
+from fedmira.paths import home_expanded, looks_local
 
 if TYPE_CHECKING:
     from fedmira.config.run import RunConfig
+
+_ENDINGS = (".jsonl", ".ndjson", ".json", ".gz", ".csv", ".tsv", ".parquet")
+"""Of files, which no id of a data set has."""
 
 
 @click.command(short_help="Check a config: every mistake at once.")
@@ -55,7 +58,11 @@ def missing_files(config: RunConfig) -> list[FedmiraError]:
     data = config.data
     data_path = getattr(data, "path", None)
     only_local = data.source in ("natural_instructions", "jsonl")
-    if data_path is not None and (only_local or _looks_local(data_path)) and not _is_there(data_path):
+    if (
+        data_path is not None
+        and (only_local or looks_local(data_path) or data_path.endswith(_ENDINGS))
+        and not _is_there(data_path)
+    ):
         what = "a folder of task files" if data.source == "natural_instructions" else "a file, a folder or a pattern"
         problems.append(
             DataError(f"data.path: {data_path} does not exist; give {what} (paths are relative to the current folder)")
@@ -70,7 +77,7 @@ def missing_files(config: RunConfig) -> list[FedmiraError]:
             DataError(f"method.graph.probe_path: {graph.probe_path} does not exist; give a file of examples")
         )
     model = config.model.path
-    if model != "embedded" and _looks_local(model) and not os.path.isfile(home_expanded(model) / "config.json"):
+    if model != "embedded" and looks_local(model) and not os.path.isfile(home_expanded(model) / "config.json"):
         problems.append(
             SetupError(
                 f"model.path: {model} is not a folder with a model in Hugging Face format (it has no config.json); "
@@ -84,9 +91,3 @@ def _is_there(path: str) -> bool:
     expanded = str(home_expanded(path))
     # unlike Path.exists, these do not raise where a folder may not be read or a name is too long
     return os.path.exists(expanded) or any(glob.iglob(expanded, recursive=True))
-
-
-def _looks_local(path: str) -> bool:
-    """Whether `path` cannot be a Hugging Face id, which is `name` or `owner/name` without a file's ending."""
-    endings = (".jsonl", ".ndjson", ".json", ".gz", ".csv", ".tsv", ".parquet")
-    return path.startswith((".", "/", "~")) or path.count("/") > 1 or path.endswith(endings) or os.path.exists(path)

@@ -18,7 +18,7 @@ import torch
 
 from fedmira.config.run import ModelConfig
 from fedmira.errors import SetupError
-from fedmira.paths import home_expanded
+from fedmira.paths import home_expanded, looks_local
 
 EMBEDDED = "embedded"
 
@@ -81,8 +81,7 @@ def locate(config: ModelConfig) -> tuple[str, str | None]:
     folder = home_expanded(config.path)
     if folder.is_dir():
         return str(folder), None
-    looks_local = config.path.startswith((".", "/", "~")) or config.path.count("/") > 1 or "\\" in config.path
-    if looks_local or folder.exists():
+    if looks_local(config.path):
         raise SetupError(
             f"model.path = {config.path} is not a folder; give `embedded`, a folder with config.json, "
             "*.safetensors and a tokenizer, or a Hugging Face id such as openai-community/gpt2"
